@@ -1,0 +1,1 @@
+"""Text in, scores and reports out; knows no loss and no cache."""

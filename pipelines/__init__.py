@@ -1,0 +1,1 @@
+"""Put the parts together for a person: the command line, recipes, run directories."""

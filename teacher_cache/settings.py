@@ -1,0 +1,85 @@
+"""Typed, frozen options: unknown keys are refused, `none` switches an optional one off."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from dpkd.teacher_cache.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of every command's options. Values may come as text (`"8"`, `"10,20"`, `"none"`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    #: options that `--set` and TOML reach, but that have no flag of their own
+    set_only: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_off(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: None
+            if isinstance(value, str)
+            and value.lower() == "none"
+            and key in cls.model_fields
+            and type(None) in get_args(cls.model_fields[key].annotation)
+            else value
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], *, where: str) -> Self:
+        """Validate `values`; raises `UserError` (first problem named, the rest counted) instead of pydantic's error."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _first_problem(cls, error, where) from None
+
+    def to_toml(self) -> str:
+        """The resolved options as TOML; options that are off are left out, as TOML has no null."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _first_problem(cls: type[Settings], error: ValidationError, where: str) -> UserError:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"]) or cls.__name__
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return UserError(
+            f"unknown option {key!r}{more}", where=where, advice=f"Known options: {', '.join(sorted(cls.model_fields))}"
+        )
+    if first["type"] == "missing":
+        return UserError(
+            f"option {key!r} is needed{more}",
+            where=where,
+            advice=f"Give --{key.replace('_', '-')} or the TOML key {key!r}",
+        )
+    if first["type"] == "value_error":
+        return UserError(f"option {key!r} cannot be used{more}: {first['ctx']['error']}", where=where)
+    message = first["msg"]
+    return UserError(
+        f"option {key!r} cannot be used{more}",
+        found=repr(first["input"]),
+        expected=message[0].lower() + message[1:],
+        where=where,
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dict; raises `UserError` when it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("the config file is missing", where=path, advice="Give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the config file is not TOML: {error}", where=path) from None
