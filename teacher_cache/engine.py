@@ -127,7 +127,10 @@ def open_engine(name: Literal["vllm", "transformers"], model: ModelSource, optio
     """Start the engine; raises `UserError` when the model cannot hold `options`."""
     if options.top_k > model.vocab_size:
         raise UserError(
-            "top-k is above the vocabulary", found=options.top_k, expected=f"at most {model.vocab_size}", where=model.name
+            "top-k is above the vocabulary",
+            found=options.top_k,
+            expected=f"at most {model.vocab_size}",
+            where=model.name,
         )
     if model.max_positions is not None and options.max_length > model.max_positions:
         raise UserError(

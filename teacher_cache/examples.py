@@ -224,12 +224,10 @@ def _read_messages(value: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
         raise _UnusableValueError("`messages` is not a list of turns")
     messages = []
     for turn in value:
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("content"), str)
-            or turn.get("role") not in _ROLES
-        ):
-            raise _UnusableValueError(f"a turn of `messages` is no object with role {'/'.join(_ROLES)} and text content")
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in _ROLES:
+            raise _UnusableValueError(
+                f"a turn of `messages` is no object with role {'/'.join(_ROLES)} and text content"
+            )
         messages.append(Message(turn["role"], turn["content"]))
     references: tuple[str, ...] = ()
     if messages[-1].role == "assistant":

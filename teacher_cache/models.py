@@ -104,7 +104,11 @@ def locate_model(name: str, role: str) -> ModelSource:
             )
         path, revision = _fetch(name, role)
     if not (path / "config.json").is_file():
-        raise UserError(f"the {role}'s directory holds no config.json", where=path, advice="Give a Hugging Face checkpoint")
+        raise UserError(
+            f"the {role}'s directory holds no config.json",
+            where=path,
+            advice="Give a Hugging Face checkpoint",
+        )
     if not any(path.glob("*.safetensors")):
         raise UserError(
             f"the {role}'s directory holds no *.safetensors",
@@ -120,9 +124,10 @@ def _fetch(name: str, role: str) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the {role} is neither a directory nor a model that can be fetched",
+            f"the {role} is not found: neither a directory nor a model that can be fetched",
             found=repr(name),
-            advice=f"Check the name; the hub said: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            advice=f"Check the name; the hub said: {reason}",
         ) from None
     return path, path.name

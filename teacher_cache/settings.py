@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
@@ -42,6 +43,13 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise _first_problem(cls, error, where) from None
 
+    @classmethod
+    def parse_known(cls, values: dict[str, Any], *, where: str) -> None:
+        """Raise `UserError` for keys of `values` that are no options."""
+        unknown = [key for key in values if key not in cls.model_fields]
+        if unknown:
+            raise _unknown_option(cls, unknown[0], len(unknown), where)
+
     def to_toml(self) -> str:
         """The resolved options as TOML; options that are off are left out, as TOML has no null."""
         import tomli_w
@@ -56,7 +64,9 @@ def _first_problem(cls: type[Settings], error: ValidationError, where: str) -> U
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return UserError(
-            f"unknown option {key!r}{more}", where=where, advice=f"Known options: {', '.join(sorted(cls.model_fields))}"
+            f"unknown option {key!r}{more}",
+            where=where,
+            advice=f"Known options: {', '.join(sorted(cls.model_fields))}",
         )
     if first["type"] == "missing":
         return UserError(
@@ -73,6 +83,13 @@ def _first_problem(cls: type[Settings], error: ValidationError, where: str) -> U
         expected=message[0].lower() + message[1:],
         where=where,
     )
+
+
+def _unknown_option(cls: type[Settings], key: str, count: int, where: str) -> UserError:
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    known = difflib.get_close_matches(key, cls.model_fields, n=1)
+    advice = f"Did you mean {known[0]!r}?" if known else f"Known options: {', '.join(sorted(cls.model_fields))}"
+    return UserError(f"unknown option {key!r}{more}", where=where, advice=advice)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

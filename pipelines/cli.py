@@ -1,0 +1,121 @@
+"""The command `dpkd`: each command is a thin shell over one public function."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpkd.distill.config import InitStudentConfig, TrainConfig
+from dpkd.evaluate.config import EvalConfig
+from dpkd.pipelines.options import config_command
+from dpkd.pipelines.process import run_process
+from dpkd.teacher_cache.config import CacheConfig
+
+app = typer.Typer(
+    name="dpkd",
+    help="Distil a large language model into a small one without keeping the large one in memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="Look at and verify a teacher cache.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+def _build_cache(config: CacheConfig) -> None:
+    from dpkd.teacher_cache.build import build_cache
+
+    build_cache(config)
+    print(config.out)
+
+
+def _init_student(config: InitStudentConfig) -> None:
+    from dpkd.distill.students import init_student
+
+    print(init_student(config))
+
+
+def _train(config: TrainConfig) -> None:
+    from dpkd.distill.training import train
+
+    print(train(config))
+
+
+def _evaluate(config: EvalConfig) -> None:
+    from dpkd.evaluate.evaluation import evaluate
+    from dpkd.evaluate.report import markdown_table
+
+    path = evaluate(config)
+    print(markdown_table(json.loads(path.read_text(encoding="utf-8"))))
+    print(f"report: {path}")
+
+
+config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
+config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student of a teacher's layers.")
+config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
+config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="recipe: a TOML file with [[steps]]", metavar="CONFIG.toml")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Run a recipe: its steps in order, each its own process, each skipped when already complete."""
+    from dpkd.pipelines.recipe import run_recipe
+
+    run_recipe(recipe, dry_run=dry_run)
+
+
+@cache_app.command("info")
+def info_command(
+    directory: Annotated[Path, typer.Argument(help="directory of a finished cache", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a cache holds."""
+    from dpkd.teacher_cache.verify import describe_cache
+
+    facts = describe_cache(directory)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print_facts(facts)
+
+
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            _print_facts(value, indent + "  ")
+        elif value is not None:
+            print(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+@cache_app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="directory of a finished cache", metavar="DIR")],
+) -> None:
+    """Check checksums and every value of a cache and its rounds."""
+    from dpkd.teacher_cache.verify import verify_cache
+
+    counts = verify_cache(directory)
+    print(f"{directory}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
+
+
+def main() -> None:
+    """Entry point of the command `dpkd`."""
+    sys.exit(run_process(_run_app))
+
+
+def _run_app() -> None:
+    """Run typer without its own exit, so that exit statuses are decided in one place."""
+    typer.main.get_command(app).main(standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""How a process of dpkd ends: 0 success, 2 a mistake that can be mended, 1 our own fault, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.progress import say
+
+EXIT_USER_ERROR = 2
+EXIT_OWN_FAULT = 1
+EXIT_INTERRUPTED = 130
+_INTERRUPTED = "interrupted: what is finished is kept; run the same command again to go on"
+
+
+def run_process(main: Callable[[], Any]) -> int:
+    """Run `main` and turn what it raises into an exit status and one line on standard error."""
+    _terminate_like_interrupt()
+    try:
+        main()
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        say(_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # typer hands an interrupt on as its Abort
+            say(_INTERRUPTED)
+            return EXIT_INTERRUPTED
+        if hasattr(error, "format_message"):  # typer's usage errors, whichever click it brings along
+            say(f"error: {' '.join(error.format_message().split())}")
+            return EXIT_USER_ERROR
+        reason = " ".join(str(error).split())[:300]
+        say(f"dpkd failed: {type(error).__name__}: {reason}; the traceback is in {_log_traceback()}")
+        return EXIT_OWN_FAULT
+    return 0
+
+
+def _terminate_like_interrupt() -> None:
+    """SIGTERM, a cluster's pre-emption, ends a process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _log_traceback() -> Path:
+    handle, name = tempfile.mkstemp(prefix=f"dpkd-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"command: {sys.argv}\n\n{traceback.format_exc()}")
+    return Path(name)

@@ -1,0 +1,46 @@
+"""Log-probs as steps along the rank on a grid: two bytes that compress to half of one.
+
+Entries stand in rank order, so their negated log-probs rise. Rounding each to a multiple of `GRID_NATS` and storing
+the difference to its predecessor gives small non-negative integers; a position's first step is its distance from 0.
+Rounding happens before differencing, so errors do not add up: every decoded log-prob is within `GRID_NATS / 2` of the
+original (1/256 nat) plus float32 rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+GRID_NATS = 1 / 128
+MAX_ERROR_NATS = GRID_NATS / 2
+_STEPS_PER_NAT = 128
+
+
+def encode_logprobs(logprobs_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
+    """Steps (uint16) of concatenated rank-ordered log-probs (nats, <= 0 up to rounding), `counts_T` to a position.
+
+    Raises ValueError when entries are not in rank order or lie below -511 nats.
+    """
+    levels_E = np.rint(-logprobs_E.astype(np.float64) * _STEPS_PER_NAT).astype(np.int64)
+    levels_E = np.maximum(levels_E, 0)  # a float32 log-softmax can end a hair above 0
+    steps_E = np.diff(levels_E, prepend=0)
+    starts = _starts(counts_T)
+    steps_E[starts] = levels_E[starts]
+    if len(steps_E) and (steps_E.min() < 0 or steps_E.max() > np.iinfo(np.uint16).max):
+        raise ValueError(f"log-probs out of rank order or below -511 nats: steps {steps_E.min()} to {steps_E.max()}")
+    return steps_E.astype(np.uint16)
+
+
+def decode_logprobs(steps_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
+    """Log-probs (float32, nats) of `encode_logprobs`'s steps."""
+    if len(steps_E) == 0:
+        return np.zeros(0, np.float32)
+    sums_E = np.cumsum(steps_E, dtype=np.int64)
+    starts = _starts(counts_T)
+    before = sums_E[starts] - steps_E[starts]
+    levels_E = sums_E - np.repeat(before, counts_T[counts_T > 0])
+    return (levels_E * -GRID_NATS).astype(np.float32)
+
+
+def _starts(counts_T: np.ndarray) -> np.ndarray:
+    """Index of the first entry of every position that has one."""
+    return (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]

@@ -1,0 +1,30 @@
+"""The order in which rows are read: a pure function of (seed, epoch, sizes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+#: groups (shards) whose rows are mixed with each other; a reader holds this many decoded
+WINDOW_GROUPS = 8
+
+
+def epoch_order(group_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW_GROUPS) -> np.ndarray:
+    """Every row once, as [N, 2] pairs (group, row inside the group).
+
+    Groups are permuted, then rows are permuted inside windows of `window` groups, so that a reader touches few groups
+    at a time. Nothing else enters: not the number of ranks, nor what was read before.
+    """
+    random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    groups = random.permutation(len(group_sizes))
+    parts = []
+    for start in range(0, len(groups), window):
+        pairs = np.concatenate(
+            [
+                np.stack([np.full(group_sizes[group], group), np.arange(group_sizes[group])], axis=1)
+                for group in groups[start : start + window]
+            ]
+        )
+        parts.append(random.permutation(pairs, axis=0))
+    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)

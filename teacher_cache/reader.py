@@ -1,0 +1,130 @@
+"""Open a finished cache by path alone, and read it shard by shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.manifest import Manifest, read_manifest
+from dpkd.teacher_cache.shards import ShardRecord, check_shard, read_shard
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.models import ModelSource
+    from dpkd.teacher_cache.schema import ShardRows
+
+CACHE_KIND = "teacher-cache"
+ROUND_KIND = "round"
+_DECODED_SHARDS = 16  # how many decoded shards a reader holds: two windows of the data order
+
+
+def round_dir(cache_dir: Path, name: str) -> Path:
+    """Directory of the round `name`."""
+    return cache_dir / "rounds" / name
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round: its directory and manifest. Its shards lie row for row beside the cache's."""
+
+    name: str
+    directory: Path
+    manifest: Manifest
+
+
+class TeacherCache:
+    """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._read = lru_cache(maxsize=_DECODED_SHARDS)(read_shard)
+
+    @classmethod
+    def open(cls, directory: Path) -> TeacherCache:
+        """Raises `UserError` when `directory` is absent, unfinished, altered or of another format."""
+        return cls(directory, read_manifest(directory, CACHE_KIND))
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits."""
+        return int(self.manifest.identities["teacher"]["vocab_size"])
+
+    @property
+    def top_k(self) -> int:
+        """Entries kept a position; 0 when the cache holds no distributions."""
+        return int(self.manifest.identities["logprobs"]["top_k"])
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of every shard but each origin's last."""
+        return int(self.manifest.identities["layout"]["rows_per_shard"])
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins of the cache's rows, in the order of its shards."""
+        return sorted({shard.origin for shard in self.manifest.shards})
+
+    def shards(self, origin: str | None = None) -> list[ShardRecord]:
+        """Shards of `origin` (None: all), in order."""
+        return [shard for shard in self.manifest.shards if origin in (None, shard.origin)]
+
+    def read(self, record: ShardRecord) -> ShardRows:
+        """The decoded rows of one shard; the last few stay in memory."""
+        return self._read(self.directory, record)
+
+    @cached_property
+    def round_names(self) -> list[str]:
+        """Names of the finished rounds."""
+        return sorted(path.parent.name for path in (self.directory / "rounds").glob("*/manifest.json"))
+
+    def round(self, name: str) -> Round:
+        """The round `name`; raises `UserError` when it is absent, altered or of another cache."""
+        directory = round_dir(self.directory, name)
+        if name not in self.round_names and not (directory / "job.json").is_file():
+            raise UserError(
+                "the cache has no such round",
+                found=repr(name),
+                expected=" or ".join(map(repr, self.round_names)) or "none is there",
+                where=self.directory,
+                advice=f"Build it with `dpkd cache-teacher --student DIR --round {name}`",
+            )
+        manifest = read_manifest(directory, ROUND_KIND)
+        if manifest.identities["cache"] != self.manifest.fingerprint:
+            raise UserError(
+                "the round belongs to another cache",
+                found=manifest.identities["cache"][:16],
+                expected=self.manifest.fingerprint[:16],
+                where=directory,
+            )
+        ours = [(shard.path, shard.rows) for shard in self.manifest.shards]
+        if [(shard.path, shard.rows) for shard in manifest.shards] != ours:
+            raise UserError("the round's shards do not lie beside the cache's", where=directory)
+        return Round(name, directory, manifest)
+
+    def read_round(self, held: Round, record: ShardRecord) -> ShardRows:
+        """The decoded rows of the round that lie beside those of the cache's shard `record`."""
+        beside = next(shard for shard in held.manifest.shards if shard.path == record.path)
+        return self._read(held.directory, beside)
+
+    def verify_shards(self) -> None:
+        """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
+        for record in self.manifest.shards:
+            check_shard(self.directory, record)
+
+    def check_tokenizer(self, model: ModelSource, role: str) -> None:
+        """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
+        held, ours = self.manifest.identities["tokenizer"], model.tokenizer_identity()
+        if held["sha256"] != ours["sha256"]:
+            raise UserError(
+                f"the {role}'s tokenizer is not the cache's",
+                found=f"{_tokenizer(ours)} of {model.name}",
+                expected=f"{_tokenizer(held)} of {self.manifest.identities['teacher']['name']}",
+                where=self.directory,
+                advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
+            )
+
+
+def _tokenizer(identity: dict[str, Any]) -> str:
+    return f"{identity['sha256'][:12]} ({identity['num_tokens']} tokens)"

@@ -1,0 +1,174 @@
+"""The transformers engine: the reference that vLLM is held to, and the engine of small machines without it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from dpkd.teacher_cache.distributions import from_top_k
+from dpkd.teacher_cache.engine import EngineOptions, EngineResult, GenerateRequest, Sampling, ScoreRequest
+from dpkd.teacher_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.models import ModelSource
+
+_GENERATE_BATCH = 16
+_SCORE_BATCH = 4  # the reference builds full logits over the response: [4, T, V] float32
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; raises `UserError` when CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class TransformersEngine:
+    """A causal language model run by transformers; what is drawn for a request depends on its seed alone."""
+
+    name = "transformers"
+
+    def __init__(self, model: ModelSource, options: EngineOptions) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._device = choose_device(options.device)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, options.dtype), use_safetensors=True, trust_remote_code=False
+        )
+        self._model.to(self._device).eval()
+        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._top_k = options.top_k
+        self.vocab_size = model.vocab_size
+
+    @torch.inference_mode()
+    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+        """See `Engine.generate`."""
+        for batch in _batched(requests, _GENERATE_BATCH):
+            yield from self._generate_batch(batch, sampling)
+
+    def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+        inputs = self._left_pad([list(request.prompt_ids) for request in batch])
+        draws = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
+        steps: list[_Step] = []
+        running_B = torch.ones(len(batch), dtype=torch.bool, device=self._device)
+        stop_ids = torch.tensor(sampling.stop_token_ids, device=self._device)
+        for _ in range(sampling.max_new_tokens):
+            output = self._model(**inputs, use_cache=True)
+            logprobs_BV = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
+            token_B = _draw(logprobs_BV, sampling, draws)
+            steps.append(_Step.take(logprobs_BV, token_B, self._top_k))
+            running_B = running_B & ~torch.isin(token_B, stop_ids)
+            if not running_B.any():
+                break
+            inputs = self._next_inputs(inputs, token_B, output.past_key_values)
+        for row, request in enumerate(batch):
+            ids = [int(step.token_B[row]) for step in steps]
+            stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), None)
+            table = [step.row(row) for step in steps[: stop or len(steps)]]
+            yield self._result(request.index, table, "stop" if stop else "length")
+
+    @torch.inference_mode()
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult]:
+        """See `Engine.score`."""
+        for batch in _batched(requests, _SCORE_BATCH):
+            responses = [list(map(int, request.response_ids)) for request in batch]
+            inputs = self._left_pad(
+                [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)]
+            )
+            longest = max(map(len, responses))
+            # left padding lines the ends up: the logits of the last `longest + 1` columns predict every response
+            logits_BTV = self._model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+            for row, (request, ids) in enumerate(zip(batch, responses, strict=True)):
+                logprobs_TV = torch.log_softmax(logits_BTV[row, longest - len(ids) :].float(), dim=-1)
+                step = _Step.take(logprobs_TV, torch.tensor(ids, device=self._device), self._top_k)
+                yield self._result(request.index, [step.row(i) for i in range(len(ids))], "stop")
+
+    def _left_pad(self, sequences: list[list[int]]) -> dict[str, Any]:
+        width = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, width - len(sequence) :] = torch.tensor(sequence)
+            mask[row, width - len(sequence) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return {key: value.to(self._device) for key, value in inputs.items()}
+
+    def _next_inputs(self, inputs: dict[str, Any], token_B: torch.Tensor, past: Any) -> dict[str, Any]:
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(token_B)[:, None]], dim=1)
+        following = {"input_ids": token_B[:, None], "attention_mask": mask, "past_key_values": past}
+        if self._takes_positions:
+            following["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
+        return following
+
+    def _result(self, index: int, table: list[tuple[int, float, np.ndarray, np.ndarray]], reason: Any) -> EngineResult:
+        ids = np.array([row[0] for row in table], np.int32)
+        logprobs = np.array([row[1] for row in table], np.float32)
+        distributions = None
+        if self._top_k and len(table):
+            top_ids, top_logprobs = np.stack([row[2] for row in table]), np.stack([row[3] for row in table])
+            distributions = from_top_k(top_ids, top_logprobs, ids, logprobs, self.vocab_size)
+        return EngineResult(index, ids, reason, logprobs, distributions)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Step:
+    """What is kept of one [B, V] table of log-probs: the chosen token and the top K of each row, on the CPU."""
+
+    def __init__(self, token_B: np.ndarray, logprob_B: np.ndarray, ids_BK: np.ndarray, logprobs_BK: np.ndarray) -> None:
+        self.token_B, self.logprob_B, self.ids_BK, self.logprobs_BK = token_B, logprob_B, ids_BK, logprobs_BK
+
+    @classmethod
+    def take(cls, logprobs_BV: torch.Tensor, token_B: torch.Tensor, top_k: int) -> _Step:
+        chosen_B = logprobs_BV.gather(1, token_B[:, None])[:, 0]
+        top = torch.topk(logprobs_BV, top_k, dim=1)
+        return cls(token_B.cpu().numpy(), chosen_B.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy())
+
+    def row(self, index: int) -> tuple[int, float, np.ndarray, np.ndarray]:
+        return (
+            int(self.token_B[index]),
+            float(self.logprob_B[index]),
+            self.ids_BK[index],
+            self.logprobs_BK[index],
+        )
+
+
+def _draw(logprobs_BV: torch.Tensor, sampling: Sampling, draws: list[np.random.Generator]) -> torch.Tensor:
+    """One token a row: the arg-max at temperature 0, else the inverse cumulative distribution at a uniform draw."""
+    if sampling.temperature == 0:
+        return logprobs_BV.argmax(dim=1)
+    probs_BV = torch.softmax(logprobs_BV.double() / sampling.temperature, dim=1)
+    probs_BV, order_BV = probs_BV.sort(dim=1, descending=True)
+    cumulative_BV = probs_BV.cumsum(dim=1)
+    # nucleus: keep a token when the mass before it is below top_p; the first one always stays
+    probs_BV = probs_BV.masked_fill(cumulative_BV - probs_BV >= sampling.top_p, 0.0)
+    cumulative_BV = probs_BV.cumsum(dim=1)
+    uniform_B = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=probs_BV.device)
+    rank_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)
+    rank_B = rank_B.clamp(max=probs_BV.shape[1] - 1)
+    return order_BV.gather(1, rank_B)[:, 0]
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
