@@ -12,7 +12,7 @@ from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.identity import fingerprint, tokenizer_sha256, weights_sha256
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ class ModelSource:
         if not ids:
             raise UserError("the model has no EOS token", where=self.path)
         return sorted(ids)
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """The model itself, from safetensors alone, on the CPU."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
 
     def identity(self, dtype: str) -> dict[str, Any]:
         """Name, revision, dtype, vocabulary width and content hashes of this model."""

@@ -36,13 +36,8 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, model: ModelSource, options: EngineOptions) -> None:
-        from transformers import AutoModelForCausalLM
-
         self._device = choose_device(options.device)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, options.dtype), use_safetensors=True, trust_remote_code=False
-        )
-        self._model.to(self._device).eval()
+        self._model = model.load(options.dtype).to(self._device).eval()
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._top_k = options.top_k
         self.vocab_size = model.vocab_size

@@ -1,0 +1,192 @@
+"""From cached rows to tensors: pure collation, the label shift in one place, batches as a function of the step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpkd.teacher_cache.order import epoch_order
+from dpkd.teacher_cache.schema import CachedRow
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A response to learn from, and at the sequence level the student's own beside it."""
+
+    chosen: CachedRow
+    rejected: CachedRow | None = None
+
+
+class RowSource(Protocol):
+    """Rows in groups that are read together."""
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows in each group."""
+        ...
+
+    def row(self, group: int, index: int) -> TrainingRow:
+        """One row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of prompt and response (right padded), T response positions over all of them.
+
+    At the sequence level the first half of the sequences are the chosen responses and the second half the rejected
+    ones, pair for pair. Position t predicts `target_T[t]` from the hidden state `predict_T[t]`, which stands one token
+    before it. The `entry_*` tensors are the cached top of the teacher's distribution (ids padded with -1); they are
+    None when the objective does not ask for them, as is `teacher_logprob_T` where the teacher never saw the row.
+    """
+
+    example_ids: list[str]
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    row_T: Tensor
+    predict_T: Tensor
+    target_T: Tensor
+    num_tokens_B: Tensor
+    teacher_logprob_T: Tensor | None
+    entry_ids_TK: Tensor | None
+    entry_logprobs_TK: Tensor | None
+    entry_counts_T: Tensor | None
+    log_remainder_T: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """B, sequences."""
+        return int(self.input_ids_BS.shape[0])
+
+    @property
+    def num_positions(self) -> int:
+        """T, response tokens."""
+        return int(self.target_T.shape[0])
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on `device`."""
+        moved = {
+            item.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for item in fields(self)
+            for value in [getattr(self, item.name)]
+        }
+        return type(self)(**moved)
+
+
+def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
+    """Tensors of `rows`: every chosen response, then (where there are any) every rejected one."""
+    cached = [row.chosen for row in rows] + [row.rejected for row in rows if row.rejected is not None]
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in cached]
+    input_ids = np.zeros((len(cached), max(lengths)), np.int64)
+    mask = np.zeros_like(input_ids)
+    for place, (row, length) in enumerate(zip(cached, lengths, strict=True)):
+        input_ids[place, :length] = np.concatenate([row.prompt_ids, row.response_ids])
+        mask[place, :length] = 1
+    num_tokens = np.array([len(row.response_ids) for row in cached])
+    # the state at position i predicts token i + 1: a response that starts at P is predicted from P - 1 on
+    predict = [len(row.prompt_ids) - 1 + np.arange(len(row.response_ids)) for row in cached]
+    has_teacher = all(len(row.response_logprobs) == len(row.response_ids) for row in cached)
+    entries = _entries(cached) if with_distributions else (None, None, None, None)
+    return Batch(
+        example_ids=[row.example_id for row in cached],
+        input_ids_BS=torch.from_numpy(input_ids),
+        attention_mask_BS=torch.from_numpy(mask),
+        row_T=torch.from_numpy(np.repeat(np.arange(len(cached)), num_tokens)),
+        predict_T=torch.from_numpy(np.concatenate(predict)),
+        target_T=torch.from_numpy(np.concatenate([row.response_ids for row in cached]).astype(np.int64)),
+        num_tokens_B=torch.from_numpy(num_tokens),
+        teacher_logprob_T=_tensor([row.response_logprobs for row in cached], np.float32) if has_teacher else None,
+        entry_ids_TK=entries[0],
+        entry_logprobs_TK=entries[1],
+        entry_counts_T=entries[2],
+        log_remainder_T=entries[3],
+    )
+
+
+def _entries(rows: Sequence[CachedRow]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tops = [row.distributions for row in rows if row.distributions is not None]
+    if len(tops) != len(rows):
+        raise ValueError("a row without distributions")
+    counts = np.concatenate([top.counts_T for top in tops]).astype(np.int64)
+    kept_TK = np.arange(max(int(counts.max()), 1))[None, :] < counts[:, None]
+    ids_TK = np.full(kept_TK.shape, -1, np.int64)
+    logprobs_TK = np.full(kept_TK.shape, -np.inf, np.float32)
+    ids_TK[kept_TK] = np.concatenate([top.ids_E for top in tops])
+    logprobs_TK[kept_TK] = np.concatenate([top.logprobs_E for top in tops])
+    remainder = _tensor([top.log_remainder_T for top in tops], np.float32)
+    return torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK), torch.from_numpy(counts), remainder
+
+
+def _tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(dtype))
+
+
+class BatchOrder:
+    """Which rows a step reads: epochs follow each other without a break, each a permutation of every row.
+
+    A pure function of (seed, step, batch sizes): resuming needs the step alone, and a global batch holds the same rows
+    whatever the number of ranks.
+    """
+
+    def __init__(self, group_sizes: Sequence[int], seed: int, global_batch_size: int) -> None:
+        self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
+        self.num_rows = sum(group_sizes)
+        self._epoch = -1
+        self._order = np.zeros((0, 2), np.int64)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) of the first row of `step`."""
+        return step * self._global_batch_size // self.num_rows
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(group, row) of every row of the global batch of `step` (from 0)."""
+        start = step * self._global_batch_size
+        return [self._place(index) for index in range(start, start + self._global_batch_size)]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, self.num_rows)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._group_sizes, self._seed, epoch)
+        group, row = self._order[place]
+        return int(group), int(row)
+
+
+def prefetched(make: Callable[[int], list[Batch]], steps: range, depth: int = 2) -> Iterator[list[Batch]]:
+    """`make(step)` for every step, `depth` steps ahead on a thread; an error comes out where its batch would have."""
+    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def hand_over(item: list[Batch] | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for step in steps:
+                if stopped.is_set():
+                    return
+                hand_over(make(step))
+        except BaseException as error:  # handed to the consumer, which raises it
+            hand_over(error)
+
+    thread = threading.Thread(target=produce, name="batches", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

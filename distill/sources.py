@@ -1,0 +1,125 @@
+"""Where training rows come from: a cache with an optional round, or instruction data without a teacher."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from dpkd.distill.batches import RowSource, TrainingRow
+from dpkd.distill.config import TrainConfig
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.examples import SkippedRow, iter_examples, open_examples
+from dpkd.teacher_cache.progress import say
+from dpkd.teacher_cache.reader import Round, TeacherCache
+from dpkd.teacher_cache.schema import CachedRow
+from dpkd.teacher_cache.shards import ShardRecord, check_shard
+from dpkd.teacher_cache.templates import PromptEncoder, TemplateMismatchError
+
+
+class CacheRows:
+    """Rows of a cache's shards, each with its neighbour in a round when one is given."""
+
+    def __init__(self, cache: TeacherCache, shards: list[ShardRecord], held: Round | None) -> None:
+        self._cache, self._shards, self._round = cache, shards, held
+
+    @cached_property
+    def group_sizes(self) -> list[int]:
+        """Rows in each shard."""
+        return [shard.rows for shard in self._shards]
+
+    def row(self, group: int, index: int) -> TrainingRow:
+        """Row `index` of shard `group`, and the student's response to the same prompt."""
+        record = self._shards[group]
+        chosen = self._cache.read(record).row(index)
+        if self._round is None:
+            return TrainingRow(chosen)
+        return TrainingRow(chosen, self._cache.read_round(self._round, record).row(index))
+
+
+class DataRows:
+    """Reference responses of instruction data, encoded in memory; no teacher has seen them."""
+
+    def __init__(self, rows: list[CachedRow]) -> None:
+        self._rows = rows
+        self.group_sizes = [len(rows)]
+
+    def row(self, group: int, index: int) -> TrainingRow:
+        """Row `index`; there is one group."""
+        return TrainingRow(self._rows[index])
+
+
+def open_cache_rows(cache: TeacherCache, config: TrainConfig) -> RowSource:
+    """The rows that `config` trains on; raises `UserError` when the cache does not hold what the objective needs."""
+    needs_distributions = config.objective == "dpkd" and config.level == "token"
+    if needs_distributions and cache.top_k == 0:
+        raise UserError(
+            "the cache has no distributions, which --level token needs",
+            found="top-k 0",
+            expected="top-k of 1 or more",
+            where=cache.directory,
+            advice="Build a cache with --top-k 64, or train with --level sequence",
+        )
+    held = cache.round(config.round) if config.round is not None else None
+    shards = cache.shards() if config.responses == "all" else cache.shards(config.responses)
+    if not shards:
+        raise UserError(
+            f"the cache holds no {config.responses} responses",
+            found=", ".join(cache.origins),
+            expected=config.responses,
+            where=cache.directory,
+            advice="Change --responses, or build a cache with --responses both",
+        )
+    # every byte that will be read is checked before the first step, not when its turn comes
+    for shard in shards:
+        check_shard(cache.directory, shard)
+        if held is not None:
+            beside = next(other for other in held.manifest.shards if other.path == shard.path)
+            check_shard(held.directory, beside)
+    return CacheRows(cache, shards, held)
+
+
+def open_data_rows(config: TrainConfig, encoder: PromptEncoder) -> tuple[DataRows, dict[str, str]]:
+    """Rows of `config.data` and the data's identity; rows that cannot be used are counted and said."""
+    assert config.data is not None  # the caller's choice
+    source = open_examples(config.data)
+    rows: list[CachedRow] = []
+    skipped: list[SkippedRow] = []
+    for item in iter_examples(source):
+        if isinstance(item, SkippedRow):
+            skipped.append(item)
+            continue
+        try:
+            prompt = encoder.prompt(item)
+        except TemplateMismatchError as error:
+            skipped.append(SkippedRow(item.line, str(error)))
+            continue
+        if len(prompt.ids) > config.max_prompt_tokens:
+            reason = f"prompt has {len(prompt.ids)} tokens, more than {config.max_prompt_tokens}"
+            skipped.append(SkippedRow(item.line, reason))
+        elif not item.references:
+            skipped.append(SkippedRow(item.line, "no reference response"))
+        else:
+            for sample, reference in enumerate(item.references):
+                ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
+                rows.append(_data_row(item.example_id, sample, prompt.ids, ids))
+    for row in skipped[:5]:
+        say(f"left out: line {row.line}: {row.reason}")
+    if skipped:
+        say(f"{len(skipped)} rows of the data are left out")
+    if not rows:
+        raise UserError("no row of the data can be used", where=config.data)
+    return DataRows(rows), source.identity
+
+
+def _data_row(example_id: str, sample: int, prompt_ids: list[int], response_ids: list[int]) -> CachedRow:
+    return CachedRow(
+        example_id=example_id,
+        sample=sample,
+        origin="reference",
+        finish_reason="stop",
+        prompt_ids=np.asarray(prompt_ids, np.int32),
+        response_ids=np.asarray(response_ids, np.int32),
+        response_logprobs=np.zeros(0, np.float32),
+        distributions=None,
+    )

@@ -1,0 +1,363 @@
+"""The training run: set up, then save? step, log. Teacher and trainer never share a process."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from transformers import get_cosine_schedule_with_warmup
+
+from dpkd.distill.batches import Batch, BatchOrder, RowSource, collate, prefetched
+from dpkd.distill.checkpoints import Checkpoint, finish_run, latest_checkpoint, load_optimizer, save_checkpoint
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.objective import Objective, StepSums
+from dpkd.distill.scoring import StudentScorer, check_head
+from dpkd.distill.sources import open_cache_rows, open_data_rows
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
+from dpkd.teacher_cache.models import ModelSource, locate_model
+from dpkd.teacher_cache.progress import Progress, say
+from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.shards import write_atomic
+from dpkd.teacher_cache.templates import PromptEncoder
+
+#: metrics that every line carries; null where the objective does not define them
+METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "preference_accuracy", "teacher_miss_rate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, decided before the first step."""
+
+    config: TrainConfig
+    student: ModelSource
+    rows: RowSource
+    vocab_size: int
+    facts: dict[str, Any]
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as `config` says, or go on from the last checkpoint; the run directory, the student at its root.
+
+    Raises `UserError` for what cannot be used (before anything is written) and when the loss stops being a number.
+    """
+    run = _open_run(config)
+    run_dir = config.out
+    if _take_up(run_dir, run):
+        say(f"the run {run_dir} is complete")
+        return run_dir
+    accelerator = _accelerator(config)
+    steps, order = _plan(run, accelerator.num_processes)
+    checkpoint = latest_checkpoint(run_dir)
+    source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
+    model = source.load("float32").to(accelerator.device)
+    check_head(model, config.student)
+    scorer = StudentScorer(model, num_tokens=len(run.student.tokenizer), logits_chunk=config.logits_chunk)
+    optimizer = torch.optim.AdamW(
+        decayed_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * steps), steps)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, optimizer)
+        for _ in range(checkpoint.step):
+            scheduler.step()
+        say(f"going on from step {checkpoint.step} of {steps}")
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    loop = _Loop(run, accelerator, scorer, optimizer, scheduler, order, steps)
+    loop.run(checkpoint)
+    if accelerator.is_main_process:
+        finish_run(run_dir, accelerator.unwrap_model(scorer).model, run.student, run.facts | {"steps": steps})
+        say(f"the run {run_dir} is complete: {steps} steps")
+    return run_dir
+
+
+class _Loop:
+    """The state of the loop, and one method a phase."""
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        scorer: torch.nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        order: BatchOrder,
+        steps: int,
+    ) -> None:
+        self._run, self._config, self._accelerator = run, run.config, accelerator
+        self._scorer, self._optimizer, self._scheduler = scorer, optimizer, scheduler
+        self._order, self._steps = order, steps
+        self._objective = Objective(run.config, run.vocab_size)
+
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """From the checkpoint to the last step; an interrupt ends it with a checkpoint, one step later at most."""
+        first = 0 if checkpoint is None else checkpoint.step
+        metrics_path = self._config.out / "metrics.jsonl"
+        if self._accelerator.is_main_process:
+            _keep_lines(metrics_path, first)
+        self._scorer.train()
+        batches = prefetched(self._batches, range(first, self._steps))
+        with (
+            metrics_path.open("a", encoding="utf-8") as log,
+            Progress("train", self._steps, "steps", first) as progress,
+            Interrupts() as interrupts,
+        ):
+            for step in range(first, self._steps):
+                started_s = time.perf_counter()
+                micro_batches = next(batches)
+                waited_s = time.perf_counter() - started_s
+                line = self._step(step, micro_batches)
+                step_s = time.perf_counter() - started_s
+                line |= {"tokens_per_s": line["tokens"] / step_s, "step_time_s": step_s, "data_wait_s": waited_s}
+                if self._accelerator.is_main_process:
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
+                done = step + 1
+                due = self._config.save_every is not None and done % self._config.save_every == 0
+                if interrupts.asked or (due and done < self._steps):
+                    self._save(done)
+                if interrupts.asked:
+                    batches.close()
+                    raise KeyboardInterrupt
+        batches.close()
+
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's forward passes of `step`."""
+        places = self._order.rows_of(step)
+        size, ranks, rank = self._config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
+        mine = [
+            places[start + rank * size : start + (rank + 1) * size] for start in range(0, len(places), size * ranks)
+        ]
+        return [
+            collate(
+                [self._run.rows.row(group, index) for group, index in part],
+                with_distributions=self._objective.needs_distributions,
+            )
+            for part in mine
+        ]
+
+    def _step(self, step: int, micro_batches: list[Batch]) -> dict[str, Any]:
+        accelerator = self._accelerator
+        # everything random in a step follows from the seed and the step, so that resuming needs no generator state
+        torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
+        counts = self._whole([self._objective.term_counts(batch) for batch in micro_batches])
+        sums: list[StepSums] = []
+        loss = 0.0
+        for batch in micro_batches:
+            with accelerator.accumulate(self._scorer):
+                part = self._objective(self._scorer, batch.to(accelerator.device))
+                total = self._objective.total(part, counts)
+                self._refuse_nan(float(total.detach()), "loss", step, micro_batches)
+                loss += float(total.detach())
+                # accelerate averages over accumulation and ranks; the counts already divide by the whole step
+                accelerator.backward(total * self._config.gradient_accumulation_steps * accelerator.num_processes)
+                if accelerator.sync_gradients:
+                    norm = float(accelerator.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm))
+                    self._refuse_nan(norm, "gradient norm", step, micro_batches)
+                learning_rate = float(self._scheduler.get_last_lr()[0])
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            sums.append(part)
+        self._scheduler.step()
+        return {
+            "step": step + 1,
+            "epoch": self._order.epoch_of(step),
+            **self._means(loss, sums, counts),
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "tokens": self._whole([{"tokens": batch.num_positions} for batch in micro_batches])["tokens"],
+        }
+
+    def _means(self, loss: float, sums: list[StepSums], counts: dict[str, int]) -> dict[str, float | None]:
+        """The step's loss, terms and metrics over all forward passes and ranks."""
+        totals = {"loss": loss}
+        for name in counts:
+            totals[f"loss_{name}"] = sum(float(part.terms[name].detach()) for part in sums) / counts[name]
+        metric_counts = self._whole([{name: count for name, (_, count) in part.metrics.items()} for part in sums])
+        for name, count in metric_counts.items():
+            totals[name] = sum(float(part.metrics[name][0]) for part in sums) / count
+        reduced = self._whole([totals])
+        return {**dict.fromkeys(METRICS), **reduced}
+
+    def _whole(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Sums by key over this rank's forward passes and over all ranks."""
+        summed = {key: sum(part[key] for part in parts) for key in parts[0]}
+        if self._accelerator.num_processes == 1:
+            return summed
+        values = torch.tensor(list(summed.values()), dtype=torch.float64, device=self._accelerator.device)
+        whole = self._accelerator.reduce(values, reduction="sum").tolist()
+        return dict(zip(summed, whole, strict=True))
+
+    def _refuse_nan(self, value: float, what: str, step: int, micro_batches: list[Batch]) -> None:
+        if math.isfinite(value):
+            return
+        rows = [example_id for batch in micro_batches for example_id in dict.fromkeys(batch.example_ids)]
+        raise UserError(
+            f"the {what} of step {step + 1} is not a number; the update is not made",
+            found=value,
+            where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''} of {self._config.out}",
+            advice="Lower --learning-rate, or look at these rows; the last checkpoint is kept",
+        )
+
+    def _save(self, step: int) -> None:
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            model = self._accelerator.unwrap_model(self._scorer).model
+            save_checkpoint(
+                self._config.out,
+                step,
+                model,
+                self._optimizer.optimizer,
+                self._run.student,
+                self._run.facts | {"steps": step},
+                self._config.keep,
+            )
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM end the step first: `asked` turns true. A second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("interrupted: finishing this step and writing a checkpoint")
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters in two groups: matrices decay, biases and norms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _open_run(config: TrainConfig) -> Run:
+    student = locate_model(config.student, "student")
+    facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
+    rows: RowSource
+    if config.cache is not None:
+        cache = TeacherCache.open(config.cache)
+        cache.check_tokenizer(student, "student")
+        rows = open_cache_rows(cache, config)
+        identities = cache.manifest.identities
+        facts |= {"cache": cache.manifest.fingerprint, "template": identities["template"]}
+        if config.round is not None:
+            facts["round"] = cache.round(config.round).manifest.fingerprint
+        vocab_size = cache.vocab_size
+    else:
+        encoder = PromptEncoder(student.tokenizer, config.template)
+        rows, data_identity = open_data_rows(config, encoder)
+        facts |= {"data": data_identity, "template": encoder.identity()}
+        vocab_size = student.vocab_size
+    _check_positions(rows, student)
+    return Run(config, student, rows, vocab_size, facts)
+
+
+def _check_positions(rows: RowSource, student: ModelSource) -> None:
+    limit = student.max_positions
+    if limit is None:
+        return
+    num_long = longest = 0
+    for group, size in enumerate(rows.group_sizes):
+        for index in range(size):
+            row = rows.row(group, index)
+            for side in (row.chosen, row.rejected):
+                length = 0 if side is None else len(side.prompt_ids) + len(side.response_ids)
+                num_long += length > limit
+                longest = max(longest, length)
+    if num_long:
+        raise UserError(
+            f"{num_long} rows are longer than the student's positions",
+            found=f"{longest} tokens",
+            expected=f"at most {limit}",
+            where=student.name,
+            advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
+        )
+
+
+def _take_up(run_dir: Path, run: Run) -> bool:
+    """Create or take up the run directory; True when the run is complete. Refuses another run's directory."""
+    identity = {
+        "options": run.config.model_dump(mode="json", exclude={"out", "cache", "student", "device"}),
+        **{key: value for key, value in run.facts.items() if key != "software"},
+    }
+    held_path = run_dir / "dpkd-run.json"
+    if held_path.is_file():
+        held = json.loads(held_path.read_bytes())
+        if canonical_json(held) != canonical_json(identity):
+            raise UserError(
+                f"the output directory holds another run; differing: {'; '.join(differences(held, identity))}",
+                where=run_dir,
+                advice="Choose another --out, or repeat the options that it was started with",
+            )
+        return (run_dir / "run.json").is_file()
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError("the output holds something else than a run", where=run_dir, advice="Choose another --out")
+    write_atomic(held_path, canonical_json(identity))
+    write_atomic(run_dir / "dpkd.toml", run.config.to_toml().encode())
+    return False
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+
+
+def _plan(run: Run, num_processes: int) -> tuple[int, BatchOrder]:
+    """Number of steps and the order of rows; raises `UserError` when a batch is larger than the data."""
+    config = run.config
+    global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
+    order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
+    if global_batch > order.num_rows:
+        raise UserError(
+            "a step takes more rows than there are",
+            found=f"{global_batch} rows a step",
+            expected=f"at most {order.num_rows}",
+            advice="Lower --batch-size",
+        )
+    steps = config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)
+    return steps, order
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run makes again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
