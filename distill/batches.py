@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -72,12 +72,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
-        moved = {
-            item.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for item in fields(self)
-            for value in [getattr(self, item.name)]
-        }
-        return type(self)(**moved)
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
@@ -158,7 +155,7 @@ class BatchOrder:
         return int(group), int(row)
 
 
-def prefetched(make: Callable[[int], list[Batch]], steps: range, depth: int = 2) -> Iterator[list[Batch]]:
+def prefetched(make: Callable[[int], list[Batch]], steps: range, depth: int = 2) -> Generator[list[Batch], None, None]:
     """`make(step)` for every step, `depth` steps ahead on a thread; an error comes out where its batch would have."""
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

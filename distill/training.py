@@ -13,11 +13,12 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from transformers import get_cosine_schedule_with_warmup
 
 from dpkd.distill.batches import Batch, BatchOrder, RowSource, collate, prefetched
-from dpkd.distill.checkpoints import Checkpoint, finish_run, latest_checkpoint, load_optimizer, save_checkpoint
+from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.objective import Objective, StepSums
 from dpkd.distill.scoring import StudentScorer, check_head
@@ -52,11 +53,11 @@ def train(config: TrainConfig) -> Path:
     """
     run = _open_run(config)
     run_dir = config.out
+    accelerator = _accelerator(config)
+    steps, order = _plan(run, accelerator.num_processes)
     if _take_up(run_dir, run):
         say(f"the run {run_dir} is complete")
         return run_dir
-    accelerator = _accelerator(config)
-    steps, order = _plan(run, accelerator.num_processes)
     checkpoint = latest_checkpoint(run_dir)
     source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
     model = source.load("float32").to(accelerator.device)
@@ -68,15 +69,17 @@ def train(config: TrainConfig) -> Path:
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * steps), steps)
+    first = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
-        for _ in range(checkpoint.step):
-            scheduler.step()
-        say(f"going on from step {checkpoint.step} of {steps}")
+        say(f"going on from step {first} of {steps}")
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate  # what the schedule multiplies when it starts in the middle
+    warmup_steps = math.ceil(config.warmup_ratio * steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps, last_epoch=first - 1)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     loop = _Loop(run, accelerator, scorer, optimizer, scheduler, order, steps)
-    loop.run(checkpoint)
+    loop.run(first)
     if accelerator.is_main_process:
         finish_run(run_dir, accelerator.unwrap_model(scorer).model, run.student, run.facts | {"steps": steps})
         say(f"the run {run_dir} is complete: {steps} steps")
@@ -101,9 +104,8 @@ class _Loop:
         self._order, self._steps = order, steps
         self._objective = Objective(run.config, run.vocab_size)
 
-    def run(self, checkpoint: Checkpoint | None) -> None:
-        """From the checkpoint to the last step; an interrupt ends it with a checkpoint, one step later at most."""
-        first = 0 if checkpoint is None else checkpoint.step
+    def run(self, first: int) -> None:
+        """From step `first` to the last; an interrupt ends it with a checkpoint, one step later at most."""
         metrics_path = self._config.out / "metrics.jsonl"
         if self._accelerator.is_main_process:
             _keep_lines(metrics_path, first)
@@ -331,6 +333,9 @@ def _take_up(run_dir: Path, run: Run) -> bool:
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
+    if PartialState().num_processes == 1:
+        # accelerate remembers the first run's device and precision; a notebook may start another
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",

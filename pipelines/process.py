@@ -21,6 +21,18 @@ EXIT_INTERRUPTED = 130
 _INTERRUPTED = "interrupted: what is finished is kept; run the same command again to go on"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as against a Ctrl-C that the terminal also sends to every child."""
+
+
+class StepFailed(Exception):
+    """A process started by this one ended with `status`; what it said stands above."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"a step ended with status {status}")
+        self.status = status
+
+
 def run_process(main: Callable[[], Any]) -> int:
     """Run `main` and turn what it raises into an exit status and one line on standard error."""
     _terminate_like_interrupt()
@@ -29,6 +41,8 @@ def run_process(main: Callable[[], Any]) -> int:
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER_ERROR
+    except StepFailed as error:
+        return error.status  # the step has said why
     except KeyboardInterrupt:
         say(_INTERRUPTED)
         return EXIT_INTERRUPTED
@@ -53,7 +67,7 @@ def _terminate_like_interrupt() -> None:
     """SIGTERM, a cluster's pre-emption, ends a process as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     signal.signal(signal.SIGTERM, interrupt)
 

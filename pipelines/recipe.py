@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from dpkd.distill.config import InitStudentConfig, TrainConfig
 from dpkd.evaluate.config import EvalConfig
+from dpkd.pipelines.process import EXIT_INTERRUPTED, StepFailed, Terminated
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.progress import say
@@ -34,14 +33,6 @@ CONFIGS: dict[str, type[Settings]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
 }
-
-
-class StepFailed(Exception):
-    """A step's process ended with `status`; what it said stands above."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"a step ended with status {status}")
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -92,18 +83,25 @@ def run_recipe(path: Path, *, dry_run: bool = False) -> None:
 
 def _run_step(step: Step) -> int:
     with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
-        file.write(tomli_w.dumps(step.config.model_dump(mode="json", exclude_none=True)).encode())
+        file.write(step.config.to_toml().encode())
         file.flush()
         command = [sys.executable, "-m", "dpkd.pipelines.cli", step.command, "--config", file.name]
         return _wait(subprocess.Popen(command))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the step. An interrupt of this process goes to the step, which ends in its own orderly way."""
+    """Wait for the step, whatever interrupts this process: the step ends in its own orderly way.
+
+    Ctrl-C reaches the step from the terminal; a termination of this process alone is handed on.
+    """
+    interrupted = False
     while True:
         try:
             status = process.wait()
-        except KeyboardInterrupt:
+        except Terminated:
+            interrupted = True
             process.terminate()
-            continue
-        return 130 if status < 0 else status
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            return EXIT_INTERRUPTED if interrupted or status < 0 else status

@@ -71,7 +71,7 @@ def encode_shard(table: pa.Table, path: str, origin: str) -> tuple[bytes, ShardR
         buffer,
         compression="zstd",
         compression_level=6,
-        use_dictionary=DICTIONARY_COLUMNS,  # type: ignore[arg-type]
+        use_dictionary=DICTIONARY_COLUMNS,
         column_encoding=COLUMN_ENCODINGS,
         store_schema=False,
         write_statistics=False,

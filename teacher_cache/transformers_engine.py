@@ -37,7 +37,8 @@ class TransformersEngine:
 
     def __init__(self, model: ModelSource, options: EngineOptions) -> None:
         self._device = choose_device(options.device)
-        self._model = model.load(options.dtype).to(self._device).eval()
+        self._model: Any = model.load(options.dtype).eval()
+        self._model.to(self._device)
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._top_k = options.top_k
         self.vocab_size = model.vocab_size

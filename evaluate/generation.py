@@ -1,0 +1,150 @@
+"""Answers of one model to every data set with every seed, from one engine start, resumed file by file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answers
+from dpkd.evaluate.candidates import Candidate
+from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.eval_sets import EvalSet
+from dpkd.teacher_cache.engine import EngineOptions, EngineResult, GenerateRequest, Sampling, open_engine
+from dpkd.teacher_cache.identity import fingerprint
+from dpkd.teacher_cache.progress import Progress, say
+
+# part of every fingerprint: raised when the same inputs would be answered otherwise
+_FORMAT_VERSION = 1
+
+
+@dataclass
+class _File:
+    """One answers file: what it must hold, and what has come in so far."""
+
+    eval_set: EvalSet
+    seed: int
+    path: Path
+    fingerprint: str
+    answers: list[Answer | None] = field(default_factory=list)
+    num_missing: int = 0
+
+
+def request_seed(seed: int, example_id: str) -> int:
+    """The seed of one request, below 2**31: a pure function of the evaluation's seed and the example.
+
+    So the draw of an answer does not depend on the other rows, their order, or where a run was resumed. The
+    model's probabilities do, by rounding: an engine adds up another batch in another order, and a sampled answer
+    may then take another token where two are nearly as likely. Finished files are kept as they are.
+    """
+    digest = hashlib.sha256(f"{seed}\0{example_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 2**31
+
+
+def generate_answers(
+    config: EvalConfig,
+    engine: Literal["vllm", "transformers"],
+    candidate: Candidate,
+    eval_sets: Sequence[EvalSet],
+) -> dict[tuple[str, int], list[Answer]]:
+    """The answers of `candidate` by (data set, seed), in the order of the set's examples.
+
+    Answers files in `config.out` that the same inputs made are reused; the engine starts only for what is
+    missing. A file is written as soon as its last answer is in: a killed run repeats at most the files then
+    under way. Raises `UserError` when the engine cannot start.
+    """
+    sampling = Sampling(
+        config.temperature, config.top_p, config.max_new_tokens, tuple(candidate.source.stop_token_ids())
+    )
+    files = _open_files(config, engine, candidate, eval_sets, sampling)
+    num_total = sum(len(file.answers) for file in files)
+    num_missing = sum(file.num_missing for file in files)
+    if num_missing == 0:
+        say(f"model {candidate.name}: all {num_total} responses are there already")
+    else:
+        options = EngineOptions(
+            max_length=config.max_prompt_tokens + config.max_new_tokens,
+            top_k=0,
+            dtype=config.dtype,
+            device=config.device,
+            max_num_seqs=config.max_num_seqs,
+        )
+        say(f"model {candidate.name}: starting {engine} for {num_missing} responses")
+        with (
+            open_engine(engine, candidate.source, options) as running,
+            Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress,
+        ):
+            places = [(file, row) for file in files if file.num_missing for row in range(len(file.answers))]
+            for result in running.generate(_requests(places, candidate.name), sampling):
+                file, row = places[result.index]
+                _take(file, row, result, candidate)
+                progress.advance()
+    return {(file.eval_set.name, file.seed): _complete(file) for file in files}
+
+
+def _open_files(
+    config: EvalConfig,
+    engine: str,
+    candidate: Candidate,
+    eval_sets: Sequence[EvalSet],
+    sampling: Sampling,
+) -> list[_File]:
+    files = []
+    for eval_set in eval_sets:
+        example_ids = [example.example_id for example in eval_set.examples]
+        made_by: dict[str, Any] = {
+            "format_version": _FORMAT_VERSION,
+            "engine": engine,
+            **candidate.identity,
+            "data": eval_set.identity,
+            "sampling": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop_token_ids": list(sampling.stop_token_ids),
+            },
+            "prompts": [
+                [example_id, prompt.ids]
+                for example_id, prompt in zip(example_ids, eval_set.prompts[candidate.name], strict=True)
+            ],
+        }
+        shared = fingerprint(made_by)
+        for seed in config.resolved_seeds():
+            path = answers_path(config.out, candidate.name, eval_set.name, seed)
+            file = _File(eval_set, seed, path, fingerprint({"shared": shared, "seed": seed}))
+            found = read_answers(path, file.fingerprint, example_ids)
+            file.answers = [None] * len(example_ids) if found is None else list(found)
+            file.num_missing = len(example_ids) if found is None else 0
+            files.append(file)
+    return files
+
+
+def _requests(places: Sequence[tuple[_File, int]], model: str) -> Iterator[GenerateRequest]:
+    for index, (file, row) in enumerate(places):
+        yield GenerateRequest(
+            index,
+            file.eval_set.prompts[model][row].ids,
+            request_seed(file.seed, file.eval_set.examples[row].example_id),
+        )
+
+
+def _take(file: _File, row: int, result: EngineResult, candidate: Candidate) -> None:
+    assert file.answers[row] is None, "the engine answered a request twice"
+    response_ids = [int(token) for token in result.response_ids]
+    file.answers[row] = Answer(
+        file.eval_set.examples[row].example_id,
+        candidate.encoder.decode(response_ids),
+        response_ids,
+        result.finish_reason,
+    )
+    file.num_missing -= 1
+    if file.num_missing == 0:
+        write_answers(file.path, _complete(file), file.fingerprint)
+
+
+def _complete(file: _File) -> list[Answer]:
+    answers = [answer for answer in file.answers if answer is not None]
+    assert len(answers) == len(file.answers), "the engine left requests unanswered"
+    return answers

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up and run the tests. Arguments go to pytest: bash scripts/test.sh -m 'not engine' runs the fast ones alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+
+setup_environment report,dev
+fetch_teacher models/smollm2-135m-instruct
+exec python -m pytest "$@"

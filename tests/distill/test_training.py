@@ -1,0 +1,277 @@
+"""Training runs on the toy cache: what is written, what is refused, and that stopping loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.training import METRICS, train
+from dpkd.teacher_cache.build import build_cache
+from dpkd.teacher_cache.config import CacheConfig
+from dpkd.teacher_cache.errors import UserError
+
+
+def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
+    defaults: dict[str, Any] = {"steps": 4, "batch_size": 5, "learning_rate": 1e-3, "device": "cpu"}
+    return TrainConfig(out=out, cache=cache, student=str(student), **(defaults | options))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+
+
+def test_token_level_run_writes_what_it_promises(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    out = train(config(tmp_path / "run", toy_cache, toy_student, sft_weight=0.5))
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    expected = {"step", "epoch", "loss", "loss_dpkd", "loss_sft", "learning_rate", "grad_norm", *METRICS}
+    assert set(lines[0]) == expected | {"tokens", "tokens_per_s", "step_time_s", "data_wait_s"}
+    for line in lines:
+        assert math.isclose(line["loss"], line["loss_dpkd"] + 0.5 * line["loss_sft"], rel_tol=1e-5)
+        assert line["loss_dpkd"] >= math.log(2) - 1e-6  # arg-max against arg-max
+        assert 0 <= line["teacher_miss_rate"] <= 1
+        assert math.isclose(line["reward_margin"], line["reward_chosen"] - line["reward_rejected"], abs_tol=1e-6)
+    student = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(student.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=2)[0])
+    assert json.loads((out / "dpkd.json").read_text())["template"]["name"] == "chat"
+    assert "sft_weight = 0.5" in (out / "dpkd.toml").read_text()
+    assert not list(out.rglob("*.bin"))
+    assert not list(out.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level": "token"},
+        {"level": "token", "student_token": "sample"},
+        {"level": "sequence", "round": "r0", "beta": 1.0},
+        {"level": "sequence", "round": "r0", "beta": 1.0, "length_normalize": False},
+        {"objective": "sft"},
+        {"objective": "sft", "responses": "teacher"},
+    ],
+    ids=str,
+)
+def test_every_objective_lowers_its_loss(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, options: dict[str, Any]
+) -> None:
+    lines = metrics(train(config(tmp_path / "run", toy_cache, toy_student, steps=24, batch_size=10, **options)))
+    first, last = (sum(line["loss"] for line in part) / 6 for part in (lines[:6], lines[-6:]))
+    assert last < first - 0.01
+    if options.get("objective") == "sft":
+        assert lines[0]["reward_margin"] is None
+        assert lines[0]["reward_chosen"] is not None
+    else:
+        assert lines[-1]["reward_margin"] > lines[0]["reward_margin"]
+
+
+def test_sequence_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cache: Path, toy_teacher: Path) -> None:
+    """Cached equals live: with the teacher as the student, every ratio is 1 up to the float32 of the cache."""
+    lines = metrics(
+        train(config(tmp_path / "run", toy_cache, toy_teacher, steps=1, level="sequence", round="r0", beta=1.0))
+    )
+    assert math.isclose(lines[0]["loss"], math.log(2), abs_tol=1e-4)
+    assert abs(lines[0]["reward_chosen"]) < 1e-4
+    assert abs(lines[0]["reward_rejected"]) < 1e-4
+
+
+def test_token_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cache: Path, toy_teacher: Path) -> None:
+    line = metrics(train(config(tmp_path / "run", toy_cache, toy_teacher, steps=1)))[0]
+    assert math.isclose(line["loss"], math.log(2), abs_tol=1e-3)
+    assert line["teacher_miss_rate"] == 0
+
+
+def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    """Positions are weighted alike whether a step's rows come in one forward pass or in four of unequal lengths."""
+    whole = train(config(tmp_path / "a", toy_cache, toy_student, batch_size=8, sft_weight=1.0))
+    parts = train(
+        config(tmp_path / "b", toy_cache, toy_student, batch_size=2, gradient_accumulation_steps=4, sft_weight=1.0)
+    )
+    for one, two in zip(metrics(whole), metrics(parts), strict=True):
+        assert one["tokens"] == two["tokens"]
+        for key in ("loss", "loss_dpkd", "loss_sft", "grad_norm", "reward_margin", "teacher_miss_rate"):
+            assert math.isclose(one[key], two[key], rel_tol=1e-4), key
+
+
+def test_a_chunked_head_changes_nothing(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    whole = metrics(train(config(tmp_path / "a", toy_cache, toy_student, student_token="sample")))
+    parts = metrics(train(config(tmp_path / "b", toy_cache, toy_student, student_token="sample", logits_chunk=7)))
+    for one, two in zip(whole, parts, strict=True):
+        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-5)
+
+
+def test_resuming_gives_the_run_that_was_never_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    options = {"steps": 7, "save_every": 3, "student_token": "sample", "keep": 5}
+    whole = train(config(tmp_path / "whole", toy_cache, toy_student, **options))
+    again = train(config(tmp_path / "again", toy_cache, toy_student, **options))
+    # as a kill in step 5 leaves it: a checkpoint of step 3, lines of steps 4 and 5, half a line more
+    shutil.rmtree(again / "checkpoint-6")
+    for name in ("run.json", "model.safetensors", "config.json"):
+        (again / name).unlink()
+    kept = (again / "metrics.jsonl").read_text().splitlines()[:5]
+    (again / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 6, "lo')
+    train(config(again, toy_cache, toy_student, **options))
+    assert without_times(metrics(again)) == without_times(metrics(whole))
+    ours, theirs = load_file(again / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_complete_run_is_left_alone_and_another_is_refused(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    out = train(config(tmp_path / "run", toy_cache, toy_student))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    train(config(out, toy_cache, toy_student))
+    with pytest.raises(UserError, match=r"holds another run; differing: options\.beta: 0\.1 -> 0\.3"):
+        train(config(out, toy_cache, toy_student, beta=0.3))
+    with pytest.raises(UserError, match="holds something else than a run"):
+        train(config(tmp_path, toy_cache, toy_student))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    out = train(config(tmp_path / "run", toy_cache, toy_student, save_every=2))
+    (out / "run.json").unlink()
+    weights = out / "checkpoint-2" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"the checkpoint's model\.safetensors is not what was written .*checkpoint-2"):
+        train(config(out, toy_cache, toy_student, save_every=2))
+
+
+def test_sft_on_data_needs_no_teacher(tmp_path: Path, toy_data: Path, toy_student: Path) -> None:
+    out = train(
+        TrainConfig(
+            out=tmp_path / "run",
+            data=str(toy_data),
+            student=str(toy_student),
+            objective="sft",
+            steps=2,
+            batch_size=4,
+            template="chat",
+            device="cpu",
+        )
+    )
+    lines = metrics(out)
+    assert lines[0]["reward_chosen"] is None
+    assert math.isclose(lines[0]["loss"], lines[0]["loss_sft"], rel_tol=1e-6)
+
+
+def test_not_a_number_stops_before_the_update(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    broken = shutil.copytree(toy_student, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"changes its logits|the loss of step 1 is not a number; .* rows dolly-"):
+        train(config(tmp_path / "run", toy_cache, broken))
+    exploding = config(tmp_path / "exploding", toy_cache, toy_student, learning_rate=1e38, warmup_ratio=0.0)
+    with pytest.raises(UserError, match=r"of step 2 is not a number; the update is not made: found .*rows dolly-"):
+        train(exploding)
+    assert [line["step"] for line in metrics(exploding.out)] == [1]
+    assert not (exploding.out / "run.json").exists()
+
+
+def test_what_the_cache_must_hold(
+    tmp_path: Path, cache_copy: Path, toy_teacher: Path, toy_student: Path, other_student: Path, toy_data: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"the student's tokenizer is not the cache's: found .*other-student"):
+        train(config(out, cache_copy, other_student))
+    with pytest.raises(UserError, match="the cache has no such round: found 'r7', expected 'r0'"):
+        train(config(out, cache_copy, toy_student, level="sequence", round="r7"))
+    bare = tmp_path / "bare"
+    build_cache(
+        CacheConfig(
+            teacher=str(toy_teacher),
+            data=str(toy_data),
+            out=bare,
+            engine="transformers",
+            template="chat",
+            max_new_tokens=4,
+            top_k=0,
+            limit=6,
+        )
+    )
+    with pytest.raises(UserError, match="the cache has no distributions, which --level token needs"):
+        train(config(out, bare, toy_student))
+    with pytest.raises(UserError, match="holds no reference responses: found teacher, expected reference"):
+        train(config(out, bare, toy_student, objective="sft", responses="reference"))
+    with pytest.raises(
+        UserError, match="a step takes more rows than there are: found 50 rows a step, expected at most 40"
+    ):
+        train(config(out, cache_copy, toy_student, batch_size=50))
+    shard = next((cache_copy / "shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 16
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="a shard of the cache is not what was written"):
+        train(config(out, cache_copy, toy_student))
+    (cache_copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="it has no manifest"):
+        train(config(out, cache_copy, toy_student))
+    assert not out.exists()
+
+
+def test_rows_longer_than_the_positions_are_counted_at_the_start(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    short = shutil.copytree(toy_student, tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 24}))
+    with pytest.raises(
+        UserError, match=r"\d+ rows are longer than the student's positions: found \d+ tokens, expected at most 24"
+    ):
+        train(config(tmp_path / "run", toy_cache, short))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")
+def test_cuda_asked_for_and_absent(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    with pytest.raises(UserError, match="CUDA is asked for and not there"):
+        train(config(tmp_path / "run", toy_cache, toy_student, device="cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3, "epochs": 2}, "--steps or --epochs"),
+        ({"level": "sequence"}, "needs --round"),
+        ({"level": "sequence", "student_samples": "forced", "round": "r"}, "takes --student-samples cached"),
+        ({"level": "token", "student_samples": "cached"}, "takes --student-samples forced"),
+        ({"data": "x.jsonl"}, "takes the place of --cache"),
+        ({"cache": None}, "--cache is needed"),
+        ({"bogus": 1}, "unknown option 'bogus'"),
+        ({"batch_size": "many"}, "option 'batch_size' cannot be used: found 'many'"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    values = {"cache": "c", "student": "s", "out": "o"} | options
+    with pytest.raises(UserError, match=message):
+        TrainConfig.parse({key: value for key, value in values.items() if value is not None}, where="here")
+
+
+def test_bfloat16_autocast_keeps_the_loss_in_float32(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, write_rows: Callable[..., Path]
+) -> None:
+    full = metrics(train(config(tmp_path / "a", toy_cache, toy_student, steps=2)))
+    half = metrics(train(config(tmp_path / "b", toy_cache, toy_student, steps=2, dtype="bfloat16")))
+    assert math.isclose(full[0]["loss"], half[0]["loss"], rel_tol=0.05)
+    assert full[0]["loss"] != half[0]["loss"]

@@ -1,0 +1,103 @@
+"""Options of an evaluation: the text forms, the defaults that depend, and every refusal by its words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dpkd.evaluate.config import EvalConfig
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.settings import read_toml
+
+
+def _parse(**options: Any) -> EvalConfig:
+    needed = {"model": "a=models/a", "data": "d=d.jsonl", "out": "out"}
+    return EvalConfig.parse(needed | options, where="a test")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [["b=runs/b", "a=runs/a=1"], ("b=runs/b", "a=runs/a=1"), {"b": "runs/b", "a": "runs/a=1"}],
+)
+def test_named_paths_come_as_pairs_or_as_a_table_and_keep_their_order(value: Any) -> None:
+    assert list(_parse(model=value).model.items()) == [("b", "runs/b"), ("a", "runs/a=1")]
+
+
+def test_one_named_path_may_come_alone() -> None:
+    assert _parse(data="dolly=x.jsonl").data == {"dolly": "x.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("options", "seeds"),
+    [
+        ({}, (10, 20, 30, 40, 50)),
+        ({"seeds": "none"}, (10, 20, 30, 40, 50)),
+        ({"temperature": "0"}, (10,)),
+        ({"temperature": 0, "seeds": "7"}, (7,)),
+        ({"seeds": "1, 2"}, (1, 2)),
+        ({"seeds": [3, 4]}, (3, 4)),
+        ({"seeds": 5}, (5,)),
+    ],
+)
+def test_seeds(options: dict[str, Any], seeds: tuple[int, ...]) -> None:
+    assert _parse(**options).resolved_seeds() == seeds
+
+
+def test_buckets_come_as_text() -> None:
+    assert _parse(buckets="10,20,40").buckets == (10, 20, 40)
+    assert _parse().buckets == (30, 70)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "runs/a"}, r"'runs/a' is not of the form NAME=PATH"),
+        ({"model": "a="}, r"'a=' is not of the form NAME=PATH"),
+        ({"model": ["a=x", "a=y"]}, r"the name 'a' is given twice, for 'x' and 'y'"),
+        ({"model": "a/b=x"}, r"the name 'a/b' must start with a letter or digit"),
+        ({"model": "..=x"}, r"the name '\.\.' must start with a letter or digit"),
+        ({"data": "a|b=x"}, r"option 'data' cannot be used: the name 'a\|b' must start"),
+        ({"model": "=x"}, r"the name '' must start"),
+        ({"data": {}}, r"option 'data' cannot be used"),
+        ({"temperature": 0, "seeds": "1,2"}, r"temperature 0 gives one answer for all 2 seeds"),
+        ({"seeds": "1,1"}, r"a seed is given twice in 1,1"),
+        ({"seeds": "1,x"}, r"option 'seeds.1' cannot be used: found 'x'"),
+        ({"seeds": []}, r"no seed is given"),
+        ({"seeds": "-1"}, r"option 'seeds.0' cannot be used"),
+        ({"buckets": "70,30"}, r"the edges 70,30 do not rise strictly"),
+        ({"buckets": "30,30"}, r"do not rise strictly"),
+        ({"buckets": "0,30"}, r"option 'buckets.0' cannot be used"),
+        ({"temperature": -1}, r"option 'temperature' cannot be used"),
+        ({"temperature": "nan"}, r"option 'temperature' cannot be used"),
+        ({"top_p": 0}, r"option 'top_p' cannot be used"),
+        ({"device": "tpu"}, r"option 'device' cannot be used"),
+        ({"limit": 0}, r"option 'limit' cannot be used"),
+        ({"num_bootstrap": 10}, r"option 'num_bootstrap' cannot be used"),
+        ({"tempreature": 1}, r"unknown option 'tempreature'.*Known options: .*temperature"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _parse(**options)
+
+
+def test_toml_gives_the_same_options_back(tmp_path: Any) -> None:
+    config = _parse(model=["b=x", "a=y"], limit=5, seeds="1,2", temperature=0.7)
+    path = tmp_path / "dpkd.toml"
+    path.write_text(config.to_toml())
+    assert EvalConfig.parse(read_toml(path), where=str(path)) == config
+
+
+def test_the_options_import_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib', 'datasets', 'rouge_score'}"
+    code = f"import sys, dpkd.evaluate.config; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_option_is_described_and_the_flagless_ones_exist() -> None:
+    assert all(field.description for field in EvalConfig.model_fields.values())
+    assert set(EvalConfig.model_fields) >= EvalConfig.set_only

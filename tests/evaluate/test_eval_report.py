@@ -1,0 +1,193 @@
+"""The report by value: means, buckets, seeds, Markdown, per-example rows and the plot of hand-made scores."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dpkd.evaluate.answers import Answer
+from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.eval_sets import EvalSet
+from dpkd.evaluate.evaluation import evaluate
+from dpkd.evaluate.plot import plot_rouge_by_bucket
+from dpkd.evaluate.report import build_report, markdown_table, write_report
+from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
+from dpkd.teacher_cache.engine import FinishReason
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.examples import Example, SkippedRow
+from dpkd.teacher_cache.progress import Progress
+from dpkd.teacher_cache.templates import EncodedPrompt
+
+_WORDS = (29, 30, 69, 5)  # two rows in [0,30), two in [30,70), none in [70,inf)
+
+
+@pytest.fixture
+def eval_set() -> EvalSet:
+    examples = [
+        Example(f"row-{i}", i + 1, (" ".join(["w"] * words),), instruction=f"say {i}", category="qa")
+        for i, words in enumerate(_WORDS)
+    ]
+    prompts = {name: [EncodedPrompt(example.instruction or "", [1]) for example in examples] for name in "ab"}
+    return EvalSet("dolly", {"name": "d.jsonl", "sha256": "0"}, examples, prompts, [SkippedRow(9, "too long")])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvalConfig:
+    return EvalConfig.parse({"model": ["a=x", "b=y"], "data": "dolly=z", "out": tmp_path, "seeds": "10,20"}, where="")
+
+
+@pytest.fixture
+def scored_sets(eval_set: EvalSet) -> list[ScoredSet]:
+    """Model a: seed 10 gives 10, 20, 30, 40 and seed 20 gives 20 more; model b is at 50 throughout."""
+
+    def answers(num_unfinished: int) -> list[Answer]:
+        reasons: list[FinishReason] = ["length"] * num_unfinished + ["stop"] * (4 - num_unfinished)
+        return [
+            Answer(example.example_id, "text", [5, 6, 7], reason)
+            for example, reason in zip(eval_set.examples, reasons, strict=True)
+        ]
+
+    a = np.array([[10.0, 20, 30, 40], [30, 40, 50, 60]])
+    exact = np.array([[0.0, 100, 0, 0], [0, 100, 0, 0]])
+    return [
+        ScoredSet("a", eval_set, (10, 20), [answers(0), answers(2)], a, exact),
+        ScoredSet("b", eval_set, (10, 20), [answers(0)] * 2, np.full((2, 4), 50.0), np.zeros((2, 4))),
+    ]
+
+
+@pytest.fixture
+def report(config: EvalConfig, eval_set: EvalSet, scored_sets: list[ScoredSet]) -> dict[str, Any]:
+    settings = config.model_dump(mode="json") | {"seeds": [10, 20]}
+    identity = {"settings": settings, "models": {"a": {}, "b": {}}, "data": {"dolly": eval_set.identity}}
+    return build_report(config, identity, "f" * 64, [eval_set], scored_sets)
+
+
+def test_summary_by_hand(report: dict[str, Any]) -> None:
+    summary = report["models"]["a"]["data"]["dolly"]
+    assert summary["n"] == 4
+    assert summary["rouge_l"]["mean"] == 35.0  # rows average to 20, 30, 40, 50 over the seeds
+    assert 20 <= summary["rouge_l"]["low"] < 35 < summary["rouge_l"]["high"] <= 50
+    assert summary["exact_match"]["mean"] == 25.0
+    assert summary["seeds"] == [
+        {"seed": 10, "rouge_l": 25.0, "exact_match": 25.0},
+        {"seed": 20, "rouge_l": 45.0, "exact_match": 25.0},
+    ]
+    assert summary["mean_response_tokens"] == 3.0
+    assert summary["share_unfinished"] == 0.25
+
+
+def test_buckets_by_hand(report: dict[str, Any]) -> None:
+    buckets = report["models"]["a"]["data"]["dolly"]["buckets"]
+    assert [(bucket["low"], bucket["high"], bucket["n"]) for bucket in buckets] == [
+        (0, 30, 2),
+        (30, 70, 2),
+        (70, None, 0),
+    ]
+    assert buckets[0]["rouge_l"] == {"mean": 35.0, "low": 20.0, "high": 50.0}  # rows of 29 and 5 words: 20, 50
+    assert buckets[1]["rouge_l"] == {"mean": 35.0, "low": 30.0, "high": 40.0}
+    assert buckets[1]["exact_match"] == {"mean": 50.0, "low": 0.0, "high": 100.0}
+    assert buckets[2]["rouge_l"] == {"mean": None, "low": None, "high": None}
+
+
+def test_the_report_says_what_it_is_of(report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(tmp_path / "report.json", report)
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert read == report
+    assert read["skipped"] == {"dolly": [{"line": 9, "reason": "too long"}]}
+    assert read["settings"]["temperature"] == 1.0
+    assert read["settings"]["buckets"] == [30, 70]
+    assert read["identities"]["data"] == {"dolly": {"name": "d.jsonl", "sha256": "0"}}
+    assert read["software"]["rouge-score"]
+
+
+def test_markdown_by_value(report: dict[str, Any]) -> None:
+    text = markdown_table(report)
+    assert "temperature 1, top-p 1, seeds 10, 20, at most 256 tokens" in text
+    assert "Template alpaca" in text
+    assert "## dolly (4 rows, 1 left out)" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == "| Model | Rouge-L | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) | Exact match |"
+    assert lines[3] == (
+        "| `b` | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | - | 0.00 [0.00, 0.00] |"
+    )
+    assert lines[2].startswith("| `a` | 35.00 [")
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_markdown_says_greedy(report: dict[str, Any]) -> None:
+    report["settings"] |= {"temperature": 0.0, "seeds": [10]}
+    assert "greedy, seed 10, at most 256 tokens" in markdown_table(report)
+
+
+def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], tmp_path: Path) -> None:
+    write_per_example(tmp_path / "rows.parquet", scored_sets, (30, 70))
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [(row["model"], row["seed"], row["example_id"]) for row in rows] == [
+        (model, seed, f"row-{i}") for model in "ab" for seed in (10, 20) for i in range(4)
+    ]
+    assert rows[5] == {
+        "model": "a",
+        "data": "dolly",
+        "seed": 20,
+        "example_id": "row-1",
+        "category": "qa",
+        "bucket": "[30,70)",
+        "prompt": "say 1",
+        "references": [" ".join(["w"] * 30)],
+        "response": "text",
+        "rouge_l": 40.0,
+        "exact_match": 100.0,
+        "finish_reason": "length",
+        "num_tokens": 3,
+    }
+
+
+def test_answers_are_scored_against_their_own_row_and_best_reference() -> None:
+    examples = [Example("x", 1, ("no", "the cat sat")), Example("y", 2, ("a dog",))]
+    eval_set = EvalSet("d", {}, examples, {}, [])
+    by_seed = {
+        1: [Answer("x", "The cat sat.", [1], "stop"), Answer("y", "a dog ran off", [1], "stop")],
+        2: [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
+    }
+    with Progress("scoring", 4, "responses") as progress:
+        scored = score_answers("m", eval_set, by_seed, progress)
+    assert progress.done == 4
+    assert scored.rouge_l_SN == pytest.approx(np.array([[100.0, 200 / 3], [0.0, 0.0]]))
+    assert scored.exact_match_SN.tolist() == [[100.0, 0.0], [0.0, 0.0]]
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def test_the_plot_is_a_png_with_a_panel_for_each_data_set(report: dict[str, Any], tmp_path: Path) -> None:
+    plot_rouge_by_bucket(report, tmp_path / "one.png")
+    width, height = _png_size(tmp_path / "one.png")
+    assert width == 1200
+    assert 500 <= height <= 900
+    report["data"]["other"] = report["data"]["dolly"]
+    for model in report["models"].values():
+        model["data"]["other"] = model["data"]["dolly"]
+    plot_rouge_by_bucket(report, tmp_path / "two.png")
+    assert _png_size(tmp_path / "two.png")[1] > height + 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+
+
+def test_without_matplotlib_nothing_starts(
+    make_config: Callable[..., EvalConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what the import system does for a blocked module
+    with pytest.raises(UserError, match=r"matplotlib is not installed.*Install dpkd\[report\]"):
+        evaluate(make_config(model="m=missing", data="d=missing.jsonl"))
+    assert list(tmp_path.iterdir()) == []
