@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dpkd.distill.students import copy_tokenizer
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, file_sha256
 from dpkd.teacher_cache.models import ModelSource
-from dpkd.teacher_cache.shards import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,11 +24,11 @@ from dpkd.distill.objective import Objective, StepSums
 from dpkd.distill.scoring import StudentScorer, check_head
 from dpkd.distill.sources import open_cache_rows, open_data_rows
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import Progress, say
 from dpkd.teacher_cache.reader import TeacherCache
-from dpkd.teacher_cache.shards import write_atomic
 from dpkd.teacher_cache.templates import PromptEncoder
 
 #: metrics that every line carries; null where the objective does not define them

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpkd.evaluate.files import replacing
 from dpkd.teacher_cache.engine import FinishReason
+from dpkd.teacher_cache.files import replacing
 from dpkd.teacher_cache.progress import say
 
 _FINGERPRINT = b"dpkd.fingerprint"

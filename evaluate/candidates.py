@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpkd.evaluate.config import EvalConfig
+from dpkd.teacher_cache.engine import check_fits
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.templates import PromptEncoder
@@ -33,7 +34,8 @@ def open_candidates(config: EvalConfig) -> list[Candidate]:
         source = locate_model(path, f"model {name}")
         encoder = PromptEncoder(source.tokenizer, config.template)
         _check_template(source, encoder)
-        _check_length(name, source, config)
+        # the engine refuses this too, but only after the models before this one have answered
+        check_fits(source, config.engine_options())
         candidates.append(Candidate(name, source, encoder, _identity(source, encoder, config)))
     return candidates
 
@@ -73,16 +75,3 @@ def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
         if other_text
         else f"Give --template {trained_with['name']}",
     )
-
-
-def _check_length(name: str, source: ModelSource, config: EvalConfig) -> None:
-    """`open_engine` refuses this too, but only after the models before this one have answered."""
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if source.max_positions is not None and longest > source.max_positions:
-        raise UserError(
-            f"prompt and answer do not fit the positions of model {name}",
-            found=f"{config.max_prompt_tokens} + {config.max_new_tokens} tokens",
-            expected=f"at most {source.max_positions}",
-            where=source.path,
-            advice="Lower --max-prompt-tokens or --max-new-tokens",
-        )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dpkd.teacher_cache.engine import EngineName
+from dpkd.teacher_cache.engine import EngineName, EngineOptions
 from dpkd.teacher_cache.settings import Settings
 from dpkd.teacher_cache.templates import TemplateName
 
@@ -114,3 +114,13 @@ class EvalConfig(Settings):
         if self.seeds is not None:
             return self.seeds
         return PAPER_SEEDS if self.temperature > 0 else PAPER_SEEDS[:1]
+
+    def engine_options(self) -> EngineOptions:
+        """What an engine must hold to answer: no distribution is kept."""
+        return EngineOptions(
+            max_length=self.max_prompt_tokens + self.max_new_tokens,
+            top_k=0,
+            dtype=self.dtype,
+            device=self.device,
+            max_num_seqs=self.max_num_seqs,
+        )

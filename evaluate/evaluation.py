@@ -12,13 +12,13 @@ from dpkd.evaluate.answers import Answer
 from dpkd.evaluate.candidates import Candidate, open_candidates
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
-from dpkd.evaluate.files import write_text
 from dpkd.evaluate.generation import generate_answers
 from dpkd.evaluate.plot import plot_rouge_by_bucket, require_matplotlib
 from dpkd.evaluate.report import FORMAT_VERSION, build_report, markdown_table, write_report
 from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
 from dpkd.teacher_cache.engine import resolve_engine
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_text
 from dpkd.teacher_cache.identity import differences, fingerprint
 from dpkd.teacher_cache.progress import Progress, say
 

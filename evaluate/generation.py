@@ -12,7 +12,7 @@ from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answ
 from dpkd.evaluate.candidates import Candidate
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.teacher_cache.engine import EngineOptions, EngineResult, GenerateRequest, Sampling, open_engine
+from dpkd.teacher_cache.engine import EngineResult, GenerateRequest, Sampling, open_engine
 from dpkd.teacher_cache.identity import fingerprint
 from dpkd.teacher_cache.progress import Progress, say
 
@@ -64,16 +64,9 @@ def generate_answers(
     if num_missing == 0:
         say(f"model {candidate.name}: all {num_total} responses are there already")
     else:
-        options = EngineOptions(
-            max_length=config.max_prompt_tokens + config.max_new_tokens,
-            top_k=0,
-            dtype=config.dtype,
-            device=config.device,
-            max_num_seqs=config.max_num_seqs,
-        )
         say(f"model {candidate.name}: starting {engine} for {num_missing} responses")
         with (
-            open_engine(engine, candidate.source, options) as running,
+            open_engine(engine, candidate.source, config.engine_options()) as running,
             Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress,
         ):
             places = [(file, row) for file in files if file.num_missing for row in range(len(file.answers))]

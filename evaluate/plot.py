@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.evaluate.buckets import Bucket
-from dpkd.evaluate.files import replacing
 from dpkd.evaluate.report import decoding_text
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from dpkd.evaluate.bootstrap import mean_interval
 from dpkd.evaluate.buckets import Bucket, buckets_of
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.evaluate.files import write_text
 from dpkd.evaluate.scoring import ScoredSet, bucket_indices
+from dpkd.teacher_cache.files import write_text
 from dpkd.teacher_cache.identity import software_versions
 
 FORMAT_VERSION = 1

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from dpkd.evaluate.answers import Answer
 from dpkd.evaluate.buckets import bucket_index, buckets_of, num_words
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.evaluate.files import replacing
 from dpkd.evaluate.metrics import exact_match, rouge_l
+from dpkd.teacher_cache.files import replacing
 from dpkd.teacher_cache.progress import Progress
 
 _SCHEMA = pa.schema(

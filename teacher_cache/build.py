@@ -14,10 +14,10 @@ from dpkd.teacher_cache.engine import (
     GenerateRequest,
     Sampling,
     ScoreRequest,
+    check_fits,
     open_engine,
     resolve_engine,
 )
-from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.teacher_cache.job import Job, ShardAssembler
 from dpkd.teacher_cache.models import ModelSource, locate_model
@@ -45,7 +45,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     engine_name = resolve_engine(config.engine)
     source = open_examples(config.data)
     teacher = locate_model(config.teacher, "teacher")
-    check_fits(teacher, config)
+    check_fits(teacher, engine_options(config))
     encoder = PromptEncoder(teacher.tokenizer, config.template)
     plan = RowPlan(source, encoder, config)
     survey = plan.survey()
@@ -111,27 +111,6 @@ def _fill(
 def committed_rows(job: Job, prefix: str) -> int:
     """Rows of committed shards whose path starts with `prefix`."""
     return sum(record.rows for path, record in job.committed.items() if path.startswith(prefix))
-
-
-def check_fits(teacher: ModelSource, config: CacheConfig) -> None:
-    """Raise `UserError` when the model cannot hold what `config` asks for, before an engine is started."""
-    options = engine_options(config)
-    if options.top_k > teacher.vocab_size:
-        raise UserError(
-            "top-k is above the vocabulary",
-            found=options.top_k,
-            expected=f"at most {teacher.vocab_size}",
-            where=teacher.name,
-            advice="Lower --top-k",
-        )
-    if teacher.max_positions is not None and options.max_length > teacher.max_positions:
-        raise UserError(
-            "prompt and response do not fit the model's positions",
-            found=f"{options.max_length} tokens",
-            expected=f"at most {teacher.max_positions}",
-            where=teacher.name,
-            advice="Lower --max-prompt-tokens or --max-new-tokens",
-        )
 
 
 def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:

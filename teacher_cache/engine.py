@@ -123,14 +123,15 @@ def resolve_engine(name: EngineName) -> Literal["vllm", "transformers"]:
     return name
 
 
-def open_engine(name: Literal["vllm", "transformers"], model: ModelSource, options: EngineOptions) -> Engine:
-    """Start the engine; raises `UserError` when the model cannot hold `options`."""
+def check_fits(model: ModelSource, options: EngineOptions) -> None:
+    """Raise `UserError` when the model cannot hold `options`; cheap, so that it can come before any engine starts."""
     if options.top_k > model.vocab_size:
         raise UserError(
             "top-k is above the vocabulary",
             found=options.top_k,
             expected=f"at most {model.vocab_size}",
             where=model.name,
+            advice="Lower --top-k",
         )
     if model.max_positions is not None and options.max_length > model.max_positions:
         raise UserError(
@@ -140,6 +141,11 @@ def open_engine(name: Literal["vllm", "transformers"], model: ModelSource, optio
             where=model.name,
             advice="Lower --max-prompt-tokens or --max-new-tokens",
         )
+
+
+def open_engine(name: Literal["vllm", "transformers"], model: ModelSource, options: EngineOptions) -> Engine:
+    """Start the engine; raises `UserError` when the model cannot hold `options`."""
+    check_fits(model, options)
     if name == "vllm":
         from dpkd.teacher_cache.vllm_engine import VllmEngine
 

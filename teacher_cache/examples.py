@@ -112,6 +112,8 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
             break
         num_rows += 1
         item = _to_example(row, line, source.name)
+        if isinstance(item, Example) and not _is_unicode(item):
+            item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
         if isinstance(item, Example):
             if item.example_id in seen:
                 item = SkippedRow(line, f"id {item.example_id!r} stands on an earlier line")
@@ -194,6 +196,16 @@ def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
         return Example(example_id, line, references, instruction=text, input=(extra or "").strip(), category=category)
     except _UnusableValueError as error:
         return SkippedRow(line, str(error))
+
+
+def _is_unicode(example: Example) -> bool:
+    turns = [turn.content for turn in example.messages or ()]
+    try:
+        for text in (*turns, *example.references, example.instruction, example.input, example.prompt):
+            (text or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _UnusableValueError(ValueError):

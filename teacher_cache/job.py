@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from dpkd.teacher_cache.engine import EngineResult
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import (
     canonical_json,
     differences,
@@ -20,7 +21,7 @@ from dpkd.teacher_cache.identity import (
 )
 from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.schema import Origin, PlannedRow, to_table
-from dpkd.teacher_cache.shards import Ledger, ShardRecord, encode_shard, write_atomic
+from dpkd.teacher_cache.shards import Ledger, ShardRecord, encode_shard
 
 _JOB = "job.json"
 _SHARDS_IN_FLIGHT = 4  # encoded or waiting to be written; bounds memory when the disk is slow
@@ -77,7 +78,7 @@ class Job:
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError("the output is a file, not a directory", where=self.directory)
         held = sorted(path.name for path in self.directory.iterdir()) if self.directory.is_dir() else []
-        held = [name for name in held if not (name.startswith(".") and name.endswith(".tmp"))]
+        held = [name for name in held if not (name.startswith(".") and ".tmp" in name)]
         if held:
             raise UserError(
                 "the output directory holds other files",
@@ -104,7 +105,7 @@ class Job:
     def _clean_up(self) -> None:
         self.ledger.discard()
         (self.directory / _JOB).unlink(missing_ok=True)
-        for left in self.directory.rglob(".*.tmp"):
+        for left in self.directory.rglob(".*.tmp*"):
             left.unlink(missing_ok=True)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, fingerprint
 from dpkd.teacher_cache.schema import FORMAT_VERSION
-from dpkd.teacher_cache.shards import REBUILD, ShardRecord, record_from_json, write_atomic
+from dpkd.teacher_cache.shards import REBUILD, ShardRecord, record_from_json
 
 MANIFEST = "manifest.json"
 

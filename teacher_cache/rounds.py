@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dpkd.teacher_cache.build import check_fits, committed_rows, engine_options, logprobs_identity, sampling
+from dpkd.teacher_cache.build import committed_rows, engine_options, logprobs_identity, sampling
 from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.engine import Engine, GenerateRequest, ScoreRequest, open_engine, resolve_engine
+from dpkd.teacher_cache.engine import Engine, GenerateRequest, ScoreRequest, check_fits, open_engine, resolve_engine
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.identity import differences
 from dpkd.teacher_cache.job import Job, ShardAssembler
@@ -42,8 +42,8 @@ def build_round(config: CacheConfig) -> Manifest:
     student = locate_model(config.student, "student")
     _check_same_teacher(cache, teacher, config)
     cache.check_tokenizer(student, "student")
-    check_fits(teacher, config)
-    check_fits(student, config)
+    check_fits(teacher, engine_options(config))
+    check_fits(student, engine_options(config, top_k=0))
 
     directory = round_dir(config.out, config.round)
     job = Job(directory, ROUND_KIND, _identities(cache, config, engine_name, student))

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.schema import COLUMN_ENCODINGS, DICTIONARY_COLUMNS, ROW_SCHEMA, ShardRows
 
 
@@ -36,31 +36,6 @@ class ShardRecord:
     entries: int
     mass_kept: float
     unfinished: int
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees all of it or nothing: temp file, fsync, rename, fsync directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"the file cannot be written: {error.strerror}",
-            where=path,
-            advice="Free space or choose another --out",
-        ) from error
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def encode_shard(table: pa.Table, path: str, origin: str) -> tuple[bytes, ShardRecord]:

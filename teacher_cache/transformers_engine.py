@@ -149,19 +149,23 @@ class _Step:
 
 
 def _draw(logprobs_BV: torch.Tensor, sampling: Sampling, draws: list[np.random.Generator]) -> torch.Tensor:
-    """One token a row: the arg-max at temperature 0, else the inverse cumulative distribution at a uniform draw."""
+    """One token a row: the arg-max at temperature 0, else the inverse cumulative distribution at a uniform draw.
+
+    The cumulative sum runs in vocabulary order: rank order would swap near-ties when another batching moves a logit by
+    a rounding, and with them the tokens that are drawn.
+    """
     if sampling.temperature == 0:
         return logprobs_BV.argmax(dim=1)
     probs_BV = torch.softmax(logprobs_BV.double() / sampling.temperature, dim=1)
-    probs_BV, order_BV = probs_BV.sort(dim=1, descending=True)
-    cumulative_BV = probs_BV.cumsum(dim=1)
-    # nucleus: keep a token when the mass before it is below top_p; the first one always stays
-    probs_BV = probs_BV.masked_fill(cumulative_BV - probs_BV >= sampling.top_p, 0.0)
+    if sampling.top_p < 1:
+        ranked_BV, order_BV = probs_BV.sort(dim=1, descending=True)
+        # nucleus: a token stays when the mass before it is below top_p; the first one always does
+        outside_BV = ranked_BV.cumsum(dim=1) - ranked_BV >= sampling.top_p
+        probs_BV = probs_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), 0.0)
     cumulative_BV = probs_BV.cumsum(dim=1)
     uniform_B = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=probs_BV.device)
-    rank_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)
-    rank_B = rank_B.clamp(max=probs_BV.shape[1] - 1)
-    return order_BV.gather(1, rank_B)[:, 0]
+    token_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)
+    return token_B[:, 0].clamp(max=probs_BV.shape[1] - 1)
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -56,8 +56,8 @@ def make_toy(directory: Path, tokenizer_dir: Path, *, layers: int, seed: int, vo
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,  # vLLM's CPU attention takes heads of 32 and more
+        num_key_value_heads=1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=0,

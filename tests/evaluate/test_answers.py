@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answers
-from dpkd.evaluate.files import replacing, write_text
 from dpkd.evaluate.generation import request_seed
+from dpkd.teacher_cache.files import replacing, write_text
 
 _ANSWERS = [Answer("x", "text \u00e9\n", [1, 2, 50256], "stop"), Answer("y", "", [], "length")]
 _IDS = ["x", "y"]

@@ -124,7 +124,7 @@ def test_a_model_that_is_not_there_is_named(make_config: MakeConfig) -> None:
 def test_lengths_over_the_models_positions_are_refused(toy_teacher: Path, make_config: MakeConfig) -> None:
     positions = json.loads((toy_teacher / "config.json").read_text())["max_position_embeddings"]
     config = make_config(model=f"m={toy_teacher}", data="d=d.jsonl", max_new_tokens=positions)
-    with pytest.raises(UserError, match=rf"positions of model m: .*expected at most {positions}.*Lower --max"):
+    with pytest.raises(UserError, match=rf"the model's positions: .*expected at most {positions} .*Lower --max"):
         open_candidates(config)
     open_candidates(config.model_copy(update={"max_new_tokens": positions - 48}))
 

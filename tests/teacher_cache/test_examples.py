@@ -59,11 +59,13 @@ def test_unusable_values_are_skipped_by_line(write_rows: Write) -> None:
                 {"messages": "hello"},
                 {"instruction": "ok", "id": "same"},
                 {"instruction": "ok", "id": "same"},
+                {"instruction": "half \ud800"},
             ]
         )
     )
     skipped = {item.line: item.reason for item in items if isinstance(item, SkippedRow)}
-    assert sorted(skipped) == [1, 2, 3, 4, 5, 7]
+    assert sorted(skipped) == [1, 2, 3, 4, 5, 7, 8]
+    assert "half a surrogate pair" in skipped[8]
     assert "is empty" in skipped[1]
     assert "is int, not text" in skipped[2]
     assert "`output`" in skipped[3]
