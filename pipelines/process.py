@@ -54,6 +54,9 @@ def run_process(main: Callable[[], Any]) -> int:
         if isinstance(error.__cause__, KeyboardInterrupt):  # typer hands an interrupt on as its Abort
             say(_INTERRUPTED)
             return EXIT_INTERRUPTED
+        if type(error).__name__ == "NoArgsIsHelpError":
+            say(str(error))
+            return EXIT_USER_ERROR
         if hasattr(error, "format_message"):  # typer's usage errors, whichever click it brings along
             say(f"error: {' '.join(error.format_message().split())}")
             return EXIT_USER_ERROR

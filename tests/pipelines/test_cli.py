@@ -1,0 +1,207 @@
+"""The command line: what it costs to ask for help, how it fails, and that it only imports what it should."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpkd.pipelines.cli import app  # noqa: F401  (an import error is the clearest failure)
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("teacher_cache", "distill", "evaluate", "pipelines")
+
+
+def dpkd(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for part in parts:
+        assert part in last, last
+
+
+def test_help_names_every_command_and_is_quick() -> None:
+    times = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        result = dpkd("--help")
+        times.append(time.perf_counter() - started_s)
+    for command in ("cache-teacher", "init-student", "train", "eval", "cache", "run"):
+        assert command in result.stdout
+    assert min(times) < 0.5
+
+
+def test_help_and_configs_import_no_heavy_library() -> None:
+    code = (
+        "import sys, dpkd.pipelines.cli\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'pyarrow', 'datasets', 'numpy', 'accelerate', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_data_order_and_metrics_import_no_torch() -> None:
+    code = (
+        "import sys, dpkd.teacher_cache.order, dpkd.teacher_cache.schema, dpkd.evaluate.metrics\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_imports_run_one_way() -> None:
+    allowed = {
+        "teacher_cache": {"teacher_cache"},
+        "distill": {"distill", "teacher_cache"},
+        "evaluate": {"evaluate", "teacher_cache"},
+        "pipelines": set(ROOMS),
+    }
+    for room in ROOMS:
+        for file in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, f"{file}: relative import"
+                    names.append(node.module or "")
+                for name in names:
+                    if name.startswith("dpkd."):
+                        assert name.split(".")[1] in allowed[room], f"{file} imports {name}"
+
+
+def test_evaluate_knows_no_cache() -> None:
+    for file in (ROOT / "evaluate").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for module in ("shards", "manifest", "reader", "schema", "codec"):
+            assert f"dpkd.teacher_cache.{module}" not in text, file
+
+
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, other_student: Path, toy_cache: Path, toy_data: Path,
+    write_rows: Callable[..., Path],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    cache = ("cache-teacher", "--teacher", toy_teacher, "--out", out, "--engine", "transformers", "--max-new-tokens", 4)
+    assert_one_clear_line(dpkd(*cache, "--data", tmp_path / "none.jsonl"), "the data file is missing", "none.jsonl")
+    bad_line = tmp_path / "bad.jsonl"
+    bad_line.write_text('{"instruction": "a"}\n{oops\n')
+    assert_one_clear_line(dpkd(*cache, "--data", bad_line), "line 2 is not JSON", "bad.jsonl")
+    no_instruction = write_rows([{"question": "why"}], "other.jsonl")
+    assert_one_clear_line(dpkd(*cache, "--data", no_instruction), "line 1 is without `instruction`")
+    assert_one_clear_line(dpkd(*cache, "--data", toy_data, "--top-k", 601), "found 601, expected at most 600")
+    assert_one_clear_line(
+        dpkd("cache-teacher", "--teacher", tmp_path / "t", "--data", toy_data, "--out", out), "the teacher is not found"
+    )
+    train = ("train", "--cache", toy_cache, "--out", out, "--steps", 1, "--batch-size", 2)
+    assert_one_clear_line(dpkd(*train, "--student", other_student), "the student's tokenizer is not the cache's")
+    assert_one_clear_line(
+        dpkd(*train, "--student", toy_student, "--level", "sequence", "--round", "no"), "no such round", "'r0'"
+    )
+    assert not out.exists()
+
+
+def test_bad_options_are_one_line_and_status_2(tmp_path: Path) -> None:
+    recipe = tmp_path / "train.toml"
+    recipe.write_text('student = "s"\ncache = "c"\nout = "o"\nbatch_sise = 3\n')
+    assert_one_clear_line(
+        dpkd("train", "--config", recipe), "unknown option 'batch_sise'", "train.toml", "Did you mean 'batch_size'?"
+    )
+    recipe.write_text("steps = = 3")
+    assert_one_clear_line(dpkd("train", "--config", recipe), "the config file is not TOML")
+    assert_one_clear_line(dpkd("train", "--config", tmp_path / "none.toml"), "the config file is missing")
+    assert_one_clear_line(dpkd("train", "--bogus", 1), "No such option: --bogus")
+    assert_one_clear_line(dpkd("train", "--set", "beta"), "--set takes KEY=VALUE")
+    assert_one_clear_line(dpkd("train", "--student", "s"), "--cache is needed")
+    assert_one_clear_line(dpkd("train", "--cache", "c", "--out", "o"), "option 'student' is needed", "--student")
+    assert_one_clear_line(
+        dpkd("train", "--cache", "c", "--student", "s", "--out", "o", "--level", "word"), "'level'", "found 'word'"
+    )
+    assert_one_clear_line(
+        dpkd("train", "--cache", "c", "--student", "s", "--out", "o", "--beta", "1", "--set", "beta=2"), "given twice"
+    )
+    assert_one_clear_line(dpkd("cache", "info", tmp_path / "none"), "the cache directory is missing")
+    assert_one_clear_line(dpkd("cache", "verify", tmp_path), "the directory is no cache")
+
+
+def test_flags_toml_and_set_meet_in_one_config(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('student = "from-file"\ncache = "c"\nout = "o"\nbeta = 0.7\nsave_every = 9\n')
+    result = dpkd(
+        "train",
+        "--config",
+        file,
+        "--student",
+        "from-flag",
+        "--set",
+        "sft_weight=0.5",
+        "--set",
+        "save_every=none",
+        "--dry-run",
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'student = "from-flag"' in result.stdout
+    assert "beta = 0.7" in result.stdout
+    assert "sft_weight = 0.5" in result.stdout
+    assert "save_every" not in result.stdout  # off
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_command_shows_the_help() -> None:
+    result = dpkd()
+    assert result.returncode == 2
+    assert "cache-teacher" in result.stdout + result.stderr
+    assert len(result.stderr.splitlines() + result.stdout.splitlines()) > 5
+
+
+def test_our_own_fault_is_status_1_with_the_traceback_in_a_file(tmp_path: Path) -> None:
+    """A directory where the manifest should be is nothing that we foresaw."""
+    from dpkd.pipelines.process import run_process
+
+    def fail() -> None:
+        raise RuntimeError("a bug of ours")
+
+    import contextlib
+    import io
+
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured):
+        status = run_process(fail)
+    assert status == 1
+    line = captured.getvalue().strip()
+    assert line.startswith("dpkd failed: RuntimeError: a bug of ours; the traceback is in ")
+    log = Path(line.rsplit(" ", 1)[1])
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
+def test_info_as_json_says_what_a_person_wants_to_know(toy_cache: Path) -> None:
+    import json
+
+    facts = json.loads(dpkd("cache", "info", toy_cache, "--json").stdout)
+    assert facts["rows"] == 40
+    for key in ("positions", "entries", "bytes"):
+        assert facts[key] > 0
+    assert 0 < facts["mass_kept"] <= 1
+    assert facts["identities"]["template"]["name"] == "chat"
+    assert facts["rounds"]["r0"]["rows"] == 40
+    assert "rows: 40" in dpkd("cache", "info", toy_cache).stdout
+    assert "sound: 80 rows" in dpkd("cache", "verify", toy_cache).stdout
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_pickle_and_no_remote_code(room: str) -> None:
+    for file in (ROOT / room).glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for danger in ("import pickle", "torch.load(", "torch.save(", "trust_remote_code=True", "shell=True"):
+            assert danger not in text, f"{file}: {danger}"
