@@ -54,6 +54,7 @@ def init_student(config: InitStudentConfig) -> Path:
     student.save_pretrained(temporary)
     copy_tokenizer(teacher, temporary)
     (temporary / _MARKER).write_bytes(canonical_json(made_of))
+    (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.is_dir():
         config.out.rmdir()  # empty, as checked above

@@ -112,9 +112,9 @@ def main() -> None:
     sys.exit(run_process(_run_app))
 
 
-def _run_app() -> None:
+def _run_app() -> object:
     """Run typer without its own exit, so that exit statuses are decided in one place."""
-    typer.main.get_command(app).main(standalone_mode=False)
+    return typer.main.get_command(app).main(standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ class StepFailed(Exception):
 
 
 def run_process(main: Callable[[], Any]) -> int:
-    """Run `main` and turn what it raises into an exit status and one line on standard error."""
+    """Run `main` and turn what it returns or raises into an exit status and one line on standard error."""
     _terminate_like_interrupt()
     try:
-        main()
+        status = main()
+        if status == EXIT_INTERRUPTED:  # typer turns an interrupt into an exit that it returns
+            raise KeyboardInterrupt
+        return status if isinstance(status, int) else 0
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER_ERROR
@@ -51,7 +54,7 @@ def run_process(main: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # typer hands an interrupt on as its Abort
+        if isinstance(error.__cause__, KeyboardInterrupt):  # older typer hands an interrupt on as its Abort
             say(_INTERRUPTED)
             return EXIT_INTERRUPTED
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -63,7 +66,6 @@ def run_process(main: Callable[[], Any]) -> int:
         reason = " ".join(str(error).split())[:300]
         say(f"dpkd failed: {type(error).__name__}: {reason}; the traceback is in {_log_traceback()}")
         return EXIT_OWN_FAULT
-    return 0
 
 
 def _terminate_like_interrupt() -> None:

