@@ -50,9 +50,9 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class ExampleSource:
-    """Where rows come from: a file, or `name[:split]` of the `datasets` library.
+    """Where rows come from: a file, or a name (or directory) that the `datasets` library loads, `NAME[:SPLIT]`.
 
-    `identity` is the content hash of a file, or the dataset's own fingerprint.
+    `identity` is the content's hash.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ExampleSource:
 def open_examples(data: str) -> ExampleSource:
     """Find the source named `data`; raises `UserError` when there is none."""
     path = Path(data)
-    if path.suffix in _FILE_SUFFIXES or path.exists():
+    if path.suffix in _FILE_SUFFIXES or path.is_file():
         if not path.is_file():
             raise UserError("the data file is missing", where=path, advice="Give a .json, .jsonl or .parquet file")
         if path.suffix not in _FILE_SUFFIXES:
@@ -87,6 +87,7 @@ def _open_dataset(data: str) -> ExampleSource:
     import datasets
 
     name, _, split = data.partition(":")
+    datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
@@ -95,7 +96,16 @@ def _open_dataset(data: str) -> ExampleSource:
             found=repr(data),
             advice=f"Give a .json, .jsonl or .parquet file, or NAME[:SPLIT]; the library said: {error}",
         ) from None
-    return ExampleSource(data, {"name": data, "sha256": str(dataset._fingerprint)}, dataset=dataset)
+    # by content: the library's own fingerprint changes with the place of its cache
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
+    return ExampleSource(data, {"name": _directory_name(data), "sha256": digest.hexdigest()}, dataset=dataset)
+
+
+def _directory_name(data: str) -> str:
+    """Last part of a directory's name (a copy elsewhere is the same data); other names as they are."""
+    return Path(data).name if Path(data).is_dir() else data
 
 
 def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example | SkippedRow]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dpkd.teacher_cache.build import committed_rows, engine_options, logprobs_identity, sampling
@@ -20,7 +21,7 @@ from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.plan import request_seed
 from dpkd.teacher_cache.progress import Progress, say
 from dpkd.teacher_cache.reader import ROUND_KIND, TeacherCache, round_dir
-from dpkd.teacher_cache.schema import PlannedRow
+from dpkd.teacher_cache.schema import PlannedRow, ShardRows
 from dpkd.teacher_cache.shards import Ledger, read_shard
 
 if TYPE_CHECKING:
@@ -104,22 +105,22 @@ def _assembler(cache: TeacherCache, job: Job, origin: str, student: ModelSource)
     return ShardAssembler(job, "student", cache.rows_per_shard, to_text, stem=origin)
 
 
-def _rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
+def _beside(index: int, shard: ShardRows, place: int) -> PlannedRow:
+    """The student's row for a row that is read back: the same example and prompt."""
+    row = shard.row(place)
+    prompt, _ = shard.texts(place)
+    return PlannedRow(index, row.example_id, row.sample, "student", prompt, row.prompt_ids.tolist())
+
+
+def _rows(cache: TeacherCache, origin: str, seed_of_round: int) -> Iterator[PlannedRow]:
     """One student row for every row of the cache, in the cache's order."""
     index = 0
     for record in cache.shards(origin):
         shard = cache.read(record)
         for place in range(len(shard)):
             row = shard.row(place)
-            yield PlannedRow(
-                index,
-                row.example_id,
-                row.sample,
-                "student",
-                shard.texts(place)[0],
-                row.prompt_ids.tolist(),
-                seed=request_seed(seed, f"{origin}/{row.example_id}", row.sample),
-            )
+            seed = request_seed(seed_of_round, f"{origin}/{row.example_id}", row.sample)
+            yield replace(_beside(index, shard, place), seed=seed)
             index += 1
 
 
@@ -130,13 +131,8 @@ def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str) -> Iterator[Pl
         shard = read_shard(sampled.directory, sampled.committed[path])
         for place in range(len(shard)):
             row = shard.row(place)
-            yield PlannedRow(
-                index,
-                row.example_id,
-                row.sample,
-                "student",
-                shard.texts(place)[0],
-                row.prompt_ids.tolist(),
+            yield replace(
+                _beside(index, shard, place),
                 response_ids=row.response_ids.tolist(),
                 finish_reason="stop" if row.finish_reason == "stop" else "length",
             )

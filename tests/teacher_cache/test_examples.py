@@ -119,3 +119,22 @@ def test_an_unknown_suffix_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=r"suffix that is not known: found '\.csv'"):
         open_examples(str(tmp_path / "rows.csv"))
+
+
+def test_the_datasets_library_loads_a_name_or_a_directory(tmp_path: Path, write_rows: Write) -> None:
+    rows = [{"instruction": "A", "input": "", "output": "x"}, {"instruction": "B", "input": "i", "output": "y"}]
+    directory = tmp_path / "set"
+    directory.mkdir()
+    write_rows(rows).rename(directory / "train.jsonl")
+    source = open_examples(str(directory))
+    found = list(iter_examples(source))
+    assert [(item.instruction, item.references) for item in found if isinstance(item, Example)] == [
+        ("A", ("x",)),
+        ("B", ("y",)),
+    ]
+    assert open_examples(f"{directory}:train").identity["sha256"] == source.identity["sha256"]
+
+
+def test_a_name_that_nobody_knows_is_an_error() -> None:
+    with pytest.raises(UserError, match="neither a file nor a dataset that the `datasets` library can load"):
+        open_examples("nobody/has-such-data")
