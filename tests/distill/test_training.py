@@ -242,11 +242,16 @@ def test_rows_longer_than_the_positions_are_counted_at_the_start(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")
-def test_cuda_asked_for_and_absent(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    with pytest.raises(UserError, match="CUDA is asked for and not there"):
-        train(config(tmp_path / "run", toy_cache, toy_student, device="cuda"))
-    assert not (tmp_path / "run").exists()
+def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    asked = config(tmp_path / "run", toy_cache, toy_student, device="cuda", steps=1)
+    if torch.cuda.is_available():
+        assert len(metrics(train(asked))) == 1
+    else:
+        with pytest.raises(UserError, match="CUDA is asked for and not there"):
+            train(asked)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
