@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from transformers import get_cosine_schedule_with_warmup
 
-from dpkd.distill.batches import Batch, BatchOrder, RowSource, collate, prefetched
+from dpkd.distill.batches import Batch, BatchOrder, collate, prefetched
 from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.interrupts import Interrupts
 from dpkd.distill.objective import Objective, StepSums
+from dpkd.distill.runs import Run, open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
-from dpkd.distill.sources import open_cache_rows, open_data_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
-from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
-from dpkd.teacher_cache.models import ModelSource, locate_model
+from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.progress import Progress, say
-from dpkd.teacher_cache.reader import TeacherCache
-from dpkd.teacher_cache.templates import PromptEncoder
 
 #: metrics that every line carries; null where the objective does not define them
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "preference_accuracy", "teacher_miss_rate")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of, decided before the first step."""
-
-    config: TrainConfig
-    student: ModelSource
-    rows: RowSource
-    vocab_size: int
-    facts: dict[str, Any]
 
 
 def train(config: TrainConfig) -> Path:
@@ -51,11 +34,11 @@ def train(config: TrainConfig) -> Path:
 
     Raises `UserError` for what cannot be used (before anything is written) and when the loss stops being a number.
     """
-    run = _open_run(config)
+    run = open_run(config)
     run_dir = config.out
     accelerator = _accelerator(config)
-    steps, order = _plan(run, accelerator.num_processes)
-    if _take_up(run_dir, run):
+    steps, order = plan_steps(run, accelerator.num_processes)
+    if take_up(run_dir, run):
         say(f"the run {run_dir} is complete")
         return run_dir
     checkpoint = latest_checkpoint(run_dir)
@@ -229,31 +212,6 @@ class _Loop:
             )
 
 
-class Interrupts:
-    """Ctrl-C and SIGTERM end the step first: `asked` turns true. A second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("interrupted: finishing this step and writing a checkpoint")
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters in two groups: matrices decay, biases and norms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -261,73 +219,6 @@ def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def _open_run(config: TrainConfig) -> Run:
-    student = locate_model(config.student, "student")
-    facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
-    rows: RowSource
-    if config.cache is not None:
-        cache = TeacherCache.open(config.cache)
-        cache.check_tokenizer(student, "student")
-        rows = open_cache_rows(cache, config)
-        identities = cache.manifest.identities
-        facts |= {"cache": cache.manifest.fingerprint, "template": identities["template"]}
-        if config.round is not None:
-            facts["round"] = cache.round(config.round).manifest.fingerprint
-        vocab_size = cache.vocab_size
-    else:
-        encoder = PromptEncoder(student.tokenizer, config.template)
-        rows, data_identity = open_data_rows(config, encoder)
-        facts |= {"data": data_identity, "template": encoder.identity()}
-        vocab_size = student.vocab_size
-    _check_positions(rows, student)
-    return Run(config, student, rows, vocab_size, facts)
-
-
-def _check_positions(rows: RowSource, student: ModelSource) -> None:
-    limit = student.max_positions
-    if limit is None:
-        return
-    num_long = longest = 0
-    for group, size in enumerate(rows.group_sizes):
-        for index in range(size):
-            row = rows.row(group, index)
-            for side in (row.chosen, row.rejected):
-                length = 0 if side is None else len(side.prompt_ids) + len(side.response_ids)
-                num_long += length > limit
-                longest = max(longest, length)
-    if num_long:
-        raise UserError(
-            f"{num_long} rows are longer than the student's positions",
-            found=f"{longest} tokens",
-            expected=f"at most {limit}",
-            where=student.name,
-            advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
-        )
-
-
-def _take_up(run_dir: Path, run: Run) -> bool:
-    """Create or take up the run directory; True when the run is complete. Refuses another run's directory."""
-    identity = {
-        "options": run.config.model_dump(mode="json", exclude={"out", "cache", "student", "device"}),
-        **{key: value for key, value in run.facts.items() if key != "software"},
-    }
-    held_path = run_dir / "dpkd-run.json"
-    if held_path.is_file():
-        held = json.loads(held_path.read_bytes())
-        if canonical_json(held) != canonical_json(identity):
-            raise UserError(
-                f"the output directory holds another run; differing: {'; '.join(differences(held, identity))}",
-                where=run_dir,
-                advice="Choose another --out, or repeat the options that it was started with",
-            )
-        return (run_dir / "run.json").is_file()
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError("the output holds something else than a run", where=run_dir, advice="Choose another --out")
-    write_atomic(held_path, canonical_json(identity))
-    write_atomic(run_dir / "dpkd.toml", run.config.to_toml().encode())
-    return False
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -341,22 +232,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-
-
-def _plan(run: Run, num_processes: int) -> tuple[int, BatchOrder]:
-    """Number of steps and the order of rows; raises `UserError` when a batch is larger than the data."""
-    config = run.config
-    global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
-    order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
-    if global_batch > order.num_rows:
-        raise UserError(
-            "a step takes more rows than there are",
-            found=f"{global_batch} rows a step",
-            expected=f"at most {order.num_rows}",
-            advice="Lower --batch-size",
-        )
-    steps = config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)
-    return steps, order
 
 
 def _keep_lines(path: Path, step: int) -> None:

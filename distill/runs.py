@@ -1,0 +1,114 @@
+"""A training run before its first step: what it is made of, where it stands, how long it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd.distill.batches import BatchOrder, RowSource
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.sources import open_cache_rows, open_data_rows
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.files import write_atomic
+from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
+from dpkd.teacher_cache.models import ModelSource, locate_model
+from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.templates import PromptEncoder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, decided before the first step."""
+
+    config: TrainConfig
+    student: ModelSource
+    rows: RowSource
+    vocab_size: int
+    facts: dict[str, Any]
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Find and check student and rows; raises `UserError` for what cannot be used. Writes nothing."""
+    student = locate_model(config.student, "student")
+    facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
+    rows: RowSource
+    if config.cache is not None:
+        cache = TeacherCache.open(config.cache)
+        cache.check_tokenizer(student, "student")
+        rows = open_cache_rows(cache, config)
+        identities = cache.manifest.identities
+        facts |= {"cache": cache.manifest.fingerprint, "template": identities["template"]}
+        if config.round is not None:
+            facts["round"] = cache.round(config.round).manifest.fingerprint
+        vocab_size = cache.vocab_size
+    else:
+        encoder = PromptEncoder(student.tokenizer, config.template)
+        rows, data_identity = open_data_rows(config, encoder)
+        facts |= {"data": data_identity, "template": encoder.identity()}
+        vocab_size = student.vocab_size
+    _check_positions(rows, student)
+    return Run(config, student, rows, vocab_size, facts)
+
+
+def _check_positions(rows: RowSource, student: ModelSource) -> None:
+    limit = student.max_positions
+    if limit is None:
+        return
+    num_long = longest = 0
+    for group, size in enumerate(rows.group_sizes):
+        for index in range(size):
+            row = rows.row(group, index)
+            for side in (row.chosen, row.rejected):
+                length = 0 if side is None else len(side.prompt_ids) + len(side.response_ids)
+                num_long += length > limit
+                longest = max(longest, length)
+    if num_long:
+        raise UserError(
+            f"{num_long} rows are longer than the student's positions",
+            found=f"{longest} tokens",
+            expected=f"at most {limit}",
+            where=student.name,
+            advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
+        )
+
+
+def take_up(run_dir: Path, run: Run) -> bool:
+    """Create or take up the run directory; True when the run is complete. Refuses another run's directory."""
+    identity = {
+        "options": run.config.model_dump(mode="json", exclude={"out", "cache", "student", "device"}),
+        **{key: value for key, value in run.facts.items() if key != "software"},
+    }
+    held_path = run_dir / "dpkd-run.json"
+    if held_path.is_file():
+        held = json.loads(held_path.read_bytes())
+        if canonical_json(held) != canonical_json(identity):
+            raise UserError(
+                f"the output directory holds another run; differing: {'; '.join(differences(held, identity))}",
+                where=run_dir,
+                advice="Choose another --out, or repeat the options that it was started with",
+            )
+        return (run_dir / "run.json").is_file()
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError("the output holds something else than a run", where=run_dir, advice="Choose another --out")
+    write_atomic(held_path, canonical_json(identity))
+    write_atomic(run_dir / "dpkd.toml", run.config.to_toml().encode())
+    return False
+
+
+def plan_steps(run: Run, num_processes: int) -> tuple[int, BatchOrder]:
+    """Number of steps and the order of rows; raises `UserError` when a batch is larger than the data."""
+    config = run.config
+    global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
+    order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
+    if global_batch > order.num_rows:
+        raise UserError(
+            "a step takes more rows than there are",
+            found=f"{global_batch} rows a step",
+            expected=f"at most {order.num_rows}",
+            advice="Lower --batch-size",
+        )
+    steps = config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)
+    return steps, order
