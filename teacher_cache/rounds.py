@@ -15,6 +15,7 @@ from dpkd.teacher_cache.build import committed_rows, engine_options, logprobs_id
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.engine import Engine, GenerateRequest, ScoreRequest, check_fits, open_engine, resolve_engine
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.examples import open_examples
 from dpkd.teacher_cache.identity import differences
 from dpkd.teacher_cache.job import Job, ShardAssembler
 from dpkd.teacher_cache.models import ModelSource, locate_model
@@ -35,9 +36,10 @@ def build_round(config: CacheConfig) -> Manifest:
 
     Raises `UserError` when the cache, the teacher or the student is not the one that the round needs.
     """
+    cache = TeacherCache.open(config.out)
+    config = _with_cache_options(cache, config)
     assert config.student is not None  # the config's own check
     assert config.round is not None
-    cache = TeacherCache.open(config.out)
     engine_name = resolve_engine(config.engine)
     teacher = locate_model(config.teacher, "teacher")
     student = locate_model(config.student, "student")
@@ -137,6 +139,41 @@ def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str) -> Iterator[Pl
                 finish_reason="stop" if row.finish_reason == "stop" else "length",
             )
             index += 1
+
+
+def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
+    """`config` with the options that a round shares with its cache; raises `UserError` for one asked otherwise."""
+    identities = cache.manifest.identities
+    generation = identities["generation"]
+    if config.data is not None:
+        found = open_examples(config.data).identity["sha256"]
+        if found != identities["data"]["sha256"]:
+            raise UserError(
+                "the data are not those of the cache",
+                found=f"sha256 {found[:12]} of {config.data}",
+                expected=f"{identities['data']['sha256'][:12]} of {identities['data']['name']}",
+                where=cache.directory,
+                advice="Leave --data out: a round takes the cache's prompts",
+            )
+    held = {
+        "template": identities["template"]["name"],
+        "limit": identities["data"]["limit"],
+        "responses": generation["responses"],
+        "num_samples": generation["num_samples"],
+        "max_prompt_tokens": generation["max_prompt_tokens"],
+        "rows_per_shard": cache.rows_per_shard,
+    }
+    for key, value in held.items():
+        asked = getattr(config, key)
+        if asked not in (value, CacheConfig.model_fields[key].default):
+            raise UserError(
+                f"a round has the {key} of its cache",
+                found=asked,
+                expected=value,
+                where=cache.directory,
+                advice=f"Leave --{key.replace('_', '-')} out",
+            )
+    return config.model_copy(update=held)
 
 
 def _check_same_teacher(cache: TeacherCache, teacher: ModelSource, config: CacheConfig) -> None:

@@ -249,6 +249,27 @@ def test_rounds_are_refused_by_name_teacher_and_tokenizer(
     assert TeacherCache.open(cache_copy).round_names == ["r0"]
 
 
+def test_a_round_takes_the_caches_options(
+    cache_copy: Path, toy_teacher: Path, toy_student: Path, toy_data: Path, write_rows: Callable[..., Path]
+) -> None:
+    options = {
+        "teacher": str(toy_teacher),
+        "student": str(toy_student),
+        "out": cache_copy,
+        "engine": "transformers",
+        "round": "r1",
+        "max_new_tokens": 5,
+        "top_k": 4,
+    }
+    with pytest.raises(UserError, match="the data are not those of the cache"):
+        build_cache(CacheConfig(**options, data=str(write_rows([{"instruction": "other"}]))))
+    with pytest.raises(UserError, match="a round has the template of its cache: found raw, expected chat"):
+        build_cache(CacheConfig(**options, template="raw"))
+    build_cache(CacheConfig(**options, data=str(toy_data)))
+    assert 'template = "chat"' in (cache_copy / "rounds" / "r1" / "dpkd.toml").read_text()
+    assert TeacherCache.open(cache_copy).round_names == ["r0", "r1"]
+
+
 def test_a_round_of_another_cache_is_refused(
     cache_copy: Path, tmp_path: Path, toy_teacher: Path, toy_data: Path
 ) -> None:
