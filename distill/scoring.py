@@ -117,6 +117,14 @@ def check_head(model: nn.Module, name: str) -> None:
     was_training = model.training
     model.eval()
     theirs = model(input_ids=ids).logits.float()
+    if not bool(theirs.isfinite().all()):
+        raise UserError(
+            "the student's logits are not numbers before the first step",
+            found="NaN or infinity",
+            expected="finite logits",
+            where=name,
+            advice="Give a checkpoint whose weights are finite",
+        )
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0]  # type: ignore[operator]
     ours = head_logits(model, hidden).float()
     model.train(was_training)

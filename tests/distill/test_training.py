@@ -175,11 +175,9 @@ def test_sft_on_data_needs_no_teacher(tmp_path: Path, toy_data: Path, toy_studen
 def test_not_a_number_stops_before_the_update(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     broken = shutil.copytree(toy_student, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = torch.inf
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"changes its logits|the loss of step 1 is not a number; .* rows dolly-"):
+    with pytest.raises(UserError, match=r"logits are not numbers before the first step: found NaN .*broken"):
         train(config(tmp_path / "run", toy_cache, broken))
     exploding = config(tmp_path / "exploding", toy_cache, toy_student, learning_rate=1e38, warmup_ratio=0.0)
     with pytest.raises(UserError, match=r"of step 2 is not a number; the update is not made: found .*rows dolly-"):
