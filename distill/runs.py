@@ -38,11 +38,12 @@ def open_run(config: TrainConfig) -> Run:
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         cache.check_tokenizer(student, "student")
-        rows = open_cache_rows(cache, config)
+        held = None if config.round is None else cache.round(config.round)
+        rows = open_cache_rows(cache, held, config)
         identities = cache.manifest.identities
         facts |= {"cache": cache.manifest.fingerprint, "template": identities["template"]}
-        if config.round is not None:
-            facts["round"] = cache.round(config.round).manifest.fingerprint
+        if held is not None:
+            facts["round"] = held.manifest.fingerprint
         vocab_size = cache.vocab_size
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)

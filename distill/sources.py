@@ -9,12 +9,13 @@ import numpy as np
 from dpkd.distill.batches import RowSource, TrainingRow
 from dpkd.distill.config import TrainConfig
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.examples import SkippedRow, iter_examples, open_examples
+from dpkd.teacher_cache.examples import SkippedRow, open_examples
+from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import Round, TeacherCache
 from dpkd.teacher_cache.schema import CachedRow
 from dpkd.teacher_cache.shards import ShardRecord, check_shard
-from dpkd.teacher_cache.templates import PromptEncoder, TemplateMismatchError
+from dpkd.teacher_cache.templates import PromptEncoder
 
 
 class CacheRows:
@@ -49,8 +50,11 @@ class DataRows:
         return TrainingRow(self._rows[index])
 
 
-def open_cache_rows(cache: TeacherCache, config: TrainConfig) -> RowSource:
-    """The rows that `config` trains on; raises `UserError` when the cache does not hold what the objective needs."""
+def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig) -> RowSource:
+    """The rows that `config` trains on, with those of the round `held` beside them.
+
+    Raises `UserError` when the cache does not hold what the objective needs.
+    """
     needs_distributions = config.objective == "dpkd" and config.level == "token"
     if needs_distributions and cache.top_k == 0:
         raise UserError(
@@ -60,7 +64,6 @@ def open_cache_rows(cache: TeacherCache, config: TrainConfig) -> RowSource:
             where=cache.directory,
             advice="Build a cache with --top-k 64, or train with --level sequence",
         )
-    held = cache.round(config.round) if config.round is not None else None
     shards = cache.shards() if config.responses == "all" else cache.shards(config.responses)
     if not shards:
         raise UserError(
@@ -74,8 +77,7 @@ def open_cache_rows(cache: TeacherCache, config: TrainConfig) -> RowSource:
     for shard in shards:
         check_shard(cache.directory, shard)
         if held is not None:
-            beside = next(other for other in held.manifest.shards if other.path == shard.path)
-            check_shard(held.directory, beside)
+            check_shard(held.directory, held.shards_by_path[shard.path])
     return CacheRows(cache, shards, held)
 
 
@@ -85,24 +87,16 @@ def open_data_rows(config: TrainConfig, encoder: PromptEncoder) -> tuple[DataRow
     source = open_examples(config.data)
     rows: list[CachedRow] = []
     skipped: list[SkippedRow] = []
-    for item in iter_examples(source):
+    for item in encode_examples(source, encoder, config.max_prompt_tokens):
         if isinstance(item, SkippedRow):
             skipped.append(item)
             continue
-        try:
-            prompt = encoder.prompt(item)
-        except TemplateMismatchError as error:
-            skipped.append(SkippedRow(item.line, str(error)))
-            continue
-        if len(prompt.ids) > config.max_prompt_tokens:
-            reason = f"prompt has {len(prompt.ids)} tokens, more than {config.max_prompt_tokens}"
-            skipped.append(SkippedRow(item.line, reason))
-        elif not item.references:
-            skipped.append(SkippedRow(item.line, "no reference response"))
-        else:
-            for sample, reference in enumerate(item.references):
-                ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
-                rows.append(_data_row(item.example_id, sample, prompt.ids, ids))
+        example, prompt = item
+        if not example.references:
+            skipped.append(SkippedRow(example.line, NO_REFERENCE))
+        for sample, reference in enumerate(example.references):
+            ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
+            rows.append(_data_row(example.example_id, sample, prompt.ids, ids))
     for row in skipped[:5]:
         say(f"left out: line {row.line}: {row.reason}")
     if skipped:

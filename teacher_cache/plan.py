@@ -12,7 +12,7 @@ from dpkd.teacher_cache.examples import Example, ExampleSource, SkippedRow, iter
 from dpkd.teacher_cache.schema import Origin, PlannedRow
 from dpkd.teacher_cache.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
 
-_NO_REFERENCE = "no reference response"
+NO_REFERENCE = "no reference response"
 
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
@@ -50,7 +50,7 @@ class RowPlan:
             for origin in self.origins:
                 num_rows[origin] += self._config.num_samples if origin == "teacher" else len(example.references)
             if "reference" in self.origins and not example.references:
-                skipped.append(SkippedRow(example.line, _NO_REFERENCE))
+                skipped.append(SkippedRow(example.line, NO_REFERENCE))
         if not sum(num_rows.values()):
             first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
             raise UserError(
@@ -84,17 +84,23 @@ class RowPlan:
             }
 
     def _encoded(self) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
-        limit = self._config.max_prompt_tokens
-        for item in iter_examples(self._source, self._config.limit):
-            if isinstance(item, SkippedRow):
-                yield item
-                continue
-            try:
-                prompt = self._encoder.prompt(item)
-            except TemplateMismatchError as error:
-                yield SkippedRow(item.line, str(error))
-                continue
-            if len(prompt.ids) > limit:
-                yield SkippedRow(item.line, f"prompt has {len(prompt.ids)} tokens, more than {limit}")
-            else:
-                yield item, prompt
+        return encode_examples(self._source, self._encoder, self._config.max_prompt_tokens, self._config.limit)
+
+
+def encode_examples(
+    source: ExampleSource, encoder: PromptEncoder, max_prompt_tokens: int, limit: int | None = None
+) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
+    """Examples with their prompts, in file order; rows without a usable prompt come out as `SkippedRow`."""
+    for item in iter_examples(source, limit):
+        if isinstance(item, SkippedRow):
+            yield item
+            continue
+        try:
+            prompt = encoder.prompt(item)
+        except TemplateMismatchError as error:
+            yield SkippedRow(item.line, str(error))
+            continue
+        if len(prompt.ids) > max_prompt_tokens:
+            yield SkippedRow(item.line, f"prompt has {len(prompt.ids)} tokens, more than {max_prompt_tokens}")
+        else:
+            yield item, prompt

@@ -33,6 +33,11 @@ class Round:
     directory: Path
     manifest: Manifest
 
+    @cached_property
+    def shards_by_path(self) -> dict[str, ShardRecord]:
+        """The round's shards by path, which is also the path of the cache's shard that each lies beside."""
+        return {shard.path: shard for shard in self.manifest.shards}
+
 
 class TeacherCache:
     """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
@@ -105,8 +110,7 @@ class TeacherCache:
 
     def read_round(self, held: Round, record: ShardRecord) -> ShardRows:
         """The decoded rows of the round that lie beside those of the cache's shard `record`."""
-        beside = next(shard for shard in held.manifest.shards if shard.path == record.path)
-        return self._read(held.directory, beside)
+        return self._read(held.directory, held.shards_by_path[record.path])
 
     def verify_shards(self) -> None:
         """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
