@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from dpkd.teacher_cache.errors import UserError
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from dpkd.teacher_cache.models import ModelSource
 
-EngineName = Literal["auto", "vllm", "transformers"]
+LocalEngineName = Literal["auto", "vllm", "transformers"]
+EngineName = Literal["auto", "vllm", "transformers", "server", "ray"]
+ResolvedEngine = Literal["vllm", "transformers", "server", "ray"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -29,13 +31,21 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine must be able to hold: `max_length` is prompt plus response, in tokens."""
+    """What an engine must be able to hold: `max_length` is prompt plus response, in tokens.
+
+    `top_k` entries of a distribution are asked for; with `top_mass` only the smallest set of them that reaches that
+    probability is kept. `engine_args` are vLLM's own arguments as text; `server_urls` are the servers of the engine
+    `server`.
+    """
 
     max_length: int
     top_k: int
     dtype: str
     device: str = "auto"
     max_num_seqs: int = 64
+    top_mass: float | None = None
+    engine_args: Mapping[str, str] = field(default_factory=dict)
+    server_urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +92,19 @@ class EngineResult:
     distributions: Distributions | None
 
 
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request that the engine cannot answer, whatever it tried; `reason` is one line for a person."""
+
+    index: int
+    reason: str
+
+
 class Engine(Protocol):
     """A running model. Results arrive in whatever order they finish; requests are pulled as places fall free.
+
+    A request that makes the engine fail is tried again, alone, and comes out as a `FailedRequest` when that does not
+    help; the others go on. An engine that cannot go on at all raises `UserError`.
 
     Log-probabilities are those of the full vocabulary at temperature 1, whatever the sampling temperature.
     """
@@ -91,11 +112,11 @@ class Engine(Protocol):
     name: str
     vocab_size: int
 
-    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult | FailedRequest]:
         """Draw a response for every request."""
         ...
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         """Log-probabilities of given responses; `finish_reason` is `stop`, the caller knows better."""
         ...
 
@@ -108,19 +129,29 @@ class Engine(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-def resolve_engine(name: EngineName) -> Literal["vllm", "transformers"]:
+_INSTALL = {
+    "vllm": "Install dpkd[teacher-cpu] or dpkd[teacher-gpu], or choose --engine transformers",
+    "ray": "Install dpkd[ray], or choose another --engine",
+}
+
+
+def resolve_engine(name: EngineName) -> ResolvedEngine:
     """`auto` is vLLM where it is installed, else transformers. Raises `UserError` for a named engine not installed."""
     from importlib.util import find_spec
 
-    has_vllm = find_spec("vllm") is not None
-    if name == "vllm" and not has_vllm:
-        raise UserError(
-            "the engine vllm is not installed",
-            advice="Install dpkd[teacher-cpu] or dpkd[teacher-gpu], or choose --engine transformers",
-        )
     if name == "auto":
-        return "vllm" if has_vllm else "transformers"
+        return "transformers" if find_spec("vllm") is None else "vllm"
+    if name in _INSTALL and find_spec(name) is None:
+        raise UserError(f"the engine {name} is not installed", advice=_INSTALL[name])
     return name
+
+
+def results_only(answers: Iterable[EngineResult | FailedRequest]) -> Iterator[EngineResult]:
+    """The results, for a caller that cannot go on without one: a failed request is raised as `UserError`."""
+    for answer in answers:
+        if isinstance(answer, FailedRequest):
+            raise UserError(f"the engine cannot answer request {answer.index}: {answer.reason}")
+        yield answer
 
 
 def check_fits(model: ModelSource, options: EngineOptions) -> None:
@@ -143,13 +174,21 @@ def check_fits(model: ModelSource, options: EngineOptions) -> None:
         )
 
 
-def open_engine(name: Literal["vllm", "transformers"], model: ModelSource, options: EngineOptions) -> Engine:
-    """Start the engine; raises `UserError` when the model cannot hold `options`."""
+def open_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions) -> Engine:
+    """Start the engine in this process (or connect to its servers); raises `UserError` when the model cannot hold
+    `options`. The engine `ray` has no single process: `ray_engine` runs it.
+    """
     check_fits(model, options)
     if name == "vllm":
         from dpkd.teacher_cache.vllm_engine import VllmEngine
 
         return VllmEngine(model, options)
-    from dpkd.teacher_cache.transformers_engine import TransformersEngine
+    if name == "server":
+        from dpkd.teacher_cache.server_engine import ServerEngine
 
-    return TransformersEngine(model, options)
+        return ServerEngine(model, options)
+    if name == "transformers":
+        from dpkd.teacher_cache.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model, options)
+    raise ValueError(f"the engine {name} does not run in one process")
