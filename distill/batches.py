@@ -32,6 +32,11 @@ class RowSource(Protocol):
         """Rows in each group."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and response."""
+        ...
+
     def row(self, group: int, index: int) -> TrainingRow:
         """One row."""
         ...

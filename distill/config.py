@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dpkd.teacher_cache.settings import Settings
+from dpkd.teacher_cache.settings import Location, Settings
 from dpkd.teacher_cache.templates import TemplateName
 
 
@@ -41,7 +41,7 @@ class TrainConfig(Settings):
         }
     )
 
-    cache: Path | None = Field(None, description="directory of the teacher cache")
+    cache: Location | None = Field(None, description="directory of the teacher cache, or its URL")
     data: str | None = Field(
         None, description="sft only, in place of a cache: instruction data with reference responses"
     )

@@ -58,18 +58,10 @@ def _check_positions(rows: RowSource, student: ModelSource) -> None:
     limit = student.max_positions
     if limit is None:
         return
-    num_long = longest = 0
-    for group, size in enumerate(rows.group_sizes):
-        for index in range(size):
-            row = rows.row(group, index)
-            for side in (row.chosen, row.rejected):
-                length = 0 if side is None else len(side.prompt_ids) + len(side.response_ids)
-                num_long += length > limit
-                longest = max(longest, length)
-    if num_long:
+    if rows.longest > limit:
         raise UserError(
-            f"{num_long} rows are longer than the student's positions",
-            found=f"{longest} tokens",
+            "the longest row is longer than the student's positions",
+            found=f"{rows.longest} tokens",
             expected=f"at most {limit}",
             where=student.name,
             advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",

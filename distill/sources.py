@@ -26,16 +26,25 @@ class CacheRows:
 
     @cached_property
     def group_sizes(self) -> list[int]:
-        """Rows in each shard."""
-        return [shard.rows for shard in self._shards]
+        """Rows in each shard; of a round's, where one is given: a row that it could not answer makes no pair."""
+        return [self._paired(shard).rows for shard in self._shards]
+
+    @cached_property
+    def longest(self) -> int:
+        """See `RowSource.longest`."""
+        return max(max(shard.longest, self._paired(shard).longest) for shard in self._shards)
+
+    def _paired(self, record: ShardRecord) -> ShardRecord:
+        return record if self._round is None else self._round.shards_by_path[record.path]
 
     def row(self, group: int, index: int) -> TrainingRow:
         """Row `index` of shard `group`, and the student's response to the same prompt."""
         record = self._shards[group]
-        chosen = self._cache.read(record).row(index)
+        shard = self._cache.read(record)
         if self._round is None:
-            return TrainingRow(chosen)
-        return TrainingRow(chosen, self._cache.read_round(self._round, record).row(index))
+            return TrainingRow(shard.row(index))
+        students = self._cache.read_round(self._round, record)
+        return TrainingRow(shard.row(shard.place_of[students.key(index)]), students.row(index))
 
 
 class DataRows:
@@ -44,6 +53,7 @@ class DataRows:
     def __init__(self, rows: list[CachedRow]) -> None:
         self._rows = rows
         self.group_sizes = [len(rows)]
+        self.longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
 
     def row(self, group: int, index: int) -> TrainingRow:
         """Row `index`; there is one group."""
@@ -61,7 +71,7 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             "the cache has no distributions, which --level token needs",
             found="top-k 0",
             expected="top-k of 1 or more",
-            where=cache.directory,
+            where=cache.folder,
             advice="Build a cache with --top-k 64, or train with --level sequence",
         )
     shards = cache.shards() if config.responses == "all" else cache.shards(config.responses)
@@ -70,14 +80,14 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             f"the cache holds no {config.responses} responses",
             found=", ".join(cache.origins),
             expected=config.responses,
-            where=cache.directory,
+            where=cache.folder,
             advice="Change --responses, or build a cache with --responses both",
         )
     # every byte that will be read is checked before the first step, not when its turn comes
     for shard in shards:
-        check_shard(cache.directory, shard)
+        check_shard(cache.folder, shard)
         if held is not None:
-            check_shard(held.directory, held.shards_by_path[shard.path])
+            check_shard(held.folder, held.shards_by_path[shard.path])
     return CacheRows(cache, shards, held)
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dpkd.teacher_cache.engine import EngineName, EngineOptions
-from dpkd.teacher_cache.settings import Settings
+from dpkd.teacher_cache.engine import EngineOptions, LocalEngineName
+from dpkd.teacher_cache.settings import Settings, named_values
 from dpkd.teacher_cache.templates import TemplateName
 
 #: the seeds over which the paper's family (MiniLLM, DPKD) averages
@@ -32,7 +32,7 @@ class EvalConfig(Settings):
         min_length=1, description="NAME=FILE: rows with references (.jsonl, .json, .parquet); repeatable"
     )
     out: Path = Field(description="directory for the report, the scores and the generated answers")
-    engine: EngineName = Field("auto", description="what runs the models; auto is vLLM where it is installed")
+    engine: LocalEngineName = Field("auto", description="what runs the models; auto is vLLM where it is installed")
     template: TemplateName = Field("alpaca", description="prompt template; must be the one trained with")
     temperature: float = Field(
         1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"
@@ -61,18 +61,7 @@ class EvalConfig(Settings):
     @field_validator("model", "data", mode="before")
     @classmethod
     def _named_paths(cls, value: Any) -> Any:
-        pairs = [value] if isinstance(value, str) else value
-        if isinstance(pairs, (list, tuple)):
-            named: dict[str, str] = {}
-            for pair in pairs:
-                name, equals, path = str(pair).partition("=")
-                if not equals or not path:
-                    raise ValueError(f"{pair!r} is not of the form NAME=PATH, such as student=runs/dpkd")
-                if name in named:
-                    raise ValueError(f"the name {name!r} is given twice, for {named[name]!r} and {path!r}")
-                named[name] = path
-            return named
-        return value
+        return named_values(value, "NAME=PATH", "student=runs/dpkd")
 
     @field_validator("model", "data")
     @classmethod

@@ -6,13 +6,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answers
 from dpkd.evaluate.candidates import Candidate
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.teacher_cache.engine import EngineResult, GenerateRequest, Sampling, open_engine
+from dpkd.teacher_cache.engine import (
+    EngineResult,
+    GenerateRequest,
+    ResolvedEngine,
+    Sampling,
+    open_engine,
+    results_only,
+)
 from dpkd.teacher_cache.identity import fingerprint
 from dpkd.teacher_cache.progress import Progress, say
 
@@ -45,7 +52,7 @@ def request_seed(seed: int, example_id: str) -> int:
 
 def generate_answers(
     config: EvalConfig,
-    engine: Literal["vllm", "transformers"],
+    engine: ResolvedEngine,
     candidate: Candidate,
     eval_sets: Sequence[EvalSet],
 ) -> dict[tuple[str, int], list[Answer]]:
@@ -70,7 +77,7 @@ def generate_answers(
             Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress,
         ):
             places = [(file, row) for file in files if file.num_missing for row in range(len(file.answers))]
-            for result in running.generate(_requests(places, candidate.name), sampling):
+            for result in results_only(running.generate(_requests(places, candidate.name), sampling)):
                 file, row = places[result.index]
                 _take(file, row, result, candidate)
                 progress.advance()

@@ -12,7 +12,7 @@ import typer
 from dpkd.distill.config import InitStudentConfig, TrainConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.pipelines.options import config_command
-from dpkd.pipelines.process import run_process
+from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
 from dpkd.teacher_cache.config import CacheConfig
 
 app = typer.Typer(
@@ -30,8 +30,10 @@ app.add_typer(cache_app, name="cache")
 def _build_cache(config: CacheConfig) -> None:
     from dpkd.teacher_cache.build import build_cache
 
-    build_cache(config)
+    manifest = build_cache(config)
     print(config.out)
+    if manifest.failed:
+        raise typer.Exit(EXIT_SET_ASIDE)
 
 
 def _init_student(config: InitStudentConfig) -> None:
@@ -74,13 +76,13 @@ def run_command(
 
 @cache_app.command("info")
 def info_command(
-    directory: Annotated[Path, typer.Argument(help="directory of a finished cache", metavar="DIR")],
+    location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what a cache holds."""
     from dpkd.teacher_cache.verify import describe_cache
 
-    facts = describe_cache(directory)
+    facts = describe_cache(location)
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -98,13 +100,13 @@ def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
 
 @cache_app.command("verify")
 def verify_command(
-    directory: Annotated[Path, typer.Argument(help="directory of a finished cache", metavar="DIR")],
+    location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
 ) -> None:
     """Check checksums and every value of a cache and its rounds."""
     from dpkd.teacher_cache.verify import verify_cache
 
-    counts = verify_cache(directory)
-    print(f"{directory}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
+    counts = verify_cache(location)
+    print(f"{location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.progress import say
-from dpkd.teacher_cache.settings import Settings, read_toml
+from dpkd.teacher_cache.settings import Location, Settings, read_toml
 
 
 def config_command(
@@ -57,13 +57,14 @@ def _flags(config_type: type[Settings]) -> dict[str, Any]:
     for key, field in config_type.model_fields.items():
         if key in config_type.set_only:
             continue
-        repeatable = get_origin(field.annotation) is dict
+        named = get_origin(field.annotation) is dict
+        repeatable = named or field.annotation == tuple[str, ...]
         kind = list[str] | None if repeatable else str | None
-        default = "" if field.is_required() or field.default is None else f" [{_shown(field.default)}]"
+        default = "" if field.is_required() or field.default in (None, (), {}) else f" [{_shown(field.default)}]"
         option = typer.Option(
             f"--{key.replace('_', '-')}",
             help=(field.description or "") + default,
-            metavar="NAME=VALUE" if repeatable else _metavar(field.annotation),
+            metavar="NAME=VALUE" if named else _metavar(field.annotation, field.metadata),
             show_default=False,
         )
         flags[key] = Annotated[kind, option]
@@ -74,7 +75,9 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(annotation: Any, metadata: list[Any]) -> str:
+    if get_args(Location)[1] in metadata or Location in get_args(annotation):
+        return "PATH|URL"
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]

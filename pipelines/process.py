@@ -1,4 +1,7 @@
-"""How a process of dpkd ends: 0 success, 2 a mistake that can be mended, 1 our own fault, 130 interrupted."""
+"""How a process of dpkd ends: 0 success, 2 a mistake that can be mended, 1 our own fault, 130 interrupted.
+
+3 is success with rows set aside: what was asked for is there, but for rows that the engine could not answer.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from dpkd.teacher_cache.progress import say
 
 EXIT_USER_ERROR = 2
 EXIT_OWN_FAULT = 1
+EXIT_SET_ASIDE = 3
 EXIT_INTERRUPTED = 130
 _INTERRUPTED = "interrupted: what is finished is kept; run the same command again to go on"
 

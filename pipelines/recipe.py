@@ -21,7 +21,7 @@ from typing import Any
 
 from dpkd.distill.config import InitStudentConfig, TrainConfig
 from dpkd.evaluate.config import EvalConfig
-from dpkd.pipelines.process import EXIT_INTERRUPTED, StepFailed, Terminated
+from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_SET_ASIDE, StepFailed, Terminated
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.progress import say
@@ -64,9 +64,13 @@ def _read_step(values: dict[str, Any], where: str) -> Step:
 
 
 def run_recipe(path: Path, *, dry_run: bool = False) -> None:
-    """Run every step; raises `StepFailed` with the first failing step's status."""
+    """Run every step; raises `StepFailed` with the first failing step's status.
+
+    A step that set rows aside is no failure: the recipe goes on, and ends with that status.
+    """
     steps = read_recipe(path)
     started_s = time.monotonic()
+    set_aside = False
     for place, step in enumerate(steps, start=1):
         say(f"== step {place} of {len(steps)}: dpkd {step.command} -> {step.config.out}")  # type: ignore[attr-defined]
         if dry_run:
@@ -74,11 +78,14 @@ def run_recipe(path: Path, *, dry_run: bool = False) -> None:
             continue
         step_started_s = time.monotonic()
         status = _run_step(step)
-        if status:
+        set_aside |= status == EXIT_SET_ASIDE
+        if status not in (0, EXIT_SET_ASIDE):
             raise StepFailed(status)
         say(f"== step {place} took {time.monotonic() - step_started_s:.0f} s")
     if not dry_run:
         say(f"== the recipe {path} is complete: {time.monotonic() - started_s:.0f} s")
+    if set_aside:
+        raise StepFailed(EXIT_SET_ASIDE)
 
 
 def _run_step(step: Step) -> int:

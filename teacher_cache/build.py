@@ -6,20 +6,15 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dpkd.teacher_cache.assembling import ShardLayout
 from dpkd.teacher_cache.codec import GRID_NATS
 from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.engine import (
-    Engine,
-    EngineOptions,
-    GenerateRequest,
-    Sampling,
-    ScoreRequest,
-    check_fits,
-    open_engine,
-    resolve_engine,
-)
+from dpkd.teacher_cache.engine import EngineOptions, ResolvedEngine, Sampling, check_engine, resolve_engine
+from dpkd.teacher_cache.engine_args import result_changing
 from dpkd.teacher_cache.examples import ExampleSource, SkippedRow, open_examples
-from dpkd.teacher_cache.job import Job, ShardAssembler
+from dpkd.teacher_cache.filling import Filler, open_filler
+from dpkd.teacher_cache.folders import open_folder
+from dpkd.teacher_cache.job import Job
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.plan import RowPlan
 from dpkd.teacher_cache.progress import Progress, say
@@ -34,93 +29,69 @@ if TYPE_CHECKING:
 def build_cache(config: CacheConfig) -> Manifest:
     """Build the cache (or, with `config.student`, the round) that `config` describes, or go on with it.
 
-    Returns the manifest; a finished cache of the same options is left as it is. Raises `UserError` for options, data
-    or models that cannot be used, before anything is written.
+    Returns the manifest; a finished cache of the same options is left as it is. Rows that the engine cannot answer are
+    set aside: `Manifest.failed` lists them. Raises `UserError` for options, data or models that cannot be used, before
+    anything is written, and when engine or disk cannot go on; what is committed is kept.
     """
     if config.student is not None:
         from dpkd.teacher_cache.rounds import build_round
 
         return build_round(config)
     assert config.data is not None  # the config's own check
-    engine_name = resolve_engine(config.engine)
+    engine = resolve_engine(config.engine)
     source = open_examples(config.data)
-    teacher = locate_model(config.teacher, "teacher")
-    check_fits(teacher, engine_options(config))
+    teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
+    check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
     encoder = PromptEncoder(teacher.tokenizer, config.template)
     plan = RowPlan(source, encoder, config)
     survey = plan.survey()
     _say_skipped(survey.skipped)
 
-    job = Job(config.out, CACHE_KIND, _identities(config, engine_name, teacher, encoder, source))
-    manifest = job.open(config.to_toml())
-    if manifest is not None:
-        say(f"the cache {config.out} is complete: {manifest.counts['rows']} rows")
-        return manifest
-    engine: Engine | None = None
-    try:
-        for origin in plan.origins:
-            done = committed_rows(job, f"shards/{origin}-")
-            if done == survey.num_rows[origin]:
-                continue
-            if engine is None:
-                say(f"starting {engine_name} with the teacher {config.teacher}")
-                engine = open_engine(engine_name, teacher, engine_options(config))
-            _fill(job, plan, origin, engine, encoder, config, survey.num_rows[origin], done)
-    finally:
-        if engine is not None:
-            engine.close()
-    manifest = job.finish([asdict(row) for row in survey.skipped])
-    say(f"the cache {config.out} is complete: {manifest.counts['rows']} rows, {manifest.counts['positions']} tokens")
+    job = Job(open_folder(config.out), CACHE_KIND, _identities(config, engine, teacher, encoder, source))
+    with job.opened(config.to_toml(), sum(survey.num_rows.values())) as manifest:
+        if manifest is None:
+            if job.num_done() < sum(survey.num_rows.values()):
+                say(f"starting {engine} with the teacher {config.teacher}")
+                with open_filler(engine, teacher, engine_options(config), config) as filler:
+                    for origin in plan.origins:
+                        _fill(job, plan, origin, filler, config, survey.num_rows[origin])
+            manifest = job.finish([asdict(row) for row in survey.skipped])
+    say_complete(f"the cache {config.out}", manifest)
     return manifest
 
 
-def _fill(
-    job: Job,
-    plan: RowPlan,
-    origin: Origin,
-    engine: Engine,
-    encoder: PromptEncoder,
-    config: CacheConfig,
-    num_rows: int,
-    done: int,
-) -> None:
+def _fill(job: Job, plan: RowPlan, origin: Origin, filler: Filler, config: CacheConfig, num_rows: int) -> None:
+    done = job.num_done(f"shards/{origin}-")
+    if done == num_rows:
+        return
+    drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if origin == "teacher" else None
     label = "teacher responses" if origin == "teacher" else "teacher scores of references"
-    with (
-        Progress(label, num_rows, "rows", done) as progress,
-        ShardAssembler(job, origin, config.rows_per_shard, encoder.decode) as assembler,
-    ):
-        rows = assembler.pending(plan.rows(origin))
-        if origin == "teacher":
-            results = engine.generate(
-                (GenerateRequest(row.index, row.prompt_ids, row.seed) for row in rows),
-                sampling(config, job.identities["generation"]["stop_token_ids"]),
-            )
-        else:
-            results = engine.score(
-                ScoreRequest(row.index, row.prompt_ids, row.response_ids)
-                for row in rows
-                if row.response_ids is not None
-            )
-        tokens = 0
-        for result in results:
-            assembler.add(result)
-            tokens += len(result.response_ids)
-            progress.advance(1, tokens=tokens)
+    with Progress(label, num_rows, "rows", done) as progress:
+        filler(job, ShardLayout(origin, config.rows_per_shard, stem=origin), plan.rows(origin), drawn, progress)
 
 
-def committed_rows(job: Job, prefix: str) -> int:
-    """Rows of committed shards whose path starts with `prefix`."""
-    return sum(record.rows for path, record in job.committed.items() if path.startswith(prefix))
+def say_complete(what: str, manifest: Manifest) -> None:
+    """One line for a complete cache or round, and one more for every kind of row that was set aside."""
+    counts = manifest.counts
+    say(f"{what} is complete: {counts['rows']} rows, {counts['positions']} tokens, {counts['bytes']} bytes")
+    if not manifest.failed:
+        return
+    say(f"{counts['failed']} rows are set aside, as the engine cannot answer them (all are listed in the manifest):")
+    for row in manifest.failed[:5]:
+        say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
 
 
 def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:
     """The engine's options as `config` asks for them, with another `top_k` where given."""
     return EngineOptions(
         max_length=config.max_prompt_tokens + config.max_new_tokens,
-        top_k=config.top_k if top_k is None else top_k,
+        top_k=config.most_entries if top_k is None else top_k,
         dtype=config.dtype,
         device=config.device,
         max_num_seqs=config.max_num_seqs,
+        top_mass=config.top_mass,
+        engine_args=config.engine_arg,
+        server_urls=config.server_url,
     )
 
 
@@ -130,18 +101,26 @@ def sampling(config: CacheConfig, stop_token_ids: list[int]) -> Sampling:
 
 
 def logprobs_identity(config: CacheConfig) -> dict[str, Any]:
-    """How log-probs were taken and are kept."""
+    """How log-probs were taken and are kept. `top_mass` is there only where it picks the number of entries."""
+    picked = {} if config.top_mass is None else {"top_mass": config.top_mass}
     return {
         "mode": "raw_logprobs",
         "temperature": 1.0,
         "unit": "nats",
-        "top_k": config.top_k,
+        "top_k": config.most_entries,
         "entry_grid_nats": GRID_NATS,
+        **picked,
     }
 
 
+def engine_identity(engine: ResolvedEngine, config: CacheConfig) -> dict[str, Any]:
+    """What runs the model, as far as it can change a result; a Ray cluster runs vLLM."""
+    changing = result_changing(config.engine_arg)
+    return {"engine": "vllm" if engine == "ray" else engine} | ({"engine_args": changing} if changing else {})
+
+
 def _identities(
-    config: CacheConfig, engine: str, teacher: ModelSource, encoder: PromptEncoder, source: ExampleSource
+    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, encoder: PromptEncoder, source: ExampleSource
 ) -> dict[str, Any]:
     return {
         "teacher": teacher.identity(config.dtype),
@@ -149,7 +128,7 @@ def _identities(
         "template": encoder.identity(),
         "data": source.identity | {"limit": config.limit},
         "generation": {
-            "engine": engine,
+            **engine_identity(engine, config),
             "responses": config.responses,
             "temperature": config.temperature,
             "top_p": config.top_p,

@@ -112,7 +112,9 @@ class Engine(Protocol):
     name: str
     vocab_size: int
 
-    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult | FailedRequest]:
+    def generate(
+        self, requests: Iterable[GenerateRequest], sampling: Sampling
+    ) -> Iterator[EngineResult | FailedRequest]:
         """Draw a response for every request."""
         ...
 
@@ -152,6 +154,25 @@ def results_only(answers: Iterable[EngineResult | FailedRequest]) -> Iterator[En
         if isinstance(answer, FailedRequest):
             raise UserError(f"the engine cannot answer request {answer.index}: {answer.reason}")
         yield answer
+
+
+def check_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions, *, scores: bool) -> None:
+    """Raise `UserError` for options that `model` or the engine cannot take; starts nothing."""
+    check_fits(model, options)
+    if name in ("vllm", "ray"):
+        from dpkd.teacher_cache.engine_args import check_engine_args
+
+        check_engine_args(options.engine_args, scores=scores)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an engine failed for want of memory, its own device's or the machine's."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(phrase in text for phrase in ("out of memory", "can't allocate memory", "cannot allocate memory"))
+    )
 
 
 def check_fits(model: ModelSource, options: EngineOptions) -> None:

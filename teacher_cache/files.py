@@ -29,6 +29,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether `name` is one of `replacing`'s temporary names."""
+    return name.startswith(".") and ".tmp" in name
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all; a disk that refuses is a `UserError`."""
     try:
@@ -36,7 +41,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.write_bytes(data)
     except OSError as error:
         raise UserError(
-            f"the file cannot be written: {error.strerror}", where=path, advice="Free space or choose another --out"
+            f"the file cannot be written: {error.strerror}",
+            where=path,
+            advice="Free space or choose another --out; what is committed is kept, the same command goes on",
         ) from error
 
 

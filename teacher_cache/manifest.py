@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.files import write_atomic
+from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.identity import canonical_json, fingerprint
 from dpkd.teacher_cache.schema import FORMAT_VERSION
 from dpkd.teacher_cache.shards import REBUILD, ShardRecord, record_from_json
@@ -48,7 +47,18 @@ class Manifest:
             "entries": sum(shard.entries for shard in self.shards),
             "bytes": sum(shard.num_bytes for shard in self.shards),
             "unfinished": sum(shard.unfinished for shard in self.shards),
+            "failed": sum(len(shard.failed) for shard in self.shards),
         }
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Rows that the engine could not answer: example id, sample, origin and reason."""
+        return [row for shard in self.shards for row in shard.failed]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and response."""
+        return max((shard.longest for shard in self.shards), default=0)
 
     @property
     def mass_kept(self) -> float | None:
@@ -70,28 +80,31 @@ class Manifest:
         body["manifest_sha256"] = fingerprint(body)
         return canonical_json(body) + b"\n"
 
-    def write(self, directory: Path) -> None:
-        """Finish `directory`; nothing in it may change afterwards."""
-        write_atomic(directory / MANIFEST, self.to_bytes())
+    def write(self, folder: Folder) -> None:
+        """Finish the folder; nothing in it may change afterwards."""
+        folder.write(MANIFEST, self.to_bytes())
 
 
-def read_manifest(directory: Path, kind: str) -> Manifest:
-    """The manifest of a finished directory; `UserError` when it is absent, altered, or of another format or kind."""
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise UserError("the cache directory is missing", where=directory, advice="Build it with `dpkd cache-teacher`")
-    if not path.is_file():
-        unfinished = (directory / "job.json").is_file()
+def read_manifest(folder: Folder, kind: str) -> Manifest:
+    """The manifest of a finished folder; `UserError` when it is absent, altered, or of another format or kind."""
+    path = folder.where(MANIFEST)
+    try:
+        data = folder.read(MANIFEST)
+    except FileNotFoundError:
+        if not folder.sizes():
+            raise UserError(
+                "the cache directory is missing", where=folder, advice="Build it with `dpkd cache-teacher`"
+            ) from None
+        unfinished = folder.exists("job.json")
         raise UserError(
             "the cache is unfinished: it has no manifest"
             if unfinished
             else "the directory is no cache: it has no manifest",
-            where=directory,
+            where=folder,
             advice="Run the same `dpkd cache-teacher` command again, it goes on where it stopped"
             if unfinished
             else "Give the --out of a finished `dpkd cache-teacher`",
-        )
-    data = path.read_bytes()
+        ) from None
     try:
         body = json.loads(data)
         version = body["format_version"]
@@ -113,7 +126,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise UserError("the manifest is not what was written: its checksum does not fit", where=path, advice=REBUILD)
     if manifest.kind != kind:
         raise UserError("the directory holds another kind of thing", found=manifest.kind, expected=kind, where=path)
-    _check_files(directory, manifest)
+    _check_files(folder, manifest)
     return manifest
 
 
@@ -128,27 +141,27 @@ def _from_body(body: dict[str, Any]) -> Manifest:
     )
 
 
-def _check_files(directory: Path, manifest: Manifest) -> None:
+def _check_files(folder: Folder, manifest: Manifest) -> None:
     """Sizes of shards and checksums of the small files: what can be known without reading the shards."""
+    sizes = folder.sizes("shards")
     for shard in manifest.shards:
-        path = directory / shard.path
-        size = path.stat().st_size if path.is_file() else None
+        size = sizes.get(shard.path)
         if size != shard.num_bytes:
             raise UserError(
                 "a shard of the cache is missing or cut short",
                 found="no file" if size is None else f"{size} bytes",
                 expected=f"{shard.num_bytes} bytes",
-                where=path,
+                where=folder.where(shard.path),
                 advice=REBUILD,
             )
+    contents = folder.read_many(manifest.files)
     for name, digest in manifest.files.items():
-        path = directory / name
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        found = hashlib.sha256(contents[name]).hexdigest() if name in contents else "no file"
         if found != digest:
             raise UserError(
                 "a file of the cache is not what was written",
                 found=found[:16],
                 expected=digest[:16],
-                where=path,
+                where=folder.where(name),
                 advice=REBUILD,
             )

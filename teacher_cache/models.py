@@ -67,6 +67,10 @@ class ModelSource:
             raise UserError("the model has no EOS token", where=self.path)
         return sorted(ids)
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
     def load(self, dtype: str) -> PreTrainedModel:
         """The model itself, from safetensors alone, on the CPU."""
         import torch
@@ -91,7 +95,8 @@ class ModelSource:
             "dtype": dtype,
             "vocab_size": self.vocab_size,
             "config_sha256": fingerprint(config),
-            "weights_sha256": weights_sha256(self.path),
+            # None where a server holds the weights and this machine does not
+            "weights_sha256": weights_sha256(self.path) if any(self.path.glob("*.safetensors")) else None,
         }
 
     def tokenizer_identity(self) -> dict[str, Any]:
@@ -99,10 +104,11 @@ class ModelSource:
         return {"sha256": tokenizer_sha256(self.tokenizer), "num_tokens": len(self.tokenizer)}
 
 
-def locate_model(name: str, role: str) -> ModelSource:
+def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSource:
     """The model `name`: a local directory, or a name on the Hugging Face hub (fetched once, safetensors only).
 
-    Raises `UserError` (naming `role`: teacher, student, model) when it is not there or holds no safetensors.
+    Without `needs_weights` config and tokenizer are enough, as for a model that a server runs. Raises `UserError`
+    (naming `role`: teacher, student, model) when it is not there or holds no safetensors.
     """
     path = Path(name)
     revision = None
@@ -113,14 +119,14 @@ def locate_model(name: str, role: str) -> ModelSource:
                 found=f"no directory {name!r}",
                 expected="a checkpoint directory or a hub name OWNER/MODEL",
             )
-        path, revision = _fetch(name, role)
+        path, revision = _fetch(name, role, needs_weights)
     if not (path / "config.json").is_file():
         raise UserError(
             f"the {role}'s directory holds no config.json",
             where=path,
             advice="Give a Hugging Face checkpoint",
         )
-    if not any(path.glob("*.safetensors")):
+    if needs_weights and not any(path.glob("*.safetensors")):
         raise UserError(
             f"the {role}'s directory holds no *.safetensors",
             where=path,
@@ -129,11 +135,12 @@ def locate_model(name: str, role: str) -> ModelSource:
     return ModelSource(name, path, revision)
 
 
-def _fetch(name: str, role: str) -> tuple[Path, str]:
+def _fetch(name: str, role: str, with_weights: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if with_weights else [])]
     try:
-        path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        path = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(

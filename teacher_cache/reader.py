@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.manifest import Manifest, read_manifest
+from dpkd.teacher_cache.folders import Folder, open_folder
+from dpkd.teacher_cache.job import JOB
+from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.shards import ShardRecord, check_shard, read_shard
 
 if TYPE_CHECKING:
@@ -20,17 +22,20 @@ ROUND_KIND = "round"
 _DECODED_SHARDS = 16  # how many decoded shards a reader holds: two windows of the data order
 
 
-def round_dir(cache_dir: Path, name: str) -> Path:
-    """Directory of the round `name`."""
-    return cache_dir / "rounds" / name
+def round_folder(cache: Folder, name: str) -> Folder:
+    """Folder of the round `name` of the cache in `cache`."""
+    return cache.child(f"rounds/{name}")
 
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round: its directory and manifest. Its shards lie row for row beside the cache's."""
+    """A finished round: its folder and manifest. Its shards lie beside the cache's, rows in the same order.
+
+    A round has the cache's rows but for those that student or teacher could not answer (`Manifest.failed`).
+    """
 
     name: str
-    directory: Path
+    folder: Folder
     manifest: Manifest
 
     @cached_property
@@ -42,14 +47,15 @@ class Round:
 class TeacherCache:
     """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest = directory, manifest
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
         self._read = lru_cache(maxsize=_DECODED_SHARDS)(read_shard)
 
     @classmethod
-    def open(cls, directory: Path) -> TeacherCache:
-        """Raises `UserError` when `directory` is absent, unfinished, altered or of another format."""
-        return cls(directory, read_manifest(directory, CACHE_KIND))
+    def open(cls, location: str | Path) -> TeacherCache:
+        """The cache at a path or URL; `UserError` when it is absent, unfinished, altered or of another format."""
+        folder = open_folder(location)
+        return cls(folder, read_manifest(folder, CACHE_KIND))
 
     @property
     def vocab_size(self) -> int:
@@ -77,45 +83,46 @@ class TeacherCache:
 
     def read(self, record: ShardRecord) -> ShardRows:
         """The decoded rows of one shard; the last few stay in memory."""
-        return self._read(self.directory, record)
+        return self._read(self.folder, record)
 
     @cached_property
     def round_names(self) -> list[str]:
         """Names of the finished rounds."""
-        return sorted(path.parent.name for path in (self.directory / "rounds").glob("*/manifest.json"))
+        names = [name.split("/") for name in self.folder.sizes("rounds")]
+        return sorted(parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST)
 
     def round(self, name: str) -> Round:
         """The round `name`; raises `UserError` when it is absent, altered or of another cache."""
-        directory = round_dir(self.directory, name)
-        if name not in self.round_names and not (directory / "job.json").is_file():
+        folder = round_folder(self.folder, name)
+        if name not in self.round_names and not folder.exists(JOB):
             raise UserError(
                 "the cache has no such round",
                 found=repr(name),
                 expected=" or ".join(map(repr, self.round_names)) or "none is there",
-                where=self.directory,
+                where=self.folder,
                 advice=f"Build it with `dpkd cache-teacher --student DIR --round {name}`",
             )
-        manifest = read_manifest(directory, ROUND_KIND)
+        manifest = read_manifest(folder, ROUND_KIND)
         if manifest.identities["cache"] != self.manifest.fingerprint:
             raise UserError(
                 "the round belongs to another cache",
                 found=manifest.identities["cache"][:16],
                 expected=self.manifest.fingerprint[:16],
-                where=directory,
+                where=folder,
             )
         ours = [(shard.path, shard.rows) for shard in self.manifest.shards]
-        if [(shard.path, shard.rows) for shard in manifest.shards] != ours:
-            raise UserError("the round's shards do not lie beside the cache's", where=directory)
-        return Round(name, directory, manifest)
+        if [(shard.path, shard.rows + len(shard.failed)) for shard in manifest.shards] != ours:
+            raise UserError("the round's shards do not lie beside the cache's", where=folder)
+        return Round(name, folder, manifest)
 
     def read_round(self, held: Round, record: ShardRecord) -> ShardRows:
         """The decoded rows of the round that lie beside those of the cache's shard `record`."""
-        return self._read(held.directory, held.shards_by_path[record.path])
+        return self._read(held.folder, held.shards_by_path[record.path])
 
     def verify_shards(self) -> None:
         """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
         for record in self.manifest.shards:
-            check_shard(self.directory, record)
+            check_shard(self.folder, record)
 
     def check_tokenizer(self, model: ModelSource, role: str) -> None:
         """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
@@ -125,7 +132,7 @@ class TeacherCache:
                 f"the {role}'s tokenizer is not the cache's",
                 found=f"{_tokenizer(ours)} of {model.name}",
                 expected=f"{_tokenizer(held)} of {self.manifest.identities['teacher']['name']}",
-                where=self.directory,
+                where=self.folder,
                 advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
             )
 

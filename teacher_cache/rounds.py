@@ -6,24 +6,25 @@ two phases that never hold two models at once: the student samples (kept in `sam
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dpkd.teacher_cache.build import committed_rows, engine_options, logprobs_identity, sampling
+from dpkd.teacher_cache.assembling import ShardLayout
+from dpkd.teacher_cache.build import engine_identity, engine_options, logprobs_identity, sampling, say_complete
 from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.engine import Engine, GenerateRequest, ScoreRequest, check_fits, open_engine, resolve_engine
+from dpkd.teacher_cache.engine import ResolvedEngine, check_engine, resolve_engine
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import open_examples
+from dpkd.teacher_cache.filling import open_filler
 from dpkd.teacher_cache.identity import differences
-from dpkd.teacher_cache.job import Job, ShardAssembler
+from dpkd.teacher_cache.job import Job
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.plan import request_seed
 from dpkd.teacher_cache.progress import Progress, say
-from dpkd.teacher_cache.reader import ROUND_KIND, TeacherCache, round_dir
+from dpkd.teacher_cache.reader import ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.schema import PlannedRow, ShardRows
-from dpkd.teacher_cache.shards import Ledger, read_shard
+from dpkd.teacher_cache.shards import read_shard
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.manifest import Manifest
@@ -40,71 +41,65 @@ def build_round(config: CacheConfig) -> Manifest:
     config = _with_cache_options(cache, config)
     assert config.student is not None  # the config's own check
     assert config.round is not None
-    engine_name = resolve_engine(config.engine)
+    engine = resolve_engine(config.engine)
+    if engine == "server":
+        raise UserError(
+            "a round needs the student and the teacher on one engine, and a server holds one model",
+            found="--engine server",
+            advice="Choose --engine vllm, ray or transformers for a round",
+        )
     teacher = locate_model(config.teacher, "teacher")
     student = locate_model(config.student, "student")
     _check_same_teacher(cache, teacher, config)
     cache.check_tokenizer(student, "student")
-    check_fits(teacher, engine_options(config))
-    check_fits(student, engine_options(config, top_k=0))
+    check_engine(engine, teacher, engine_options(config), scores=True)
+    check_engine(engine, student, engine_options(config, top_k=0), scores=True)
 
-    directory = round_dir(config.out, config.round)
-    job = Job(directory, ROUND_KIND, _identities(cache, config, engine_name, student))
-    manifest = job.open(config.to_toml())
-    if manifest is not None:
-        say(f"the round {directory} is complete: {manifest.counts['rows']} rows")
-        return manifest
-    sampled = Job(directory / _SAMPLED, _SAMPLED, job.identities)
-    sampled.committed = Ledger(sampled.directory).committed()
+    folder = round_folder(cache.folder, config.round)
+    job = Job(folder, ROUND_KIND, _identities(cache, config, engine, student))
     num_rows = cache.manifest.counts["rows"]
-    if committed_rows(job, "shards/") < num_rows:
-        if committed_rows(sampled, "shards/") < num_rows:
-            say(f"starting {engine_name} with the student {config.student}")
-            with open_engine(engine_name, student, engine_options(config, top_k=0)) as engine:
-                _sample(cache, sampled, engine, config, student)
-        say(f"starting {engine_name} with the teacher {config.teacher}")
-        with open_engine(engine_name, teacher, engine_options(config)) as engine:
-            _score(cache, sampled, job, engine, student)
-    manifest = job.finish([])
-    shutil.rmtree(sampled.directory, ignore_errors=True)
-    say(f"the round {directory} is complete: {manifest.counts['rows']} rows, {manifest.counts['positions']} tokens")
+    with job.opened(config.to_toml(), num_rows) as manifest:
+        if manifest is None:
+            sampled = Job(folder.child(_SAMPLED), _SAMPLED, job.identities)
+            sampled.committed = sampled.ledger.committed()
+            if job.num_done() < num_rows:
+                _sample_and_score(cache, sampled, job, engine, config, student, teacher)
+            manifest = job.finish([])
+            folder.delete(_SAMPLED)
+    say_complete(f"the round {folder}", manifest)
     return manifest
 
 
-def _sample(cache: TeacherCache, sampled: Job, engine: Engine, config: CacheConfig, student: ModelSource) -> None:
-    options = sampling(config, student.stop_token_ids())
-    with Progress(
-        "student responses", cache.manifest.counts["rows"], "rows", committed_rows(sampled, "shards/")
-    ) as bar:
+def _sample_and_score(
+    cache: TeacherCache,
+    sampled: Job,
+    job: Job,
+    engine: ResolvedEngine,
+    config: CacheConfig,
+    student: ModelSource,
+    teacher: ModelSource,
+) -> None:
+    num_rows = cache.manifest.counts["rows"]
+    if sampled.num_done() < num_rows:
+        say(f"starting {engine} with the student {config.student}")
+        drawn = sampling(config, student.stop_token_ids())
+        with (
+            open_filler(engine, student, engine_options(config, top_k=0), config) as filler,
+            Progress("student responses", num_rows, "rows", sampled.num_done()) as progress,
+        ):
+            for origin in cache.origins:
+                filler(sampled, _layout(cache, origin), _rows(cache, origin, config.seed), drawn, progress)
+    say(f"starting {engine} with the teacher {config.teacher}")
+    with (
+        open_filler(engine, teacher, engine_options(config), config) as filler,
+        Progress("teacher scores", num_rows, "rows", job.num_done()) as progress,
+    ):
         for origin in cache.origins:
-            with _assembler(cache, sampled, origin, student) as assembler:
-                rows = assembler.pending(_rows(cache, origin, config.seed))
-                requests = (GenerateRequest(row.index, row.prompt_ids, row.seed) for row in rows)
-                for result in engine.generate(requests, options):
-                    assembler.add(result)
-                    bar.advance()
+            filler(job, _layout(cache, origin), _sampled_rows(cache, sampled, origin), None, progress)
 
 
-def _score(cache: TeacherCache, sampled: Job, job: Job, engine: Engine, student: ModelSource) -> None:
-    with Progress("teacher scores", cache.manifest.counts["rows"], "rows", committed_rows(job, "shards/")) as bar:
-        for origin in cache.origins:
-            with _assembler(cache, job, origin, student) as assembler:
-                rows = assembler.pending(_sampled_rows(cache, sampled, origin))
-                requests = (
-                    ScoreRequest(row.index, row.prompt_ids, row.response_ids)
-                    for row in rows
-                    if row.response_ids is not None
-                )
-                for result in engine.score(requests):
-                    assembler.add(result)
-                    bar.advance()
-
-
-def _assembler(cache: TeacherCache, job: Job, origin: str, student: ModelSource) -> ShardAssembler:
-    def to_text(ids: list[int]) -> str:
-        return str(student.tokenizer.decode(ids, skip_special_tokens=True))
-
-    return ShardAssembler(job, "student", cache.rows_per_shard, to_text, stem=origin)
+def _layout(cache: TeacherCache, origin: str) -> ShardLayout:
+    return ShardLayout("student", cache.rows_per_shard, stem=origin)
 
 
 def _beside(index: int, shard: ShardRows, place: int) -> PlannedRow:
@@ -115,30 +110,34 @@ def _beside(index: int, shard: ShardRows, place: int) -> PlannedRow:
 
 
 def _rows(cache: TeacherCache, origin: str, seed_of_round: int) -> Iterator[PlannedRow]:
-    """One student row for every row of the cache, in the cache's order."""
-    index = 0
-    for record in cache.shards(origin):
+    """One student row for every row of the cache, in the cache's order and shards."""
+    for number, record in enumerate(cache.shards(origin)):
         shard = cache.read(record)
         for place in range(len(shard)):
             row = shard.row(place)
             seed = request_seed(seed_of_round, f"{origin}/{row.example_id}", row.sample)
-            yield replace(_beside(index, shard, place), seed=seed)
-            index += 1
+            yield replace(_beside(number * cache.rows_per_shard + place, shard, place), seed=seed)
 
 
 def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str) -> Iterator[PlannedRow]:
-    """The same rows with the responses that the student gave."""
-    index = 0
-    for path in sorted(path for path in sampled.committed if path.startswith(f"shards/{origin}-")):
-        shard = read_shard(sampled.directory, sampled.committed[path])
+    """The same rows with the responses that the student gave; a row that it could not answer comes out as failed."""
+    for number, record in enumerate(cache.shards(origin)):
+        held = sampled.committed[record.path]
+        reasons = {(row["example_id"], row["sample"]): row["reason"] for row in held.failed}
+        answered = read_shard(sampled.folder, held)
+        answers = {answered.key(place): answered.row(place) for place in range(len(answered))}
+        shard = cache.read(record)
         for place in range(len(shard)):
-            row = shard.row(place)
+            planned = _beside(number * cache.rows_per_shard + place, shard, place)
+            key = (planned.example_id, planned.sample)
+            if key in reasons:
+                yield replace(planned, failed=f"the student: {reasons[key]}")
+                continue
             yield replace(
-                _beside(index, shard, place),
-                response_ids=row.response_ids.tolist(),
-                finish_reason="stop" if row.finish_reason == "stop" else "length",
+                planned,
+                response_ids=answers[key].response_ids.tolist(),
+                finish_reason="stop" if answers[key].finish_reason == "stop" else "length",
             )
-            index += 1
 
 
 def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
@@ -152,7 +151,7 @@ def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig
                 "the data are not those of the cache",
                 found=f"sha256 {found[:12]} of {config.data}",
                 expected=f"{identities['data']['sha256'][:12]} of {identities['data']['name']}",
-                where=cache.directory,
+                where=cache.folder,
                 advice="Leave --data out: a round takes the cache's prompts",
             )
     held = {
@@ -170,7 +169,7 @@ def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig
                 f"a round has the {key} of its cache",
                 found=asked,
                 expected=value,
-                where=cache.directory,
+                where=cache.folder,
                 advice=f"Leave --{key.replace('_', '-')} out",
             )
     return config.model_copy(update=held)
@@ -182,17 +181,19 @@ def _check_same_teacher(cache: TeacherCache, teacher: ModelSource, config: Cache
     if ours["weights_sha256"] != held["weights_sha256"] or ours["dtype"] != held["dtype"]:
         raise UserError(
             f"the teacher is not the one of the cache; differing: {'; '.join(differences(held, ours))}",
-            where=cache.directory,
+            where=cache.folder,
             advice="Give the teacher that the cache was built with",
         )
 
 
-def _identities(cache: TeacherCache, config: CacheConfig, engine: str, student: ModelSource) -> dict[str, Any]:
+def _identities(
+    cache: TeacherCache, config: CacheConfig, engine: ResolvedEngine, student: ModelSource
+) -> dict[str, Any]:
     return {
         "cache": cache.manifest.fingerprint,
         "student": student.identity(config.dtype),
         "generation": {
-            "engine": engine,
+            **engine_identity(engine, config),
             "temperature": config.temperature,
             "top_p": config.top_p,
             "max_new_tokens": config.max_new_tokens,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,10 @@ DICTIONARY_COLUMNS = ["origin", "finish_reason"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """A row before the engine has seen it; `index` is its place in the order of its origin."""
+    """A row before the engine has seen it; `index` is its place in the order of its origin.
+
+    `failed` is the reason why an earlier stage could not make it: it goes to no engine and is set aside.
+    """
 
     index: int
     example_id: str
@@ -67,6 +71,7 @@ class PlannedRow:
     seed: int = 0
     response_ids: Sequence[int] | None = None
     finish_reason: Literal["stop", "length"] = "stop"
+    failed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,15 @@ class ShardRows:
     def texts(self, index: int) -> tuple[str, str]:
         """Prompt and response as text."""
         return self._table["prompt"][index].as_py(), self._table["response"][index].as_py()
+
+    def key(self, index: int) -> tuple[str, int]:
+        """Example id and sample number of a row: what names it among those of its origin."""
+        return self._text["example_id"][index], self._text["sample"][index]
+
+    @cached_property
+    def place_of(self) -> dict[tuple[str, int], int]:
+        """Index of every row by its key."""
+        return {self.key(index): index for index in range(len(self))}
 
     def row(self, index: int) -> CachedRow:
         """Row `index` of the shard."""

@@ -5,11 +5,35 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from dpkd.teacher_cache.errors import UserError
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+#: a directory, or the URL of one in an object store
+Location = Annotated[str, BeforeValidator(_as_text)]
+
+
+def named_values(value: Any, form: str, example: str) -> Any:
+    """Texts `NAME=VALUE` as a dict, for a repeatable option; ValueError for another form or a name twice."""
+    pairs = [value] if isinstance(value, str) else value
+    if not isinstance(pairs, (list, tuple)):
+        return value
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, text = str(pair).partition("=")
+        if not equals or not text:
+            raise ValueError(f"{pair!r} is not of the form {form}, such as {example}")
+        if name in named:
+            raise ValueError(f"the name {name!r} is given twice, for {named[name]!r} and {text!r}")
+        named[name] = text
+    return named
 
 
 class Settings(BaseModel):

@@ -6,16 +6,17 @@ import contextlib
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.files import write_atomic
+from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.schema import COLUMN_ENCODINGS, DICTIONARY_COLUMNS, ROW_SCHEMA, ShardRows
 
 
@@ -24,7 +25,9 @@ class ShardRecord:
     """What the manifest knows of a shard. `path` is relative to the cache (or round) directory.
 
     `positions` are response tokens, `entries` kept top-K entries, `num_bytes` the file's size; `mass_kept` is the
-    probability inside the entries summed over positions; `unfinished` counts rows that ended by length.
+    probability inside the entries summed over positions; `unfinished` counts rows that ended by length; `longest` is
+    the longest row, prompt and response, in tokens. `lengths` counts rows by response length, place i for lengths
+    from 2^i up to 2^(i+1) tokens. `failed` are the rows that the engine could not answer: they are not in the shard.
     """
 
     path: str
@@ -36,9 +39,17 @@ class ShardRecord:
     entries: int
     mass_kept: float
     unfinished: int
+    longest: int = 0
+    lengths: Sequence[int] = ()
+    failed: Sequence[dict[str, Any]] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.sha256))
 
 
-def encode_shard(table: pa.Table, path: str, origin: str) -> tuple[bytes, ShardRecord]:
+def encode_shard(
+    table: pa.Table, path: str, origin: str, failed: Sequence[dict[str, Any]] = ()
+) -> tuple[bytes, ShardRecord]:
     """The bytes of a shard and its record. Equal tables give equal bytes (with one pyarrow version)."""
     buffer = io.BytesIO()
     pq.write_table(
@@ -53,33 +64,37 @@ def encode_shard(table: pa.Table, path: str, origin: str) -> tuple[bytes, ShardR
         row_group_size=max(table.num_rows, 1),
     )
     data = buffer.getvalue()
-    log_remainder = table["log_remainder"].combine_chunks().flatten().to_numpy()
-    positions = len(table["response_ids"].combine_chunks().flatten())
-    entries = len(table["entry_ids"].combine_chunks().flatten())
+    log_remainder = pc.list_flatten(table["log_remainder"]).to_numpy()
+    response_lengths = pc.list_value_length(table["response_ids"]).to_numpy()
+    prompt_lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    entries = int(pc.sum(pc.list_value_length(table["entry_ids"])).as_py() or 0)
     record = ShardRecord(
         path=path,
         origin=origin,
         sha256=hashlib.sha256(data).hexdigest(),
         num_bytes=len(data),
         rows=table.num_rows,
-        positions=positions,
+        positions=int(response_lengths.sum()),
         entries=entries,
         mass_kept=float((1.0 - np.exp(log_remainder.astype(np.float64))).sum()) if entries else 0.0,
         unfinished=sum(reason == "length" for reason in table["finish_reason"].to_pylist()),
+        longest=int((prompt_lengths + response_lengths).max(initial=0)),
+        lengths=np.bincount(np.log2(np.maximum(response_lengths, 1)).astype(np.int64)).tolist(),
+        failed=list(failed),
     )
     return data, record
 
 
-def read_shard(directory: Path, record: ShardRecord) -> ShardRows:
+def read_shard(folder: Folder, record: ShardRecord) -> ShardRows:
     """Read, check and decode a shard; raises `UserError` when it is missing or not what was written."""
-    return ShardRows(_parse(check_shard(directory, record), directory / record.path))
+    return ShardRows(_parse(check_shard(folder, record), folder.where(record.path)))
 
 
-def check_shard(directory: Path, record: ShardRecord) -> bytes:
+def check_shard(folder: Folder, record: ShardRecord) -> bytes:
     """The shard's bytes when they are the ones that were committed, else `UserError`."""
-    path = directory / record.path
+    path = folder.where(record.path)
     try:
-        data = path.read_bytes()
+        data = folder.read(record.path)
     except FileNotFoundError:
         raise UserError("a shard of the cache is missing", where=path, advice=REBUILD) from None
     digest = hashlib.sha256(data).hexdigest()
@@ -94,10 +109,11 @@ def check_shard(directory: Path, record: ShardRecord) -> bytes:
     return data
 
 
+LEDGER = "ledger"
 REBUILD = "Restore the file, or delete the directory and build it again with `dpkd cache-teacher`"
 
 
-def _parse(data: bytes, path: Path) -> pa.Table:
+def _parse(data: bytes, path: str) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
@@ -119,29 +135,27 @@ class Ledger:
     lines of one, so that several writers need no lock and a torn write touches one shard alone.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._records_dir = directory / "ledger"
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
 
     def committed(self) -> dict[str, ShardRecord]:
         """Records by shard path. A record that cannot be read counts as absent: its shard is written again."""
+        contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER)))
+        shards = self._folder.sizes("shards") if contents else {}
         records = {}
-        for file in sorted(self._records_dir.glob("*.json")):
+        for content in contents.values():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = record_from_json(json.loads(file.read_text(encoding="utf-8")))
-                if (self._directory / record.path).is_file():
+                record = record_from_json(json.loads(content))
+                if record.path in shards:
                     records[record.path] = record
         return records
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
         """Write the shard, then the record that makes it count."""
-        write_atomic(self._directory / record.path, data)
+        self._folder.write(record.path, data)
         name = record.path.replace("/", "--").removesuffix(".parquet") + ".json"
-        write_atomic(self._records_dir / name, json.dumps(asdict(record)).encode())
+        self._folder.write(f"{LEDGER}/{name}", json.dumps(asdict(record)).encode())
 
     def discard(self) -> None:
         """Remove the records, once the manifest holds them."""
-        for file in self._records_dir.glob("*.json"):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._records_dir.rmdir()
+        self._folder.delete(LEDGER)

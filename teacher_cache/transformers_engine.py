@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from dpkd.teacher_cache.distributions import from_top_k
-from dpkd.teacher_cache.engine import EngineOptions, EngineResult, GenerateRequest, Sampling, ScoreRequest
+from dpkd.teacher_cache.engine import (
+    EngineOptions,
+    EngineResult,
+    FailedRequest,
+    GenerateRequest,
+    Sampling,
+    ScoreRequest,
+    is_out_of_memory,
+)
 from dpkd.teacher_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,16 +48,45 @@ class TransformersEngine:
         self._model: Any = model.load(options.dtype).eval()
         self._model.to(self._device)
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        self._top_k = options.top_k
+        self._options = options
         self.vocab_size = model.vocab_size
 
-    @torch.inference_mode()
-    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+    def generate(
+        self, requests: Iterable[GenerateRequest], sampling: Sampling
+    ) -> Iterator[EngineResult | FailedRequest]:
         """See `Engine.generate`."""
         for batch in _batched(requests, _GENERATE_BATCH):
-            yield from self._generate_batch(batch, sampling)
+            yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
-    def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
+        """See `Engine.score`."""
+        for batch in _batched(requests, _SCORE_BATCH):
+            yield from self._answered(batch, self._score_batch)
+
+    def _answered(
+        self, batch: list[Any], answer: Callable[[list[Any]], list[EngineResult]]
+    ) -> Iterator[EngineResult | FailedRequest]:
+        """The answers of a batch; where it fails, of its requests one by one, so that the culprit is known."""
+        try:
+            with torch.inference_mode():
+                results = answer(batch)
+        except (RuntimeError, IndexError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise UserError(
+                    f"the engine ran out of memory: {str(error).splitlines()[0]}",
+                    advice="Choose --engine vllm, or lower --max-new-tokens or --top-k; what is committed is kept",
+                ) from error
+            failure = error
+        else:
+            yield from results
+            return
+        if len(batch) == 1:
+            yield FailedRequest(batch[0].index, f"the model fails on it: {str(failure).splitlines()[0]}")
+            return
+        for request in batch:
+            yield from self._answered([request], answer)
+
+    def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
         inputs = self._left_pad([list(request.prompt_ids) for request in batch])
         draws = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
         steps: list[_Step] = []
@@ -59,32 +96,33 @@ class TransformersEngine:
             output = self._model(**inputs, use_cache=True)
             logprobs_BV = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
             token_B = _draw(logprobs_BV, sampling, draws)
-            steps.append(_Step.take(logprobs_BV, token_B, self._top_k))
+            steps.append(_Step.take(logprobs_BV, token_B, self._options.top_k))
             running_B = running_B & ~torch.isin(token_B, stop_ids)
             if not running_B.any():
                 break
             inputs = self._next_inputs(inputs, token_B, output.past_key_values)
+        results = []
         for row, request in enumerate(batch):
             ids = [int(step.token_B[row]) for step in steps]
             stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), None)
             table = [step.row(row) for step in steps[: stop or len(steps)]]
-            yield self._result(request.index, table, "stop" if stop else "length")
+            results.append(self._result(request.index, table, "stop" if stop else "length"))
+        return results
 
-    @torch.inference_mode()
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult]:
-        """See `Engine.score`."""
-        for batch in _batched(requests, _SCORE_BATCH):
-            responses = [list(map(int, request.response_ids)) for request in batch]
-            inputs = self._left_pad(
-                [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)]
-            )
-            longest = max(map(len, responses))
-            # left padding lines the ends up: the logits of the last `longest + 1` columns predict every response
-            logits_BTV = self._model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
-            for row, (request, ids) in enumerate(zip(batch, responses, strict=True)):
-                logprobs_TV = torch.log_softmax(logits_BTV[row, longest - len(ids) :].float(), dim=-1)
-                step = _Step.take(logprobs_TV, torch.tensor(ids, device=self._device), self._top_k)
-                yield self._result(request.index, [step.row(i) for i in range(len(ids))], "stop")
+    def _score_batch(self, batch: list[ScoreRequest]) -> list[EngineResult]:
+        responses = [list(map(int, request.response_ids)) for request in batch]
+        inputs = self._left_pad(
+            [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)]
+        )
+        longest = max(map(len, responses))
+        # left padding lines the ends up: the logits of the last `longest + 1` columns predict every response
+        logits_BTV = self._model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+        results = []
+        for row, (request, ids) in enumerate(zip(batch, responses, strict=True)):
+            logprobs_TV = torch.log_softmax(logits_BTV[row, longest - len(ids) :].float(), dim=-1)
+            step = _Step.take(logprobs_TV, torch.tensor(ids, device=self._device), self._options.top_k)
+            results.append(self._result(request.index, [step.row(i) for i in range(len(ids))], "stop"))
+        return results
 
     def _left_pad(self, sequences: list[list[int]]) -> dict[str, Any]:
         width = max(map(len, sequences))
@@ -109,9 +147,9 @@ class TransformersEngine:
         ids = np.array([row[0] for row in table], np.int32)
         logprobs = np.array([row[1] for row in table], np.float32)
         distributions = None
-        if self._top_k and len(table):
+        if self._options.top_k and len(table):
             top_ids, top_logprobs = np.stack([row[2] for row in table]), np.stack([row[3] for row in table])
-            distributions = from_top_k(top_ids, top_logprobs, ids, logprobs, self.vocab_size)
+            distributions = from_top_k(top_ids, top_logprobs, ids, logprobs, self.vocab_size, self._options.top_mass)
         return EngineResult(index, ids, reason, logprobs, distributions)
 
     def close(self) -> None:

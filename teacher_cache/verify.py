@@ -10,6 +10,7 @@ import numpy as np
 
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.manifest import Manifest
 from dpkd.teacher_cache.progress import Progress
 from dpkd.teacher_cache.reader import TeacherCache
@@ -17,19 +18,19 @@ from dpkd.teacher_cache.schema import CachedRow
 from dpkd.teacher_cache.shards import ShardRecord, read_shard
 
 
-def verify_cache(directory: Path) -> dict[str, int]:
+def verify_cache(location: str | Path) -> dict[str, int]:
     """Check manifests, checksums and every value of a cache and its rounds; the counts that were checked.
 
     Raises `UserError` at the first thing that is wrong, naming shard and row.
     """
-    cache = TeacherCache.open(directory)
-    parts = [(directory, cache.manifest)]
-    parts += [(held.directory, held.manifest) for held in map(cache.round, cache.round_names)]
+    cache = TeacherCache.open(location)
+    parts = [(cache.folder, cache.manifest)]
+    parts += [(held.folder, held.manifest) for held in map(cache.round, cache.round_names)]
     num_rows = sum(manifest.counts["rows"] for _, manifest in parts)
     with Progress("verify", num_rows, "rows") as progress:
-        for part_dir, manifest in parts:
+        for folder, manifest in parts:
             for record in manifest.shards:
-                _verify_shard(part_dir, record, cache, progress)
+                _verify_shard(folder, record, cache, progress)
     return {
         "rows": num_rows,
         "shards": sum(len(manifest.shards) for _, manifest in parts),
@@ -37,13 +38,13 @@ def verify_cache(directory: Path) -> dict[str, int]:
     }
 
 
-def _verify_shard(directory: Path, record: ShardRecord, cache: TeacherCache, progress: Progress) -> None:
-    shard = read_shard(directory, record)
+def _verify_shard(folder: Folder, record: ShardRecord, cache: TeacherCache, progress: Progress) -> None:
+    shard = read_shard(folder, record)
     positions = entries = 0
     for index in range(len(shard)):
         row = shard.row(index)
         for problem in row_problems(row, cache.vocab_size):
-            raise UserError(f"row {index} ({row.example_id}): {problem}", where=directory / record.path)
+            raise UserError(f"row {index} ({row.example_id}): {problem}", where=folder.where(record.path))
         positions += len(row.response_ids)
         entries += 0 if row.distributions is None else len(row.distributions.ids_E)
         progress.advance()
@@ -53,7 +54,7 @@ def _verify_shard(directory: Path, record: ShardRecord, cache: TeacherCache, pro
             "rows, positions and entries are not those of the manifest",
             found=found,
             expected=expected,
-            where=directory / record.path,
+            where=folder.where(record.path),
         )
 
 
@@ -90,9 +91,9 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         yield "the entries of a position hold more mass than 1"
 
 
-def describe_cache(directory: Path) -> dict[str, Any]:
+def describe_cache(location: str | Path) -> dict[str, Any]:
     """What `dpkd cache info --json` prints: counts, sizes (bytes), mass kept, identities, rounds."""
-    cache = TeacherCache.open(directory)
+    cache = TeacherCache.open(location)
     rounds = {name: cache.round(name).manifest for name in cache.round_names}
     return _describe(cache.manifest) | {"rounds": {name: _describe(manifest) for name, manifest in rounds.items()}}
 

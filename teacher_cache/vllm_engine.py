@@ -6,14 +6,25 @@ import gc
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import numpy as np
 
 from dpkd.teacher_cache.distributions import from_top_k
-from dpkd.teacher_cache.engine import EngineOptions, EngineResult, GenerateRequest, Sampling, ScoreRequest
+from dpkd.teacher_cache.engine import (
+    EngineOptions,
+    EngineResult,
+    FailedRequest,
+    GenerateRequest,
+    Sampling,
+    ScoreRequest,
+    is_out_of_memory,
+)
+from dpkd.teacher_cache.engine_args import parse_engine_args
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.progress import say
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -23,6 +34,38 @@ if TYPE_CHECKING:
 
 _Request = TypeVar("_Request", GenerateRequest, ScoreRequest)
 _GIB = 2**30
+
+
+@dataclass(frozen=True)
+class _Broken(Generic[_Request]):
+    """The engine's failure and the requests that were under way."""
+
+    error: Exception
+    requests: list[_Request]
+
+
+class _FailureGuard:
+    """Stops a job whose engine fails on one request after the other: then no request is the culprit."""
+
+    _MOST_IN_A_ROW = 5
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def answered(self) -> None:
+        self._in_a_row = 0
+
+    def failed(self, error: Exception) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= self._MOST_IN_A_ROW:
+            raise UserError(
+                f"vLLM fails on every request: {_first_line(error)}",
+                advice="What is committed is kept; look at the engine, then run the same command again",
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 class VllmEngine:
@@ -35,11 +78,9 @@ class VllmEngine:
 
     def __init__(self, model: ModelSource, options: EngineOptions) -> None:
         on_cpu = _prepare_environment(model, options)
-        from vllm import LLM
-
         # scoring asks for one more token than it wants, hence a place more where the positions allow it
         max_model_len = min(options.max_length + 1, model.max_positions or options.max_length + 1)
-        settings: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
             "dtype": options.dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": options.max_num_seqs,
@@ -54,21 +95,42 @@ class VllmEngine:
         }
         if on_cpu:
             # a prompt cut into chunks rewinds its seeded generator, which torch's CPU generator cannot do
-            settings |= {
+            self._settings |= {
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, 2048),
             }
-        try:
-            self._llm = LLM(str(model.path), **settings)
-        except ValueError as error:
-            raise UserError(f"vLLM cannot load the model: {str(error).splitlines()[0]}", where=model.path) from error
+        self._settings |= parse_engine_args(options.engine_args)
+        self._model, self._options = model, options
         self._max_model_len = max_model_len
         self._window = 2 * options.max_num_seqs
-        self._top_k = options.top_k
         self.vocab_size = model.vocab_size
+        self._start()
 
-    def generate(self, requests: Iterable[GenerateRequest], sampling: Sampling) -> Iterator[EngineResult]:
+    def _start(self) -> None:
+        from vllm import LLM
+
+        try:
+            self._llm = LLM(str(self._model.path), **self._settings)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error) from error
+            if isinstance(error, (ValueError, RuntimeError)):
+                raise UserError(f"vLLM cannot load the model: {_first_line(error)}", where=self._model.path) from error
+            raise
+
+    def _out_of_memory(self, error: Exception) -> UserError:
+        return UserError(
+            f"vLLM ran out of memory: {_first_line(error)}",
+            where=self._model.path,
+            advice=f"Lower --set max_num_seqs (now {self._options.max_num_seqs}), --max-new-tokens or --top-k, or give "
+            "--engine-arg gpu_memory_utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB); what is committed is "
+            "kept, the same command goes on",
+        )
+
+    def generate(
+        self, requests: Iterable[GenerateRequest], sampling: Sampling
+    ) -> Iterator[EngineResult | FailedRequest]:
         """See `Engine.generate`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -80,13 +142,16 @@ class VllmEngine:
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_token_ids),
                 seed=request.seed if sampling.temperature > 0 else None,
-                logprobs=self._top_k,
+                logprobs=self._options.top_k,
                 flat_logprobs=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
         for request, output in self._run(requests, lambda request: list(request.prompt_ids), to_params):
+            if isinstance(output, FailedRequest):
+                yield output
+                continue
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length"):
                 raise RuntimeError(f"vLLM ended request {request.index} with {completion.finish_reason!r}")
@@ -98,7 +163,7 @@ class VllmEngine:
                 first_position=0,
             )
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         """See `Engine.score`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -106,7 +171,7 @@ class VllmEngine:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=1,  # vLLM refuses 0
-            prompt_logprobs=self._top_k,
+            prompt_logprobs=self._options.top_k,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -124,6 +189,9 @@ class VllmEngine:
             return ids
 
         for request, output in self._run(requests, sequence, lambda _: params):
+            if isinstance(output, FailedRequest):
+                yield output
+                continue
             yield self._result(
                 request.index,
                 np.asarray(request.response_ids, np.int32),
@@ -137,12 +205,29 @@ class VllmEngine:
         requests: Iterable[_Request],
         to_ids: Callable[[_Request], list[int]],
         to_params: Callable[[_Request], SamplingParams],
-    ) -> Iterator[tuple[_Request, RequestOutput]]:
-        """Keep the engine full while pulling from `requests` no faster than places fall free."""
+    ) -> Iterator[tuple[_Request, RequestOutput | FailedRequest]]:
+        """Answers to all requests; those under way when the engine fails are tried again in smaller groups."""
+        source = iter(requests)
+        guard = _FailureGuard()
+        while True:
+            broken = yield from self._stream(source, to_ids, to_params)
+            if broken is None:
+                return
+            yield from self._isolate(broken, to_ids, to_params, guard)
+
+    def _stream(
+        self,
+        source: Iterator[_Request],
+        to_ids: Callable[[_Request], list[int]],
+        to_params: Callable[[_Request], SamplingParams],
+    ) -> Generator[tuple[_Request, RequestOutput | FailedRequest], None, _Broken[_Request] | None]:
+        """Keep the engine full while pulling from `source` no faster than places fall free.
+
+        Returns None when the source is answered, or the error and the requests under way when the engine fails.
+        """
         from vllm import TokensPrompt
 
         engine = self._llm.llm_engine
-        source = iter(requests)
         waiting: dict[str, tuple[str, _Request]] = {}
         exhausted = False
         try:
@@ -154,15 +239,58 @@ class VllmEngine:
                         break
                     prompt = TokensPrompt(prompt_token_ids=to_ids(request))
                     key = str(request.index)
-                    waiting[key] = (engine.add_request(key, prompt, to_params(request)), request)
+                    try:
+                        waiting[key] = (engine.add_request(key, prompt, to_params(request)), request)
+                    except ValueError as error:  # refused by name: to try again would change nothing
+                        yield request, FailedRequest(request.index, f"vLLM refuses it: {_first_line(error)}")
                 if not waiting:
-                    return
-                for output in engine.step():
+                    return None
+                try:
+                    outputs = engine.step()
+                except Exception as error:
+                    broken = _Broken(error, [request for _, request in waiting.values()])
+                    waiting.clear()
+                    return broken
+                for output in outputs:
                     if output.finished:
                         yield waiting.pop(output.request_id)[1], output  # type: ignore[misc]
         finally:
             if waiting:
                 engine.abort_request([internal_id for internal_id, _ in waiting.values()], internal=True)
+
+    def _isolate(
+        self,
+        broken: _Broken[_Request],
+        to_ids: Callable[[_Request], list[int]],
+        to_params: Callable[[_Request], SamplingParams],
+        guard: _FailureGuard,
+    ) -> Iterator[tuple[_Request, RequestOutput | FailedRequest]]:
+        """Answer the requests of a failed batch by halves, with a fresh engine after every failure.
+
+        The request that fails alone, twice, is the culprit.
+        """
+        if is_out_of_memory(broken.error):
+            raise self._out_of_memory(broken.error) from broken.error
+        say(f"vLLM failed ({_first_line(broken.error)}); starting it again for {len(broken.requests)} requests")
+        self._restart()
+        groups = [broken.requests[: len(broken.requests) // 2], broken.requests[len(broken.requests) // 2 :]]
+        for group in filter(None, groups):
+            again = yield from self._stream(iter(group), to_ids, to_params)
+            if again is not None and len(group) == 1:
+                guard.failed(again.error)
+                self._restart()
+                yield group[0], FailedRequest(group[0].index, f"vLLM fails on it: {_first_line(again.error)}")
+            elif again is not None:
+                yield from self._isolate(again, to_ids, to_params, guard)
+            else:
+                guard.answered()
+
+    def _restart(self) -> None:
+        try:
+            self.close()
+        except Exception as error:  # it is broken already; what matters is whether a new one starts
+            say(f"the failed engine did not close cleanly: {_first_line(error)}")
+        self._start()
 
     def _result(
         self,
@@ -173,7 +301,7 @@ class VllmEngine:
         first_position: int,
     ) -> EngineResult:
         """Rows of `flat` hold K + 1 entries: the response's own token, then the top K in rank order."""
-        num_positions, width = len(response_ids), self._top_k + 1
+        num_positions, width = len(response_ids), self._options.top_k + 1
         start = flat.start_indices[first_position] if num_positions else 0
         stop = start + num_positions * width
         if num_positions and flat.end_indices[first_position + num_positions - 1] != stop:
@@ -183,9 +311,14 @@ class VllmEngine:
         if not np.array_equal(ids_TW[:, 0], response_ids):
             raise RuntimeError(f"vLLM's log-probs of request {index} belong to other tokens than its response")
         distributions = None
-        if self._top_k:
+        if self._options.top_k:
             distributions = from_top_k(
-                ids_TW[:, 1:], logprobs_TW[:, 1:], response_ids, logprobs_TW[:, 0], self.vocab_size
+                ids_TW[:, 1:],
+                logprobs_TW[:, 1:],
+                response_ids,
+                logprobs_TW[:, 0],
+                self.vocab_size,
+                self._options.top_mass,
             )
         return EngineResult(index, response_ids, finish_reason, logprobs_TW[:, 0].copy(), distributions)
 

@@ -227,14 +227,15 @@ def test_what_the_cache_must_hold(
     assert not out.exists()
 
 
-def test_rows_longer_than_the_positions_are_counted_at_the_start(
+def test_a_row_longer_than_the_positions_is_refused_at_the_start(
     tmp_path: Path, toy_cache: Path, toy_student: Path
 ) -> None:
     short = shutil.copytree(toy_student, tmp_path / "short")
     settings = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 24}))
     with pytest.raises(
-        UserError, match=r"\d+ rows are longer than the student's positions: found \d+ tokens, expected at most 24"
+        UserError,
+        match=r"the longest row is longer than the student's positions: found \d+ tokens, expected at most 24",
     ):
         train(config(tmp_path / "run", toy_cache, short))
     assert not (tmp_path / "run").exists()

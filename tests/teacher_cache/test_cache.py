@@ -16,6 +16,7 @@ from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.folders import open_folder
 from dpkd.teacher_cache.manifest import read_manifest
 from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.reader import TeacherCache
@@ -84,7 +85,7 @@ def test_a_round_lies_row_for_row_beside_the_cache(toy_cache: Path, toy_student:
             assert ours.row(i).prompt_ids.tolist() == theirs.row(i).prompt_ids.tolist()
             assert theirs.row(i).origin == "student"
     assert held.manifest.identities["student"]["name"] == toy_student.name
-    assert not (held.directory / "sampled").exists()
+    assert not (toy_cache / "rounds" / "r0" / "sampled").exists()
 
 
 def test_any_parquet_reader_opens_a_shard(toy_cache: Path) -> None:
@@ -301,7 +302,7 @@ def test_row_problems_names_each_fault(toy_cache: Path) -> None:
 
 
 def test_reading_by_path_alone_needs_no_teacher(cache_copy: Path) -> None:
-    manifest = read_manifest(cache_copy, "teacher-cache")
+    manifest = read_manifest(open_folder(cache_copy), "teacher-cache")
     assert manifest.identities["teacher"]["vocab_size"] == 600
     assert manifest.identities["logprobs"] == {
         "mode": "raw_logprobs",

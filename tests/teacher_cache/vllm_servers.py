@@ -1,0 +1,111 @@
+"""A vLLM HTTP server on loopback that tests and benchmarks start, kill and start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+# a seeded request in chunked prefill crashes the CPU build, hence no chunks
+ARGUMENTS = (
+    "--dtype float32 --enforce-eager --max-logprobs 128 --no-enable-prefix-caching --max-model-len 512"
+    " --no-enable-chunked-prefill --max-num-batched-tokens 2048"
+).split()
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+}
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class VllmServer:
+    """`python -m vllm.entrypoints.openai.api_server` over `model`; as a context manager it is up inside and dead after.
+
+    `arguments` come after `ARGUMENTS`, so they win; `environment` is added to `ENVIRONMENT`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        port: int | None = None,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log")[1])
+        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self._command += ["--host", "127.0.0.1", "--port", str(self.port), *ARGUMENTS, *arguments]
+        self._environment = os.environ | ENVIRONMENT | (environment or {})
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and return at once; `wait` for it before use."""
+        assert self._process is None, "it runs already"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+
+    def wait(self, timeout_s: float = 240.0) -> None:
+        """Return once `/health` answers; raises `RuntimeError` with the end of the log when it does not."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if self._process is None or self._process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        self.kill()
+        raise RuntimeError(f"the vLLM server is not up: {self.log.read_text(errors='replace')[-2000:]}")
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the server and its children (the engine is a process of its own), and wait until they are gone."""
+        if self._process is None:
+            return
+        group, self._process = self._process, None
+        try:
+            os.killpg(group.pid, how)
+            group.wait(timeout=30)
+            while True:  # the children are not ours to wait for
+                os.killpg(group.pid, signal.SIGKILL)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            group.wait()
+
+    def restart(self) -> None:
+        """Kill it, start it again on the same port, and wait."""
+        self.kill()
+        self.start()
+        self.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+        self.log.unlink(missing_ok=True)
