@@ -130,6 +130,20 @@ def _tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
 
+class RowOrder(Protocol):
+    """Which rows a step reads."""
+
+    num_rows: int
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) of the first row of `step`."""
+        ...
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(group, row) of every row of the global batch of `step` (from 0)."""
+        ...
+
+
 class BatchOrder:
     """Which rows a step reads: epochs follow each other without a break, each a permutation of every row.
 
@@ -160,8 +174,17 @@ class BatchOrder:
         return int(group), int(row)
 
 
-def prefetched(make: Callable[[int], list[Batch]], steps: range, depth: int = 2) -> Generator[list[Batch], None, None]:
-    """`make(step)` for every step, `depth` steps ahead on a thread; an error comes out where its batch would have."""
+def prefetched(
+    make: Callable[[int], list[Batch]],
+    steps: range,
+    depth: int = 2,
+    give_up: Callable[[], bool] = lambda: False,
+    on_close: Callable[[], None] = lambda: None,
+) -> Generator[list[Batch], None, None]:
+    """`make(step)` for every step, `depth` steps ahead on a thread; an error comes out where its batch would have.
+
+    It ends early when `give_up` turns true while it waits for a batch. `on_close` is called to end a `make` under way.
+    """
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -185,10 +208,24 @@ def prefetched(make: Callable[[int], list[Batch]], steps: range, depth: int = 2)
     thread.start()
     try:
         for _ in steps:
-            item = ready.get()
+            item = _take(ready, give_up)
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         stopped.set()
+        on_close()
         thread.join()
+
+
+def _take(
+    ready: queue.Queue[list[Batch] | BaseException], give_up: Callable[[], bool]
+) -> list[Batch] | BaseException | None:
+    while True:
+        try:
+            return ready.get(timeout=0.2)
+        except queue.Empty:
+            if give_up():
+                return None

@@ -38,6 +38,8 @@ class TrainConfig(Settings):
             "keep",
             "dtype",
             "logits_chunk",
+            "verify",
+            "follow_timeout_s",
         }
     )
 
@@ -59,6 +61,9 @@ class TrainConfig(Settings):
     round: str | None = Field(None, description="round of the cache that holds the student's responses")
     responses: Literal["all", "teacher", "reference"] = Field(
         "all", description="rows of the cache to train on, by origin"
+    )
+    follow: bool = Field(
+        False, description="train from a cache that a running cache-teacher still writes, in the order of its shards"
     )
     beta: float = Field(0.1, gt=0, description="beta of the preference")
     steps: int | None = Field(None, ge=1, description="optimiser steps (or give epochs)")
@@ -94,6 +99,12 @@ class TrainConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 runs the forward pass under autocast"
     )
+    verify: Literal["start", "read"] = Field(
+        "start", description="when the cache's checksums are checked: all before the first step, or as shards are read"
+    )
+    follow_timeout_s: float = Field(
+        600, gt=0, description="with follow: longest wait, in seconds, while no job writes the cache"
+    )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
 
     @model_validator(mode="after")
@@ -104,6 +115,8 @@ class TrainConfig(Settings):
             raise ValueError("--data takes the place of --cache and goes with --objective sft alone")
         if self.data is None and self.cache is None:
             raise ValueError("--cache is needed (or --data with --objective sft)")
+        if self.follow and (self.cache is None or self.round is not None):
+            raise ValueError("--follow takes a --cache, and no --round: a round needs a finished cache")
         if self.objective == "dpkd":
             if self.level == "token" and self.student_samples == "cached":
                 raise ValueError("--level token takes --student-samples forced; a round goes with --level sequence")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpkd.distill.batches import BatchOrder, RowSource
+from dpkd.distill.batches import BatchOrder, RowOrder, RowSource
 from dpkd.distill.config import TrainConfig
-from dpkd.distill.sources import open_cache_rows, open_data_rows
+from dpkd.distill.following import FollowedRows, FollowOrder, open_growing
+from dpkd.distill.sources import check_distributions, open_cache_rows, open_data_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
 from dpkd.teacher_cache.models import ModelSource, locate_model
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.reader import CacheReader, TeacherCache
 from dpkd.teacher_cache.templates import PromptEncoder
 
 
@@ -36,14 +37,19 @@ def open_run(config: TrainConfig) -> Run:
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
     rows: RowSource
     if config.cache is not None:
-        cache = TeacherCache.open(config.cache)
+        cache: CacheReader
+        if config.follow:
+            cache = open_growing(config)
+            check_distributions(cache, config)
+            rows = FollowedRows(cache, config, student.max_positions)
+        else:
+            cache = TeacherCache.open(config.cache)
+            held = None if config.round is None else cache.round(config.round)
+            rows = open_cache_rows(cache, held, config)
+            if held is not None:
+                facts["round"] = held.manifest.fingerprint
         cache.check_tokenizer(student, "student")
-        held = None if config.round is None else cache.round(config.round)
-        rows = open_cache_rows(cache, held, config)
-        identities = cache.manifest.identities
-        facts |= {"cache": cache.manifest.fingerprint, "template": identities["template"]}
-        if held is not None:
-            facts["round"] = held.manifest.fingerprint
+        facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
         vocab_size = cache.vocab_size
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
@@ -91,11 +97,15 @@ def take_up(run_dir: Path, run: Run) -> bool:
     return False
 
 
-def plan_steps(run: Run, num_processes: int) -> tuple[int, BatchOrder]:
+def plan_steps(run: Run, num_processes: int) -> tuple[int, RowOrder]:
     """Number of steps and the order of rows; raises `UserError` when a batch is larger than the data."""
     config = run.config
     global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
-    order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
+    order: RowOrder
+    if isinstance(run.rows, FollowedRows):
+        order = FollowOrder(run.rows, config.seed, global_batch)
+    else:
+        order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
     if global_batch > order.num_rows:
         raise UserError(
             "a step takes more rows than there are",

@@ -12,7 +12,7 @@ from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import SkippedRow, open_examples
 from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.progress import say
-from dpkd.teacher_cache.reader import Round, TeacherCache
+from dpkd.teacher_cache.reader import CacheReader, Round, TeacherCache
 from dpkd.teacher_cache.schema import CachedRow
 from dpkd.teacher_cache.shards import ShardRecord, check_shard
 from dpkd.teacher_cache.templates import PromptEncoder
@@ -65,15 +65,7 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
 
     Raises `UserError` when the cache does not hold what the objective needs.
     """
-    needs_distributions = config.objective == "dpkd" and config.level == "token"
-    if needs_distributions and cache.top_k == 0:
-        raise UserError(
-            "the cache has no distributions, which --level token needs",
-            found="top-k 0",
-            expected="top-k of 1 or more",
-            where=cache.folder,
-            advice="Build a cache with --top-k 64, or train with --level sequence",
-        )
+    check_distributions(cache, config)
     shards = cache.shards() if config.responses == "all" else cache.shards(config.responses)
     if not shards:
         raise UserError(
@@ -83,12 +75,26 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             where=cache.folder,
             advice="Change --responses, or build a cache with --responses both",
         )
-    # every byte that will be read is checked before the first step, not when its turn comes
-    for shard in shards:
-        check_shard(cache.folder, shard)
-        if held is not None:
-            check_shard(held.folder, held.shards_by_path[shard.path])
+    if config.verify == "start":
+        # every byte that will be read is checked before the first step, not when its turn comes
+        for shard in shards:
+            check_shard(cache.folder, shard)
+            if held is not None:
+                check_shard(held.folder, held.shards_by_path[shard.path])
     return CacheRows(cache, shards, held)
+
+
+def check_distributions(cache: CacheReader, config: TrainConfig) -> None:
+    """Raise `UserError` when the objective needs distributions and the cache keeps none."""
+    needs_distributions = config.objective == "dpkd" and config.level == "token"
+    if needs_distributions and cache.top_k == 0:
+        raise UserError(
+            "the cache has no distributions, which --level token needs",
+            found="top-k 0",
+            expected="top-k of 1 or more",
+            where=cache.folder,
+            advice="Build a cache with --top-k 64, or train with --level sequence",
+        )
 
 
 def open_data_rows(config: TrainConfig, encoder: PromptEncoder) -> tuple[DataRows, dict[str, str]]:

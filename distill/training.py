@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -13,9 +14,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from transformers import get_cosine_schedule_with_warmup
 
-from dpkd.distill.batches import Batch, BatchOrder, collate, prefetched
+from dpkd.distill.batches import Batch, RowOrder, collate, prefetched
 from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.following import FollowedRows
 from dpkd.distill.interrupts import Interrupts
 from dpkd.distill.objective import Objective, StepSums
 from dpkd.distill.runs import Run, open_run, plan_steps, take_up
@@ -42,6 +44,8 @@ def train(config: TrainConfig) -> Path:
         say(f"the run {run_dir} is complete")
         return run_dir
     checkpoint = latest_checkpoint(run_dir)
+    if isinstance(run.rows, FollowedRows):
+        run.rows.start(run_dir, leader=accelerator.is_main_process)
     source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
     model = source.load("float32").to(accelerator.device)
     check_head(model, config.student)
@@ -79,7 +83,7 @@ class _Loop:
         scorer: torch.nn.Module,
         optimizer: Any,
         scheduler: Any,
-        order: BatchOrder,
+        order: RowOrder,
         steps: int,
     ) -> None:
         self._run, self._config, self._accelerator = run, run.config, accelerator
@@ -93,15 +97,30 @@ class _Loop:
         if self._accelerator.is_main_process:
             _keep_lines(metrics_path, first)
         self._scorer.train()
-        batches = prefetched(self._batches, range(first, self._steps))
+        rows = self._run.rows
         with (
             metrics_path.open("a", encoding="utf-8") as log,
             Progress("train", self._steps, "steps", first) as progress,
             Interrupts() as interrupts,
+            contextlib.closing(
+                prefetched(
+                    self._batches,
+                    range(first, self._steps),
+                    give_up=lambda: interrupts.asked,
+                    on_close=rows.cancel if isinstance(rows, FollowedRows) else lambda: None,
+                )
+            ) as batches,
         ):
             for step in range(first, self._steps):
                 started_s = time.perf_counter()
-                micro_batches = next(batches)
+                try:
+                    micro_batches = next(batches, None)
+                except UserError:
+                    self._save_if_any(first, step)  # the cache ended or broke; what is learnt is kept
+                    raise
+                if micro_batches is None:
+                    self._save_if_any(first, step)
+                    raise KeyboardInterrupt
                 waited_s = time.perf_counter() - started_s
                 line = self._step(step, micro_batches)
                 step_s = time.perf_counter() - started_s
@@ -115,9 +134,10 @@ class _Loop:
                 if interrupts.asked or (due and done < self._steps):
                     self._save(done)
                 if interrupts.asked:
-                    batches.close()
                     raise KeyboardInterrupt
-        batches.close()
+            if isinstance(rows, FollowedRows) and not rows.is_finished():
+                self._save(self._steps)
+                rows.wait_for(None, give_up=lambda: interrupts.asked)
 
     def _batches(self, step: int) -> list[Batch]:
         """This rank's forward passes of `step`."""
@@ -196,6 +216,10 @@ class _Loop:
             where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''} of {self._config.out}",
             advice="Lower --learning-rate, or look at these rows; the last checkpoint is kept",
         )
+
+    def _save_if_any(self, first: int, step: int) -> None:
+        if step > first:
+            self._save(step)
 
     def _save(self, step: int) -> None:
         self._accelerator.wait_for_everyone()

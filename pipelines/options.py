@@ -52,19 +52,21 @@ def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspec
 
 
 def _flags(config_type: type[Settings]) -> dict[str, Any]:
-    """Every flag takes text: pydantic reads it, so that flags, TOML and --set give the same errors."""
+    """Every flag but a switch takes text: pydantic reads it, so that flags, TOML and --set give the same errors."""
     flags = {}
     for key, field in config_type.model_fields.items():
         if key in config_type.set_only:
             continue
         named = get_origin(field.annotation) is dict
         repeatable = named or field.annotation == tuple[str, ...]
-        kind = list[str] | None if repeatable else str | None
+        is_switch = field.annotation is bool
+        kind = (list[str] if repeatable else bool if is_switch else str) | None
         default = "" if field.is_required() or field.default in (None, (), {}) else f" [{_shown(field.default)}]"
+        flag = f"--{key.replace('_', '-')}"
         option = typer.Option(
-            f"--{key.replace('_', '-')}",
+            f"{flag}/--no-{flag[2:]}" if is_switch else flag,
             help=(field.description or "") + default,
-            metavar="NAME=VALUE" if named else _metavar(field.annotation, field.metadata),
+            metavar=None if is_switch else "NAME=VALUE" if named else _metavar(field.annotation, field.metadata),
             show_default=False,
         )
         flags[key] = Annotated[kind, option]

@@ -26,14 +26,12 @@ from dpkd.teacher_cache.shards import encode_shard
 
 _SHARDS_IN_FLIGHT = 4  # encoded or waiting to be written; bounds memory when the disk is slow
 
-#: rows that are sorted by length together; bounds memory, and with it the shards that are open at one time
-SORTING_WINDOW = 512
 
-
-def by_length(rows: Iterable[PlannedRow], window: int = SORTING_WINDOW) -> Iterator[PlannedRow]:
+def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:
     """`rows`, the longest first inside every `window` of them: neighbours in a batch are then of like length.
 
-    The short ones come last because an engine is emptied at the end of a job, and they leave soonest.
+    The short ones come last because an engine is emptied at the end of a job, and they leave soonest. The window is a
+    shard: a larger one would keep more shards open at one time, and a kill would cost their rows.
     """
     source = iter(rows)
     while part := list(itertools.islice(source, window)):
@@ -49,7 +47,7 @@ def fill(
     progress: Progress | None = None,
 ) -> None:
     """Have `engine` answer the rows whose shards are not committed yet: draw responses, or (None) score given ones."""
-    pending = by_length(assembler.pending(rows))
+    pending = by_length(assembler.pending(rows), assembler.layout.rows_per_shard)
     results: Iterator[EngineResult | FailedRequest]
     if sampling is not None:
         results = engine.generate((GenerateRequest(row.index, row.prompt_ids, row.seed) for row in pending), sampling)
@@ -96,7 +94,7 @@ class ShardAssembler:
     """
 
     def __init__(self, job: Job, layout: ShardLayout, to_text: Callable[[list[int]], str]) -> None:
-        self._job, self._layout, self._to_text = job, layout, to_text
+        self._job, self.layout, self._to_text = job, layout, to_text
         self._planned: dict[int, list[PlannedRow]] = {}
         self._results: dict[int, dict[int, EngineResult | FailedRequest]] = {}
         self._closed: set[int] = set()
@@ -107,11 +105,11 @@ class ShardAssembler:
         """The rows of shards that are not committed yet, taken note of as they pass."""
         current: int | None = None
         for row in rows:
-            shard = row.index // self._layout.rows_per_shard
+            shard = row.index // self.layout.rows_per_shard
             if shard != current and current is not None:
                 self._close(current)
             current = shard
-            if self._layout.path(shard) not in self._job.committed:
+            if self.layout.path(shard) not in self._job.committed:
                 self._planned.setdefault(shard, []).append(row)
                 if row.failed is None:
                     yield row
@@ -124,7 +122,7 @@ class ShardAssembler:
         """Take a result; its shard is committed once all its rows are in."""
         if isinstance(result, EngineResult) and not np.isfinite(result.logprobs_T).all():
             result = FailedRequest(result.index, "the model's log-probabilities are not finite numbers")
-        shard = result.index // self._layout.rows_per_shard
+        shard = result.index // self.layout.rows_per_shard
         self._results.setdefault(shard, {})[result.index] = result
         self._write_if_complete(shard)
 
@@ -148,7 +146,7 @@ class ShardAssembler:
                 failed.append(asdict(SetAside(row.example_id, row.sample, row.origin, result.reason)))
             else:
                 rows.append((row, result, self._to_text(result.response_ids.tolist())))
-        data, record = encode_shard(to_table(rows), self._layout.path(shard), self._layout.origin, failed)
+        data, record = encode_shard(to_table(rows), self.layout.path(shard), self.layout.origin, failed)
         self._job.commit(data, record)
 
     def _settle(self, most: int) -> None:
@@ -167,4 +165,4 @@ class ShardAssembler:
         finally:
             self._writer.shutdown(wait=True)
         if kind is None and (self._planned or self._results):
-            raise RuntimeError(f"{len(self._planned)} shards of {self._layout.origin} rows are incomplete")
+            raise RuntimeError(f"{len(self._planned)} shards of {self.layout.origin} rows are incomplete")

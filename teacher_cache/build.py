@@ -48,7 +48,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     _say_skipped(survey.skipped)
 
     job = Job(open_folder(config.out), CACHE_KIND, _identities(config, engine, teacher, encoder, source))
-    with job.opened(config.to_toml(), sum(survey.num_rows.values())) as manifest:
+    with job.opened(config.to_toml(), survey.num_rows) as manifest:
         if manifest is None:
             if job.num_done() < sum(survey.num_rows.values()):
                 say(f"starting {engine} with the teacher {config.teacher}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpkd.teacher_cache import locks
@@ -14,6 +14,7 @@ from dpkd.teacher_cache.folders import Folder, LocalFolder
 from dpkd.teacher_cache.identity import canonical_json, differences, fingerprint, software_versions
 from dpkd.teacher_cache.locks import LOCK, Lock
 from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.schema import Origin
 from dpkd.teacher_cache.shards import Ledger, ShardRecord
 
 JOB = "job.json"
@@ -33,11 +34,11 @@ class Job:
         self._lock: Lock | None = None
 
     @contextlib.contextmanager
-    def opened(self, config_toml: str, num_rows: int) -> Iterator[Manifest | None]:
+    def opened(self, config_toml: str, num_rows: Mapping[Origin, int]) -> Iterator[Manifest | None]:
         """Create or take up the folder, which stays locked while the block runs; the manifest when all is done.
 
-        `num_rows` is how many rows the job will make. Raises `UserError` when the folder holds something else, or
-        another process works in it.
+        `num_rows` is how many rows the job will make, by origin. Raises `UserError` when the folder holds something
+        else, or another process works in it.
         """
         manifest = self._finished()
         if manifest is not None:
@@ -60,10 +61,10 @@ class Job:
             self._clean_up()
         return manifest
 
-    def _take_up(self, config_toml: str, num_rows: int) -> None:
+    def _take_up(self, config_toml: str, num_rows: Mapping[Origin, int]) -> None:
         held = read_job(self.folder)
         if held is None:
-            body = {"kind": self.kind, "identities": self.identities, "num_rows": num_rows}
+            body = {"kind": self.kind, "identities": self.identities, "num_rows": dict(num_rows)}
             self.folder.write(JOB, canonical_json(body))
         else:
             self._refuse_other(held["identities"], "an unfinished cache of other options")
@@ -126,7 +127,7 @@ class Job:
 
 
 def read_job(folder: Folder) -> dict[str, Any] | None:
-    """What an unfinished folder will be (`kind`, `identities`, `num_rows`); None when no job was started in it."""
+    """What an unfinished folder will be: `kind`, `identities`, `num_rows` by origin; None where no job is begun."""
     try:
         held = json.loads(folder.read(JOB))
         return {"kind": held["kind"], "identities": held["identities"], "num_rows": held["num_rows"]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import Folder, open_folder
+from dpkd.teacher_cache.identity import fingerprint
 from dpkd.teacher_cache.job import JOB
 from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.shards import ShardRecord, check_shard, read_shard
@@ -44,33 +45,62 @@ class Round:
         return {shard.path: shard for shard in self.manifest.shards}
 
 
-class TeacherCache:
+class CacheReader:
+    """What a cache says of itself and how its shards are read, finished or not: each is checked as it is read."""
+
+    def __init__(self, folder: Folder, identities: dict[str, Any]) -> None:
+        self.folder, self.identities = folder, identities
+        self._read = lru_cache(maxsize=_DECODED_SHARDS)(read_shard)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identities; the manifest's, once there is one."""
+        return fingerprint(self.identities)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits."""
+        return int(self.identities["teacher"]["vocab_size"])
+
+    @property
+    def top_k(self) -> int:
+        """Most entries kept a position; 0 when the cache holds no distributions."""
+        return int(self.identities["logprobs"]["top_k"])
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of every shard but each origin's last."""
+        return int(self.identities["layout"]["rows_per_shard"])
+
+    def read(self, record: ShardRecord) -> ShardRows:
+        """The decoded rows of one shard; the last few stay in memory."""
+        return self._read(self.folder, record)
+
+    def check_tokenizer(self, model: ModelSource, role: str) -> None:
+        """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
+        held, ours = self.identities["tokenizer"], model.tokenizer_identity()
+        if held["sha256"] != ours["sha256"]:
+            raise UserError(
+                f"the {role}'s tokenizer is not the cache's",
+                found=f"{_tokenizer(ours)} of {model.name}",
+                expected=f"{_tokenizer(held)} of {self.identities['teacher']['name']}",
+                where=self.folder,
+                advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
+            )
+
+
+class TeacherCache(CacheReader):
     """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._read = lru_cache(maxsize=_DECODED_SHARDS)(read_shard)
+        super().__init__(folder, manifest.identities)
+        self.manifest = manifest
 
     @classmethod
     def open(cls, location: str | Path) -> TeacherCache:
         """The cache at a path or URL; `UserError` when it is absent, unfinished, altered or of another format."""
         folder = open_folder(location)
         return cls(folder, read_manifest(folder, CACHE_KIND))
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the teacher's logits."""
-        return int(self.manifest.identities["teacher"]["vocab_size"])
-
-    @property
-    def top_k(self) -> int:
-        """Entries kept a position; 0 when the cache holds no distributions."""
-        return int(self.manifest.identities["logprobs"]["top_k"])
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of every shard but each origin's last."""
-        return int(self.manifest.identities["layout"]["rows_per_shard"])
 
     @property
     def origins(self) -> list[str]:
@@ -80,10 +110,6 @@ class TeacherCache:
     def shards(self, origin: str | None = None) -> list[ShardRecord]:
         """Shards of `origin` (None: all), in order."""
         return [shard for shard in self.manifest.shards if origin in (None, shard.origin)]
-
-    def read(self, record: ShardRecord) -> ShardRows:
-        """The decoded rows of one shard; the last few stay in memory."""
-        return self._read(self.folder, record)
 
     @cached_property
     def round_names(self) -> list[str]:
@@ -123,18 +149,6 @@ class TeacherCache:
         """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
         for record in self.manifest.shards:
             check_shard(self.folder, record)
-
-    def check_tokenizer(self, model: ModelSource, role: str) -> None:
-        """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
-        held, ours = self.manifest.identities["tokenizer"], model.tokenizer_identity()
-        if held["sha256"] != ours["sha256"]:
-            raise UserError(
-                f"the {role}'s tokenizer is not the cache's",
-                found=f"{_tokenizer(ours)} of {model.name}",
-                expected=f"{_tokenizer(held)} of {self.manifest.identities['teacher']['name']}",
-                where=self.folder,
-                advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
-            )
 
 
 def _tokenizer(identity: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def build_round(config: CacheConfig) -> Manifest:
     folder = round_folder(cache.folder, config.round)
     job = Job(folder, ROUND_KIND, _identities(cache, config, engine, student))
     num_rows = cache.manifest.counts["rows"]
-    with job.opened(config.to_toml(), num_rows) as manifest:
+    with job.opened(config.to_toml(), {"student": num_rows}) as manifest:
         if manifest is None:
             sampled = Job(folder.child(_SAMPLED), _SAMPLED, job.identities)
             sampled.committed = sampled.ledger.committed()

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,6 +128,10 @@ def record_from_json(value: dict[str, Any]) -> ShardRecord:
     return ShardRecord(**value)
 
 
+def _record_name(shard_path: str) -> str:
+    return f"{LEDGER}/{shard_path.replace('/', '--').removesuffix('.parquet')}.json"
+
+
 class Ledger:
     """Which shards of an unfinished directory are committed: one small file each, written after the shard.
 
@@ -138,9 +142,13 @@ class Ledger:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def committed(self) -> dict[str, ShardRecord]:
-        """Records by shard path. A record that cannot be read counts as absent: its shard is written again."""
-        contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER)))
+    def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
+        """Records by shard path, but for those of the `known` paths, which are not read again.
+
+        A record that cannot be read counts as absent: its shard is written again.
+        """
+        passed_over = {_record_name(path) for path in known}
+        contents = self._folder.read_many(sorted(set(self._folder.sizes(LEDGER)) - passed_over))
         shards = self._folder.sizes("shards") if contents else {}
         records = {}
         for content in contents.values():
@@ -153,8 +161,7 @@ class Ledger:
     def commit(self, data: bytes, record: ShardRecord) -> None:
         """Write the shard, then the record that makes it count."""
         self._folder.write(record.path, data)
-        name = record.path.replace("/", "--").removesuffix(".parquet") + ".json"
-        self._folder.write(f"{LEDGER}/{name}", json.dumps(asdict(record)).encode())
+        self._folder.write(_record_name(record.path), json.dumps(asdict(record)).encode())
 
     def discard(self) -> None:
         """Remove the records, once the manifest holds them."""

@@ -1,0 +1,80 @@
+"""A cache that a running job is still writing: committed shards are visible at once, in the order they are seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.folders import Folder, open_folder
+from dpkd.teacher_cache.job import read_job
+from dpkd.teacher_cache.locks import holder
+from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.reader import CACHE_KIND, CacheReader
+from dpkd.teacher_cache.shards import Ledger, ShardRecord
+
+
+class GrowingCache(CacheReader):
+    """A cache under construction, or one that has been finished meanwhile.
+
+    `num_rows` are the rows that the job plans, by origin; `manifest` is None until the cache is finished.
+    """
+
+    def __init__(self, folder: Folder, job: dict[str, object] | None, manifest: Manifest | None) -> None:
+        held = manifest.identities if job is None and manifest is not None else (job or {})["identities"]
+        super().__init__(folder, held)  # type: ignore[arg-type]
+        self.manifest = manifest
+        self._job = job
+        self._known: dict[str, ShardRecord] = {}
+
+    @classmethod
+    def open(cls, location: str | Path) -> GrowingCache | None:
+        """The cache at `location`; None when no job has begun it. `UserError` for one of another kind."""
+        folder = open_folder(location)
+        if folder.exists(MANIFEST):
+            return cls(folder, None, read_manifest(folder, CACHE_KIND))
+        job = read_job(folder)
+        if job is not None:
+            if job["kind"] != CACHE_KIND:
+                raise UserError(
+                    "the directory holds another kind of thing", found=job["kind"], expected=CACHE_KIND, where=folder
+                )
+            return cls(folder, job, None)
+        return None
+
+    def num_rows(self, origin: str | None) -> int:
+        """Rows of `origin` (None: of all) that the cache has or, unfinished, will have but for any set aside."""
+        if self.manifest is not None:
+            return sum(shard.rows for shard in self.manifest.shards if origin in (None, shard.origin))
+        assert self._job is not None
+        planned: dict[str, int] = self._job["num_rows"]  # type: ignore[assignment]
+        return sum(count for name, count in planned.items() if origin in (None, name))
+
+    def new_shards(self) -> list[ShardRecord]:
+        """Shards that were committed since the last call, in order of their names.
+
+        The manifest is looked for first: when it appears, the ledger goes.
+        """
+        if self.finished():
+            assert self.manifest is not None
+            found = {shard.path: shard for shard in self.manifest.shards}
+        else:
+            found = Ledger(self.folder).committed(self._known)
+        new = [found[path] for path in sorted(found.keys() - self._known.keys())]
+        self._known.update({record.path: record for record in new})
+        return new
+
+    def pass_over(self, records: list[ShardRecord]) -> None:
+        """Take `records` for known: `new_shards` does not give them again."""
+        self._known.update({record.path: record for record in records})
+
+    def finished(self) -> bool:
+        """Whether the manifest is there; reads it when it is."""
+        if self.manifest is None and self.folder.exists(MANIFEST):
+            self.manifest = read_manifest(self.folder, CACHE_KIND)
+            if self.manifest.fingerprint != self.fingerprint:
+                raise UserError("the cache has been replaced by another one while it was followed", where=self.folder)
+        return self.manifest is not None
+
+    def writer(self) -> str | None:
+        """Host and process of the job that is writing the cache; None when none is at work."""
+        return holder(self.folder)
