@@ -78,11 +78,12 @@ def run_command(
 def info_command(
     location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="rows of each origin to show")] = 3,
 ) -> None:
     """Say what a cache holds."""
-    from dpkd.teacher_cache.verify import describe_cache
+    from dpkd.teacher_cache.describe import describe_cache
 
-    facts = describe_cache(location)
+    facts = describe_cache(location, samples)
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -91,11 +92,29 @@ def info_command(
 
 def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
-        if isinstance(value, dict):
+        if key == "response_lengths":
+            _print_histogram(value, indent)
+        elif isinstance(value, dict) and value:
             print(f"{indent}{key}:")
             _print_facts(value, indent + "  ")
-        elif value is not None:
-            print(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for place, item in enumerate(value, start=1):
+                print(f"{indent}{key} {place} of {len(value)}:")
+                _print_facts(item, indent + "  ")
+        elif value not in (None, [], (), {}):
+            print(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else _one_line(value)}")
+
+
+def _one_line(value: object) -> str:
+    """Text of a model can hold control characters: they are shown, not obeyed."""
+    return repr(value)[1:-1] if isinstance(value, str) and not value.isprintable() else str(value)
+
+
+def _print_histogram(bins: dict[str, int], indent: str) -> None:
+    print(f"{indent}response_lengths (tokens: rows):")
+    most = max(bins.values(), default=1)
+    for name, count in bins.items():
+        print(f"{indent}  {name:>12} {count:>8} {'#' * round(40 * count / most)}")
 
 
 @cache_app.command("verify")

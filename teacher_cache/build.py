@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -149,5 +150,6 @@ def _say_skipped(skipped: list[SkippedRow]) -> None:
     say(f"{len(skipped)} rows of the data are left out (all are listed in the manifest):")
     for row in skipped[:5]:
         say(f"  line {row.line}: {row.reason}")
-    for reason, count in Counter(row.reason.split(" tokens")[0] for row in skipped[5:]).most_common(3):
-        say(f"  … {count} more, such as: {reason}")
+    kinds = Counter(re.sub(r"\d+", "N", row.reason) for row in skipped[5:])
+    for kind, count in kinds.most_common(3):
+        say(f"  … {count} more: {kind}")

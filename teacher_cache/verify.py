@@ -1,20 +1,18 @@
-"""`dpkd cache verify` and `dpkd cache info`: is the cache what it claims, and what does it hold."""
+"""`dpkd cache verify`: is the cache what it claims."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import Folder
-from dpkd.teacher_cache.manifest import Manifest
 from dpkd.teacher_cache.progress import Progress
-from dpkd.teacher_cache.reader import TeacherCache
-from dpkd.teacher_cache.schema import CachedRow
+from dpkd.teacher_cache.reader import Round, TeacherCache
+from dpkd.teacher_cache.schema import CachedRow, ShardRows
 from dpkd.teacher_cache.shards import ShardRecord, read_shard
 
 
@@ -24,38 +22,72 @@ def verify_cache(location: str | Path) -> dict[str, int]:
     Raises `UserError` at the first thing that is wrong, naming shard and row.
     """
     cache = TeacherCache.open(location)
-    parts = [(cache.folder, cache.manifest)]
-    parts += [(held.folder, held.manifest) for held in map(cache.round, cache.round_names)]
+    rounds = [cache.round(name) for name in cache.round_names]
+    parts = [(cache.folder, cache.manifest), *((held.folder, held.manifest) for held in rounds)]
     num_rows = sum(manifest.counts["rows"] for _, manifest in parts)
     with Progress("verify", num_rows, "rows") as progress:
         for folder, manifest in parts:
+            seen: set[int] = set()
             for record in manifest.shards:
-                _verify_shard(folder, record, cache, progress)
+                shard = _verify_shard(folder, record, cache, progress)
+                _refuse_doubles(seen, shard, record, folder)
+    for held in rounds:
+        for record in cache.manifest.shards:
+            _verify_beside(cache, held, record)
     return {
         "rows": num_rows,
         "shards": sum(len(manifest.shards) for _, manifest in parts),
-        "rounds": len(parts) - 1,
+        "rounds": len(rounds),
     }
 
 
-def _verify_shard(folder: Folder, record: ShardRecord, cache: TeacherCache, progress: Progress) -> None:
+def _verify_shard(folder: Folder, record: ShardRecord, cache: TeacherCache, progress: Progress) -> ShardRows:
     shard = read_shard(folder, record)
-    positions = entries = 0
+    found = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
     for index in range(len(shard)):
         row = shard.row(index)
         for problem in row_problems(row, cache.vocab_size):
             raise UserError(f"row {index} ({row.example_id}): {problem}", where=folder.where(record.path))
-        positions += len(row.response_ids)
-        entries += 0 if row.distributions is None else len(row.distributions.ids_E)
+        found["positions"] += len(row.response_ids)
+        found["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
+        found["unfinished"] += row.finish_reason == "length"
+        found["longest"] = max(found["longest"], len(row.prompt_ids) + len(row.response_ids))
         progress.advance()
-    found, expected = (len(shard), positions, entries), (record.rows, record.positions, record.entries)
+    found["rows"] = len(shard)
+    expected = {name: getattr(record, name) for name in found}
     if found != expected:
         raise UserError(
-            "rows, positions and entries are not those of the manifest",
+            "what the shard holds is not what the manifest counts",
             found=found,
             expected=expected,
             where=folder.where(record.path),
         )
+    return shard
+
+
+def _refuse_doubles(seen: set[int], shard: ShardRows, record: ShardRecord, folder: Folder) -> None:
+    """Raise `UserError` for a row that stands twice. Hashes are kept, as a large cache's ids would not fit."""
+    stem = record.path.rpartition("-")[0]
+    for index in range(len(shard)):
+        key = hash((stem, *shard.key(index)))
+        if key in seen:
+            example_id, sample = shard.key(index)
+            raise UserError(
+                f"row {index} ({example_id}, sample {sample}) stands a second time", where=folder.where(record.path)
+            )
+        seen.add(key)
+
+
+def _verify_beside(cache: TeacherCache, held: Round, record: ShardRecord) -> None:
+    """Raise `UserError` unless the round's rows are the cache's, in the same order and with the same prompts."""
+    ours, theirs = cache.read(record), cache.read_round(held, record)
+    places = [ours.place_of.get(theirs.key(index), -1) for index in range(len(theirs))]
+    same_order = -1 not in places and places == sorted(places)
+    if not same_order or any(
+        not np.array_equal(ours.row(place).prompt_ids, theirs.row(index).prompt_ids)
+        for index, place in enumerate(places)
+    ):
+        raise UserError("the round's rows are not those of the cache", where=held.folder.where(record.path))
 
 
 def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
@@ -89,25 +121,3 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
     mass_T = np.bincount(position_E, np.exp(top.logprobs_E.astype(np.float64)), minlength=len(top.counts_T))
     if (mass_T > np.exp(MAX_ERROR_NATS) + 1e-5).any():
         yield "the entries of a position hold more mass than 1"
-
-
-def describe_cache(location: str | Path) -> dict[str, Any]:
-    """What `dpkd cache info --json` prints: counts, sizes (bytes), mass kept, identities, rounds."""
-    cache = TeacherCache.open(location)
-    rounds = {name: cache.round(name).manifest for name in cache.round_names}
-    return _describe(cache.manifest) | {"rounds": {name: _describe(manifest) for name, manifest in rounds.items()}}
-
-
-def _describe(manifest: Manifest) -> dict[str, Any]:
-    counts = manifest.counts
-    per_entry = counts["bytes"] / counts["entries"] if counts["entries"] else None
-    return {
-        **counts,
-        "bytes_per_position": counts["bytes"] / counts["positions"],
-        "bytes_per_entry": per_entry,
-        "mass_kept": manifest.mass_kept,
-        "skipped": len(manifest.skipped),
-        "fingerprint": manifest.fingerprint,
-        "identities": manifest.identities,
-        "software": manifest.software,
-    }

@@ -15,13 +15,14 @@ import torch
 from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.config import CacheConfig
+from dpkd.teacher_cache.describe import describe_cache
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import open_folder
 from dpkd.teacher_cache.manifest import read_manifest
 from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow
-from dpkd.teacher_cache.verify import describe_cache, row_problems, verify_cache
+from dpkd.teacher_cache.verify import row_problems, verify_cache
 
 
 def config(out: Path, teacher: Path, data: Path, **options: object) -> CacheConfig:
