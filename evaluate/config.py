@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from dpkd.teacher_cache.engine import EngineOptions, LocalEngineName
-from dpkd.teacher_cache.settings import Settings, named_values
+from dpkd.teacher_cache.settings import Location, Settings, named_values
 from dpkd.teacher_cache.templates import TemplateName
 
 #: the seeds over which the paper's family (MiniLLM, DPKD) averages
@@ -32,6 +32,9 @@ class EvalConfig(Settings):
         min_length=1, description="NAME=FILE: rows with references (.jsonl, .json, .parquet); repeatable"
     )
     out: Path = Field(description="directory for the report, the scores and the generated answers")
+    cache: Location | None = Field(
+        None, description="teacher cache of the training: prompts of the data that also stand in it are counted"
+    )
     engine: LocalEngineName = Field("auto", description="what runs the models; auto is vLLM where it is installed")
     template: TemplateName = Field("alpaca", description="prompt template; must be the one trained with")
     temperature: float = Field(

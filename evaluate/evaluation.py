@@ -13,6 +13,7 @@ from dpkd.evaluate.candidates import Candidate, open_candidates
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
 from dpkd.evaluate.generation import generate_answers
+from dpkd.evaluate.overlap import count_overlap
 from dpkd.evaluate.plot import plot_rouge_by_bucket, require_matplotlib
 from dpkd.evaluate.report import FORMAT_VERSION, build_report, markdown_table, write_report
 from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
@@ -39,7 +40,8 @@ def evaluate(config: EvalConfig) -> Path:
     _check_options(config)
     candidates = open_candidates(config)
     eval_sets = read_eval_sets(config, candidates)
-    identity = _identity(config, engine, candidates, eval_sets)
+    overlap = None if config.cache is None else count_overlap(config.cache, candidates, eval_sets)
+    identity = _identity(config, engine, candidates, eval_sets, overlap)
     report_path = config.out / "report.json"
     if _is_complete(report_path, identity):
         say(f"the evaluation in {config.out} is complete already")
@@ -48,7 +50,7 @@ def evaluate(config: EvalConfig) -> Path:
 
     answers = {candidate.name: generate_answers(config, engine, candidate, eval_sets) for candidate in candidates}
     scored_sets = _score(config, eval_sets, answers)
-    report = build_report(config, identity, fingerprint(identity), eval_sets, scored_sets)
+    report = build_report(config, identity, fingerprint(identity), eval_sets, scored_sets, overlap)
     write_per_example(config.out / "per_example.parquet", scored_sets, config.buckets)
     write_text(config.out / "report.md", markdown_table(report))
     plot_rouge_by_bucket(report, config.out / "rouge_by_bucket.png")
@@ -57,11 +59,15 @@ def evaluate(config: EvalConfig) -> Path:
 
 
 def _identity(
-    config: EvalConfig, engine: str, candidates: Sequence[Candidate], eval_sets: Sequence[EvalSet]
+    config: EvalConfig,
+    engine: str,
+    candidates: Sequence[Candidate],
+    eval_sets: Sequence[EvalSet],
+    overlap: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What the report is a function of: settings, and models and data by content; no path and no software."""
-    settings = config.model_dump(mode="json", exclude={"model", "data", *_FREE_OPTIONS})
-    return {
+    settings = config.model_dump(mode="json", exclude={"model", "data", "cache", *_FREE_OPTIONS})
+    return ({} if overlap is None else {"cache": overlap["cache"]}) | {
         "format_version": FORMAT_VERSION,
         "settings": {**settings, "engine": engine},
         "models": {candidate.name: candidate.identity for candidate in candidates},

@@ -26,12 +26,13 @@ def build_report(
     fingerprint: str,
     eval_sets: Sequence[EvalSet],
     scored_sets: Sequence[ScoredSet],
+    overlap: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that `report.json` holds.
 
     `identity` is what `fingerprint` was taken of: the settings, and models and data by content. Software
     versions stand outside of it. Scores run from 0 to 100, lengths are tokens (EOS included), bucket edges
-    are words; the interval of a bucket without rows is all null.
+    are words; the interval of a bucket without rows is all null. `overlap` is None where no cache was given.
     """
     models: dict[str, Any] = {name: {"data": {}} for name in config.model}
     for scored in scored_sets:
@@ -42,7 +43,8 @@ def build_report(
         "settings": identity["settings"],
         "models": models,
         "data": {eval_set.name: {"n": len(eval_set.examples)} for eval_set in eval_sets},
-        "identities": {"models": identity["models"], "data": identity["data"]},
+        "identities": {key: identity[key] for key in ("models", "data", "cache") if key in identity},
+        "overlap": overlap,
         "skipped": {
             eval_set.name: [{"line": row.line, "reason": row.reason} for row in eval_set.skipped]
             for eval_set in eval_sets
@@ -115,6 +117,8 @@ def markdown_table(report: dict[str, Any]) -> str:
     for data, about in report["data"].items():
         num_skipped = len(report["skipped"][data])
         left_out = f", {num_skipped} left out" if num_skipped else ""
+        if report.get("overlap"):
+            left_out += f", {len(report['overlap']['rows'][data])} of the prompts also in the training cache"
         parts += [f"## {data} ({about['n']} rows{left_out})\n", _table(report, data)]
     return "\n".join(parts)
 

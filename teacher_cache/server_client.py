@@ -33,7 +33,7 @@ _HEALTH_TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 300.0  # the first request to a server may compile kernels: 25 s on two cores
 _QUIET_S = 5.0  # a server at work that says nothing for this long is asked for its health
 _SILENCE_S = 30.0  # and is given up when that has no answer either for this long
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 10.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 5.0
 _MOST_FAILURES = 3  # tries of a request that a healthy server answers with 5xx
 _MOST_BREAKS = 5  # tries of a request that loses its connection: more, as every kill of a server costs one
 
@@ -65,6 +65,7 @@ class Server:
     model_id: str = ""
     up: bool = False
     tried: bool = False
+    answers: bool = False  # the last try of anything had an answer, so a check under way is no silence
     told: bool = False  # the person knows that it does not answer
     in_flight: int = 0
     heard_s: float = 0.0  # when it last answered, or last was given work after a rest (monotonic clock)
@@ -118,9 +119,8 @@ class ServerPool:
         self.servers = [Server(url) for url in urls]
         self._max_in_flight, self._verify = max_in_flight, verify
         self._patience_s, self._timeout_s = patience_s, timeout_s
-        key = os.environ.get(KEY_VARIABLE)
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=_authorization(),
             follow_redirects=False,
             # vLLM closes connections that rest for 5 s: ours go first, so that none is closed under a request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
@@ -195,6 +195,7 @@ class ServerPool:
         server.heard_s = time.monotonic()
         status = response.status_code
         if status == 200:
+            server.answers = True
             return response.content
         reason = f"HTTP {status}: {_message(response)}"
         if status in (401, 403):
@@ -265,9 +266,8 @@ class ServerPool:
             if now_s - max(tries.busy_since_s, self._completed_s) > self._patience_s:
                 raise self._out_of_patience(trouble.reason)
         if tries.failures >= _MOST_FAILURES or tries.breaks >= _MOST_BREAKS:
-            raise RequestRefusedError(
-                f"{tries.failures + tries.breaks} tries ended without an answer: {trouble.reason}"
-            )
+            count = tries.failures + tries.breaks
+            raise RequestRefusedError(f"no answer in {count} tries: {trouble.reason}")
 
     def _claim(self, last: Server | None) -> Server | None:
         """A place on the server with the fewest in flight, on another than `last` where there is one."""
@@ -289,7 +289,7 @@ class ServerPool:
                 raise self._fatal
             if found := ready():
                 return found
-            if self._none_up_since_s is not None:
+            if self._none_up_since_s is not None and not any(server.answers for server in self.servers):
                 waited_s = time.monotonic() - max(started_s, self._none_up_since_s)
                 if waited_s > self._patience_s:
                     raise self._out_of_patience(self._last_reason)
@@ -312,6 +312,7 @@ class ServerPool:
 
     async def _bring_up(self, server: Server) -> None:
         for tries in itertools.count(1):
+            server.answers = False
             try:
                 await self._verify(server, self)
                 break
@@ -354,7 +355,7 @@ class ServerPool:
 
     def _lose(self, server: Server, reason: str) -> None:
         """Take a server out of the rotation and say so, once per outage."""
-        server.up, server.tried = False, True
+        server.up, server.tried, server.answers = False, True, False
         server.lost.set()
         server.wake.set()
         self._last_reason = reason
@@ -374,6 +375,14 @@ class ServerPool:
             where=", ".join(server.url for server in self.servers),
             advice="Committed shards are kept: start the servers, and the same command goes on",
         )
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # HTTP refuses it, with an error that shows it
+        raise UserError(f"the key in {KEY_VARIABLE} holds characters that no key has", expected="printable ASCII")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _back_off_s(tries: int) -> float:

@@ -105,6 +105,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._window = 2 * options.max_num_seqs
         self.vocab_size = model.vocab_size
+        self._failed = False
         self._start()
 
     def _start(self) -> None:
@@ -226,7 +227,10 @@ class VllmEngine:
         Returns None when the source is answered, or the error and the requests under way when the engine fails.
         """
         from vllm import TokensPrompt
+        from vllm.exceptions import VLLMClientError
 
+        if self._failed:
+            self._restart()
         engine = self._llm.llm_engine
         waiting: dict[str, tuple[str, _Request]] = {}
         exhausted = False
@@ -241,7 +245,7 @@ class VllmEngine:
                     key = str(request.index)
                     try:
                         waiting[key] = (engine.add_request(key, prompt, to_params(request)), request)
-                    except ValueError as error:  # refused by name: to try again would change nothing
+                    except (ValueError, VLLMClientError) as error:  # refused by name: to try again would change nothing
                         yield request, FailedRequest(request.index, f"vLLM refuses it: {_first_line(error)}")
                 if not waiting:
                     return None
@@ -250,6 +254,7 @@ class VllmEngine:
                 except Exception as error:
                     broken = _Broken(error, [request for _, request in waiting.values()])
                     waiting.clear()
+                    self._failed = True
                     return broken
                 for output in outputs:
                     if output.finished:
@@ -265,20 +270,18 @@ class VllmEngine:
         to_params: Callable[[_Request], SamplingParams],
         guard: _FailureGuard,
     ) -> Iterator[tuple[_Request, RequestOutput | FailedRequest]]:
-        """Answer the requests of a failed batch by halves, with a fresh engine after every failure.
+        """Answer the requests of a failed batch by halves; the next stream starts a fresh engine.
 
         The request that fails alone, twice, is the culprit.
         """
         if is_out_of_memory(broken.error):
             raise self._out_of_memory(broken.error) from broken.error
         say(f"vLLM failed ({_first_line(broken.error)}); starting it again for {len(broken.requests)} requests")
-        self._restart()
         groups = [broken.requests[: len(broken.requests) // 2], broken.requests[len(broken.requests) // 2 :]]
         for group in filter(None, groups):
             again = yield from self._stream(iter(group), to_ids, to_params)
             if again is not None and len(group) == 1:
                 guard.failed(again.error)
-                self._restart()
                 yield group[0], FailedRequest(group[0].index, f"vLLM fails on it: {_first_line(again.error)}")
             elif again is not None:
                 yield from self._isolate(again, to_ids, to_params, guard)
@@ -291,6 +294,7 @@ class VllmEngine:
         except Exception as error:  # it is broken already; what matters is whether a new one starts
             say(f"the failed engine did not close cleanly: {_first_line(error)}")
         self._start()
+        self._failed = False
 
     def _result(
         self,

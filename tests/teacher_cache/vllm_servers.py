@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Self
 
 # a seeded request in chunked prefill crashes the CPU build, hence no chunks
-ARGUMENTS = (
-    "--dtype float32 --enforce-eager --max-logprobs 128 --no-enable-prefix-caching --max-model-len 512"
-    " --no-enable-chunked-prefill --max-num-batched-tokens 2048"
-).split()
+ARGUMENTS = [
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-logprobs",
+    "128",
+    "--no-enable-prefix-caching",
+    "--max-model-len",
+    "512",
+    "--no-enable-chunked-prefill",
+    "--max-num-batched-tokens",
+    "2048",
+]
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -56,12 +65,15 @@ class VllmServer:
         self.log = Path(tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log")[1])
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), *ARGUMENTS, *arguments]
-        self._environment = os.environ | ENVIRONMENT | (environment or {})
+        # an engine in this process leaves settings of its own in the environment
+        own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+        self._environment = own | ENVIRONMENT | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and return at once; `wait` for it before use."""
-        assert self._process is None, "it runs already"
+        """Start it, where it does not run, and return at once; `wait` for it before use."""
+        if self._process is not None:
+            return
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
@@ -101,11 +113,15 @@ class VllmServer:
         self.start()
         self.wait()
 
+    def close(self) -> None:
+        """Kill it and remove its log."""
+        self.kill()
+        self.log.unlink(missing_ok=True)
+
     def __enter__(self) -> Self:
         self.start()
         self.wait()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.kill()
-        self.log.unlink(missing_ok=True)
+        self.close()
