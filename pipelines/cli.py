@@ -14,6 +14,7 @@ from dpkd.evaluate.config import EvalConfig
 from dpkd.pipelines.options import config_command
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
 from dpkd.teacher_cache.config import CacheConfig
+from dpkd.teacher_cache.fidelity_config import FidelityConfig
 
 app = typer.Typer(
     name="dpkd",
@@ -23,7 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(help="Look at and verify a teacher cache.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="Look at, verify and measure a teacher cache.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(cache_app, name="cache")
 
 
@@ -57,10 +60,18 @@ def _evaluate(config: EvalConfig) -> None:
     print(f"report: {path}")
 
 
+def _measure_fidelity(config: FidelityConfig) -> None:
+    from dpkd.teacher_cache.fidelity import fidelity_table, measure_fidelity
+
+    report = measure_fidelity(config)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
+
+
 config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
 config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student of a teacher's layers.")
 config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
 config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
+config_command(cache_app, "fidelity", FidelityConfig, _measure_fidelity, about="Hold a cache against its live teacher.")
 
 
 @app.command("run")

@@ -62,7 +62,9 @@ def _flags(config_type: type[Settings]) -> dict[str, Any]:
         is_switch = field.annotation is bool
         kind = (list[str] if repeatable else bool if is_switch else str) | None
         default = "" if field.is_required() or field.default in (None, (), {}) else f" [{_shown(field.default)}]"
-        flag = f"--{key.replace('_', '-')}"
+        # an option whose flag cannot be the field's own name says so
+        name = (field.json_schema_extra or {}).get("flag", key) if not callable(field.json_schema_extra) else key
+        flag = f"--{str(name).replace('_', '-')}"
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if is_switch else flag,
             help=(field.description or "") + default,

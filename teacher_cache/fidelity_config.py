@@ -22,6 +22,7 @@ class FidelityConfig(Settings):
         "auto", description="what scores them again; auto is the kind that built the cache, where it is installed"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the teacher")
+    as_json: bool = Field(False, description="print JSON in place of a table", json_schema_extra={"flag": "json"})
     max_num_seqs: int = Field(64, ge=1, description="requests that the engine runs at once")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="number type of the weights; off: the cache's own"

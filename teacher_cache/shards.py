@@ -56,7 +56,7 @@ def encode_shard(
         table,
         buffer,
         compression="zstd",
-        compression_level=6,
+        compression_level=1,
         use_dictionary=DICTIONARY_COLUMNS,
         column_encoding=COLUMN_ENCODINGS,
         store_schema=False,

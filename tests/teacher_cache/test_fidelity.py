@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpkd.teacher_cache import fidelity_measures
+from dpkd.teacher_cache import fidelity, fidelity_measures
 from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.config import CacheConfig
@@ -267,8 +267,31 @@ def test_the_table_names_what_was_measured(toy_cache: Path, toy_teacher: Path) -
         "holds.",
     ):
         assert text in table
-    broken = report | {"bound": report["bound"] | {"holds": False}}
-    assert "DOES NOT HOLD" in fidelity_table(broken)
+    for holds, text in ((False, "DOES NOT HOLD"), (None, "cannot be told")):
+        assert text in fidelity_table(report | {"bound": report["bound"] | {"holds": holds}})
+
+
+def test_a_bound_is_broken_by_the_cache_alone_and_unknown_below_the_noise() -> None:
+    def bound(error: float, itself: float, transformers: float) -> dict[str, Any]:
+        errors = {"cached_vs_live": error, "live_vs_itself": itself, "live_vs_transformers": transformers}
+        found = fidelity._bound({name: {"entries": {"max": value}} for name, value in errors.items()})
+        assert found is not None
+        return found
+
+    assert bound(1 / 256, 0.0, 0.0)["holds"] is True
+    assert bound(1 / 256 + 2e-5, 0.0, 1e-4)["holds"] is True
+    assert bound(1 / 256 + 2e-5, 0.0, 0.0)["holds"] is False
+    assert bound(0.01, 1e-3, 1e-4)["holds"] is False
+    assert bound(0.4, 0.0, 0.5)["holds"] is None
+    assert bound(0.6, 0.0, 0.5)["holds"] is False
+
+
+def test_the_control_is_batched_otherwise() -> None:
+    for number in range(5, 70):
+        one, two = fidelity._two_orders([7 * i % 31 for i in range(number)])
+        assert sorted(one) == sorted(two) == list(range(number))
+        batches = [{frozenset(order[i : i + 4]) for i in range(0, number, 4)} for order in (one, two)]
+        assert not batches[0] & batches[1]
 
 
 @pytest.mark.engine

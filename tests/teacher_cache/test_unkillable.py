@@ -59,7 +59,7 @@ def in_child(settings: CacheConfig) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            with open(os.devnull, "w") as nowhere:
+            with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), 2)
             build_cache(settings)
             os._exit(0)
@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_what_is_committed(
 ) -> None:
     out = small_disk / "cache"
     settings = config(out, toy_teacher, many_rows(tmp_path / "data.jsonl", toy_data, copies=2))
-    with pytest.raises(UserError, match=r"the file cannot be written: No space left on device .* the same command goes"):
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device .* the same command goes"):
         build_cache(settings)
     kept = records(out)
     assert kept

@@ -1,0 +1,188 @@
+"""How much of bare vLLM's speed is left while a cache is written, and what memory that takes.
+
+    python benchmarks/cache_writing.py speed --teacher models/smollm2-135m-instruct --rows 96 --max-new-tokens 96
+    python benchmarks/cache_writing.py speed --teacher toy --rows 512 --max-new-tokens 64 --baseline flat
+    python benchmarks/cache_writing.py memory
+
+`speed` runs both arms in turn on one engine, with the same prompts and seeds: `LLM.generate` (without log-probs, or
+with the same flat ones), and the product's own path from requests to committed shards. Start-up is in neither.
+`memory` builds caches of 1,000 and 10,000 prompts of a toy teacher, each in a process of its own, and prints the peak
+of each. `toy` is a Llama of two layers, hidden size 64, with a byte-level BPE vocabulary of 600, made on the spot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "examples" / "dolly" / "train.jsonl"
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.config import CacheConfig
+
+
+def make_toy(directory: Path) -> Path:
+    """The toy of the tests, saved to `directory`."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest
+
+    conftest.train_tokenizer(directory / "tokenizer", conftest.dolly_texts("train"), conftest.VOCAB_SIZE)
+    made: Path = conftest.make_toy(directory / "toy", directory / "tokenizer", layers=2, seed=1)
+    return made
+
+
+def write_prompts(path: Path, rows: int) -> Path:
+    """`rows` short prompts of the shipped excerpt, repeated with a number in front."""
+    texts = [json.loads(line)["instruction"] for line in DATA.read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in texts if len(text) < 200]
+    lines = [json.dumps({"id": f"p{i}", "instruction": f"{i}. {texts[i % len(texts)]}"}) for i in range(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def speed(arguments: argparse.Namespace, scratch: Path) -> None:
+    from dpkd.teacher_cache.build import engine_options, sampling
+    from dpkd.teacher_cache.config import CacheConfig
+    from dpkd.teacher_cache.examples import open_examples
+    from dpkd.teacher_cache.models import locate_model
+    from dpkd.teacher_cache.plan import RowPlan
+    from dpkd.teacher_cache.templates import PromptEncoder
+    from dpkd.teacher_cache.vllm_engine import VllmEngine
+
+    teacher = make_toy(scratch) if arguments.teacher == "toy" else Path(arguments.teacher)
+    config = CacheConfig(
+        teacher=str(teacher),
+        data=str(write_prompts(scratch / "prompts.jsonl", arguments.rows)),
+        out=str(scratch / "cache"),
+        engine="vllm",
+        top_k=arguments.top_k,
+        max_new_tokens=arguments.max_new_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        rows_per_shard=arguments.rows_per_shard,
+    )
+    model = locate_model(config.teacher, "teacher")
+    encoder = PromptEncoder(model.tokenizer, config.template)
+    rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows("teacher"))
+    drawn = sampling(config, model.stop_token_ids())
+    bare_s, cached_s, num_tokens = [], [], []
+    with VllmEngine(model, engine_options(config)) as engine:
+        for repeat in range(arguments.repeats + 1):
+            bare = bare_generate(engine, rows, drawn, arguments.top_k if arguments.baseline == "flat" else None)
+            cached = cached_generate(engine, model, rows, drawn, config, scratch / f"out-{repeat}")
+            if repeat:  # the first round warms both up
+                bare_s.append(bare[0])
+                cached_s.append(cached[0])
+                num_tokens.append((bare[1], cached[1]))
+    ratios = [b / c * nc / nb for b, c, (nb, nc) in zip(bare_s, cached_s, num_tokens, strict=True)]
+    report = {
+        "teacher": teacher.name,
+        "rows": len(rows),
+        "top_k": arguments.top_k,
+        "baseline": arguments.baseline,
+        "tokens": num_tokens[-1],
+        "bare_tokens_per_s": round(statistics.median(n / s for s, (n, _) in zip(bare_s, num_tokens, strict=True)), 1),
+        "cache_tokens_per_s": round(
+            statistics.median(n / s for s, (_, n) in zip(cached_s, num_tokens, strict=True)), 1
+        ),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+    print(json.dumps(report, indent=2))
+
+
+def bare_generate(engine: Any, rows: list[Any], drawn: Any, logprobs: int | None) -> tuple[float, int]:
+    """Seconds and response tokens of `LLM.generate` on the rows."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = [
+        SamplingParams(
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
+            max_tokens=drawn.max_new_tokens,
+            stop_token_ids=list(drawn.stop_token_ids),
+            seed=row.seed,
+            logprobs=logprobs,
+            flat_logprobs=logprobs is not None,
+            detokenize=False,
+        )
+        for row in rows
+    ]
+    prompts = [TokensPrompt(prompt_token_ids=list(row.prompt_ids)) for row in rows]
+    started_s = time.perf_counter()
+    outputs = engine._llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - started_s, sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
+def cached_generate(
+    engine: Any, model: Any, rows: list[Any], drawn: Any, config: CacheConfig, out: Path
+) -> tuple[float, int]:
+    """Seconds and response tokens of the same rows on their way to a finished cache."""
+    from dpkd.teacher_cache.assembling import ShardLayout
+    from dpkd.teacher_cache.filling import EngineFiller
+    from dpkd.teacher_cache.folders import open_folder
+    from dpkd.teacher_cache.job import Job
+    from dpkd.teacher_cache.progress import Progress
+
+    started_s = time.perf_counter()
+    job = Job(open_folder(out), "teacher-cache", {"benchmark": out.name})
+    with job.opened(config.to_toml(), {"teacher": len(rows)}), Progress("cache", len(rows), "rows") as progress:
+        EngineFiller(engine, model)(
+            job, ShardLayout("teacher", config.rows_per_shard, "teacher"), rows, drawn, progress
+        )
+        manifest = job.finish([])
+    return time.perf_counter() - started_s, manifest.counts["positions"]
+
+
+def memory(arguments: argparse.Namespace, scratch: Path) -> None:
+    """Peak resident memory of whole `dpkd cache-teacher` processes."""
+    teacher = make_toy(scratch)
+    print("| prompts | peak memory (MiB) | cache (MiB) | s |\n|---:|---:|---:|---:|")
+    for rows in arguments.sizes:
+        data = write_prompts(scratch / f"prompts-{rows}.jsonl", rows)
+        out = scratch / f"cache-{rows}"
+        command = [
+            sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(teacher), "--data", str(data),
+            "--out", str(out), "--engine", arguments.engine, "--top-k", "64", "--max-new-tokens", "8",
+        ]  # fmt: skip
+        started_s = time.perf_counter()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, status
+        held = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        print(
+            f"| {rows} | {usage.ru_maxrss / 1024:.0f} | {held / 2**20:.1f} | {time.perf_counter() - started_s:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("speed")
+    one.add_argument("--teacher", default="toy")
+    one.add_argument("--rows", type=int, default=96)
+    one.add_argument("--max-new-tokens", type=int, default=96)
+    one.add_argument("--max-num-seqs", type=int, default=32)
+    one.add_argument("--rows-per-shard", type=int, default=32)
+    one.add_argument("--top-k", type=int, default=64)
+    one.add_argument("--repeats", type=int, default=5)
+    one.add_argument("--baseline", choices=["plain", "flat"], default="plain")
+    two = commands.add_parser("memory")
+    two.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000])
+    two.add_argument("--engine", default="vllm")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        {"speed": speed, "memory": memory}[given.command](given, Path(directory))
+
+
+if __name__ == "__main__":
+    main()
