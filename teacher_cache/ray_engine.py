@@ -45,6 +45,8 @@ _BLOCKS_PER_REPLICA = 2  # at least, so that a fast replica can help a slow one
 _MOST_BLOCKS = 1024  # in Ray's object store at one time; replicas start anew after so many
 _RETRIES = 3  # of a block whose replica dies: rows that kill whoever takes them up end the job
 _RESTARTS = 20  # of a replica, for the same reason
+_KNOCK_S = 10.0
+_LOCAL = "local"
 _SETTLE_S = 60.0  # a shared disk may show a node an old listing for so long
 
 _ROW_TYPE = pa.struct(
@@ -351,27 +353,37 @@ def _connect() -> None:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine."""
     import ray
 
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes on its work
-    address = os.environ.get("RAY_ADDRESS", "local")
-    arguments: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
-        arguments["include_dashboard"] = False
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # a dead replica's own processes would keep its GPU (Ray's default from 2.57 on)
-        os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
+    # Ray's notes on its own work; what ends a job is raised
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS", _LOCAL)
     try:
-        ray.init(address, **arguments)
+        if address == _LOCAL:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # a dead replica's own processes would keep its GPU (Ray's default from 2.57 on)
+            os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
+            ray.init(_LOCAL, include_dashboard=False, **quiet)
+        else:
+            _knock(address)
+            ray.init(address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"Ray does not start: {_last_line(error)}" if address == "local" else "the Ray cluster cannot be reached",
-            found=None if address == "local" else f"{address} ({_last_line(error)})",
-            advice="Check RAY_ADDRESS, and that the cluster has this machine's versions of Python and Ray",
+            f"Ray cannot be started or reached: {_last_line(error)}",
+            where=f"RAY_ADDRESS={address}",
+            advice="Check the address, the token (RAY_AUTH_MODE), and that Python and Ray are the cluster's versions",
         ) from error
     finally:
         # Ray sets a handler of its own, with which a terminated job would not end as an interrupted one
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` when nobody listens at `address`, which Ray would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _last_line(error: Exception) -> str:
@@ -396,7 +408,7 @@ def _check_room(config: CacheConfig) -> None:
     if room >= config.ray_replicas:
         return
     found = f"room for {room} replicas of {config.ray_cpus:g} CPUs and {config.ray_gpus:g} GPUs"
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
+    if os.environ.get("RAY_ADDRESS", _LOCAL) == _LOCAL:
         raise UserError(
             "this machine does not hold the replicas",
             found=found,
