@@ -34,11 +34,17 @@ def decode_logprobs(steps_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
     """Log-probs (float32, nats) of `encode_logprobs`'s steps."""
     if len(steps_E) == 0:
         return np.zeros(0, np.float32)
-    sums_E = np.cumsum(steps_E, dtype=np.int64)
-    starts = _starts(counts_T)
-    before = sums_E[starts] - steps_E[starts]
-    levels_E = sums_E - np.repeat(before, counts_T[counts_T > 0])
-    return (levels_E * -GRID_NATS).astype(np.float32)
+    width = int(counts_T[0])
+    if (counts_T == width).all():
+        # a fixed number of entries, the usual case: a table, three times as fast
+        levels_E = np.cumsum(steps_E.reshape(-1, width), axis=1, dtype=np.uint32).reshape(-1)
+    else:
+        # sums run over position bounds and may wrap; their differences do not
+        sums_E = np.cumsum(steps_E, dtype=np.uint32)
+        starts = _starts(counts_T)
+        before = sums_E[starts] - steps_E[starts]
+        levels_E = sums_E - np.repeat(before, counts_T[counts_T > 0])
+    return np.multiply(levels_E, np.float32(-GRID_NATS), dtype=np.float32)
 
 
 def _starts(counts_T: np.ndarray) -> np.ndarray:

@@ -1,188 +1,291 @@
-"""Ray: replicas write the shards of one job on a real local cluster, and one that is killed loses nothing."""
+"""The engine `ray` on a real local cluster, with real vLLM replicas, real kills and real interrupts."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
+pytest.importorskip("ray")
+
 from dpkd.teacher_cache.assembling import ShardLayout
-from dpkd.teacher_cache.build import build_cache
+from dpkd.teacher_cache.build import build_cache, engine_options
 from dpkd.teacher_cache.config import CacheConfig
+from dpkd.teacher_cache.engine import Sampling
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.ray_engine import from_block, split_blocks, to_block
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.folders import LocalFolder
+from dpkd.teacher_cache.job import Job
+from dpkd.teacher_cache.models import ModelSource
+from dpkd.teacher_cache.progress import Progress
+from dpkd.teacher_cache.ray_engine import RayFiller, Replica, _Assignment, from_block, split_blocks, to_block
+from dpkd.teacher_cache.reader import Round, TeacherCache
 from dpkd.teacher_cache.schema import CachedRow, PlannedRow
+from dpkd.teacher_cache.shards import read_shard
 from dpkd.teacher_cache.verify import verify_cache
 
-
-def planned(number: int) -> list[PlannedRow]:
-    return [PlannedRow(i, f"r{i}", 0, "teacher", f"prompt {i}", [i, i + 1], seed=i) for i in range(number)]
-
-
-def test_blocks_hold_whole_shards_once_and_leave_out_what_is_committed() -> None:
-    layout = ShardLayout("teacher", 4, "teacher")
-    blocks = list(split_blocks(planned(50), layout, {layout.path(1), layout.path(5)}, most_rows=8, num_replicas=2))
-    assert all(len({row.index // 4 for row in block}) <= 2 for block in blocks)
-    indices = [row.index for block in blocks for row in block]
-    assert indices == [i for i in range(50) if i // 4 not in (1, 5)]
-    for block in blocks:
-        assert block[0].index % 4 == 0
-    # a small job has something for every replica
-    assert len(list(split_blocks(planned(16), layout, set(), most_rows=512, num_replicas=2))) == 4
+LAYOUT = ShardLayout("teacher", 4, "teacher")
+SAMPLING = Sampling(1.0, 1.0, 8, (0,))
 
 
-def test_a_block_gives_back_its_rows() -> None:
-    rows = planned(3)
-    given = PlannedRow(3, "r3", 1, "reference", "p", [5], response_ids=[7, 0], finish_reason="length")
-    failed = PlannedRow(4, "r4", 0, "student", "p", [5], failed="the student: no")
-    assert from_block(to_block([*rows, given, failed])) == [*rows, given, failed]
+def planned(index: int, **fields: object) -> PlannedRow:
+    return PlannedRow(index, f"row {index}", 0, "teacher", "a prompt", [5, 6, 7], seed=index, **fields)  # type: ignore[arg-type]
+
+
+def indices(blocks: Iterator[list[PlannedRow]]) -> list[list[int]]:
+    return [[row.index for row in block] for block in blocks]
+
+
+def test_blocks_are_whole_shards_of_bounded_size() -> None:
+    blocks = indices(split_blocks(map(planned, range(100)), LAYOUT, set(), 16, 2))
+    assert [len(block) for block in blocks] == [16] * 6 + [4]
+    assert [index for block in blocks for index in block] == list(range(100))
+
+
+def test_a_small_job_has_blocks_for_every_replica() -> None:
+    rows = [planned(index) for index in range(38)]  # ten shards, the last of two rows
+    assert [len(block) for block in split_blocks(rows, LAYOUT, set(), 1000, 2)] == [8, 8, 8, 8, 6]
+    assert [len(block) for block in split_blocks(rows, LAYOUT, set(), 1000, 50)] == [4] * 9 + [2]
+
+
+def test_committed_shards_are_in_no_block_and_a_large_shard_is_a_block_of_its_own() -> None:
+    rows = [planned(index) for index in range(20)]
+    blocks = split_blocks(rows, LAYOUT, {LAYOUT.path(0), LAYOUT.path(2)}, 1, 1)
+    assert indices(blocks) == [[4, 5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert indices(split_blocks([], LAYOUT, set(), 16, 2)) == []
+
+
+def test_rows_go_through_arrow_and_come_back() -> None:
+    rows = [
+        planned(0),
+        planned(1, response_ids=[8, 9], finish_reason="length"),
+        planned(2, response_ids=[]),
+        planned(3, failed="the student: it fails"),
+        PlannedRow(2**40, "é", 3, "student", "", [], seed=2**31 - 1),
+    ]
+    block = to_block(rows)
+    assert block.num_rows == 1  # what Ray Data hands out
+    assert from_block(block) == rows
+
+
+def refusal(replica: Replica, rows: list[PlannedRow]) -> str:
+    return [report["refusal"] for table in replica(to_block(rows)) for report in table.to_pylist()][-1]
+
+
+def test_a_node_without_the_directory_or_the_model_says_so(tmp_path: Path, toy_teacher: Path) -> None:
+    model = ModelSource("toy", toy_teacher)
+    config = CacheConfig(teacher="toy", data="of no use", out=tmp_path)
+    (tmp_path / "job.json").write_bytes(b"another job")
+
+    def assignment(model: ModelSource, content: bytes) -> _Assignment:
+        witness = (tmp_path / "job.json", content)
+        return _Assignment(model, engine_options(config), str(tmp_path), witness, "cache", LAYOUT, SAMPLING)
+
+    text = refusal(Replica(assignment(model, b"this job")), [planned(0)])
+    assert "does not see the cache's directory" in text
+    assert "a disk that all nodes share" in text
+    elsewhere = ModelSource("toy", tmp_path / "not here")
+    text = refusal(Replica(assignment(elsewhere, b"another job")), [planned(0)])
+    assert "does not have the model" in text
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Address of a Ray cluster of two CPUs."""
+    """Address of a cluster of two CPUs, and two GPUs in name, so that the way to replicas with a GPU is taken."""
     import ray
 
-    environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        context = ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
 
 
-def config(out: Path, teacher: Path, data: Path, **options: Any) -> CacheConfig:
-    defaults: dict[str, Any] = {
-        "engine": "ray",
-        "ray_replicas": 2,
-        "template": "chat",
-        "max_new_tokens": 12,
-        "max_prompt_tokens": 200,
-        "top_k": 8,
-        "rows_per_shard": 3,
-        "max_num_seqs": 8,
-    }
-    return CacheConfig(out=out, teacher=str(teacher), data=str(data), **(defaults | options))
-
-
-def all_rows(location: Path) -> list[CachedRow]:
-    cache = TeacherCache.open(location)
-    return [shard.row(i) for record in cache.shards() for shard in [cache.read(record)] for i in range(len(shard))]
-
-
-def many_rows(path: Path, data: Path, copies: int) -> Path:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(copies) for row in rows]
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Path:
+    """Enough rows that a kill falls into the middle."""
+    rows = [json.loads(line) for line in toy_data.read_text().splitlines()]
+    path = tmp_path_factory.mktemp("data") / "many.jsonl"
+    lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(6) for row in rows]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-@pytest.mark.engine
-def test_replicas_make_the_cache_that_one_engine_makes(
-    cluster: str, tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
-) -> None:
-    by_ray = build_cache(config(tmp_path / "ray", toy_teacher, toy_data))
-    by_one = build_cache(config(tmp_path / "one", toy_teacher, toy_data, engine="vllm"))
-    assert by_ray.fingerprint == by_one.fingerprint
-    verify_cache(tmp_path / "ray")
-    for ours, theirs in zip(all_rows(tmp_path / "ray"), all_rows(tmp_path / "one"), strict=True):
-        assert ours.example_id == theirs.example_id
-        assert ours.response_ids.tolist() == theirs.response_ids.tolist()
-        assert np.abs(ours.response_logprobs - theirs.response_logprobs).max() < 1e-3
-    # a round, and with it scoring
-    build_cache(
-        CacheConfig(out=str(tmp_path / "ray"), teacher=str(toy_teacher), student=str(toy_student), round="r0",
-                    engine="ray", ray_replicas=2, max_new_tokens=12, top_k=8, max_num_seqs=8)
-    )  # fmt: skip
-    verify_cache(tmp_path / "ray")
-    assert TeacherCache.open(tmp_path / "ray").round("r0").manifest.counts["rows"] == 20
+@pytest.fixture(scope="module")
+def options(toy_teacher: Path, many: Path) -> dict[str, object]:
+    return {
+        "teacher": str(toy_teacher), "data": str(many), "max_new_tokens": 100, "top_k": 8,
+        "rows_per_shard": 4, "max_num_seqs": 4,
+    }  # fmt: skip
 
 
-def replicas() -> list[psutil.Process]:
+@pytest.fixture(scope="module")
+def by_vllm(cluster: str, tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> Path:
+    """The cache as the engine vllm makes it."""
+    out = tmp_path_factory.mktemp("caches") / "vllm"
+    build_cache(CacheConfig.model_validate(options | {"out": out, "engine": "vllm"}))
+    return out
+
+
+def start(options: dict[str, object], out: Path, address: str, **more: object) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, on the running cluster."""
+    arguments = [sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher"]
+    for key, value in (options | {"out": out, "engine": "ray", **more}).items():
+        arguments += ["--set", f"{key}={value}"]
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, env=os.environ | {"RAY_ADDRESS": address})
+
+
+def shards_committed(out: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every shard that has a record."""
+    records = [json.loads(path.read_bytes()) for path in (out / "ledger").glob("*.json")]
+    files = [out / record["path"] for record in records]
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def replicas() -> list[int]:
+    """Processes of the cluster's replicas."""
+    import psutil
+
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "MapWorker(MapBatches(Replica))" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapWorker"):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
     return found
 
 
+def rows_of(held: TeacherCache | Round) -> dict[tuple[str, int], CachedRow]:
+    """Every row by its key; a key that is there twice fails."""
+    found: dict[tuple[str, int], CachedRow] = {}
+    for record in held.manifest.shards:
+        shard = read_shard(held.folder, record)
+        for place in range(len(shard)):
+            assert shard.key(place) not in found
+            found[shard.key(place)] = shard.row(place)
+    return found
+
+
+def assert_same_rows(found: dict[tuple[str, int], CachedRow], expected: dict[tuple[str, int], CachedRow]) -> None:
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        assert row.response_ids.tolist() == expected[key].response_ids.tolist()
+        np.testing.assert_allclose(row.response_logprobs, expected[key].response_logprobs, atol=1e-3)
+
+
 @pytest.mark.engine
-def test_a_killed_replica_loses_and_repeats_nothing_and_the_job_can_change_engines(
-    cluster: str, tmp_path: Path, toy_teacher: Path, toy_data: Path
+def test_a_killed_replica_costs_no_row_and_the_cache_is_that_of_vllm(
+    tmp_path: Path, cluster: str, options: dict[str, object], by_vllm: Path
 ) -> None:
     out = tmp_path / "cache"
-    data = many_rows(tmp_path / "data.jsonl", toy_data, copies=10)
-    options = ["--template", "chat", "--max-new-tokens", "200", "--max-prompt-tokens", "200", "--top-k", "16"]
-    command = [
-        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher), "--data", str(data),
-        "--out", str(out), *options, "--set", "rows_per_shard=2", "--set", "max_num_seqs=2",
-    ]  # fmt: skip
-    by_ray = [*command, "--engine", "ray", "--set", "ray_replicas=2"]
-    environment = os.environ | {"RAY_ADDRESS": cluster}
+    process = start(options, out, cluster, ray_replicas=2, ray_gpus=1)
+    wait_for(lambda: len(shards_committed(out)) >= 2, process)
+    before = replicas()
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    kept = shards_committed(out)
+    assert not (out / "manifest.json").exists()
+    wait_for(lambda: len(set(replicas()) - set(before)) == 1, process)  # another takes its place
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors.decode()
 
-    def committed() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (out / "ledger").glob("*.json")}
-
-    def wait_for(process: subprocess.Popen[bytes], number: int) -> None:
-        deadline_s = time.monotonic() + 180
-        while len(committed()) < number:
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
-
-    process = subprocess.Popen(by_ray, stderr=subprocess.PIPE, env=environment)
-    wait_for(process, 6)
-    victims = replicas()
-    assert len(victims) == 2
-    victims[0].kill()
-    kept = committed()
-    wait_for(process, len(kept) + 6)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors.decode()
-    at_interrupt = committed()
-    assert at_interrupt.items() >= kept.items()
-
-    # the same job, taken up by one engine in one process for a while, and brought to its end by replicas
-    process = subprocess.Popen([*command, "--engine", "vllm"], stderr=subprocess.PIPE)
-    wait_for(process, len(at_interrupt) + 3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors.decode()
-    before_end = committed()
-    assert before_end.items() >= at_interrupt.items()
-    finished = subprocess.run(by_ray, capture_output=True, env=environment, check=False)
-    assert finished.returncode == 0, finished.stderr.decode()
+    for name, (content, written_ns) in kept.items():
+        assert (out / "shards" / name).read_bytes() == content
+        assert (out / "shards" / name).stat().st_mtime_ns == written_ns  # nothing committed was made again
     verify_cache(out)
-    shards = {shard.path: shard.sha256 for shard in TeacherCache.open(out).manifest.shards}
-    assert all(shards[record["path"]] == record["sha256"] for record in map(json.loads, before_end.values()))
-    seen = [row.example_id for row in all_rows(out)]
-    assert len(seen) == len(set(seen)) == 200
+    ours, theirs = TeacherCache.open(out), TeacherCache.open(by_vllm)
+    assert ours.manifest.identities == theirs.manifest.identities
+    assert [record.path for record in ours.shards()] == [record.path for record in theirs.shards()]
+    assert_same_rows(rows_of(ours), rows_of(theirs))
+    assert sorted(path.name for path in out.iterdir()) == ["dpkd.toml", "manifest.json", "shards"]
 
 
 @pytest.mark.engine
-def test_what_a_replica_refuses_reaches_the_person(
-    cluster: str, tmp_path: Path, toy_teacher: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+def test_jobs_of_vllm_and_ray_take_each_other_up(
+    tmp_path: Path, cluster: str, options: dict[str, object], by_vllm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # more positions than the model has: only the replica's vLLM finds out
-    with pytest.raises(UserError, match="vLLM cannot load the model"):
-        build_cache(
-            config(tmp_path / "a", toy_teacher, toy_data, ray_replicas=1, engine_arg={"quantization": "nonsense"})
-        )
-    assert not (tmp_path / "a" / "manifest.json").exists()
+    out = tmp_path / "cache"
+    config = CacheConfig.model_validate(options | {"out": out, "engine": "vllm"})
+
+    def interrupt(progress: Progress, amount: int = 1, **fields: object) -> None:
+        progress.done += amount
+        if progress.done == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(config)
+    of_vllm = shards_committed(out)
+    assert of_vllm
+
+    process = start(options, out, cluster)
+    wait_for(lambda: len(shards_committed(out)) >= len(of_vllm) + 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors.decode()
+    assert b"run the same command again" in errors
+    of_both = shards_committed(out)
+    assert of_vllm.items() <= of_both.items()
+    assert len(of_both) < 30
+
+    build_cache(config)
+    for name, (content, _) in of_both.items():
+        assert (out / "shards" / name).read_bytes() == content
+    verify_cache(out)
+    assert_same_rows(rows_of(TeacherCache.open(out)), rows_of(TeacherCache.open(by_vllm)))
+
+
+@pytest.mark.engine
+def test_a_round_by_ray_is_that_of_vllm(
+    tmp_path: Path, cluster: str, options: dict[str, object], by_vllm: Path, toy_student: Path
+) -> None:
+    of_round = options | {"student": str(toy_student), "round": "r0", "max_new_tokens": 12, "max_num_seqs": 16}
+    rounds = {}
+    for engine in ("vllm", "ray"):
+        out = Path(shutil.copytree(by_vllm, tmp_path / engine))
+        build_cache(CacheConfig.model_validate(of_round | {"out": out, "engine": engine}))
+        assert verify_cache(out)["rounds"] == 1
+        assert not (out / "rounds" / "r0" / "sampled").exists()
+        rounds[engine] = TeacherCache.open(out).round("r0")
+    assert rounds["ray"].manifest.fingerprint == rounds["vllm"].manifest.fingerprint
+    assert_same_rows(rows_of(rounds["ray"]), rows_of(rounds["vllm"]))
+
+
+@pytest.mark.engine
+def test_a_replica_that_cannot_write_ends_the_job_with_its_words(
+    tmp_path: Path, cluster: str, toy_teacher: Path
+) -> None:
+    config = CacheConfig(teacher=str(toy_teacher), data="of no use", out=tmp_path, max_new_tokens=8, top_k=4)
+    (tmp_path / "shards").write_text("in the way")
+    job = Job(LocalFolder(tmp_path), "cache", {})
+    rows = [planned(index) for index in range(8)]
+    with (
+        Progress("rows", len(rows), "rows") as progress,
+        RayFiller(ModelSource("toy", toy_teacher), engine_options(config), config) as filler,
+        pytest.raises(UserError, match=r"the file cannot be written.*choose another --out"),
+    ):
+        filler(job, LAYOUT, rows, SAMPLING, progress)
+    assert not job.ledger.committed()
+    deadline_s = time.monotonic() + 30
+    while replicas():  # they end with the job, though the cluster goes on
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
