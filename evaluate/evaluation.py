@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from dpkd.evaluate.candidates import Candidate, open_candidates
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
 from dpkd.evaluate.generation import generate_answers
-from dpkd.evaluate.overlap import count_overlap
 from dpkd.evaluate.plot import plot_rouge_by_bucket, require_matplotlib
 from dpkd.evaluate.report import FORMAT_VERSION, build_report, markdown_table, write_report
 from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
@@ -27,8 +26,14 @@ from dpkd.teacher_cache.progress import Progress, say
 _FREE_OPTIONS = frozenset({"out", "max_num_seqs"})
 
 
-def evaluate(config: EvalConfig) -> Path:
+CountOverlap = Callable[[str, Sequence[Candidate], Sequence[EvalSet]], dict[str, Any]]
+
+
+def evaluate(config: EvalConfig, count_overlap: CountOverlap | None = None) -> Path:
     """Evaluate the models of `config` on its data; returns the path of `report.json`.
+
+    `count_overlap` looks into the training's cache (`config.cache`), which this room knows nothing of: it is given the
+    location, the models and the sets, and returns the cache's fingerprint and the ids of each set's rows that it holds.
 
     Called again after a kill it generates only what is missing; called again after the end it says so.
     Raises `UserError`, before any model runs, for whatever in the options cannot be used.
@@ -40,7 +45,11 @@ def evaluate(config: EvalConfig) -> Path:
     _check_options(config)
     candidates = open_candidates(config)
     eval_sets = read_eval_sets(config, candidates)
-    overlap = None if config.cache is None else count_overlap(config.cache, candidates, eval_sets)
+    overlap = None
+    if config.cache is not None:
+        if count_overlap is None:
+            raise UserError("option 'cache' needs the function that reads it", advice="Use `dpkd eval --cache`")
+        overlap = count_overlap(config.cache, candidates, eval_sets)
     identity = _identity(config, engine, candidates, eval_sets, overlap)
     report_path = config.out / "report.json"
     if _is_complete(report_path, identity):

@@ -54,8 +54,9 @@ def _train(config: TrainConfig) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
     from dpkd.evaluate.report import markdown_table
+    from dpkd.pipelines.overlap import count_overlap
 
-    path = evaluate(config)
+    path = evaluate(config, count_overlap)
     print(markdown_table(json.loads(path.read_text(encoding="utf-8"))))
     print(f"report: {path}")
 

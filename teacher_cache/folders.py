@@ -6,6 +6,7 @@ is atomic by itself, so nothing is ever renamed there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -126,7 +127,8 @@ class LocalFolder:
                 if entry.is_dir():
                     pending.append(Path(entry.path))
                 elif not is_temporary(entry.name):
-                    found[os.path.relpath(entry.path, self.path)] = entry.stat().st_size
+                    with contextlib.suppress(FileNotFoundError):  # a job that ends removes its ledger
+                        found[os.path.relpath(entry.path, self.path)] = entry.stat().st_size
         return found
 
     def exists(self, name: str) -> bool:

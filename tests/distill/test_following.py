@@ -78,7 +78,7 @@ def test_both_processes_run_and_a_killed_trainer_goes_on(
     trainer = subprocess.Popen(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE)
     wait_until(lambda: True, trainer)
     writer = subprocess.Popen(cache_command(cache, toy_teacher, data), stderr=subprocess.PIPE)
-    wait_until(lambda: len(list((cache / "ledger").glob("*.json"))) >= 9, trainer, writer)
+    wait_until(lambda: len(list((cache / "ledger").glob("[!.]*.json"))) >= 9, trainer, writer)
     writer.send_signal(signal.SIGSTOP)
     wait_until(lambda: len(metrics(run)) >= 7, trainer, writer)
     # it has learnt from shards of a cache that has no manifest yet

@@ -26,7 +26,7 @@ def command(out: Path, teacher: Path, data: Path) -> list[str]:
 
 
 def committed(out: Path) -> list[Path]:
-    return sorted((out / "ledger").glob("*.json"))
+    return sorted((out / "ledger").glob("[!.]*.json"))
 
 
 def start_and_wait(arguments: list[str], out: Path, at_least: int) -> subprocess.Popen[bytes]:

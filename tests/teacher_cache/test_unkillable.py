@@ -25,6 +25,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.runs import open_run
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.evaluation import evaluate
+from dpkd.pipelines.overlap import count_overlap
 from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.engine import EngineOptions, EngineResult, FailedRequest, GenerateRequest, Sampling, open_engine
@@ -69,7 +70,7 @@ def in_child(settings: CacheConfig) -> int:
 
 
 def records(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "ledger").glob("*.json")}
+    return {path.name: path.read_bytes() for path in (folder / "ledger").glob("[!.]*.json")}
 
 
 def kill_at_random(settings: CacheConfig, folders: list[Path], kills: int, seed: int) -> int:
@@ -223,7 +224,7 @@ def test_two_hundred_flipped_bits_are_caught_by_every_reader(
     )  # fmt: skip
     for path in flips(cache_copy, 200, seed=8):
         with pytest.raises(UserError):
-            evaluate(evaluation)
+            evaluate(evaluation, count_overlap)
         assert not (tmp_path / "eval").exists(), path
 
 
