@@ -292,6 +292,7 @@ class RayFiller:
         for handler in logging.getLogger("ray.data").handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setLevel(logging.CRITICAL)
+        num_replicas = min(self._config.ray_replicas, len(references))
         with warnings.catch_warnings():
             # the last two arguments leave Ray Data with 2.64, until when it has no other name for them
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
@@ -301,7 +302,7 @@ class RayFiller:
                 batch_size=1,
                 batch_format="pyarrow",
                 # no block waits at a busy replica while another is free
-                compute=ray.data.ActorPoolStrategy(size=self._config.ray_replicas, max_tasks_in_flight_per_actor=1),
+                compute=ray.data.ActorPoolStrategy(size=num_replicas, max_tasks_in_flight_per_actor=1),
                 num_cpus=self._config.ray_cpus,
                 num_gpus=self._config.ray_gpus,
                 max_restarts=_RESTARTS,
