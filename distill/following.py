@@ -7,6 +7,7 @@ shard is used, so that a resumed run, and every rank, reads the same rows at the
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 
 from dpkd.distill.batches import TrainingRow
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.sources import check_positions
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.growing import GrowingCache
@@ -164,14 +166,7 @@ class FollowedRows:
             self._add(record_from_json(json.loads(line)))
 
     def _add(self, record: ShardRecord) -> None:
-        if self._max_positions is not None and record.longest > self._max_positions:
-            raise UserError(
-                "a row of the cache is longer than the student's positions",
-                found=f"{record.longest} tokens",
-                expected=f"at most {self._max_positions}",
-                where=self._cache.folder.where(record.path),
-                advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
-            )
+        check_positions(record.longest, self._max_positions, where=self._cache.folder.where(record.path))
         self._shards.append(record)
         self._offsets.append(self._offsets[-1] + record.rows)
 
@@ -198,7 +193,7 @@ class FollowOrder:
     def _place(self, index: int) -> tuple[int, int]:
         offsets = self._rows.offsets
         if index < offsets[-1] or self._rows.wait_for(index + 1):
-            group = int(np.searchsorted(offsets, index, side="right")) - 1
+            group = bisect.bisect_right(offsets, index) - 1
             if group not in self._inside:
                 self._inside = {group: self._permuted(group)}
             return group, int(self._inside[group][index - offsets[group]])

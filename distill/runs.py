@@ -11,7 +11,7 @@ from typing import Any
 from dpkd.distill.batches import BatchOrder, RowOrder, RowSource
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows, FollowOrder, open_growing
-from dpkd.distill.sources import check_distributions, open_cache_rows, open_data_rows
+from dpkd.distill.sources import check_distributions, check_positions, open_cache_rows, open_data_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
@@ -56,22 +56,8 @@ def open_run(config: TrainConfig) -> Run:
         rows, data_identity = open_data_rows(config, encoder)
         facts |= {"data": data_identity, "template": encoder.identity()}
         vocab_size = student.vocab_size
-    _check_positions(rows, student)
+    check_positions(rows.longest, student.max_positions, where=student.name)
     return Run(config, student, rows, vocab_size, facts)
-
-
-def _check_positions(rows: RowSource, student: ModelSource) -> None:
-    limit = student.max_positions
-    if limit is None:
-        return
-    if rows.longest > limit:
-        raise UserError(
-            "the longest row is longer than the student's positions",
-            found=f"{rows.longest} tokens",
-            expected=f"at most {limit}",
-            where=student.name,
-            advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
-        )
 
 
 def take_up(run_dir: Path, run: Run) -> bool:

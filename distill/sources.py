@@ -84,6 +84,18 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
     return CacheRows(cache, shards, held)
 
 
+def check_positions(longest: int, limit: int | None, *, where: str) -> None:
+    """Raise `UserError` when the longest row, in tokens, is longer than the student's positions (None: no limit)."""
+    if limit is not None and longest > limit:
+        raise UserError(
+            "the longest row is longer than the student's positions",
+            found=f"{longest} tokens",
+            expected=f"at most {limit}",
+            where=where,
+            advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
+        )
+
+
 def check_distributions(cache: CacheReader, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs distributions and the cache keeps none."""
     needs_distributions = config.objective == "dpkd" and config.level == "token"

@@ -29,12 +29,9 @@ def describe_cache(location: str | Path, num_samples: int = 3) -> dict[str, Any]
 
 def _describe(manifest: Manifest) -> dict[str, Any]:
     counts = manifest.counts
-    per_entry = counts["bytes"] / counts["entries"] if counts["entries"] else None
     return {
         **counts,
-        "bytes_per_position": counts["bytes"] / max(counts["positions"], 1),
-        "bytes_per_entry": per_entry,
-        "entries_per_position": counts["entries"] / max(counts["positions"], 1),
+        **manifest.densities,
         "mass_kept": manifest.mass_kept,
         "rows_by_origin": _by_origin(manifest),
         "finish_reasons": {"stop": counts["rows"] - counts["unfinished"], "length": counts["unfinished"]},

@@ -32,3 +32,8 @@ class UserError(Exception):
         if advice:
             message += f". {advice}"
         super().__init__(" ".join(message.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, for a message of one line; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

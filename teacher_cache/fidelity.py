@@ -25,7 +25,7 @@ from dpkd.teacher_cache.engine import (
     resolve_engine,
     results_only,
 )
-from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import Progress, say
@@ -168,7 +168,7 @@ def _memory_explained(teacher: ModelSource) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"transformers ran out of memory: {(str(error) or type(error).__name__).splitlines()[0]}",
+            f"transformers ran out of memory: {first_line(error)}",
             where=teacher.path,
             advice="The whole distributions need the teacher in transformers: choose --device cpu",
         ) from error
@@ -250,14 +250,7 @@ def _bound(compared: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 def _size(cache: TeacherCache) -> dict[str, Any]:
     counts = cache.manifest.counts
-    return {
-        "bytes": counts["bytes"],
-        "positions": counts["positions"],
-        "entries": counts["entries"],
-        "bytes_per_position": counts["bytes"] / counts["positions"],
-        "bytes_per_entry": counts["bytes"] / counts["entries"] if counts["entries"] else None,
-        "entries_per_position": counts["entries"] / counts["positions"],
-    }
+    return {key: counts[key] for key in ("bytes", "positions", "entries")} | cache.manifest.densities
 
 
 def fidelity_table(report: dict[str, Any]) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.files import is_temporary, write_atomic
 
 
@@ -170,8 +170,18 @@ class RemoteFolder:
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}"
 
+    @contextlib.contextmanager
+    def _refusals(self, name: str, *, absent_is_known: bool = False) -> Iterator[None]:
+        """Whatever the driver raises as a `UserError`, but (with `absent_is_known`) for `FileNotFoundError`."""
+        try:
+            yield
+        except Exception as error:
+            if absent_is_known and isinstance(error, FileNotFoundError):
+                raise
+            raise self._refused(error, name) from error
+
     def _refused(self, error: Exception, name: str) -> UserError:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return UserError(
             f"the storage refuses: {type(error).__name__}: {reason}",
             where=self.where(name),
@@ -180,22 +190,16 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes:
         """See `Folder.read`."""
-        try:
+        with self._refusals(name, absent_is_known=True):
             return bytes(self._filesystem.cat_file(self._key(name)))
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise self._refused(error, name) from error
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """See `Folder.read_many`."""
         keys = {self._key(name): name for name in names}
         if not keys:
             return {}
-        try:
+        with self._refusals(""):
             found = self._filesystem.cat(list(keys), on_error="return")
-        except Exception as error:
-            raise self._refused(error, "") from error
         contents = {}
         for key, value in found.items():
             if isinstance(value, FileNotFoundError):
@@ -207,10 +211,8 @@ class RemoteFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """See `Folder.write`."""
-        try:
+        with self._refusals(name):
             self._filesystem.pipe_file(self._key(name), data)
-        except Exception as error:
-            raise self._refused(error, name) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless one of that name is there; False when it is.
@@ -232,29 +234,22 @@ class RemoteFolder:
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """See `Folder.sizes`."""
         try:
-            found = self._filesystem.find(self._key(prefix).rstrip("/"), detail=True)
+            with self._refusals(prefix, absent_is_known=True):
+                found = self._filesystem.find(self._key(prefix).rstrip("/"), detail=True)
         except FileNotFoundError:
             return {}
-        except Exception as error:
-            raise self._refused(error, prefix) from error
         start = len(self._filesystem._strip_protocol(self._root).rstrip("/")) + 1
         return {key[start:]: int(info["size"]) for key, info in found.items()}
 
     def exists(self, name: str) -> bool:
         """See `Folder.exists`."""
-        try:
+        with self._refusals(name):
             return bool(self._filesystem.isfile(self._key(name)))
-        except Exception as error:
-            raise self._refused(error, name) from error
 
     def delete(self, name: str) -> None:
         """See `Folder.delete`."""
-        try:
+        with contextlib.suppress(FileNotFoundError), self._refusals(name, absent_is_known=True):
             self._filesystem.rm(self._key(name), recursive=True)
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise self._refused(error, name) from error
 
     def clean_up(self) -> None:
         """See `Folder.clean_up`: a PUT that was cut off leaves nothing."""

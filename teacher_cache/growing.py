@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import Folder, open_folder
@@ -19,35 +20,35 @@ class GrowingCache(CacheReader):
     `num_rows` are the rows that the job plans, by origin; `manifest` is None until the cache is finished.
     """
 
-    def __init__(self, folder: Folder, job: dict[str, object] | None, manifest: Manifest | None) -> None:
-        held = manifest.identities if job is None and manifest is not None else (job or {})["identities"]
-        super().__init__(folder, held)  # type: ignore[arg-type]
+    def __init__(
+        self, folder: Folder, identities: dict[str, Any], planned: dict[str, int], manifest: Manifest | None = None
+    ) -> None:
+        super().__init__(folder, identities)
         self.manifest = manifest
-        self._job = job
-        self._known: dict[str, ShardRecord] = {}
+        self._planned = planned
+        self._known: set[str] = set()
 
     @classmethod
     def open(cls, location: str | Path) -> GrowingCache | None:
         """The cache at `location`; None when no job has begun it. `UserError` for one of another kind."""
         folder = open_folder(location)
         if folder.exists(MANIFEST):
-            return cls(folder, None, read_manifest(folder, CACHE_KIND))
+            manifest = read_manifest(folder, CACHE_KIND)
+            return cls(folder, manifest.identities, {}, manifest)
         job = read_job(folder)
-        if job is not None:
-            if job["kind"] != CACHE_KIND:
-                raise UserError(
-                    "the directory holds another kind of thing", found=job["kind"], expected=CACHE_KIND, where=folder
-                )
-            return cls(folder, job, None)
-        return None
+        if job is None:
+            return None
+        if job["kind"] != CACHE_KIND:
+            raise UserError(
+                "the directory holds another kind of thing", found=job["kind"], expected=CACHE_KIND, where=folder
+            )
+        return cls(folder, job["identities"], job["num_rows"])
 
     def num_rows(self, origin: str | None) -> int:
         """Rows of `origin` (None: of all) that the cache has or, unfinished, will have but for any set aside."""
         if self.manifest is not None:
             return sum(shard.rows for shard in self.manifest.shards if origin in (None, shard.origin))
-        assert self._job is not None
-        planned: dict[str, int] = self._job["num_rows"]  # type: ignore[assignment]
-        return sum(count for name, count in planned.items() if origin in (None, name))
+        return sum(count for name, count in self._planned.items() if origin in (None, name))
 
     def new_shards(self) -> list[ShardRecord]:
         """Shards that were committed since the last call, in order of their names.
@@ -59,13 +60,13 @@ class GrowingCache(CacheReader):
             found = {shard.path: shard for shard in self.manifest.shards}
         else:
             found = Ledger(self.folder).committed(self._known)
-        new = [found[path] for path in sorted(found.keys() - self._known.keys())]
-        self._known.update({record.path: record for record in new})
+        new = [found[path] for path in sorted(found.keys() - self._known)]
+        self.pass_over(new)
         return new
 
     def pass_over(self, records: list[ShardRecord]) -> None:
         """Take `records` for known: `new_shards` does not give them again."""
-        self._known.update({record.path: record for record in records})
+        self._known.update(record.path for record in records)
 
     def finished(self) -> bool:
         """Whether the manifest is there; reads it when it is."""

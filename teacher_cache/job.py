@@ -104,7 +104,7 @@ class Job:
     def num_done(self, prefix: str = "shards/") -> int:
         """Rows that are settled, set aside ones among them, in committed shards whose path starts with `prefix`."""
         records = [record for path, record in self.committed.items() if path.startswith(prefix)]
-        return sum(record.rows + len(record.failed) for record in records)
+        return sum(record.num_settled for record in records)
 
     def finish(self, skipped: list[dict[str, Any]]) -> Manifest:
         """Write the manifest over the committed shards, in order of their names."""

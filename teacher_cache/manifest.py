@@ -56,6 +56,17 @@ class Manifest:
         return [row for shard in self.shards for row in shard.failed]
 
     @property
+    def densities(self) -> dict[str, float | None]:
+        """Bytes a position and a kept entry (None without entries), and entries a position."""
+        counts = self.counts
+        positions, entries = max(counts["positions"], 1), counts["entries"]
+        return {
+            "bytes_per_position": counts["bytes"] / positions,
+            "bytes_per_entry": counts["bytes"] / entries if entries else None,
+            "entries_per_position": entries / positions,
+        }
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row, prompt and response."""
         return max((shard.longest for shard in self.shards), default=0)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.identity import fingerprint, tokenizer_sha256, weights_sha256
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _fetch(name: str, role: str, with_weights: bool) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the {role} is not found: neither a directory nor a model that can be fetched",
             found=repr(name),

@@ -332,7 +332,7 @@ class _Tally:
 
 def _counts(record: ShardRecord) -> tuple[int, int]:
     """Rows that are settled, set aside ones among them, and response tokens."""
-    return record.rows + len(record.failed), record.positions
+    return record.num_settled, record.positions
 
 
 def _settled(job: Job, planned: set[str]) -> dict[str, ShardRecord]:

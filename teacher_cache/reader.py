@@ -137,7 +137,7 @@ class TeacherCache(CacheReader):
                 where=folder,
             )
         ours = [(shard.path, shard.rows) for shard in self.manifest.shards]
-        if [(shard.path, shard.rows + len(shard.failed)) for shard in manifest.shards] != ours:
+        if [(shard.path, shard.num_settled) for shard in manifest.shards] != ours:
             raise UserError("the round's shards do not lie beside the cache's", where=folder)
         return Round(name, folder, manifest)
 

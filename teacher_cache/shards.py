@@ -46,6 +46,11 @@ class ShardRecord:
     def __hash__(self) -> int:
         return hash((self.path, self.sha256))
 
+    @property
+    def num_settled(self) -> int:
+        """Rows that are done with: those of the shard and those that are set aside."""
+        return self.rows + len(self.failed)
+
 
 def encode_shard(
     table: pa.Table, path: str, origin: str, failed: Sequence[dict[str, Any]] = ()

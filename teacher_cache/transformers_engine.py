@@ -20,7 +20,7 @@ from dpkd.teacher_cache.engine import (
     ScoreRequest,
     is_out_of_memory,
 )
-from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.models import ModelSource
@@ -73,7 +73,7 @@ class TransformersEngine:
         except (RuntimeError, IndexError, ValueError) as error:
             if is_out_of_memory(error):
                 raise UserError(
-                    f"the engine ran out of memory: {str(error).splitlines()[0]}",
+                    f"the engine ran out of memory: {first_line(error)}",
                     advice="Choose --engine vllm, or lower --max-new-tokens or --top-k; what is committed is kept",
                 ) from error
             failure = error
@@ -81,7 +81,7 @@ class TransformersEngine:
             yield from results
             return
         if len(batch) == 1:
-            yield FailedRequest(batch[0].index, f"the model fails on it: {str(failure).splitlines()[0]}")
+            yield FailedRequest(batch[0].index, f"the model fails on it: {first_line(failure)}")
             return
         for request in batch:
             yield from self._answered([request], answer)

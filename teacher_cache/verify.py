@@ -11,7 +11,7 @@ from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.progress import Progress
-from dpkd.teacher_cache.reader import Round, TeacherCache
+from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow, ShardRows
 from dpkd.teacher_cache.shards import ShardRecord, read_shard
 
@@ -28,12 +28,12 @@ def verify_cache(location: str | Path) -> dict[str, int]:
     with Progress("verify", num_rows, "rows") as progress:
         for folder, manifest in parts:
             seen: set[int] = set()
-            for record in manifest.shards:
+            # a round's shards lie beside the cache's, as its opening has checked
+            for record, ours in zip(manifest.shards, cache.manifest.shards, strict=True):
                 shard = _verify_shard(folder, record, cache, progress)
                 _refuse_doubles(seen, shard, record, folder)
-    for held in rounds:
-        for record in cache.manifest.shards:
-            _verify_beside(cache, held, record)
+                if manifest is not cache.manifest:
+                    _verify_beside(cache.read(ours), shard, folder.where(record.path))
     return {
         "rows": num_rows,
         "shards": sum(len(manifest.shards) for _, manifest in parts),
@@ -78,16 +78,15 @@ def _refuse_doubles(seen: set[int], shard: ShardRows, record: ShardRecord, folde
         seen.add(key)
 
 
-def _verify_beside(cache: TeacherCache, held: Round, record: ShardRecord) -> None:
-    """Raise `UserError` unless the round's rows are the cache's, in the same order and with the same prompts."""
-    ours, theirs = cache.read(record), cache.read_round(held, record)
+def _verify_beside(ours: ShardRows, theirs: ShardRows, where: str) -> None:
+    """Raise `UserError` unless a round's rows are the cache's, in the same order and with the same prompts."""
     places = [ours.place_of.get(theirs.key(index), -1) for index in range(len(theirs))]
     same_order = -1 not in places and places == sorted(places)
     if not same_order or any(
         not np.array_equal(ours.row(place).prompt_ids, theirs.row(index).prompt_ids)
         for index, place in enumerate(places)
     ):
-        raise UserError("the round's rows are not those of the cache", where=held.folder.where(record.path))
+        raise UserError("the round's rows are not those of the cache", where=where)
 
 
 def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -23,7 +24,7 @@ from dpkd.teacher_cache.engine import (
     is_out_of_memory,
 )
 from dpkd.teacher_cache.engine_args import parse_engine_args
-from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.progress import say
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class _FailureGuard:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]
 
 
 class VllmEngine:
@@ -149,20 +150,19 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
-        for request, output in self._run(requests, lambda request: list(request.prompt_ids), to_params):
-            if isinstance(output, FailedRequest):
-                yield output
-                continue
+        def to_result(request: GenerateRequest, output: RequestOutput) -> EngineResult:
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length"):
                 raise RuntimeError(f"vLLM ended request {request.index} with {completion.finish_reason!r}")
-            yield self._result(
+            return self._result(
                 request.index,
                 np.asarray(completion.token_ids, np.int32),
                 "stop" if completion.finish_reason == "stop" else "length",
                 completion.logprobs,  # type: ignore[arg-type]
                 first_position=0,
             )
+
+        return self._answers(requests, lambda request: list(request.prompt_ids), to_params, to_result)
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         """See `Engine.score`."""
@@ -189,11 +189,8 @@ class VllmEngine:
                 )
             return ids
 
-        for request, output in self._run(requests, sequence, lambda _: params):
-            if isinstance(output, FailedRequest):
-                yield output
-                continue
-            yield self._result(
+        def to_result(request: ScoreRequest, output: RequestOutput) -> EngineResult:
+            return self._result(
                 request.index,
                 np.asarray(request.response_ids, np.int32),
                 "stop",
@@ -201,12 +198,26 @@ class VllmEngine:
                 first_position=len(request.prompt_ids),
             )
 
+        return self._answers(requests, sequence, lambda _: params, to_result)
+
+    def _answers(
+        self,
+        requests: Iterable[_Request],
+        to_ids: Callable[[_Request], list[int]],
+        to_params: Callable[[_Request], SamplingParams],
+        to_result: Callable[[_Request, RequestOutput], EngineResult],
+    ) -> Iterator[EngineResult | FailedRequest]:
+        # closing this generator closes the run, which takes its requests back from the engine
+        with contextlib.closing(self._run(requests, to_ids, to_params)) as run:
+            for request, output in run:
+                yield output if isinstance(output, FailedRequest) else to_result(request, output)
+
     def _run(
         self,
         requests: Iterable[_Request],
         to_ids: Callable[[_Request], list[int]],
         to_params: Callable[[_Request], SamplingParams],
-    ) -> Iterator[tuple[_Request, RequestOutput | FailedRequest]]:
+    ) -> Generator[tuple[_Request, RequestOutput | FailedRequest], None, None]:
         """Answers to all requests; those under way when the engine fails are tried again in smaller groups."""
         source = iter(requests)
         guard = _FailureGuard()

@@ -134,6 +134,19 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def repeat_rows(toy_data: Path) -> Callable[[Path, int], Path]:
+    """Write the toy rows several times, under other ids: enough that a kill falls into the middle."""
+
+    def write(path: Path, copies: int) -> Path:
+        rows = [json.loads(line) for line in toy_data.read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(copies) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def toy_cache(tmp_path_factory: pytest.TempPathFactory, toy_teacher: Path, toy_student: Path, toy_data: Path) -> Path:
     """A finished cache of teacher and reference rows (6 rows a shard) with the round `r0`; never written to."""
     from dpkd.teacher_cache.build import build_cache

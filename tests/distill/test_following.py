@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,6 @@ def config(out: Path, cache: Path, student: Path, **options: Any) -> TrainConfig
     return TrainConfig(out=out, cache=cache, student=str(student), follow=True, batch_size=8, device="cpu", **options)
 
 
-def many_rows(path: Path, data: Path, copies: int) -> Path:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(copies) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 def metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -71,10 +65,10 @@ def wait_until(ready: Any, *processes: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.engine
 def test_both_processes_run_and_a_killed_trainer_goes_on(
-    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, repeat_rows: Callable[[Path, int], Path]
 ) -> None:
     cache, run, steps = tmp_path / "cache", tmp_path / "run", 40
-    data = many_rows(tmp_path / "data.jsonl", toy_data, copies=16)  # 320 rows: one pass is 40 steps of 8
+    data = repeat_rows(tmp_path / "data.jsonl", 16)  # 320 rows: one pass is 40 steps of 8
     trainer = subprocess.Popen(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE)
     wait_until(lambda: True, trainer)
     writer = subprocess.Popen(cache_command(cache, toy_teacher, data), stderr=subprocess.PIPE)

@@ -123,13 +123,9 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Path:
+def many(tmp_path_factory: pytest.TempPathFactory, repeat_rows: Callable[[Path, int], Path]) -> Path:
     """Enough rows that a kill falls into the middle."""
-    rows = [json.loads(line) for line in toy_data.read_text().splitlines()]
-    path = tmp_path_factory.mktemp("data") / "many.jsonl"
-    lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(6) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return repeat_rows(tmp_path_factory.mktemp("data") / "many.jsonl", 6)
 
 
 @pytest.fixture(scope="module")

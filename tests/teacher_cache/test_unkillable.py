@@ -35,6 +35,7 @@ from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.verify import verify_cache
 
 WriteRows = Callable[..., Path]
+RepeatRows = Callable[[Path, int], Path]
 
 
 def config(out: Path, teacher: Path, data: Path, **options: Any) -> CacheConfig:
@@ -46,13 +47,6 @@ def config(out: Path, teacher: Path, data: Path, **options: Any) -> CacheConfig:
         "rows_per_shard": 2,
     }
     return CacheConfig(out=out, teacher=str(teacher), data=str(data), **(defaults | options))
-
-
-def many_rows(path: Path, data: Path, copies: int) -> Path:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    lines = [json.dumps(row | {"id": f"{copy}-{row['id']}"}) for copy in range(copies) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def in_child(settings: CacheConfig) -> int:
@@ -105,11 +99,11 @@ def kill_at_random(settings: CacheConfig, folders: list[Path], kills: int, seed:
 
 
 def test_thirty_kills_lose_and_repeat_nothing(
-    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, repeat_rows: RepeatRows
 ) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     out = tmp_path / "cache"
-    data = many_rows(tmp_path / "data.jsonl", toy_data, copies=7)
+    data = repeat_rows(tmp_path / "data.jsonl", 7)
     settings = config(out, toy_teacher, data, responses="both", num_samples=2)
     assert kill_at_random(settings, [out], kills=30, seed=1) == 30
     manifest = build_cache(settings)
@@ -153,10 +147,10 @@ needs_mount = pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk
 
 @needs_mount
 def test_a_full_disk_keeps_what_is_committed(
-    small_disk: Path, tmp_path: Path, toy_teacher: Path, toy_data: Path
+    small_disk: Path, tmp_path: Path, toy_teacher: Path, repeat_rows: RepeatRows
 ) -> None:
     out = small_disk / "cache"
-    settings = config(out, toy_teacher, many_rows(tmp_path / "data.jsonl", toy_data, copies=2))
+    settings = config(out, toy_teacher, repeat_rows(tmp_path / "data.jsonl", 2))
     with pytest.raises(UserError, match=r"cannot be written: No space left on device .* the same command goes"):
         build_cache(settings)
     kept = records(out)
