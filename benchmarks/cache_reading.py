@@ -63,8 +63,7 @@ def scan(directory: Path) -> int:
 def read(directory: Path) -> tuple[int, int]:
     cache = TeacherCache.open(directory)
     rows = tokens = 0
-    for record in cache.shards():
-        shard = cache.read(record)
+    for _, shard in cache.scan(cache.shards()):
         for index in range(len(shard)):
             row = shard.row(index)
             rows, tokens = rows + 1, tokens + len(row.response_ids)

@@ -31,8 +31,7 @@ def count_overlap(location: str, candidates: Sequence[Candidate], eval_sets: Seq
             advice="Give a model with the cache's tokenizer first, or leave --cache out",
         )
     held: set[str] = set()
-    for record in cache.manifest.shards:
-        shard = cache.read(record)
+    for _, shard in cache.scan(cache.manifest.shards):
         held.update(shard.texts(index)[0] for index in range(len(shard)))
     rows = {
         eval_set.name: [example.example_id for example in eval_set.examples if encoder.prompt(example).text in held]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from dpkd.teacher_cache.folders import Folder, open_folder
 from dpkd.teacher_cache.identity import fingerprint
 from dpkd.teacher_cache.job import JOB
 from dpkd.teacher_cache.manifest import MANIFEST, Manifest, read_manifest
-from dpkd.teacher_cache.shards import ShardRecord, check_shard, read_shard
+from dpkd.teacher_cache.shards import ShardRecord, check_shard, read_shard, read_shards
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.models import ModelSource
@@ -71,6 +72,10 @@ class CacheReader:
     def rows_per_shard(self) -> int:
         """Rows of every shard but each origin's last."""
         return int(self.identities["layout"]["rows_per_shard"])
+
+    def scan(self, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
+        """The decoded rows of `records` in order, each shard read while the one before it is used; none is kept."""
+        return read_shards(self.folder, records)
 
     def read(self, record: ShardRecord) -> ShardRows:
         """The decoded rows of one shard; the last few stay in memory."""

@@ -111,8 +111,7 @@ def _beside(index: int, shard: ShardRows, place: int) -> PlannedRow:
 
 def _rows(cache: TeacherCache, origin: str, seed_of_round: int) -> Iterator[PlannedRow]:
     """One student row for every row of the cache, in the cache's order and shards."""
-    for number, record in enumerate(cache.shards(origin)):
-        shard = cache.read(record)
+    for number, (_, shard) in enumerate(cache.scan(cache.shards(origin))):
         for place in range(len(shard)):
             row = shard.row(place)
             seed = request_seed(seed_of_round, f"{origin}/{row.example_id}", row.sample)

@@ -129,15 +129,12 @@ def _column(values: list[object], kind: pa.DataType) -> pa.Array:
 
 
 class ShardRows:
-    """The rows of one shard, decoded once; `row(i)` gives views, not copies."""
+    """The rows of one shard. `row(i)` gives views, not copies, of all but the log-probs, which it decodes."""
 
     def __init__(self, table: pa.Table) -> None:
         self._text = {name: table[name].to_pylist() for name in ("example_id", "sample", "origin", "finish_reason")}
         self._table = table
         self._lists = {field.name: _flat(table[field.name]) for field in ROW_SCHEMA if pa.types.is_list(field.type)}
-        counts, _ = self._lists["entry_counts"]
-        steps, self._entry_offsets = self._lists["entry_logprob_steps"]
-        self._logprobs = decode_logprobs(steps, counts)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -160,11 +157,10 @@ class ShardRows:
         counts = self._slice("entry_counts", index)
         distributions = None
         if len(counts):
-            begin, end = self._entry_offsets[index], self._entry_offsets[index + 1]
             distributions = Distributions(
                 counts,
                 self._slice("entry_ids", index),
-                self._logprobs[begin:end],
+                decode_logprobs(self._slice("entry_logprob_steps", index), counts),
                 self._slice("log_remainder", index),
             )
         return CachedRow(

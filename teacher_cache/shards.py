@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +94,18 @@ def encode_shard(
 def read_shard(folder: Folder, record: ShardRecord) -> ShardRows:
     """Read, check and decode a shard; raises `UserError` when it is missing or not what was written."""
     return ShardRows(_parse(check_shard(folder, record), folder.where(record.path)))
+
+
+def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
+    """`read_shard` of every record in order; a thread reads the next shard while the caller uses this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
+        ahead = None
+        for record in records:
+            before, ahead = ahead, (record, pool.submit(read_shard, folder, record))
+            if before is not None:
+                yield before[0], before[1].result()
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
 
 
 def check_shard(folder: Folder, record: ShardRecord) -> bytes:

@@ -13,7 +13,7 @@ from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.progress import Progress
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow, ShardRows
-from dpkd.teacher_cache.shards import ShardRecord, read_shard
+from dpkd.teacher_cache.shards import ShardRecord, read_shards
 
 
 def verify_cache(location: str | Path) -> dict[str, int]:
@@ -29,8 +29,8 @@ def verify_cache(location: str | Path) -> dict[str, int]:
         for folder, manifest in parts:
             seen: set[int] = set()
             # a round's shards lie beside the cache's, as its opening has checked
-            for record, ours in zip(manifest.shards, cache.manifest.shards, strict=True):
-                shard = _verify_shard(folder, record, cache, progress)
+            for (record, shard), ours in zip(read_shards(folder, manifest.shards), cache.manifest.shards, strict=True):
+                _verify_shard(shard, record, folder.where(record.path), cache.vocab_size, progress)
                 _refuse_doubles(seen, shard, record, folder)
                 if manifest is not cache.manifest:
                     _verify_beside(cache.read(ours), shard, folder.where(record.path))
@@ -41,13 +41,12 @@ def verify_cache(location: str | Path) -> dict[str, int]:
     }
 
 
-def _verify_shard(folder: Folder, record: ShardRecord, cache: TeacherCache, progress: Progress) -> ShardRows:
-    shard = read_shard(folder, record)
+def _verify_shard(shard: ShardRows, record: ShardRecord, where: str, vocab_size: int, progress: Progress) -> None:
     found = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
     for index in range(len(shard)):
         row = shard.row(index)
-        for problem in row_problems(row, cache.vocab_size):
-            raise UserError(f"row {index} ({row.example_id}): {problem}", where=folder.where(record.path))
+        for problem in row_problems(row, vocab_size):
+            raise UserError(f"row {index} ({row.example_id}): {problem}", where=where)
         found["positions"] += len(row.response_ids)
         found["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
         found["unfinished"] += row.finish_reason == "length"
@@ -60,9 +59,8 @@ def _verify_shard(folder: Folder, record: ShardRecord, cache: TeacherCache, prog
             "what the shard holds is not what the manifest counts",
             found=found,
             expected=expected,
-            where=folder.where(record.path),
+            where=where,
         )
-    return shard
 
 
 def _refuse_doubles(seen: set[int], shard: ShardRows, record: ShardRecord, folder: Folder) -> None:
