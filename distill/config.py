@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from dpkd.teacher_cache.settings import Location, Settings
 from dpkd.teacher_cache.templates import TemplateName
+
+PreferenceName = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference-free"]
+DivergenceName = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "akl", "skewed-forward-kl", "skewed-reverse-kl"]
+ObjectiveName = Literal[PreferenceName, DivergenceName, "kd", "sft", "seqkd", "minillm"]
+TermName = Literal["dpkd", "sft", "kd", "lm", "minillm"]
+
+PREFERENCES: tuple[str, ...] = get_args(PreferenceName)
+DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
+#: forms of the preference that exist for a single position
+TOKEN_PREFERENCES = ("dpkd", "ipo", "dpop", "reference-free")
+
+#: What an objective is made of when no weight is given. `kd` is the paper's baseline, 0.5 CE + 0.5 H(p, q).
+_TERMS: dict[str, dict[TermName, float]] = {
+    **{name: {"dpkd": 1.0} for name in PREFERENCES},
+    **{name: {"kd": 1.0} for name in DIVERGENCES},
+    "kd": {"sft": 0.5, "kd": 0.5},
+    "sft": {"sft": 1.0},
+    "seqkd": {"sft": 1.0},
+    "minillm": {"minillm": 1.0},
+}
+
+#: Options that stand for a published mix; an option that is given itself goes before its preset's value.
+PRESETS: dict[str, dict[str, Any]] = {
+    "released-code": {
+        "objective": "dpkd", "level": "token", "student_samples": "forced", "beta": 0.1,
+        "dpkd_weight": 0.5, "sft_weight": 0.5, "lm_weight": 0.5,
+    },
+    "paper": {
+        "objective": "dpkd", "level": "sequence", "length_normalize": True,
+        "dpkd_weight": 1.0, "sft_weight": 0.0, "lm_weight": 1.0,
+    },
+}  # fmt: skip
 
 
 class InitStudentConfig(Settings):
@@ -25,9 +57,31 @@ class TrainConfig(Settings):
     set_only: ClassVar[frozenset[str]] = frozenset(
         {
             "student_token",
+            "teacher_token",
             "length_normalize",
+            "label_smoothing",
+            "gamma",
+            "dpop_lambda",
+            "outside",
+            "jsd_beta",
+            "akl_mu",
+            "skew_alpha",
+            "minillm_clip",
             "dpkd_weight",
             "sft_weight",
+            "kd_weight",
+            "lm_weight",
+            "minillm_weight",
+            "lm_length",
+            "pairing",
+            "num_student_samples",
+            "sample_temperature",
+            "sample_top_p",
+            "sample_max_new_tokens",
+            "sample_every",
+            "staleness",
+            "teacher_tolerance",
+            "validate_every",
             "gradient_accumulation_steps",
             "warmup_ratio",
             "weight_decay",
@@ -49,14 +103,31 @@ class TrainConfig(Settings):
     )
     student: str = Field(description="student to start from: a checkpoint directory or a hub name")
     out: Path = Field(description="directory of the run; the trained student stands at its root")
-    objective: Literal["dpkd", "sft"] = Field("dpkd", description="dpkd, or cross-entropy on the responses as baseline")
+    preset: Literal["released-code", "paper"] | None = Field(
+        None, description="a published mix of the options below; options that are given go before it"
+    )
+    objective: ObjectiveName = Field(
+        "dpkd", description="what is minimised: a preference, a divergence, or a baseline (docs/objectives.md)"
+    )
     level: Literal["token", "sequence"] = Field(
         "token", description="token: the released code's loss on each position; sequence: Eq. 9 of the paper"
     )
-    student_samples: Literal["forced", "cached"] | None = Field(
+    student_samples: Literal["forced", "cached", "live"] | None = Field(
         None,
         description="where the student's side comes from: forced on the teacher's prefix (token level), "
-        "or cached in a round (sequence level)",
+        "cached in a round, or drawn live and scored by the teacher's server",
+    )
+    teacher_url: tuple[str, ...] = Field(
+        (), description="live: a vLLM server with the cache's teacher, http://HOST:PORT (may be repeated)"
+    )
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", description="live: what draws the student's responses"
+    )
+    lm_data: str | None = Field(
+        None, description="corpus of the language-model term: JSONL with `text`, plain text, or a datasets name"
+    )
+    validation_examples: int = Field(
+        0, ge=0, description="examples of the cache that are held out of training and validated on"
     )
     round: str | None = Field(None, description="round of the cache that holds the student's responses")
     responses: Literal["all", "teacher", "reference"] = Field(
@@ -80,14 +151,62 @@ class TrainConfig(Settings):
     )
     max_new_tokens: int = Field(256, ge=1, description="with --data: responses are cut at this length, in tokens")
 
+    teacher_token: Literal["argmax", "response", "sample"] = Field(
+        "argmax",
+        description="token level: the teacher's token is its arg-max (the released code), the response's own, "
+        "or drawn from the cached entries",
+    )
     student_token: Literal["argmax", "sample"] = Field(
         "argmax", description="token level: the student's token is its arg-max (the released code) or drawn from it"
     )
     length_normalize: bool = Field(
         True, description="sequence level: divide by tokens, EOS counted (Eq. 9), or not (Eq. 8)"
     )
-    dpkd_weight: float = Field(1.0, ge=0, description="weight of the preference loss")
-    sft_weight: float = Field(0.0, ge=0, description="weight of an added cross-entropy on the (chosen) responses")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of preferences taken the other way round")
+    gamma: float = Field(0.5, ge=0, description="simpo: target margin of the reward")
+    dpop_lambda: float = Field(
+        50.0, ge=0, description="dpop: weight of the penalty on a chosen response below the teacher"
+    )
+    outside: Literal["remainder", "renormalise", "uniform"] = Field(
+        "remainder",
+        description="divergences: what stands for the tokens outside the kept entries: one bucket, nothing, "
+        "or the remainder spread evenly",
+    )
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: share of the teacher in the mixture")
+    akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
+    skew_alpha: float = Field(0.1, ge=0, lt=1, description="skewed divergences: share of the other distribution")
+    minillm_clip: float = Field(0.2, gt=0, description="minillm: clipping of the importance ratio")
+    dpkd_weight: float | None = Field(None, ge=0, description="weight of the preference loss; none: 1 where it is")
+    sft_weight: float | None = Field(
+        None, ge=0, description="weight of the cross-entropy on the (chosen) responses; none: the objective's own"
+    )
+    kd_weight: float | None = Field(
+        None, ge=0, description="weight of the divergence to the cached distribution; none: the objective's own"
+    )
+    lm_weight: float | None = Field(None, ge=0, description="weight of the language-model term; none: 1 with lm_data")
+    minillm_weight: float | None = Field(None, ge=0, description="weight of minillm's loss; none: 1 where it is")
+    lm_length: int = Field(512, ge=2, description="tokens to which the corpus of lm_data is packed")
+    pairing: Literal["index", "all", "best-vs-worst"] = Field(
+        "index",
+        description="which of an example's responses make pairs: sample by sample, every one with every one, or the "
+        "teacher's best with the student's worst by teacher log-prob a token",
+    )
+    num_student_samples: int = Field(1, ge=1, description="live: responses drawn to a prompt")
+    sample_temperature: float = Field(1.0, ge=0, description="live: temperature of the draw; 0 is greedy")
+    sample_top_p: float = Field(1.0, gt=0, le=1, description="live: nucleus of the draw")
+    sample_max_new_tokens: int | None = Field(
+        None, ge=1, description="live: longest response, in tokens; none: the cache's own limit"
+    )
+    sample_every: int = Field(1, ge=1, description="live: steps whose responses are drawn together, with one state")
+    staleness: Literal[0, 1] = Field(
+        1, description="live: 1 draws the next responses while this step trains; 0 draws with the newest weights"
+    )
+    teacher_tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="live: largest mean difference to cached log-probs at which the server is refused, in nats",
+    )
+    validate_every: int = Field(50, ge=1, description="steps between validations (and after the last step)")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes to an optimiser step")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decay of weights (not of biases and norms)")
@@ -107,6 +226,12 @@ class TrainConfig(Settings):
     )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
+
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
@@ -117,15 +242,74 @@ class TrainConfig(Settings):
             raise ValueError("--cache is needed (or --data with --objective sft)")
         if self.follow and (self.cache is None or self.round is not None):
             raise ValueError("--follow takes a --cache, and no --round: a round needs a finished cache")
-        if self.objective == "dpkd":
-            if self.level == "token" and self.student_samples == "cached":
-                raise ValueError("--level token takes --student-samples forced; a round goes with --level sequence")
-            if self.level == "sequence" and self.student_samples == "forced":
-                raise ValueError("--level sequence takes --student-samples cached with --round NAME")
-            if self.level == "sequence" and self.round is None:
-                raise ValueError("--level sequence needs --round NAME, the student's responses in the cache")
-            if self.level == "token" and self.round is not None:
-                raise ValueError("--round goes with --level sequence")
-            if self.dpkd_weight == 0:
-                raise ValueError("dpkd_weight 0 leaves no preference loss; use --objective sft")
+        self._check_samples()
+        self._check_terms()
         return self
+
+    def _check_samples(self) -> None:
+        samples, paired = self.student_samples, self.needs_pairs
+        if self.objective not in PREFERENCES and self.level == "sequence":
+            raise ValueError(f"--level sequence goes with a preference ({', '.join(PREFERENCES)})")
+        if self.objective in PREFERENCES and self.level == "token" and self.objective not in TOKEN_PREFERENCES:
+            raise ValueError(f"--objective {self.objective} is a sequence loss: give --level sequence")
+        if self.objective in ("sft", "seqkd") and (samples is not None or self.round is not None):
+            raise ValueError(f"--objective {self.objective} takes no student samples and no --round")
+        if self.objective == "seqkd" and self.responses == "reference":
+            raise ValueError("--objective seqkd learns from the teacher's responses: leave --responses out")
+        if paired and samples == "forced":
+            raise ValueError("--level sequence takes --student-samples cached (with --round NAME) or live")
+        if self.objective == "minillm" and samples not in ("cached", "live"):
+            raise ValueError("--objective minillm takes --student-samples cached (with --round NAME) or live")
+        if paired and samples != "live" and self.round is None:
+            raise ValueError("--level sequence needs --round NAME, the student's responses in the cache")
+        if samples == "cached" and self.round is None:
+            raise ValueError("--student-samples cached needs --round NAME, the student's responses in the cache")
+        if samples == "live" and self.round is not None:
+            raise ValueError("give --round or --student-samples live, not both")
+        if samples == "forced" and self.round is not None:
+            raise ValueError("--student-samples forced takes no --round")
+        if samples == "live" and not self.teacher_url:
+            raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
+        if samples == "live" and (self.follow or self.cache is None):
+            raise ValueError("--student-samples live needs a finished --cache")
+        if self.teacher_url and samples != "live":
+            raise ValueError("--teacher-url goes with --student-samples live")
+        if self.validation_examples and (self.cache is None or self.follow):
+            raise ValueError("validation_examples needs a finished --cache")
+
+    def _check_terms(self) -> None:
+        own = _TERMS[self.objective]
+        for name in ("dpkd", "minillm"):
+            given = getattr(self, f"{name}_weight")
+            if given is not None and name not in own:
+                raise ValueError(f"{name}_weight goes with another objective than {self.objective}")
+            if given == 0 and name in own:
+                raise ValueError(f"{name}_weight 0 leaves nothing of --objective {self.objective}; use another one")
+        if self.lm_weight and self.lm_data is None:
+            raise ValueError("the language-model term needs --lm-data (or --set lm_weight=0)")
+        if self.kd_weight and self.data is not None:
+            raise ValueError("kd_weight needs a --cache with distributions")
+        if not self.weights:
+            raise ValueError("every weight is 0: nothing would be learnt")
+        if self.label_smoothing and self.objective == "ipo":
+            raise ValueError("label_smoothing goes with the logistic forms, not with ipo")
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the loss compares two responses."""
+        return self.objective in PREFERENCES and self.level == "sequence"
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether a term reads the cached distributions."""
+        by_token = self.objective in PREFERENCES and self.level == "token"
+        return by_token or bool({"kd", "minillm"} & set(self.weights))
+
+    @property
+    def weights(self) -> dict[TermName, float]:
+        """Weight of every term that is not 0, in a fixed order."""
+        names: tuple[TermName, ...] = get_args(TermName)
+        own: dict[TermName, float] = _TERMS[self.objective] | ({"lm": 1.0} if self.lm_data is not None else {})
+        given = {name: getattr(self, f"{name}_weight") for name in names}
+        merged = {name: own.get(name, 0.0) if given[name] is None else given[name] for name in names}
+        return {name: float(weight) for name, weight in merged.items() if weight}
