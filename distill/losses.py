@@ -1,14 +1,151 @@
-"""Preference losses of DPKD, unreduced and in float32 (arXiv 2406.19774v2).
+"""Preference losses: DPKD (arXiv 2406.19774v2) and the forms that its Table 2 and its released code put beside it.
 
-Shapes: B pairs, T positions. Log-probabilities are natural logs; p is the teacher, q the student.
+Unreduced and in float32. Shapes: B pairs, T positions. Log-probabilities are natural logs, so a loss is in nats but
+for ipo, which is in nats squared; p is the teacher, q the student; y_t is the chosen response (or token), y_s the
+rejected one. |y| counts tokens, EOS included.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+PreferenceForm = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference-free"]
+
+#: Forms of the released code, which alone have a token level.
+TOKEN_FORMS: tuple[PreferenceForm, ...] = ("dpkd", "ipo", "dpop", "reference-free")
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """Constants of the preference forms; each form reads those that its formula names.
+
+    Attributes:
+        beta: scale of the reward, above 0; ipo's tau.
+        gamma: simpo's target margin, in units of the scaled reward, 0 or more.
+        dpop_lambda: weight of dpop's penalty, 0 or more.
+        label_smoothing: share eps of preferences that are taken the other way round, from 0 to below 0.5.
+        length_normalize: sequence level: log-probabilities are divided by |y| (Eq. 9) or not (Eq. 8).
+    """
+
+    beta: float = 0.1
+    gamma: float = 0.0
+    dpop_lambda: float = 50.0
+    label_smoothing: float = 0.0
+    length_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}, must be above 0 and finite")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma is {self.gamma}, must be 0 or more and finite")
+        if not 0 <= self.dpop_lambda < math.inf:
+            raise ValueError(f"dpop_lambda is {self.dpop_lambda}, must be 0 or more and finite")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, must be from 0 to below 0.5")
+
+
+def sequence_preference_loss(
+    form: PreferenceForm,
+    student_chosen_B: Float[Tensor, " B"],
+    student_rejected_B: Float[Tensor, " B"],
+    teacher_chosen_B: Float[Tensor, " B"],
+    teacher_rejected_B: Float[Tensor, " B"],
+    num_chosen_B: Int[Tensor, " B"],
+    num_rejected_B: Int[Tensor, " B"],
+    *,
+    options: PreferenceOptions,
+) -> Float[Tensor, " B"]:
+    """The preference loss of each pair of responses.
+
+    With q and p the summed log-probabilities, each divided by its |y| where `length_normalize` (the default), and
+    S(d) = -(1 - eps) log sigma(d) - eps log sigma(-d):
+
+    - dpkd: S(beta log q(y_t)/p(y_t) - beta log q(y_s)/p(y_s)), Eq. 9 (Eq. 8 without `length_normalize`);
+    - ipo: (log q(y_t)/p(y_t) - log q(y_s)/p(y_s) - 1/(2 beta))^2;
+    - cpo: S(beta log q(y_t) - beta log q(y_s)) - log q(y_t); the teacher is not read;
+    - simpo: S(beta/|y_t| log q(y_t) - beta/|y_s| log q(y_s) - gamma), always divided by |y|; the teacher is not read;
+    - dpop: dpkd's + lambda max(0, log p(y_t) - log q(y_t)), the penalty outside the logistic as in the released code;
+    - reference-free: dpkd's with teacher terms of 0.
+
+    The paper compares ipo and cpo without division by |y| (Table 2): that is `length_normalize=False`. By default they
+    are divided, the likelihood term of cpo included, so that the forms differ in one thing at a time.
+
+    Args:
+        form: which of them.
+        student_chosen_B: log q(y_t | x), summed over the response's tokens (nats).
+        student_rejected_B: log q(y_s | x).
+        teacher_chosen_B: log p(y_t | x).
+        teacher_rejected_B: log p(y_s | x).
+        num_chosen_B: |y_t| in tokens, EOS counted.
+        num_rejected_B: |y_s| in tokens, EOS counted.
+        options: constants of the form.
+    """
+    _check_smoothing(form, options)
+    beta, normalize = options.beta, options.length_normalize or form == "simpo"
+    if form in ("cpo", "simpo", "reference-free"):
+        teacher_chosen_B, teacher_rejected_B = torch.zeros_like(teacher_chosen_B), torch.zeros_like(teacher_rejected_B)
+    if form == "ipo":
+        # the squared form scales its target by 1/(2 beta), not the ratios
+        chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, 1.0, normalize)
+        rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, 1.0, normalize)
+        return (chosen_B - rejected_B - 1 / (2 * beta)) ** 2
+    chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, beta, normalize)
+    rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, beta, normalize)
+    margin_B = chosen_B - rejected_B
+    if form == "simpo":
+        return _logistic(margin_B - options.gamma, options)
+    loss_B = _logistic(margin_B, options)
+    if form == "cpo":
+        return loss_B - chosen_B / beta
+    if form == "dpop":
+        return loss_B + options.dpop_lambda * functional.relu(-chosen_B / beta)
+    if form in ("dpkd", "reference-free"):
+        return loss_B
+    raise ValueError(f"no preference form {form!r} at the sequence level")
+
+
+def token_preference_loss(
+    form: PreferenceForm,
+    student_chosen_T: Float[Tensor, " T"],
+    student_rejected_T: Float[Tensor, " T"],
+    teacher_chosen_T: Float[Tensor, " T"],
+    teacher_rejected_T: Float[Tensor, " T"],
+    *,
+    options: PreferenceOptions,
+) -> Float[Tensor, " T"]:
+    """The released code's loss of each position, on single tokens y_t and y_s.
+
+    With Delta = [log q(y_t) - log q(y_s)] - [log p(y_t) - log p(y_s)] and
+    S(d) = -(1 - eps) log sigma(d) - eps log sigma(-d):
+
+    - dpkd: S(beta Delta); the code takes both arg-maxes, then Delta is never positive, and 0 without gradient where
+      they agree;
+    - ipo: (Delta - 1/(2 beta))^2;
+    - reference-free: S(beta Delta) with teacher terms of 0;
+    - dpop: S(beta Delta) + lambda max(0, log p(y_t) - log q(y_t)).
+
+    A token has no length: `length_normalize` is not read. Other forms are defined on whole responses and are refused.
+    """
+    if form not in TOKEN_FORMS:
+        raise ValueError(f"no preference form {form!r} at the token level, only {', '.join(TOKEN_FORMS)}")
+    _check_smoothing(form, options)
+    chosen_T, rejected_T = student_chosen_T.float(), student_rejected_T.float()
+    delta_T = chosen_T - rejected_T
+    if form != "reference-free":
+        delta_T = delta_T - (teacher_chosen_T.float() - teacher_rejected_T.float())
+    if form == "ipo":
+        return (delta_T - 1 / (2 * options.beta)) ** 2
+    loss_T = _logistic(options.beta * delta_T, options)
+    if form == "dpop":
+        return loss_T + options.dpop_lambda * functional.relu(teacher_chosen_T.float() - chosen_T)
+    return loss_T
 
 
 def dpkd_sequence_loss(
@@ -24,17 +161,37 @@ def dpkd_sequence_loss(
 ) -> Float[Tensor, " B"]:
     """Eq. 9 (Eq. 8 without `length_normalize`): -log sigma(r(y_t) - r(y_s)) of each pair.
 
-    Args:
-        student_chosen_B: log q(y_t | x), summed over the response's tokens (nats).
-        student_rejected_B: log q(y_s | x).
-        teacher_chosen_B: log p(y_t | x).
-        teacher_rejected_B: log p(y_s | x).
-        num_chosen_B: |y_t| in tokens, EOS counted.
-        num_rejected_B: |y_s| in tokens, EOS counted.
+    The arguments are those of `sequence_preference_loss`.
     """
-    chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, beta, length_normalize)
-    rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, beta, length_normalize)
-    return -functional.logsigmoid(chosen_B - rejected_B)
+    return sequence_preference_loss(
+        "dpkd",
+        student_chosen_B,
+        student_rejected_B,
+        teacher_chosen_B,
+        teacher_rejected_B,
+        num_chosen_B,
+        num_rejected_B,
+        options=PreferenceOptions(beta=beta, length_normalize=length_normalize),
+    )
+
+
+def dpkd_token_loss(
+    student_chosen_T: Float[Tensor, " T"],
+    student_rejected_T: Float[Tensor, " T"],
+    teacher_chosen_T: Float[Tensor, " T"],
+    teacher_rejected_T: Float[Tensor, " T"],
+    *,
+    beta: float,
+) -> Float[Tensor, " T"]:
+    """The released code's loss: -log sigma(beta Delta) of each position; Delta as in `token_preference_loss`."""
+    return token_preference_loss(
+        "dpkd",
+        student_chosen_T,
+        student_rejected_T,
+        teacher_chosen_T,
+        teacher_rejected_T,
+        options=PreferenceOptions(beta=beta),
+    )
 
 
 def implicit_reward(
@@ -53,25 +210,6 @@ def implicit_reward(
     return beta * ratio_B
 
 
-def dpkd_token_loss(
-    student_chosen_T: Float[Tensor, " T"],
-    student_rejected_T: Float[Tensor, " T"],
-    teacher_chosen_T: Float[Tensor, " T"],
-    teacher_rejected_T: Float[Tensor, " T"],
-    *,
-    beta: float,
-) -> Float[Tensor, " T"]:
-    """The released code's loss: -log sigma(beta Delta) of each position.
-
-    Delta = [log q(y_t) - log q(y_s)] - [log p(y_t) - log p(y_s)] with y_t and y_s single tokens (the code takes both
-    arg-maxes; Delta is then never positive, and 0 without gradient where they agree).
-    """
-    delta_T = (student_chosen_T.float() - student_rejected_T.float()) - (
-        teacher_chosen_T.float() - teacher_rejected_T.float()
-    )
-    return -functional.logsigmoid(beta * delta_T)
-
-
 def cross_entropy(student_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """-log q of each response token (nats)."""
     return -student_T.float()
@@ -80,3 +218,16 @@ def cross_entropy(student_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
 def sum_by_row(values_T: Float[Tensor, " T"], row_T: Int[Tensor, " T"], num_rows: int) -> Float[Tensor, " B"]:
     """Sum of each row's positions; a row without positions sums to 0."""
     return torch.zeros(num_rows, dtype=values_T.dtype, device=values_T.device).index_add(0, row_T, values_T)
+
+
+def _check_smoothing(form: PreferenceForm, options: PreferenceOptions) -> None:
+    if form == "ipo" and options.label_smoothing > 0:
+        raise ValueError(f"label_smoothing is {options.label_smoothing}: ipo is a square, with no label to smooth")
+
+
+def _logistic(margin: Tensor, options: PreferenceOptions) -> Tensor:
+    """-(1 - eps) log sigma(d) - eps log sigma(-d)."""
+    loss = -(1 - options.label_smoothing) * functional.logsigmoid(margin)
+    if options.label_smoothing:
+        loss = loss - options.label_smoothing * functional.logsigmoid(-margin)
+    return loss
