@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -46,10 +46,11 @@ class RowSource(Protocol):
 class Batch:
     """B sequences of prompt and response (right padded), T response positions over all of them.
 
-    At the sequence level the first half of the sequences are the chosen responses and the second half the rejected
-    ones, pair for pair. Position t predicts `target_T[t]` from the hidden state `predict_T[t]`, which stands one token
-    before it. The `entry_*` tensors are the cached top of the teacher's distribution (ids padded with -1); they are
-    None when the objective does not ask for them, as is `teacher_logprob_T` where the teacher never saw the row.
+    The first `num_chosen` sequences are the responses to learn from; rejected ones follow, pair for pair, where the
+    objective compares. `unfinished_B` marks responses that ended by length. Position t predicts `target_T[t]` from the
+    hidden state `predict_T[t]`, which stands one token before it. The `entry_*` tensors are the cached top of the
+    teacher's distribution (ids padded with -1); they are None where the cache keeps none, as is `teacher_logprob_T`
+    where the teacher never saw the row.
     """
 
     example_ids: list[str]
@@ -59,6 +60,8 @@ class Batch:
     predict_T: Tensor
     target_T: Tensor
     num_tokens_B: Tensor
+    unfinished_B: Tensor
+    num_chosen: int
     teacher_logprob_T: Tensor | None
     entry_ids_TK: Tensor | None
     entry_logprobs_TK: Tensor | None
@@ -78,8 +81,25 @@ class Batch:
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """What one forward and backward pass of a step reads: rows, and text of the corpus where there is such a term."""
+
+    rows: Batch
+    corpus: Batch | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens that are learnt from."""
+        return self.rows.num_positions + (0 if self.corpus is None else self.corpus.num_positions)
+
+    def to(self, device: torch.device) -> Self:
+        """The same part on `device`."""
+        return replace(self, rows=self.rows.to(device), corpus=None if self.corpus is None else self.corpus.to(device))
 
 
 def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
@@ -104,6 +124,8 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
         predict_T=torch.from_numpy(np.concatenate(predict)),
         target_T=torch.from_numpy(np.concatenate([row.response_ids for row in cached]).astype(np.int64)),
         num_tokens_B=torch.from_numpy(num_tokens),
+        unfinished_B=torch.tensor([row.finish_reason == "length" for row in cached]),
+        num_chosen=len(rows),
         teacher_logprob_T=_tensor([row.response_logprobs for row in cached], np.float32) if has_teacher else None,
         entry_ids_TK=entries[0],
         entry_logprobs_TK=entries[1],
@@ -174,21 +196,24 @@ class BatchOrder:
         return int(group), int(row)
 
 
+_T = TypeVar("_T")
+
+
 def prefetched(
-    make: Callable[[int], list[Batch]],
+    make: Callable[[int], _T],
     steps: range,
     depth: int = 2,
     give_up: Callable[[], bool] = lambda: False,
     on_close: Callable[[], None] = lambda: None,
-) -> Generator[list[Batch], None, None]:
+) -> Generator[_T, None, None]:
     """`make(step)` for every step, `depth` steps ahead on a thread; an error comes out where its batch would have.
 
     It ends early when `give_up` turns true while it waits for a batch. `on_close` is called to end a `make` under way.
     """
-    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[_T | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
-    def hand_over(item: list[Batch] | BaseException) -> None:
+    def hand_over(item: _T | BaseException) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.2)
@@ -220,9 +245,7 @@ def prefetched(
         thread.join()
 
 
-def _take(
-    ready: queue.Queue[list[Batch] | BaseException], give_up: Callable[[], bool]
-) -> list[Batch] | BaseException | None:
+def _take(ready: queue.Queue[_T | BaseException], give_up: Callable[[], bool]) -> _T | BaseException | None:
     while True:
         try:
             return ready.get(timeout=0.2)

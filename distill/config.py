@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, model_validator
 
@@ -293,6 +293,11 @@ class TrainConfig(Settings):
             raise ValueError("every weight is 0: nothing would be learnt")
         if self.label_smoothing and self.objective == "ipo":
             raise ValueError("label_smoothing goes with the logistic forms, not with ipo")
+
+    @property
+    def divergence(self) -> DivergenceName:
+        """The divergence of the `kd` term; beside another objective it is the forward one."""
+        return cast(DivergenceName, self.objective) if self.objective in DIVERGENCES else "forward-kl"
 
     @property
     def needs_pairs(self) -> bool:

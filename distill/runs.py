@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpkd.distill.batches import BatchOrder, RowOrder, RowSource
 from dpkd.distill.config import TrainConfig
@@ -19,16 +19,30 @@ from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.reader import CacheReader, TeacherCache
 from dpkd.teacher_cache.templates import PromptEncoder
 
+if TYPE_CHECKING:
+    from dpkd.distill.corpus import Corpus
+
+#: options that may differ when a run is taken up: where things are, not what they are
+_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data"}
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, decided before the first step."""
+    """What a run is made of, decided before the first step.
+
+    `validation` are rows that are held out of `rows`; `corpus` is the text of the language-model term;
+    `has_distributions` says whether the rows carry the teacher's.
+    """
 
     config: TrainConfig
     student: ModelSource
     rows: RowSource
     vocab_size: int
     facts: dict[str, Any]
+    cache: TeacherCache | None = None
+    validation: RowSource | None = None
+    corpus: Corpus | None = None
+    has_distributions: bool = False
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -36,6 +50,9 @@ def open_run(config: TrainConfig) -> Run:
     student = locate_model(config.student, "student")
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
     rows: RowSource
+    finished: TeacherCache | None = None
+    validation: RowSource | None = None
+    has_distributions = False
     if config.cache is not None:
         cache: CacheReader
         if config.follow:
@@ -43,27 +60,36 @@ def open_run(config: TrainConfig) -> Run:
             check_distributions(cache, config)
             rows = FollowedRows(cache, config, student.max_positions)
         else:
-            cache = TeacherCache.open(config.cache)
-            held = None if config.round is None else cache.round(config.round)
-            rows = open_cache_rows(cache, held, config)
+            cache = finished = TeacherCache.open(config.cache)
+            held = None if config.round is None else finished.round(config.round)
+            rows, validation = open_cache_rows(finished, held, config)
             if held is not None:
                 facts["round"] = held.manifest.fingerprint
         cache.check_tokenizer(student, "student")
         facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
         vocab_size = cache.vocab_size
+        has_distributions = cache.top_k > 0
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
         rows, data_identity = open_data_rows(config, encoder)
         facts |= {"data": data_identity, "template": encoder.identity()}
         vocab_size = student.vocab_size
     check_positions(rows.longest, student.max_positions, where=student.name)
-    return Run(config, student, rows, vocab_size, facts)
+    corpus = None
+    if "lm" in config.weights:
+        assert config.lm_data is not None  # the config's own check
+        from dpkd.distill.corpus import Corpus
+
+        corpus = Corpus(config.lm_data, student.tokenizer, config.lm_length, config.seed)
+        check_positions(config.lm_length, student.max_positions, where=student.name)
+        facts["corpus"] = corpus.identity
+    return Run(config, student, rows, vocab_size, facts, finished, validation, corpus, has_distributions)
 
 
 def take_up(run_dir: Path, run: Run) -> bool:
     """Create or take up the run directory; True when the run is complete. Refuses another run's directory."""
     identity = {
-        "options": run.config.model_dump(mode="json", exclude={"out", "cache", "student", "device"}),
+        "options": run.config.model_dump(mode="json", exclude=_NOT_THE_RUN),
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
     held_path = run_dir / "dpkd-run.json"

@@ -1,32 +1,58 @@
-"""The student's log-probs at response positions: only those reach the LM head, in chunks, in float32."""
+"""The student at response positions: only those reach the LM head, in chunks, in float32."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkd.teacher_cache.errors import UserError
 
-StudentToken = Literal["argmax", "sample"]
 
+@dataclass(frozen=True)
+class Positions:
+    """A chunk of C positions with the student's logits over V places (float32), alive only while they are read.
 
-class TokenScores(NamedTuple):
-    """At each of T response positions: log q of the target, and of a chosen and of the student's own token if asked.
-
-    `own_T` is the student's own token; the last three are empty when no chosen tokens were given.
+    `fields` are the caller's tensors of these positions; `num_tokens` of the V places stand for a token, the others
+    pad the vocabulary.
     """
 
-    target_T: Tensor
-    chosen_T: Tensor
-    own_logprob_T: Tensor
-    own_T: Tensor
+    logits_CV: Float[Tensor, "C V"]
+    log_sum_C: Float[Tensor, " C"]
+    fields: Mapping[str, Tensor]
+    num_tokens: int
+
+    def logprob(self, token_C: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
+        """log q of one token a position (nats)."""
+        return self.logits_CV.gather(1, token_C[:, None])[:, 0] - self.log_sum_C
+
+    @torch.no_grad()
+    def own_token(self, uniform_C: Float[Tensor, " C"] | None = None) -> Int[Tensor, " C"]:
+        """The student's arg-max, or its draw at `uniform_C` (one number in [0, 1) a position) where given."""
+        logits_CV = self.logits_CV.detach()[:, : self.num_tokens]
+        if uniform_C is None:
+            return logits_CV.argmax(dim=1)
+        cumulative_CV = torch.softmax(logits_CV, dim=1).cumsum(dim=1)
+        drawn_C = uniform_C * cumulative_CV[:, -1]
+        return torch.searchsorted(cumulative_CV, drawn_C[:, None], right=True)[:, 0].clamp(max=logits_CV.shape[1] - 1)
+
+    @torch.no_grad()
+    def entropy(self) -> Float[Tensor, " C"]:
+        """Entropy of the student's distribution (nats)."""
+        logits_CV = self.logits_CV.detach()
+        return self.log_sum_C.detach() - (torch.softmax(logits_CV, dim=1) * logits_CV).sum(dim=1)
+
+
+#: What is kept of a chunk: tensors with one value a position.
+Read = Callable[[Positions], dict[str, Tensor]]
 
 
 class StudentScorer(nn.Module):
-    """Wraps a causal language model so that its forward pass ends in log-probs of tokens, never in full logits."""
+    """Wraps a causal language model so that its forward pass ends in values a position, never in full logits."""
 
     def __init__(self, model: nn.Module, *, num_tokens: int, logits_chunk: int) -> None:
         super().__init__()
@@ -40,13 +66,12 @@ class StudentScorer(nn.Module):
         attention_mask_BS: Tensor,
         row_T: Tensor,
         predict_T: Tensor,
-        target_T: Tensor,
-        chosen_T: Tensor | None = None,
-        uniform_T: Tensor | None = None,
-    ) -> TokenScores:
-        """Score `target_T`; with `chosen_T` also those tokens and the student's own.
+        fields: dict[str, Tensor],
+        read: Read,
+    ) -> dict[str, Tensor]:
+        """What `read` makes of the logits at `(row_T, predict_T)`, over all T positions.
 
-        The student's own token is its arg-max, or drawn at `uniform_T` (one number in [0, 1) a position) where given.
+        `fields` hold one row a position and are cut into the same chunks. `read` may run twice on a chunk.
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
         hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)[0]
@@ -54,45 +79,19 @@ class StudentScorer(nn.Module):
         chunk = self._logits_chunk
         # with one chunk the logits are kept for the backward pass; with more they are made again, chunk by chunk
         recompute = torch.is_grad_enabled() and hidden_TD.shape[0] > chunk
-        parts = []
+        parts: list[dict[str, Tensor]] = []
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
-            arguments = (
-                hidden_TD[piece],
-                target_T[piece],
-                None if chosen_T is None else chosen_T[piece],
-                None if uniform_T is None else uniform_T[piece],
-            )
+            arguments = (hidden_TD[piece], {name: value[piece] for name, value in fields.items()}, read)
             if recompute:
-                parts.append(checkpoint(self._score_chunk, *arguments, use_reentrant=False))
+                parts.append(checkpoint(self._read_chunk, *arguments, use_reentrant=False))
             else:
-                parts.append(self._score_chunk(*arguments))
-        return TokenScores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+                parts.append(self._read_chunk(*arguments))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _score_chunk(
-        self, hidden_CD: Tensor, target_C: Tensor, chosen_C: Tensor | None, uniform_C: Tensor | None
-    ) -> TokenScores:
+    def _read_chunk(self, hidden_CD: Tensor, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:
         logits_CV = head_logits(self.model, hidden_CD).float()
-        log_sum_C = torch.logsumexp(logits_CV, dim=1)
-
-        def logprob(token_C: Tensor) -> Tensor:
-            return logits_CV.gather(1, token_C[:, None])[:, 0] - log_sum_C
-
-        if chosen_C is None:
-            nothing = hidden_CD.new_zeros(0, dtype=torch.float32)
-            return TokenScores(logprob(target_C), nothing, nothing, nothing.long())
-        with torch.no_grad():
-            # a padded vocabulary has places that no token stands for
-            own_C = _own_token(logits_CV.detach()[:, : self._num_tokens], uniform_C)
-        return TokenScores(logprob(target_C), logprob(chosen_C), logprob(own_C), own_C)
-
-
-def _own_token(logits_CV: Tensor, uniform_C: Tensor | None) -> Tensor:
-    if uniform_C is None:
-        return logits_CV.argmax(dim=1)
-    cumulative_CV = torch.softmax(logits_CV, dim=1).cumsum(dim=1)
-    drawn_C = uniform_C * cumulative_CV[:, -1]
-    return torch.searchsorted(cumulative_CV, drawn_C[:, None], right=True)[:, 0].clamp(max=logits_CV.shape[1] - 1)
+        return read(Positions(logits_CV, torch.logsumexp(logits_CV, dim=1), fields, self._num_tokens))
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -19,10 +19,15 @@ from dpkd.teacher_cache.templates import PromptEncoder
 
 
 class CacheRows:
-    """Rows of a cache's shards, each with its neighbour in a round when one is given."""
+    """Rows of a cache's shards, each with its neighbour in a round when one is given.
 
-    def __init__(self, cache: TeacherCache, shards: list[ShardRecord], held: Round | None) -> None:
-        self._cache, self._shards, self._round = cache, shards, held
+    Without `pairs` the round's rows stand alone: the student's responses with the teacher's distributions on them.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, shards: list[ShardRecord], held: Round | None, *, pairs: bool = True
+    ) -> None:
+        self._cache, self._shards, self._round, self._pairs = cache, shards, held, pairs
 
     @cached_property
     def group_sizes(self) -> list[int]:
@@ -40,10 +45,12 @@ class CacheRows:
     def row(self, group: int, index: int) -> TrainingRow:
         """Row `index` of shard `group`, and the student's response to the same prompt."""
         record = self._shards[group]
-        shard = self._cache.read(record)
         if self._round is None:
-            return TrainingRow(shard.row(index))
+            return TrainingRow(self._cache.read(record).row(index))
         students = self._cache.read_round(self._round, record)
+        if not self._pairs:
+            return TrainingRow(students.row(index))
+        shard = self._cache.read(record)
         return TrainingRow(shard.row(shard.place_of[students.key(index)]), students.row(index))
 
 
@@ -60,18 +67,19 @@ class DataRows:
         return TrainingRow(self._rows[index])
 
 
-def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig) -> RowSource:
-    """The rows that `config` trains on, with those of the round `held` beside them.
+def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig) -> tuple[RowSource, RowSource | None]:
+    """The rows that `config` trains on, with those of the round `held` beside them, and those that are held out.
 
     Raises `UserError` when the cache does not hold what the objective needs.
     """
     check_distributions(cache, config)
-    shards = cache.shards() if config.responses == "all" else cache.shards(config.responses)
+    origin = "teacher" if config.objective == "seqkd" else config.responses
+    shards = cache.shards(None if origin == "all" else origin)
     if not shards:
         raise UserError(
-            f"the cache holds no {config.responses} responses",
+            f"the cache holds no {origin} responses",
             found=", ".join(cache.origins),
-            expected=config.responses,
+            expected=origin,
             where=cache.folder,
             advice="Change --responses, or build a cache with --responses both",
         )
@@ -81,7 +89,7 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             check_shard(cache.folder, shard)
             if held is not None:
                 check_shard(held.folder, held.shards_by_path[shard.path])
-    return CacheRows(cache, shards, held)
+    return CacheRows(cache, shards, held, pairs=config.needs_pairs), None
 
 
 def check_positions(longest: int, limit: int | None, *, where: str) -> None:
@@ -98,14 +106,13 @@ def check_positions(longest: int, limit: int | None, *, where: str) -> None:
 
 def check_distributions(cache: CacheReader, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs distributions and the cache keeps none."""
-    needs_distributions = config.objective == "dpkd" and config.level == "token"
-    if needs_distributions and cache.top_k == 0:
+    if config.needs_distributions and cache.top_k == 0:
         raise UserError(
-            "the cache has no distributions, which --level token needs",
+            f"the cache has no distributions, which --objective {config.objective} --level {config.level} needs",
             found="top-k 0",
             expected="top-k of 1 or more",
             where=cache.folder,
-            advice="Build a cache with --top-k 64, or train with --level sequence",
+            advice="Build a cache with --top-k 64, or train with --level sequence or --objective sft",
         )
 
 

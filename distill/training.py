@@ -7,28 +7,30 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from transformers import get_cosine_schedule_with_warmup
 
-from dpkd.distill.batches import Batch, RowOrder, collate, prefetched
+from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate, prefetched
 from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows
 from dpkd.distill.interrupts import Interrupts
+from dpkd.distill.metrics import means, whole
 from dpkd.distill.objective import Objective, StepSums
 from dpkd.distill.runs import Run, open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
+from dpkd.distill.validation import VALIDATION_LOG, Validation
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.progress import Progress, say
 
-#: metrics that every line carries; null where the objective does not define them
-METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "preference_accuracy", "teacher_miss_rate")
+if TYPE_CHECKING:
+    from dpkd.distill.live import LiveRows
 
 
 def train(config: TrainConfig) -> Path:
@@ -66,7 +68,10 @@ def train(config: TrainConfig) -> Path:
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps, last_epoch=first - 1)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     loop = _Loop(run, accelerator, scorer, optimizer, scheduler, order, steps)
-    loop.run(first)
+    with contextlib.ExitStack() as stack:
+        if config.student_samples == "live":
+            stack.callback(loop.open_live(model).close)
+        loop.run(first)
     if accelerator.is_main_process:
         finish_run(run_dir, accelerator.unwrap_model(scorer).model, run.student, run.facts | {"steps": steps})
         say(f"the run {run_dir} is complete: {steps} steps")
@@ -90,12 +95,23 @@ class _Loop:
         self._scorer, self._optimizer, self._scheduler = scorer, optimizer, scheduler
         self._order, self._steps = order, steps
         self._objective = Objective(run.config, run.vocab_size)
+        self._live: LiveRows | None = None
+        self._validation: Validation | None = None
+        if run.validation is not None:
+            self._validation = Validation(
+                run.validation,
+                self._objective,
+                accelerator,
+                run.config.batch_size,
+                distributions=run.has_distributions,
+            )
 
     def run(self, first: int) -> None:
         """From step `first` to the last; an interrupt ends it with a checkpoint, one step later at most."""
-        metrics_path = self._config.out / "metrics.jsonl"
+        metrics_path, validation_path = self._config.out / "metrics.jsonl", self._config.out / VALIDATION_LOG
         if self._accelerator.is_main_process:
             _keep_lines(metrics_path, first)
+            _keep_lines(validation_path, first)
         self._scorer.train()
         rows = self._run.rows
         with (
@@ -104,25 +120,27 @@ class _Loop:
             Interrupts() as interrupts,
             contextlib.closing(
                 prefetched(
-                    self._batches,
+                    self._parts,
                     range(first, self._steps),
                     give_up=lambda: interrupts.asked,
-                    on_close=rows.cancel if isinstance(rows, FollowedRows) else lambda: None,
+                    on_close=self._cancel,
                 )
             ) as batches,
         ):
             for step in range(first, self._steps):
                 started_s = time.perf_counter()
                 try:
-                    micro_batches = next(batches, None)
+                    if self._live is not None:
+                        self._live.before_step(step)
+                    parts = next(batches, None)
                 except UserError:
                     self._save_if_any(first, step)  # the cache ended or broke; what is learnt is kept
                     raise
-                if micro_batches is None:
+                if parts is None:
                     self._save_if_any(first, step)
                     raise KeyboardInterrupt
                 waited_s = time.perf_counter() - started_s
-                line = self._step(step, micro_batches)
+                line = self._step(step, parts)
                 step_s = time.perf_counter() - started_s
                 line |= {"tokens_per_s": line["tokens"] / step_s, "step_time_s": step_s, "data_wait_s": waited_s}
                 if self._accelerator.is_main_process:
@@ -131,6 +149,8 @@ class _Loop:
                 progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
                 done = step + 1
                 due = self._config.save_every is not None and done % self._config.save_every == 0
+                if self._validation is not None and self._validates(done):
+                    self._validate(validation_path, done)
                 if interrupts.asked or (due and done < self._steps):
                     self._save(done)
                 if interrupts.asked:
@@ -139,77 +159,105 @@ class _Loop:
                 self._save(self._steps)
                 rows.wait_for(None, give_up=lambda: interrupts.asked)
 
-    def _batches(self, step: int) -> list[Batch]:
-        """This rank's forward passes of `step`."""
+    def open_live(self, model: torch.nn.Module) -> LiveRows:
+        """Have the student's responses drawn while it trains; raises `UserError` for a server that will not do."""
+        from dpkd.distill.live import LiveRows
+
+        assert self._run.cache is not None
+        self._live = LiveRows(
+            self._config,
+            self._run.cache,
+            self._run.rows,
+            self._run.student,
+            model,
+            self._accelerator.device,
+            self._order,
+            self._steps,
+            lambda step: [place for part in self._places(step) for place in part],
+            rank=self._accelerator.process_index,
+            is_main=self._accelerator.is_main_process,
+        )
+        return self._live
+
+    def _cancel(self) -> None:
+        """End a wait for rows, whoever they come from."""
+        if isinstance(self._run.rows, FollowedRows):
+            self._run.rows.cancel()
+        if self._live is not None:
+            self._live.cancel()
+
+    def _places(self, step: int) -> list[list[tuple[int, int]]]:
+        """(group, row) of this rank's forward passes of `step`."""
         places = self._order.rows_of(step)
         size, ranks, rank = self._config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
-        mine = [
+        return [
             places[start + rank * size : start + (rank + 1) * size] for start in range(0, len(places), size * ranks)
         ]
-        return [
-            collate(
-                [self._run.rows.row(group, index) for group, index in part],
-                with_distributions=self._objective.needs_distributions,
-            )
-            for part in mine
-        ]
 
-    def _step(self, step: int, micro_batches: list[Batch]) -> dict[str, Any]:
+    def _parts(self, step: int) -> list[StepPart]:
+        """What this rank's forward passes of `step` read."""
+        parts = []
+        for place, places in enumerate(self._places(step)):
+            rows = collate(self._rows(step, places), with_distributions=self._run.has_distributions)
+            corpus = None
+            if self._run.corpus is not None:
+                size, ranks = self._config.batch_size, self._accelerator.num_processes
+                block = step * self._config.gradient_accumulation_steps + place
+                start = (block * ranks + self._accelerator.process_index) * size
+                corpus = self._run.corpus.batch(start, size)
+            parts.append(StepPart(rows, corpus))
+        return parts
+
+    def _rows(self, step: int, places: list[tuple[int, int]]) -> list[TrainingRow]:
+        if self._live is not None:
+            return self._live.rows(step, places)
+        return [self._run.rows.row(group, index) for group, index in places]
+
+    def _step(self, step: int, parts: list[StepPart]) -> dict[str, Any]:
         accelerator = self._accelerator
         # everything random in a step follows from the seed and the step, so that resuming needs no generator state
         torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
-        counts = self._whole([self._objective.term_counts(batch) for batch in micro_batches])
+        counts = whole(accelerator, [self._objective.term_counts(part) for part in parts])
         sums: list[StepSums] = []
-        loss = 0.0
-        for batch in micro_batches:
+        for part in parts:
             with accelerator.accumulate(self._scorer):
-                part = self._objective(self._scorer, batch.to(accelerator.device))
-                total = self._objective.total(part, counts)
-                self._refuse_nan(float(total.detach()), "loss", step, micro_batches)
-                loss += float(total.detach())
+                found = self._objective(self._scorer, part.to(accelerator.device))
+                total = self._objective.total(found, counts)
+                self._refuse_nan(float(total.detach()), "loss", step, parts)
                 # accelerate averages over accumulation and ranks; the counts already divide by the whole step
                 accelerator.backward(total * self._config.gradient_accumulation_steps * accelerator.num_processes)
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm))
-                    self._refuse_nan(norm, "gradient norm", step, micro_batches)
+                    self._refuse_nan(norm, "gradient norm", step, parts)
                 learning_rate = float(self._scheduler.get_last_lr()[0])
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            sums.append(part)
+            sums.append(found)
         self._scheduler.step()
         return {
             "step": step + 1,
             "epoch": self._order.epoch_of(step),
-            **self._means(loss, sums, counts),
+            **means(accelerator, sums, counts, self._objective.weights),
             "learning_rate": learning_rate,
             "grad_norm": norm,
-            "tokens": self._whole([{"tokens": batch.num_positions} for batch in micro_batches])["tokens"],
+            "tokens": whole(accelerator, [{"tokens": part.num_positions} for part in parts])["tokens"],
         }
 
-    def _means(self, loss: float, sums: list[StepSums], counts: dict[str, int]) -> dict[str, float | None]:
-        """The step's loss, terms and metrics over all forward passes and ranks."""
-        totals = {"loss": loss}
-        for name in counts:
-            totals[f"loss_{name}"] = sum(float(part.terms[name].detach()) for part in sums) / counts[name]
-        metric_counts = self._whole([{name: count for name, (_, count) in part.metrics.items()} for part in sums])
-        for name, count in metric_counts.items():
-            totals[name] = sum(float(part.metrics[name][0]) for part in sums) / count
-        reduced = self._whole([totals])
-        return {**dict.fromkeys(METRICS), **reduced}
+    def _validates(self, done: int) -> bool:
+        return done % self._config.validate_every == 0 or done == self._steps
 
-    def _whole(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sums by key over this rank's forward passes and over all ranks."""
-        summed = {key: sum(part[key] for part in parts) for key in parts[0]}
-        if self._accelerator.num_processes == 1:
-            return summed
-        values = torch.tensor(list(summed.values()), dtype=torch.float64, device=self._accelerator.device)
-        whole = self._accelerator.reduce(values, reduction="sum").tolist()
-        return dict(zip(summed, whole, strict=True))
+    def _validate(self, path: Path, done: int) -> None:
+        assert self._validation is not None
+        line = {"step": done, **self._validation(self._scorer)}
+        if self._accelerator.is_main_process:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            say(f"step {done}: " + ", ".join(_shown(line)))
 
-    def _refuse_nan(self, value: float, what: str, step: int, micro_batches: list[Batch]) -> None:
+    def _refuse_nan(self, value: float, what: str, step: int, parts: list[StepPart]) -> None:
         if math.isfinite(value):
             return
-        rows = [example_id for batch in micro_batches for example_id in dict.fromkeys(batch.example_ids)]
+        rows = [example_id for part in parts for example_id in dict.fromkeys(part.rows.example_ids)]
         raise UserError(
             f"the {what} of step {step + 1} is not a number; the update is not made",
             found=value,
@@ -222,6 +270,8 @@ class _Loop:
             self._save(step)
 
     def _save(self, step: int) -> None:
+        if self._live is not None:
+            self._live.settle(step)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             model = self._accelerator.unwrap_model(self._scorer).model
@@ -256,6 +306,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
+
+
+def _shown(line: dict[str, Any]) -> list[str]:
+    """The figures of a validation that a person looks at while a run goes on."""
+    names = ("loss", "kld", "rkld", "reward_margin")
+    return [f"validation {name} {line[name]:.4f}" for name in names if line.get(name) is not None]
 
 
 def _keep_lines(path: Path, step: int) -> None:

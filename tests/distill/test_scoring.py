@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
-from dpkd.distill.scoring import StudentScorer, check_head, head_logits
+from dpkd.distill.scoring import Positions, StudentScorer, check_head, head_logits
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import locate_model
 
@@ -21,6 +21,23 @@ FAMILIES: dict[str, PretrainedConfig] = {
         **SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5
     ),
 }
+
+
+def read(at: Positions) -> dict[str, torch.Tensor]:
+    own = at.own_token(at.fields.get("uniform"))
+    return {
+        "target": at.logprob(at.fields["target"]),
+        "chosen": at.logprob(at.fields["chosen"]),
+        "own": at.logprob(own),
+        "own_id": own,
+        "entropy": at.entropy(),
+    }
+
+
+def score(scorer: StudentScorer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
+    fields = {name.removesuffix("_T"): value for name, value in inputs.items() if name not in names}
+    return scorer(*(inputs[name] for name in names), fields, read)  # type: ignore[no-any-return]
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -61,9 +78,10 @@ def test_chunks_equal_full_logits_in_value_and_gradient(family: str, chunk: int)
     }
 
     model.zero_grad()
-    scores = StudentScorer(model, num_tokens=97, logits_chunk=chunk)(**inputs)
-    found = [scores.target_T, scores.chosen_T, scores.own_logprob_T]
-    assert scores.own_T.tolist() == own.tolist()
+    scores = score(StudentScorer(model, num_tokens=97, logits_chunk=chunk), inputs)
+    found = [scores["target"], scores["chosen"], scores["own"]]
+    assert scores["own_id"].tolist() == own.tolist()
+    assert torch.allclose(scores["entropy"], -(full.exp() * full).sum(dim=1), atol=1e-5)
     for one, two in zip(found, expected, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
     sum((value * weights).sum() for value in found).backward()  # type: ignore[union-attr]
@@ -82,17 +100,18 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     }
     many = {key: value.expand(20_000) if value.dim() == 1 else value for key, value in one.items()}
     with torch.no_grad():
-        scores = StudentScorer(model, num_tokens=97, logits_chunk=4096)(**many, uniform_T=torch.rand(20_000))
+        many["uniform_T"] = torch.rand(20_000)
+        scores = score(StudentScorer(model, num_tokens=97, logits_chunk=4096), many)
         logits = model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits[0, 6]
-    share = torch.bincount(scores.own_T, minlength=97) / 20_000
+    share = torch.bincount(scores["own_id"], minlength=97) / 20_000
     assert float((share - torch.softmax(logits, dim=0)).abs().max()) < 0.01
 
 
 def test_padding_of_the_vocabulary_is_never_the_students_token() -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
-    scores = StudentScorer(model, num_tokens=3, logits_chunk=64)(**batch())
-    assert int(scores.own_T.max()) < 3
+    scores = score(StudentScorer(model, num_tokens=3, logits_chunk=64), batch())
+    assert int(scores["own_id"].max()) < 3
 
 
 def test_an_unknown_change_of_the_logits_is_refused(toy_student: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.distill.config import TrainConfig
-from dpkd.distill.training import METRICS, train
+from dpkd.distill.objective import METRICS
+from dpkd.distill.training import train
 from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.errors import UserError
@@ -207,7 +208,7 @@ def test_what_the_cache_must_hold(
             limit=6,
         )
     )
-    with pytest.raises(UserError, match="the cache has no distributions, which --level token needs"):
+    with pytest.raises(UserError, match="the cache has no distributions, which --objective dpkd --level token needs"):
         train(config(out, bare, toy_student))
     with pytest.raises(UserError, match="holds no reference responses: found teacher, expected reference"):
         train(config(out, bare, toy_student, objective="sft", responses="reference"))
@@ -259,7 +260,18 @@ def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
         ({"steps": 3, "epochs": 2}, "--steps or --epochs"),
         ({"level": "sequence"}, "needs --round"),
         ({"level": "sequence", "student_samples": "forced", "round": "r"}, "takes --student-samples cached"),
-        ({"level": "token", "student_samples": "cached"}, "takes --student-samples forced"),
+        ({"level": "token", "student_samples": "cached"}, "needs --round NAME"),
+        ({"objective": "cpo"}, "cpo is a sequence loss"),
+        ({"objective": "akl", "level": "sequence"}, "--level sequence goes with a preference"),
+        ({"objective": "minillm"}, "minillm takes --student-samples cached .* or live"),
+        ({"objective": "seqkd", "responses": "reference"}, "leave --responses out"),
+        ({"objective": "sft", "student_samples": "forced"}, "takes no student samples"),
+        ({"student_samples": "live"}, "needs --teacher-url"),
+        ({"teacher_url": ["http://localhost:1"]}, "goes with --student-samples live"),
+        ({"preset": "paper", "round": "r0"}, "needs --lm-data"),
+        ({"dpkd_weight": 0, "sft_weight": 1}, "dpkd_weight 0 leaves nothing"),
+        ({"objective": "kd", "dpkd_weight": 1}, "goes with another objective than kd"),
+        ({"objective": "ipo", "label_smoothing": 0.1}, "not with ipo"),
         ({"data": "x.jsonl"}, "takes the place of --cache"),
         ({"cache": None}, "--cache is needed"),
         ({"bogus": 1}, "unknown option 'bogus'"),
