@@ -71,7 +71,7 @@ class Reading:
     def _aligned(self, at: Positions, outside: str) -> tuple[Tensor, Tensor]:
         fields = at.fields
         return align(
-            at.logits_CV,
+            at.logits_CV[:, : self._vocab_size],  # places that pad the vocabulary stand for nothing
             fields["entry_ids"],
             fields["entry_logprobs"],
             fields["entry_counts"],
