@@ -66,6 +66,7 @@ class Reading:
             jsd_beta=config.jsd_beta,
             akl_mu=config.akl_mu,
             skew_alpha=config.skew_alpha,
+            last_is_remainder=config.outside == "remainder",
         )
 
     def _aligned(self, at: Positions, outside: str) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,7 @@ def measured(at: Positions) -> dict[str, Float[Tensor, " C"]]:
     log_q_CK = at.logits_CV.gather(1, ids_CK.clamp(min=0)) - at.log_sum_C[:, None]
     log_q_CK = log_q_CK.masked_fill(ids_CK < 0, -torch.inf)
     rest_C = (1 - log_q_CK.exp().sum(dim=1)).clamp(min=_SMALLEST_MASS).log()
+    rest_C = rest_C.masked_fill(torch.isneginf(at.fields["log_remainder"]), -torch.inf)  # every token is an entry
     log_p_CN = torch.cat([log_p_CK, at.fields["log_remainder"][:, None]], dim=1)
     log_q_CN = torch.cat([log_q_CK, rest_C[:, None]], dim=1)
     values["kld"] = forward_kl(log_p_CN, log_q_CN)

@@ -77,6 +77,14 @@ def dolly_texts(name: str) -> list[str]:
     return [row["instruction"] + "\n" + row["output"] for row in rows]
 
 
+def write_toy_data(path: Path) -> Path:
+    """Twenty short rows of the shipped excerpt."""
+    lines = (DOLLY / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [line for line in lines if len(line) < 420][:20]
+    path.write_text("\n".join(short) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
@@ -125,12 +133,7 @@ def teacher_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty short rows of the shipped excerpt."""
-    lines = (DOLLY / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    short = [line for line in lines if len(line) < 420][:20]
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(short) + "\n", encoding="utf-8")
-    return path
+    return write_toy_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from dpkd.distill.training import train
 from dpkd.teacher_cache.build import build_cache
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.reader import TeacherCache
 
 
 def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
@@ -94,6 +95,45 @@ def test_token_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cache: 
     line = metrics(train(config(tmp_path / "run", toy_cache, toy_teacher, steps=1)))[0]
     assert math.isclose(line["loss"], math.log(2), abs_tol=1e-3)
     assert line["teacher_miss_rate"] == 0
+    # nothing between a model and itself but the cache's grid
+    for name in ("kld", "rkld", "kld_first", "rkld_first"):
+        assert 0 <= line[name] < 1e-4, name
+    assert line["top1_agreement"] > 0.999
+    assert line["zero_gradient_share"] > 0.999
+
+
+def test_what_is_measured_is_what_full_logits_say(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    """One step over the whole cache, against the student's full distribution beside the cached one by plain torch."""
+    cache = TeacherCache.open(toy_cache)
+    rows = [shard.row(index) for _, shard in cache.scan(cache.shards()) for index in range(len(shard))]
+    line = metrics(train(config(tmp_path / "run", toy_cache, toy_student, steps=1, batch_size=len(rows))))[0]
+    model = AutoModelForCausalLM.from_pretrained(toy_student)
+    sums = {"entropy": 0.0, "kld": 0.0, "rkld": 0.0, "kld_first": 0.0, "top1_agreement": 0.0}
+    positions = 0
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].double()
+        start = 0
+        for position, count in enumerate(row.distributions.counts_T):
+            kept = torch.from_numpy(row.distributions.ids_E[start : start + count]).long()
+            p = torch.from_numpy(row.distributions.logprobs_E[start : start + count]).double().exp()
+            start += count
+            q_all = torch.softmax(logits[position], dim=0)
+            p = torch.cat([p, torch.tensor([float(row.distributions.log_remainder_T[position])]).double().exp()])
+            q = torch.cat([q_all[kept], (1 - q_all[kept].sum())[None]])
+            kld, rkld = float((p * (p / q).log()).sum()), float((q * (q / p).log()).sum())
+            sums["kld"] += kld
+            sums["rkld"] += rkld
+            sums["kld_first"] += kld if position == 0 else 0
+            sums["entropy"] += float(-(q_all * q_all.log()).sum())
+            sums["top1_agreement"] += int(q_all.argmax()) == int(kept[0])
+            positions += 1
+    for name, value in sums.items():
+        mean = value / (len(rows) if name == "kld_first" else positions)
+        assert math.isclose(line[name], mean, rel_tol=2e-3, abs_tol=1e-4), name
+    assert line["chosen_length"] == positions / len(rows)
+    assert math.isclose(line["unfinished_chosen"], sum(row.finish_reason == "length" for row in rows) / len(rows))
 
 
 def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
