@@ -1,8 +1,8 @@
 """The corpus D_p of the language-model term: text, packed to blocks of equal length.
 
-Documents are put one after the other, each with EOS behind it, and cut every `length` tokens; attention crosses the
-border of two documents, as it does in the paper's own code. The tokens left over at the end of the corpus (fewer than
-a block) are not used. A corpus that ends starts again.
+Documents are put one after the other, each with EOS behind it, and cut every `length` tokens; nothing keeps attention
+from crossing the border of two documents in a block. The tokens left over at the end of the corpus (fewer than a
+block) are not used. A corpus that ends starts again.
 
 Which text a block holds is a pure function of (corpus, tokenizer, length, seed, number of the block), so that a resumed
 run needs its step alone and the number of ranks changes nothing. There are two ways to get there:
