@@ -40,7 +40,7 @@ def align(
 
     Logits may be wider than `vocab_size` (a padded vocabulary). The student's distribution is over all of them. The
     teacher has no mass there: under `uniform`, and under `remainder` where every token is kept, reverse-kl and akl are
-    then infinite. Cut the logits to `vocab_size` first for these two.
+    then infinite, unless the logits are cut to `vocab_size` first or are -inf there.
 
     Args:
         student_logits_TV: the student's logits.

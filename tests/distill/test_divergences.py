@@ -359,10 +359,27 @@ def test_a_padded_vocabulary_has_student_mass_and_no_teacher_mass() -> None:
     log_p, log_q = aligned(p, q, 4, "uniform")
     assert torch.isneginf(log_p[:, VOCAB:]).all()
     torch.testing.assert_close(log_q, q.log_softmax(1))
-    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(4))
+    likeliest = p.log_softmax(1).sort(dim=1, descending=True).values
+    outside = log_p[:, :VOCAB].sort(dim=1, descending=True).values[:, 4:]
+    torch.testing.assert_close(outside, (likeliest[:, 4:].logsumexp(1, keepdim=True) - math.log(5)).expand(4, 5))
     # under remainder that mass stands with the rest
     _, log_q = aligned(p, q, VOCAB, "remainder")
     torch.testing.assert_close(log_q[:, -1], q.log_softmax(1)[:, VOCAB:].logsumexp(1))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_that_rules_its_padding_out_is_as_wide_as_the_vocabulary(name: Divergence, outside: Outside) -> None:
+    entries = top(logits(0).log_softmax(1), [0, 3, VOCAB, VOCAB - 1])
+    narrow = logits(1).requires_grad_()
+    wide = functional.pad(narrow, (0, 2), value=-math.inf)
+    wide.retain_grad()
+    value = divergence(name, *align(wide, *entries, outside, vocab_size=VOCAB))
+    expected = divergence(name, *align(narrow, *entries, outside, vocab_size=VOCAB))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    value.sum().backward()
+    assert wide.grad is not None
+    assert wide.grad.isfinite().all()
 
 
 def test_a_teacher_s_rounded_logs_are_normalised() -> None:
