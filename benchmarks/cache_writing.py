@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +76,19 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
     rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows("teacher"))
     drawn = sampling(config, model.stop_token_ids())
     bare_s, cached_s, num_tokens = [], [], []
+    logprobs = arguments.top_k if arguments.baseline == "flat" else None
     with VllmEngine(model, engine_options(config)) as engine:
         for repeat in range(arguments.repeats + 1):
-            bare = bare_generate(engine, rows, drawn, arguments.top_k if arguments.baseline == "flat" else None)
-            cached = cached_generate(engine, model, rows, drawn, config, scratch / f"out-{repeat}")
+            arms: dict[str, Callable[[], tuple[float, int]]] = {
+                "bare": partial(bare_generate, engine, rows, drawn, logprobs),
+                "cached": partial(cached_generate, engine, model, rows, drawn, config, scratch / f"out-{repeat}"),
+            }
+            # the order changes from round to round, so that a machine that slows down favours neither
+            taken = {name: arms[name]() for name in sorted(arms, reverse=repeat % 2 == 1)}
             if repeat:  # the first round warms both up
-                bare_s.append(bare[0])
-                cached_s.append(cached[0])
-                num_tokens.append((bare[1], cached[1]))
+                bare_s.append(taken["bare"][0])
+                cached_s.append(taken["cached"][0])
+                num_tokens.append((taken["bare"][1], taken["cached"][1]))
     ratios = [b / c * nc / nb for b, c, (nb, nc) in zip(bare_s, cached_s, num_tokens, strict=True)]
     report = {
         "teacher": teacher.name,
@@ -177,7 +184,7 @@ def main() -> None:
     one.add_argument("--rows", type=int, default=96)
     one.add_argument("--max-new-tokens", type=int, default=96)
     one.add_argument("--max-num-seqs", type=int, default=32)
-    one.add_argument("--rows-per-shard", type=int, default=32)
+    one.add_argument("--rows-per-shard", type=int, default=128)
     one.add_argument("--top-k", type=int, default=64)
     one.add_argument("--repeats", type=int, default=5)
     one.add_argument("--baseline", choices=["plain", "flat"], default="plain")

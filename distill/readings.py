@@ -97,8 +97,9 @@ def measured(at: Positions) -> dict[str, Float[Tensor, " C"]]:
     log_q_CK = log_q_CK.masked_fill(ids_CK < 0, -torch.inf)
     rest_C = (1 - log_q_CK.exp().sum(dim=1)).clamp(min=_SMALLEST_MASS).log()
     rest_C = rest_C.masked_fill(torch.isneginf(at.fields["log_remainder"]), -torch.inf)  # every token is an entry
-    log_p_CN = torch.cat([log_p_CK, at.fields["log_remainder"][:, None]], dim=1)
-    log_q_CN = torch.cat([log_q_CK, rest_C[:, None]], dim=1)
+    # the grid of the stored logs leaves a sum a little off 1, and a divergence could come out below 0
+    log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_remainder"][:, None]], dim=1), dim=1)
+    log_q_CN = torch.log_softmax(torch.cat([log_q_CK, rest_C[:, None]], dim=1), dim=1)
     values["kld"] = forward_kl(log_p_CN, log_q_CN)
     values["rkld"] = reverse_kl(log_p_CN, log_q_CN)
     values["agrees"] = (at.own_token() == ids_CK[:, 0]).float()

@@ -116,8 +116,8 @@ def test_what_is_measured_is_what_full_logits_say(tmp_path: Path, toy_cache: Pat
             logits = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].double()
         start = 0
         for position, count in enumerate(row.distributions.counts_T):
-            kept = torch.from_numpy(row.distributions.ids_E[start : start + count]).long()
-            p = torch.from_numpy(row.distributions.logprobs_E[start : start + count]).double().exp()
+            kept = torch.tensor(row.distributions.ids_E[start : start + count]).long()
+            p = torch.tensor(row.distributions.logprobs_E[start : start + count]).double().exp()
             start += count
             q_all = torch.softmax(logits[position], dim=0)
             p = torch.cat([p, torch.tensor([float(row.distributions.log_remainder_T[position])]).double().exp()])
