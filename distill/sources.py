@@ -8,6 +8,8 @@ import numpy as np
 
 from dpkd.distill.batches import RowSource, TrainingRow
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.held_out import choose_of_cache, ids_by_group, split_rows
+from dpkd.distill.pairs import PairedRows, paired_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import SkippedRow, open_examples
 from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
@@ -89,7 +91,13 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             check_shard(cache.folder, shard)
             if held is not None:
                 check_shard(held.folder, held.shards_by_path[shard.path])
-    return CacheRows(cache, shards, held, pairs=config.needs_pairs), None
+    source: CacheRows | PairedRows = CacheRows(cache, shards, held, pairs=config.needs_pairs)
+    if held is not None and config.needs_pairs and config.pairing != "index":
+        source = paired_rows(cache, held, shards, config.pairing)
+    if not config.validation_examples:
+        return source, None
+    ids = source.ids_by_group() if isinstance(source, PairedRows) else ids_by_group(cache, held, shards)
+    return split_rows(source, ids, choose_of_cache(cache, config.validation_examples, config.seed))
 
 
 def check_positions(longest: int, limit: int | None, *, where: str) -> None:
