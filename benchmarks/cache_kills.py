@@ -1,0 +1,116 @@
+"""What `kill -9` costs a cache: one job killed at random moments and started again, as often as is asked.
+
+    python benchmarks/cache_kills.py --kills 20
+
+The job is `dpkd cache-teacher --engine transformers` on the toy teacher, each time in a process of its own. A kill
+falls somewhere in the job's time, start-up included: one in five after a random wait from its start, the others after
+a random wait from the next commit. Printed are the kills that met the job at work, committed shards that were gone or
+other after a kill, and of the finished cache the rows that are missing or there twice and what `verify` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cache_writing import make_toy, write_prompts
+
+
+def committed(out: Path) -> dict[str, str]:
+    """sha256 of every shard that has a ledger record, by path."""
+    found = [json.loads(path.read_bytes()) for path in (out / "ledger").glob("[!.]*.json")]
+    return {record["path"]: record["sha256"] for record in found}
+
+
+def altered(out: Path, kept: dict[str, str]) -> int:
+    """How many shards of `kept` are gone, or not what they were."""
+    now = committed(out)
+    return sum(now.get(path) != digest or digest != digest_of(out / path) for path, digest in kept.items())
+
+
+def digest_of(file: Path) -> str | None:
+    """sha256 of a file; None when it is gone."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def kill_once(command: list[str], out: Path, draw: random.Random) -> bool:
+    """Start the job and kill it at a random moment; False when it had come to its end before."""
+    before = len(committed(out))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    if draw.random() < 0.2:
+        time.sleep(draw.uniform(0, 6))
+    else:
+        while process.poll() is None and len(committed(out)) == before:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.4))
+    process.kill()
+    return process.wait() != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rows", type=int, help="[100 a kill: the job is not to end before the last one]")
+    parser.add_argument("--rows-per-shard", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    num_rows = given.rows or 100 * given.kills
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from dpkd.teacher_cache.errors import UserError
+    from dpkd.teacher_cache.reader import TeacherCache
+    from dpkd.teacher_cache.verify import verify_cache
+
+    draw = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        teacher, data = make_toy(scratch), write_prompts(scratch / "prompts.jsonl", num_rows)
+        out = scratch / "cache"
+        command = [
+            sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(teacher), "--data", str(data),
+            "--out", str(out), "--engine", "transformers", "--max-new-tokens", "24", "--top-k", "16",
+            "--set", f"rows_per_shard={given.rows_per_shard}",
+        ]  # fmt: skip
+        started_s = time.perf_counter()
+        kills = lost_shards = 0
+        kept: dict[str, str] = {}
+        while kills < given.kills and kill_once(command, out, draw):
+            kills += 1
+            lost_shards += altered(out, kept)
+            kept = committed(out)
+        at_the_last_kill = len(kept)
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        cache = TeacherCache.open(out)
+        held = {record.path: record.sha256 for record in cache.manifest.shards}
+        lost_shards += sum(held.get(path) != digest for path, digest in kept.items())
+        keys = [shard.key(place) for _, shard in cache.scan(cache.shards()) for place in range(len(shard))]
+        try:
+            verified = f"sound: {verify_cache(out)}"
+        except UserError as error:
+            verified = str(error)
+        report = {
+            "kills": kills,
+            "shards": len(held),
+            "shards_committed_at_the_last_kill": at_the_last_kill,
+            "committed_shards_lost_or_altered": lost_shards,
+            "rows": len(keys),
+            "rows_lost": len({(f"p{i}", 0) for i in range(num_rows)} - set(keys)),
+            "rows_doubled": len(keys) - len(set(keys)),
+            "left_over_files": sorted(
+                path.name for path in out.iterdir() if path.name not in ("dpkd.toml", "manifest.json", "shards")
+            ),
+            "verify": verified,
+            "s": round(time.perf_counter() - started_s),
+        }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
