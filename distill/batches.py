@@ -41,6 +41,10 @@ class RowSource(Protocol):
         """One row."""
         ...
 
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """Tokens of every row, prompt and response; of a pair, those of its longer sequence."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -152,6 +156,11 @@ def _tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
 
+def cut(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """`rows` in parts of `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class RowOrder(Protocol):
     """Which rows a step reads."""
 
@@ -165,6 +174,10 @@ class RowOrder(Protocol):
         """(group, row) of every row of the global batch of `step` (from 0)."""
         ...
 
+    def passes_of(self, step: int) -> list[list[tuple[int, int]]]:
+        """The same rows by forward pass, over accumulation and ranks: rank r of R takes every R-th from the r-th on."""
+        ...
+
 
 class BatchOrder:
     """Which rows a step reads: epochs follow each other without a break, each a permutation of every row.
@@ -173,8 +186,11 @@ class BatchOrder:
     whatever the number of ranks.
     """
 
-    def __init__(self, group_sizes: Sequence[int], seed: int, global_batch_size: int) -> None:
+    def __init__(
+        self, group_sizes: Sequence[int], seed: int, global_batch_size: int, batch_size: int | None = None
+    ) -> None:
         self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
+        self._batch_size = batch_size or global_batch_size
         self.num_rows = sum(group_sizes)
         self._epoch = -1
         self._order = np.zeros((0, 2), np.int64)
@@ -187,6 +203,10 @@ class BatchOrder:
         """(group, row) of every row of the global batch of `step` (from 0)."""
         start = step * self._global_batch_size
         return [self._place(index) for index in range(start, start + self._global_batch_size)]
+
+    def passes_of(self, step: int) -> list[list[tuple[int, int]]]:
+        """See `RowOrder`."""
+        return cut(self.rows_of(step), self._batch_size)
 
     def _place(self, index: int) -> tuple[int, int]:
         epoch, place = divmod(index, self.num_rows)

@@ -142,6 +142,11 @@ class TrainConfig(Settings):
         None, gt=0, description="passes over the rows (or give steps); 1 when neither is given"
     )
     batch_size: int = Field(8, ge=1, description="rows of one forward pass on each device")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one forward pass, padding counted, in place of batch_size: rows of like length together",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate, after warm-up, before the cosine")
     seed: int = Field(0, ge=0, description="seed of order, dropout and the student's tokens")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to train on")
@@ -240,6 +245,8 @@ class TrainConfig(Settings):
             raise ValueError("--data takes the place of --cache and goes with --objective sft alone")
         if self.data is None and self.cache is None:
             raise ValueError("--cache is needed (or --data with --objective sft)")
+        if self.batch_tokens is not None and self.follow:
+            raise ValueError("--batch-tokens needs a finished --cache: the lengths of all rows are looked at first")
         if self.follow and (self.cache is None or self.round is not None):
             raise ValueError("--follow takes a --cache, and no --round: a round needs a finished cache")
         self._check_samples()

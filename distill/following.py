@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.distill.batches import TrainingRow
+from dpkd.distill.batches import TrainingRow, cut
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.sources import check_positions
 from dpkd.teacher_cache.errors import UserError
@@ -97,6 +97,10 @@ class FollowedRows:
         """Rows before each shard seen so far, and at the end their number."""
         return self._offsets
 
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """Not known before the cache is finished: `TrainConfig` refuses what would ask for them."""
+        raise RuntimeError("a growing cache does not know the lengths of its rows")
+
     def row(self, group: int, index: int) -> TrainingRow:
         """Row `index` of the shard that was seen as number `group`."""
         return TrainingRow(self._cache.read(self._shards[group]).row(index))
@@ -174,8 +178,9 @@ class FollowedRows:
 class FollowOrder:
     """Which rows a step reads, as `BatchOrder` says, but that the first epoch is in the order of commitment."""
 
-    def __init__(self, rows: FollowedRows, seed: int, global_batch_size: int) -> None:
+    def __init__(self, rows: FollowedRows, seed: int, global_batch_size: int, batch_size: int | None = None) -> None:
         self._rows, self._seed, self._global_batch_size = rows, seed, global_batch_size
+        self._batch_size = batch_size or global_batch_size
         self.num_rows = rows.num_planned
         self._inside: dict[int, np.ndarray] = {}
         self._later = (0, np.zeros((0, 2), np.int64))
@@ -189,6 +194,10 @@ class FollowOrder:
         """(shard, row) of every row of the global batch of `step` (from 0); waits until they are there."""
         start = step * self._global_batch_size
         return [self._place(index) for index in range(start, start + self._global_batch_size)]
+
+    def passes_of(self, step: int) -> list[list[tuple[int, int]]]:
+        """See `RowOrder`."""
+        return cut(self.rows_of(step), self._batch_size)
 
     def _place(self, index: int) -> tuple[int, int]:
         offsets = self._rows.offsets

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.distill.batches import RowSource, TrainingRow
@@ -33,6 +34,11 @@ class SubsetRows:
         """Row `index` of those that are left of a group."""
         held, places = self._groups[group]
         return self._source.row(held, int(places[index]))
+
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """See `RowSource`."""
+        lengths = self._source.lengths_by_group()
+        return [lengths[group][places] for group, places in self._groups]
 
 
 def choose_examples(example_ids: Iterable[str], num_examples: int, seed: int) -> frozenset[str]:
@@ -94,6 +100,19 @@ def ids_by_group(cache: TeacherCache, held: Round | None, shards: Sequence[Shard
 def read_example_ids(folder: Folder, record: ShardRecord) -> list[str]:
     """Example ids of a shard's rows, in order."""
     return [str(example_id) for example_id in read_columns(folder, record, ["example_id"])["example_id"].to_pylist()]
+
+
+def read_keys(folder: Folder, record: ShardRecord) -> list[tuple[str, int]]:
+    """Example id and sample of a shard's rows, in order."""
+    table = read_columns(folder, record, ["example_id", "sample"])
+    return list(zip(table["example_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+
+def read_lengths(folder: Folder, record: ShardRecord) -> np.ndarray:
+    """Tokens of a shard's rows, prompt and response, in order."""
+    table = read_columns(folder, record, ["prompt_ids", "response_ids"])
+    lengths: np.ndarray = sum(pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
+    return lengths
 
 
 def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> pa.Table:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from dpkd.distill.batches import TrainingRow
-from dpkd.distill.held_out import read_columns, read_example_ids
+from dpkd.distill.held_out import read_columns, read_example_ids, read_lengths
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.order import WINDOW_GROUPS
@@ -91,6 +91,15 @@ class PairedRows:
         shard, place, other_shard, other_place = map(int, self._groups[group][index])
         chosen = self._read(self._cache_folder, self._shards[shard]).row(place)
         return TrainingRow(chosen, self._read(self._round_folder, self._beside[other_shard]).row(other_place))
+
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """See `RowSource`; reads the ids of all rows once."""
+        ours = [read_lengths(self._cache_folder, record) for record in self._shards]
+        theirs = [read_lengths(self._round_folder, record) for record in self._beside]
+        return [
+            np.array([max(ours[shard][place], theirs[beside][other]) for shard, place, beside, other in group])
+            for group in self._groups
+        ]
 
     def ids_by_group(self) -> list[list[str]]:
         """Example id of every pair, read from the shards."""

@@ -12,6 +12,7 @@ from dpkd.distill.batches import BatchOrder, RowOrder, RowSource
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows, FollowOrder, open_growing
 from dpkd.distill.sources import check_distributions, check_positions, open_cache_rows, open_data_rows
+from dpkd.distill.token_batches import TokenBatchOrder
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
@@ -115,9 +116,18 @@ def plan_steps(run: Run, num_processes: int) -> tuple[int, RowOrder]:
     global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
     order: RowOrder
     if isinstance(run.rows, FollowedRows):
-        order = FollowOrder(run.rows, config.seed, global_batch)
+        order = FollowOrder(run.rows, config.seed, global_batch, config.batch_size)
+    elif config.batch_tokens is not None:
+        by_tokens = TokenBatchOrder(
+            run.rows.lengths_by_group(),
+            config.seed,
+            budget=config.batch_tokens,
+            sequences=2 if config.needs_pairs else 1,
+            passes_per_step=config.gradient_accumulation_steps * num_processes,
+        )
+        return config.steps or by_tokens.num_steps(config.epochs or 1), by_tokens
     else:
-        order = BatchOrder(run.rows.group_sizes, config.seed, global_batch)
+        order = BatchOrder(run.rows.group_sizes, config.seed, global_batch, config.batch_size)
     if global_batch > order.num_rows:
         raise UserError(
             "a step takes more rows than there are",

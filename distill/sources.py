@@ -8,7 +8,7 @@ import numpy as np
 
 from dpkd.distill.batches import RowSource, TrainingRow
 from dpkd.distill.config import TrainConfig
-from dpkd.distill.held_out import choose_of_cache, ids_by_group, split_rows
+from dpkd.distill.held_out import choose_of_cache, ids_by_group, read_keys, read_lengths, split_rows
 from dpkd.distill.pairs import PairedRows, paired_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import SkippedRow, open_examples
@@ -55,6 +55,24 @@ class CacheRows:
         shard = self._cache.read(record)
         return TrainingRow(shard.row(shard.place_of[students.key(index)]), students.row(index))
 
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """See `RowSource`; reads the ids of all rows once."""
+        own = [read_lengths(self._cache.folder, record) for record in self._shards]
+        if self._round is None:
+            return own
+        beside = [self._paired(record) for record in self._shards]
+        drawn = [read_lengths(self._round.folder, record) for record in beside]
+        if not self._pairs:
+            return drawn
+        # rows that failed in the round are not in it
+        keys = [read_keys(self._cache.folder, record) for record in self._shards]
+        theirs = [read_keys(self._round.folder, record) for record in beside]
+        joined = []
+        for lengths, ours, found, others in zip(own, keys, drawn, theirs, strict=True):
+            place_of = {key: place for place, key in enumerate(ours)}
+            joined.append(np.maximum(found, lengths[[place_of[key] for key in others]]))
+        return joined
+
 
 class DataRows:
     """Reference responses of instruction data, encoded in memory; no teacher has seen them."""
@@ -67,6 +85,10 @@ class DataRows:
     def row(self, group: int, index: int) -> TrainingRow:
         """Row `index`; there is one group."""
         return TrainingRow(self._rows[index])
+
+    def lengths_by_group(self) -> list[np.ndarray]:
+        """See `RowSource`."""
+        return [np.array([len(row.prompt_ids) + len(row.response_ids) for row in self._rows])]
 
 
 def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig) -> tuple[RowSource, RowSource | None]:

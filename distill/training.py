@@ -188,11 +188,8 @@ class _Loop:
 
     def _places(self, step: int) -> list[list[tuple[int, int]]]:
         """(group, row) of this rank's forward passes of `step`."""
-        places = self._order.rows_of(step)
-        size, ranks, rank = self._config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
-        return [
-            places[start + rank * size : start + (rank + 1) * size] for start in range(0, len(places), size * ranks)
-        ]
+        ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
+        return self._order.passes_of(step)[rank::ranks]
 
     def _parts(self, step: int) -> list[StepPart]:
         """What this rank's forward passes of `step` read."""

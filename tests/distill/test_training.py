@@ -331,3 +331,17 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32(
     half = metrics(train(config(tmp_path / "b", toy_cache, toy_student, steps=2, dtype="bfloat16")))
     assert math.isclose(full[0]["loss"], half[0]["loss"], rel_tol=0.05)
     assert full[0]["loss"] != half[0]["loss"]
+
+
+@pytest.mark.parametrize("options", [{}, {"level": "sequence", "round": "r0"}], ids=["token", "sequence"])
+def test_batches_by_tokens_read_every_row_once_an_epoch(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, options: dict[str, Any]
+) -> None:
+    """An epoch by a token budget learns from as many tokens as an epoch of fixed batches, in other steps."""
+    by_rows = {"steps": None, "epochs": 1, "batch_size": 1, **options}
+    fixed = metrics(train(config(tmp_path / "a", toy_cache, toy_student, **by_rows)))
+    budget = metrics(train(config(tmp_path / "b", toy_cache, toy_student, batch_tokens=900, **by_rows)))
+    assert len(budget) < len(fixed)
+    assert sum(line["tokens"] for line in budget) == sum(line["tokens"] for line in fixed)
+    again = train(config(tmp_path / "c", toy_cache, toy_student, batch_tokens=900, **by_rows))
+    assert without_times(metrics(again)) == without_times(budget)
