@@ -16,6 +16,8 @@ from typer.main import get_command
 from dpkd.pipelines.cli import app
 from dpkd.pipelines.recipe import read_recipe
 from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.models import ModelSource
+from dpkd.teacher_cache.reader import TeacherCache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +52,183 @@ def test_every_shipped_recipe_parses_and_says_what_it_takes() -> None:
         header = path.read_text(encoding="utf-8").split("[[steps]]")[0]
         for word in ("Command:", "Hardware:", "Time:", "You will see:"):
             assert word in header, f"{path} promises no {word}"
+
+
+ROUNDS = """
+[rounds]
+count = 3
+student = "start"
+
+[[steps]]
+command = "init-student"
+teacher = "t"
+out = "{student}"
+layers = 1
+
+[[steps]]
+repeat = "rounds"
+command = "cache-teacher"
+teacher = "t"
+student = "{student}"
+out = "cache"
+round = "r{round}"
+engine_arg = ["speculative_config={\\"n\\": 1}"]
+
+[[steps]]
+repeat = "rounds"
+command = "train"
+cache = "cache"
+student = "{student}"
+level = "sequence"
+round = "r{round}"
+out = "runs/round-{next}"
+
+[[steps]]
+command = "eval"
+out = "report"
+
+[steps.model]
+first = "runs/round-1"
+last = "{student}"
+
+[steps.data]
+held = "heldout.jsonl"
+"""
+
+
+def test_rounds_are_written_out_step_by_step(tmp_path: Path) -> None:
+    steps = read_recipe(write(tmp_path / "r.toml", ROUNDS))
+    assert [step.title for step in steps] == [
+        "init-student",
+        "cache-teacher, round 0", "train, round 0",
+        "cache-teacher, round 1", "train, round 1",
+        "cache-teacher, round 2", "train, round 2",
+        "eval",
+    ]  # fmt: skip
+    options = [step.config.model_dump(mode="json") for step in steps]
+    assert options[0]["out"] == "start"
+    students = ["start", "runs/round-1", "runs/round-2"]
+    for number, student in enumerate(students):
+        asked, learnt = options[1 + 2 * number], options[2 + 2 * number]
+        assert (asked["student"], asked["round"], asked["out"]) == (student, f"r{number}", "cache")
+        assert (learnt["student"], learnt["round"]) == (student, f"r{number}")
+        assert learnt["out"] == f"runs/round-{number + 1}"
+        assert asked["engine_arg"] == {"speculative_config": '{"n": 1}'}  # braces that hold no placeholder
+    assert options[-1]["model"] == {"first": "runs/round-1", "last": "runs/round-3"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("count = 3", "count = 0", r"option 'count' cannot be used: found 0, .*\[rounds\]"),
+        ("count = 3", "cuont = 3", "unknown option 'cuont'|option 'count' is needed"),
+        ('[rounds]\ncount = 3\nstudent = "start"', "rounds = 3", r"`rounds` is no table: expected \[rounds\]"),
+        (
+            '[rounds]\ncount = 3\nstudent = "start"',
+            "",
+            r"a step is repeated, and the recipe has no \[rounds\] .*step 2",
+        ),
+        ('repeat = "rounds"\n', "", "no step is repeated .*Mark the steps of a round with repeat"),
+        ('repeat = "rounds"', 'repeat = "round"', "`repeat` is not known: found 'round', expected 'rounds' .*step 2"),
+        (
+            'command = "eval"',
+            'command = "eval"\nrepeat = "rounds"',
+            "the step writes the same output in rounds 0 and 1: ",
+        ),
+        ("runs/round-{next}", "runs/round", "the same output in rounds 0 and 1: found runs/round .*step 3, round 1"),
+        ('out = "cache"\nround = "r{round}"', 'out = "cache"\nround = "r"', "found cache, round r .*step 2, round 1"),
+        (
+            "runs/round-{next}",
+            "runs/{rounds}",
+            r"placeholder \{rounds\} has no value here: expected \{student\}, \{round\}",
+        ),
+        ('out = "report"', 'out = "report-{round}"', r"\{round\} has no value here: expected \{student\} .*step 4"),
+        ('last = "{student}"', 'last = "{studnt}"', r"\{studnt\} has no value here: expected \{student\} .*step 4"),
+        ('level = "sequence"', 'level = "token"\nbeeta = 1', "unknown option 'beeta'.*step 3, round 0"),
+    ],
+)
+def test_rounds_are_checked_before_the_first_step(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in ROUNDS
+    with pytest.raises(UserError, match=message):
+        read_recipe(write(tmp_path / "r.toml", ROUNDS.replace(old, new)))
+
+
+def test_the_steps_of_a_round_stand_together_and_train(tmp_path: Path) -> None:
+    train_only = ROUNDS.replace('repeat = "rounds"\ncommand = "cache-teacher"', 'command = "cache-teacher"')
+    apart = train_only.replace('command = "init-student"', 'command = "init-student"\nrepeat = "rounds"')
+    with pytest.raises(UserError, match=r"a step that runs once stands between the steps of a round .*step 2"):
+        read_recipe(write(tmp_path / "r.toml", apart))
+    idle = ROUNDS.replace('repeat = "rounds"\ncommand = "train"', 'command = "train"')
+    with pytest.raises(UserError, match="a round has no train step, so its student would stay the same"):
+        read_recipe(write(tmp_path / "r.toml", idle))
+
+
+def test_a_placeholder_without_rounds_is_refused(tmp_path: Path) -> None:
+    plain = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "{student}"\nlayers = 1\n'
+    with pytest.raises(UserError, match=r"\{student\} has no value here: expected none: the recipe has no \[rounds\]"):
+        read_recipe(write(tmp_path / "r.toml", plain))
+
+
+def weights_of(model: Path) -> str | None:
+    return ModelSource(str(model), model).identity("float32")["weights_sha256"]
+
+
+def test_rounds_go_on_after_a_kill_and_each_starts_from_the_one_before(
+    tmp_path: Path, cache_copy: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    text = f"""
+[rounds]
+count = 2
+student = "{toy_student}"
+
+[[steps]]
+repeat = "rounds"
+command = "cache-teacher"
+teacher = "{toy_teacher}"
+student = "{{student}}"
+out = "{cache_copy}"
+round = "live-{{round}}"
+engine = "transformers"
+max_new_tokens = 6
+top_k = 8
+
+[[steps]]
+repeat = "rounds"
+command = "train"
+cache = "{cache_copy}"
+student = "{{student}}"
+round = "live-{{round}}"
+out = "{tmp_path}/round-{{round}}"
+level = "sequence"
+steps = 2
+batch_size = 4
+learning_rate = 1e-2
+device = "cpu"
+"""
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(write(tmp_path / "r.toml", text))]
+    first = tmp_path / "round-0"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as killed:
+        assert killed.stderr is not None
+        lines = []
+        for line in killed.stderr:
+            lines.append(line)
+            if "step 3 of 4: dpkd cache-teacher, round 1" in line:
+                killed.terminate()
+    assert killed.returncode == 130, "".join(lines)
+    assert (first / "run.json").is_file()
+    assert not (tmp_path / "round-1").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    cache = TeacherCache.open(cache_copy)
+    students = [toy_student, first, tmp_path / "round-1"]
+    assert len({weights_of(student) for student in students}) == 3
+    for number in range(2):
+        held = cache.round(f"live-{number}").manifest.identities["student"]
+        run = json.loads((students[number + 1] / "dpkd-run.json").read_text())
+        assert held["weights_sha256"] == run["student"]["weights_sha256"] == weights_of(students[number])
 
 
 def recipe_of_toys(directory: Path, teacher: Path, student_out: Path, data: Path) -> str:
