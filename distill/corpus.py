@@ -7,8 +7,8 @@ block) are not used. A corpus that ends starts again.
 Which text a block holds is a pure function of (corpus, tokenizer, length, seed, number of the block), so that a resumed
 run needs its step alone and the number of ranks changes nothing. There are two ways to get there:
 
-- A local file of at most 2^28 tokens (1 GiB as int32) is tokenised once, at the start of every process, and stays in
-  memory. Each cycle is a new permutation of its blocks; any block costs the same.
+- A local file of at most 2^28 tokens (1 GiB as int32) and 2 GiB is tokenised once, at the start of every process, and
+  stays in memory. Each cycle is a new permutation of its blocks; any block costs the same.
 - Anything else is streamed: documents pass through a shuffle buffer of 4096, seeded anew in each cycle, and are
   tokenised on the way. Memory stays small, but block n is reached through those before it: a run that is resumed at
   step s first reads and tokenises the text of s steps, and each rank reads the text of all ranks.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_TOKENS_IN_MEMORY = 2**28
+_MAX_BYTES_A_TOKEN = 8  # of a file that is worth trying: text has about 4
 _SHUFFLE_BUFFER = 4096  # documents
 _ENCODED_TOGETHER = 256  # documents
 
@@ -147,12 +148,12 @@ def _open_blocks(
     def encode(documents: Iterable[str]) -> Iterator[np.ndarray]:
         return _encoded(documents, tokenizer)
 
-    if source.is_local:
+    if source.num_bytes is not None and source.num_bytes <= _MAX_BYTES_A_TOKEN * _MAX_TOKENS_IN_MEMORY:
         held = io.BytesIO()
         for piece in encode(source.documents()):
             held.write(piece.tobytes())
             if held.tell() > 4 * _MAX_TOKENS_IN_MEMORY:
-                say(f"{source.name} has more than {_MAX_TOKENS_IN_MEMORY} tokens: it is streamed")
+                say(f"{source.name} has more than {_MAX_TOKENS_IN_MEMORY} tokens: it is streamed from now on")
                 break
         else:
             tokens = np.frombuffer(held.getbuffer(), np.int32)

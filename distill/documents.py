@@ -18,13 +18,13 @@ class DocumentSource:
     """Documents that can be walked through again and again, in one order.
 
     `identity` holds name and content hash; a dataset of a hub has the hash that the library gives it, which is its
-    revision's. `documents` leaves out those that hold white space alone.
+    revision's. `documents` leaves out those that hold white space alone. `num_bytes` is the size of a local file.
     """
 
     name: str
     identity: dict[str, str]
     documents: Callable[[], Iterator[str]]
-    is_local: bool
+    num_bytes: int | None = None
 
 
 def open_documents(location: str) -> DocumentSource:
@@ -45,7 +45,7 @@ def _open_local(path: Path) -> DocumentSource:
             "the corpus has a suffix that is not known", found=repr(path.suffix), expected=_SUFFIXES, where=path
         )
     identity = {"name": path.name, "sha256": file_sha256(path)}
-    return DocumentSource(str(path), identity, lambda: _READERS[path.suffix](path), is_local=True)
+    return DocumentSource(str(path), identity, lambda: _READERS[path.suffix](path), path.stat().st_size)
 
 
 def _open_dataset(location: str) -> DocumentSource:
@@ -84,9 +84,9 @@ def _open_dataset(location: str) -> DocumentSource:
     files = (builder.config.data_files or {}).get(split, [])
     if Path(name).is_dir():  # the library's hash of it changes with the place and time of the files
         content = fingerprint([[Path(file).name, file_sha256(Path(file))] for file in files])
-        return DocumentSource(location, {"name": Path(name).name, "split": split, "sha256": content}, documents, False)
+        return DocumentSource(location, {"name": Path(name).name, "split": split, "sha256": content}, documents)
     identity = {"name": name, "config": config or "", "split": split, "hash": str(builder.hash)}
-    return DocumentSource(location, identity, documents, is_local=False)
+    return DocumentSource(location, identity, documents)
 
 
 def _text(row: Any, line: int, where: object) -> str:

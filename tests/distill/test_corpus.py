@@ -36,11 +36,11 @@ def corpus_file(write_rows: Callable[..., Path]) -> Path:
     return write_rows([{"text": text, "other": 1} for text in TEXTS], "corpus.jsonl")
 
 
-@pytest.fixture(params=["held", "streamed"])
+@pytest.fixture(params=["held", "too-many-bytes", "too-many-tokens"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to a block; a streamed corpus is one that is over the limit of memory."""
-    if request.param == "streamed":
-        monkeypatch.setattr(corpus_module, "_MAX_TOKENS_IN_MEMORY", 10)
+    """The ways to a block: a corpus that is over a limit of memory is streamed."""
+    if request.param != "held":
+        monkeypatch.setattr(corpus_module, "_MAX_TOKENS_IN_MEMORY", 10 if request.param == "too-many-bytes" else 1000)
         monkeypatch.setattr(corpus_module, "_SHUFFLE_BUFFER", 7)
         monkeypatch.setattr(corpus_module, "_ENCODED_TOGETHER", 3)
     return str(request.param)
@@ -109,6 +109,16 @@ def test_a_block_is_the_same_whatever_was_read_before(
         blocks = walked.blocks(start, count)
         assert blocks.shape == (count, LENGTH)
         assert np.array_equal(blocks, straight[start : start + count])
+
+
+def test_a_file_over_a_limit_is_streamed(
+    tokenizer: PreTrainedTokenizerBase, corpus_file: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_tokens, num_bytes = len(stream_of(tokenizer, TEXTS)), corpus_file.stat().st_size
+    assert 1000 < num_tokens < num_bytes < 8 * 1000
+    corpus = Corpus(str(corpus_file), tokenizer, LENGTH, seed=0)
+    assert type(corpus._blocks).__name__ == ("_HeldBlocks" if way == "held" else "_StreamedBlocks")
+    assert ("more than 1000 tokens: it is streamed" in capsys.readouterr().err) == (way == "too-many-tokens")
 
 
 def test_ranks_share_the_blocks_of_one_reader(tokenizer: PreTrainedTokenizerBase, corpus_file: Path, way: str) -> None:
