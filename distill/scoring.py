@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -33,18 +34,23 @@ class Positions:
     @torch.no_grad()
     def own_token(self, uniform_C: Float[Tensor, " C"] | None = None) -> Int[Tensor, " C"]:
         """The student's arg-max, or its draw at `uniform_C` (one number in [0, 1) a position) where given."""
-        logits_CV = self.logits_CV.detach()[:, : self.num_tokens]
         if uniform_C is None:
-            return logits_CV.argmax(dim=1)
+            return self._likeliest_C
+        logits_CV = self.logits_CV.detach()[:, : self.num_tokens]
         cumulative_CV = torch.softmax(logits_CV, dim=1).cumsum(dim=1)
         drawn_C = uniform_C * cumulative_CV[:, -1]
         return torch.searchsorted(cumulative_CV, drawn_C[:, None], right=True)[:, 0].clamp(max=logits_CV.shape[1] - 1)
 
+    @cached_property
+    def _likeliest_C(self) -> Tensor:
+        return self.logits_CV.detach()[:, : self.num_tokens].argmax(dim=1)
+
     @torch.no_grad()
     def entropy(self) -> Float[Tensor, " C"]:
         """Entropy of the student's distribution (nats)."""
-        logits_CV = self.logits_CV.detach()
-        return self.log_sum_C.detach() - (torch.softmax(logits_CV, dim=1) * logits_CV).sum(dim=1)
+        logits_CV, log_sum_C = self.logits_CV.detach(), self.log_sum_C.detach()
+        share_CV = (logits_CV - log_sum_C[:, None]).exp_()
+        return log_sum_C - torch.linalg.vecdot(share_CV, logits_CV)
 
 
 #: What is kept of a chunk: tensors with one value a position.
@@ -75,7 +81,10 @@ class StudentScorer(nn.Module):
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
         hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)[0]
-        hidden_TD = hidden_BSD[row_T, predict_T]
+        return self.read(hidden_BSD[row_T, predict_T], fields, read)
+
+    def read(self, hidden_TD: Tensor, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:
+        """What `read` makes of the logits of hidden states, chunk by chunk."""
         chunk = self._logits_chunk
         # with one chunk the logits are kept for the backward pass; with more they are made again, chunk by chunk
         recompute = torch.is_grad_enabled() and hidden_TD.shape[0] > chunk
