@@ -321,7 +321,7 @@ class VllmEngine:
         stop = start + num_positions * width
         if num_positions and flat.end_indices[first_position + num_positions - 1] != stop:
             raise RuntimeError(f"vLLM returned rows of another width than {width} for request {index}")
-        # fromiter fills a list's numbers in twice as fast as asarray, which looks at all of them first
+        # fromiter takes a list's numbers as they come, where asarray looks at all of them first
         ids_TW = np.fromiter(flat.token_ids[start:stop], np.int32, stop - start).reshape(num_positions, width)
         logprobs_TW = np.fromiter(flat.logprobs[start:stop], np.float32, stop - start).reshape(num_positions, width)
         if not np.array_equal(ids_TW[:, 0], response_ids):
