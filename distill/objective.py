@@ -22,6 +22,7 @@ from dpkd.distill.policy_gradient import minillm_loss
 from dpkd.distill.readings import Reading, distribution_fields
 from dpkd.distill.scoring import Positions, Read
 from dpkd.distill.teacher_lookup import cached_logprobs
+from dpkd.distill.vocabulary import narrowed
 
 #: metrics that every line carries; null where the objective or the cache does not define them
 METRICS = (
@@ -74,10 +75,14 @@ class Objective:
 
     `term_counts` says by how many each term's sum is divided: response positions of the step for `sft`, `kd`,
     `minillm` and the token level (the released code's mean), pairs of the step for the sequence level (Algorithm 1's
-    mean), and the corpus's tokens for `lm`.
+    mean), and the corpus's tokens for `lm`. `vocab_size` is the width of the teacher's logits, `num_logits` that of the
+    student's (None: not narrower).
     """
 
-    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+    def __init__(self, config: TrainConfig, vocab_size: int, num_logits: int | None = None) -> None:
+        # a student with fewer logits than the teacher reads the cache as if the rest of its ids were not there
+        self._num_logits = num_logits if num_logits is not None and num_logits < vocab_size else None
+        vocab_size = self._num_logits or vocab_size
         self._config, self._vocab_size = config, vocab_size
         self.weights = {str(name): weight for name, weight in config.weights.items()}
         self.needs_pairs, self.needs_distributions = config.needs_pairs, config.needs_distributions
@@ -111,6 +116,8 @@ class Objective:
         batch = part.rows
         if batch.num_positions == 0:
             raise ValueError("a batch without response positions")
+        if self._num_logits is not None:
+            batch = narrowed(batch, self._num_logits)
         sums = StepSums()
         chosen_T = batch.row_T < batch.num_chosen
         fields = {"target": batch.target_T} | distribution_fields(batch)

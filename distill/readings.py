@@ -70,9 +70,12 @@ class Reading:
         )
 
     def _aligned(self, at: Positions, outside: str) -> tuple[Tensor, Tensor]:
-        fields = at.fields
+        fields, logits_CV = at.fields, at.logits_CV
+        if outside == "uniform" or fields["entry_ids"].shape[1] >= self._vocab_size:
+            # a wider student's padding would be an outcome on which the teacher has no mass, not a share of the rest
+            logits_CV = logits_CV[:, : self._vocab_size]
         return align(
-            at.logits_CV[:, : self._vocab_size],  # places that pad the vocabulary stand for nothing
+            logits_CV,
             fields["entry_ids"],
             fields["entry_logprobs"],
             fields["entry_counts"],

@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 from dpkd.distill.batches import BatchOrder, RowOrder, RowSource
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows, FollowOrder, open_growing
-from dpkd.distill.sources import check_distributions, check_positions, open_cache_rows, open_data_rows
+from dpkd.distill.sources import (
+    check_distributions,
+    check_lengths,
+    check_positions,
+    open_cache_rows,
+    open_data_rows,
+    used_shards,
+)
 from dpkd.distill.token_batches import TokenBatchOrder
+from dpkd.distill.vocabulary import check_narrower
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
 from dpkd.teacher_cache.models import ModelSource, locate_model
-from dpkd.teacher_cache.reader import CacheReader, TeacherCache
+from dpkd.teacher_cache.reader import CacheReader, Round, TeacherCache
 from dpkd.teacher_cache.templates import PromptEncoder
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def open_run(config: TrainConfig) -> Run:
     rows: RowSource
     finished: TeacherCache | None = None
     validation: RowSource | None = None
+    held: Round | None = None
     has_distributions = False
     if config.cache is not None:
         cache: CacheReader
@@ -67,6 +76,7 @@ def open_run(config: TrainConfig) -> Run:
             if held is not None:
                 facts["round"] = held.manifest.fingerprint
         cache.check_tokenizer(student, "student")
+        check_narrower(student, cache, [] if finished is None else used_shards(finished, held, config))
         facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
         vocab_size = cache.vocab_size
         has_distributions = cache.top_k > 0
@@ -75,7 +85,8 @@ def open_run(config: TrainConfig) -> Run:
         rows, data_identity = open_data_rows(config, encoder)
         facts |= {"data": data_identity, "template": encoder.identity()}
         vocab_size = student.vocab_size
-    check_positions(rows.longest, student.max_positions, where=student.name)
+    if not isinstance(rows, FollowedRows):  # they check every shard as it comes
+        check_lengths(rows, student.max_positions, where=student.name)
     corpus = None
     if "lm" in config.weights:
         assert config.lm_data is not None  # the config's own check

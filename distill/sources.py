@@ -12,6 +12,7 @@ from dpkd.distill.held_out import choose_of_cache, ids_by_group, read_keys, read
 from dpkd.distill.pairs import PairedRows, paired_rows
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import SkippedRow, open_examples
+from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import CacheReader, Round, TeacherCache
@@ -97,8 +98,8 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
     Raises `UserError` when the cache does not hold what the objective needs.
     """
     check_distributions(cache, config)
-    origin = "teacher" if config.objective == "seqkd" else config.responses
-    shards = cache.shards(None if origin == "all" else origin)
+    origin = _origin(config)
+    shards = cache.shards(origin)
     if not shards:
         raise UserError(
             f"the cache holds no {origin} responses",
@@ -109,10 +110,8 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
         )
     if config.verify == "start":
         # every byte that will be read is checked before the first step, not when its turn comes
-        for shard in shards:
-            check_shard(cache.folder, shard)
-            if held is not None:
-                check_shard(held.folder, held.shards_by_path[shard.path])
+        for folder, shard in used_shards(cache, held, config):
+            check_shard(folder, shard)
     source: CacheRows | PairedRows = CacheRows(cache, shards, held, pairs=config.needs_pairs)
     if held is not None and config.needs_pairs and config.pairing != "index":
         source = paired_rows(cache, held, shards, config.pairing)
@@ -122,13 +121,37 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
     return split_rows(source, ids, choose_of_cache(cache, config.validation_examples, config.seed))
 
 
-def check_positions(longest: int, limit: int | None, *, where: str) -> None:
-    """Raise `UserError` when the longest row, in tokens, is longer than the student's positions (None: no limit)."""
+def _origin(config: TrainConfig) -> str | None:
+    origin = "teacher" if config.objective == "seqkd" else config.responses
+    return None if origin == "all" else origin
+
+
+def used_shards(cache: TeacherCache, held: Round | None, config: TrainConfig) -> list[tuple[Folder, ShardRecord]]:
+    """The shards that `config` trains on, and those of the round `held` beside them, each with its folder."""
+    shards = cache.shards(_origin(config))
+    students = [] if held is None else [(held.folder, held.shards_by_path[shard.path]) for shard in shards]
+    return [*((cache.folder, shard) for shard in shards), *students]
+
+
+def check_lengths(rows: RowSource, limit: int | None, *, where: str) -> None:
+    """`check_positions` of the longest of `rows`; the error says how many are too long."""
+    if limit is None or rows.longest <= limit:
+        return
+    lengths = np.concatenate(rows.lengths_by_group())
+    check_positions(rows.longest, limit, where=where, num_rows=(int((lengths > limit).sum()), len(lengths)))
+
+
+def check_positions(longest: int, limit: int | None, *, where: str, num_rows: tuple[int, int] | None = None) -> None:
+    """Raise `UserError` when the longest row, in tokens, is longer than the student's positions (None: no limit).
+
+    `num_rows` says how many rows are too long, and how many there are.
+    """
     if limit is not None and longest > limit:
         raise UserError(
             "the longest row is longer than the student's positions",
             found=f"{longest} tokens",
-            expected=f"at most {limit}",
+            expected=f"at most {limit}"
+            + ("" if num_rows is None else ", which {} of {} rows exceed".format(*num_rows)),
             where=where,
             advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
         )

@@ -94,7 +94,7 @@ class _Loop:
         self._run, self._config, self._accelerator = run, run.config, accelerator
         self._scorer, self._optimizer, self._scheduler = scorer, optimizer, scheduler
         self._order, self._steps = order, steps
-        self._objective = Objective(run.config, run.vocab_size)
+        self._objective = Objective(run.config, run.vocab_size, run.student.vocab_size)
         self._live: LiveRows | None = None
         self._validation: Validation | None = None
         if run.validation is not None:

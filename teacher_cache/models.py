@@ -55,12 +55,17 @@ class ModelSource:
         return int(limit) if limit else None
 
     def stop_token_ids(self) -> list[int]:
-        """Ids that end a response: the generation config's EOS ids and the tokenizer's, sorted."""
+        """Ids that end a response: the generation config's EOS ids and the tokenizer's, sorted.
+
+        Without a generation config the model's own config stands for it, as in transformers.
+        """
         ids: set[int] = set()
         path = self.path / "generation_config.json"
         if path.exists():
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        else:
+            value = getattr(self.config.get_text_config(), "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
         if self.tokenizer.eos_token_id is not None:
             ids.add(int(self.tokenizer.eos_token_id))
         if not ids:

@@ -132,9 +132,14 @@ def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str) -> Iterator[Pl
             if key in reasons:
                 yield replace(planned, failed=f"the student: {reasons[key]}")
                 continue
+            response_ids = answers[key].response_ids.tolist()
+            if max(response_ids, default=0) >= cache.vocab_size:  # its logits are padded to a greater width
+                reason = f"the student drew the id {max(response_ids)}, which the teacher has no place for"
+                yield replace(planned, failed=reason)
+                continue
             yield replace(
                 planned,
-                response_ids=answers[key].response_ids.tolist(),
+                response_ids=response_ids,
                 finish_reason="stop" if answers[key].finish_reason == "stop" else "length",
             )
 
