@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpkd.distill.gathering import spread_optimizer
 from dpkd.distill.students import copy_tokenizer
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
@@ -34,9 +35,11 @@ class Checkpoint:
     step: int
 
 
-def save_student(directory: Path, model: PreTrainedModel, tokenizer: ModelSource, facts: dict[str, Any]) -> None:
-    """Model, tokenizer, generation config and `facts` (in dpkd.json) into a new directory."""
-    model.save_pretrained(directory)
+def save_student(
+    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
+) -> None:
+    """`weights` of the class and config of `model`, tokenizer, generation config and `facts` into a new directory."""
+    model.save_pretrained(directory, state_dict=weights)
     copy_tokenizer(tokenizer, directory)
     (directory / "dpkd.json").write_bytes(canonical_json(facts))
 
@@ -45,17 +48,18 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
     tokenizer: ModelSource,
     facts: dict[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Write `checkpoint-STEP` and remove all but the `keep` newest."""
+    """Write `checkpoint-STEP`, of gathered weights and moments, and remove all but the `keep` newest."""
     target = run_dir / f"checkpoint-{step}"
     temporary = run_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_student(temporary, model, tokenizer, facts)
-    save_file(_flat_state(optimizer), temporary / _OPTIMIZER)
+    save_student(temporary, model, weights, tokenizer, facts)
+    save_file(moments, temporary / _OPTIMIZER)
     files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
     (temporary / _STATE).write_bytes(canonical_json({"step": step, "files": files}))
     _sync(temporary)
@@ -92,35 +96,22 @@ def _damaged(directory: Path, name: str) -> UserError:
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved moments and step counts back."""
-    flat = load_file(checkpoint.directory / _OPTIMIZER)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    """Put the saved moments and step counts back, on every rank."""
+    spread_optimizer(load_file(checkpoint.directory / _OPTIMIZER), optimizer)
 
 
-def finish_run(run_dir: Path, model: PreTrainedModel, tokenizer: ModelSource, facts: dict[str, Any]) -> None:
+def finish_run(
+    run_dir: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
+) -> None:
     """Put the trained student at the root of the run; `run.json`, written last, says that the run is complete."""
     temporary = run_dir / ".final.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_student(temporary, model, tokenizer, facts)
+    save_student(temporary, model, weights, tokenizer, facts)
     _sync(temporary)
     for file in sorted(temporary.iterdir()):
         file.replace(run_dir / file.name)
     temporary.rmdir()
     write_atomic(run_dir / "run.json", canonical_json({"complete": True, **facts}))
-
-
-def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
 
 
 def _directories(run_dir: Path) -> list[Path]:

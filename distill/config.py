@@ -91,6 +91,7 @@ class TrainConfig(Settings):
             "save_every",
             "keep",
             "dtype",
+            "sharding",
             "logits_chunk",
             "verify",
             "follow_timeout_s",
@@ -222,6 +223,11 @@ class TrainConfig(Settings):
     keep: int = Field(2, ge=1, description="checkpoints kept")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 runs the forward pass under autocast"
+    )
+    sharding: Literal["fsdp2"] | None = Field(
+        None,
+        description="with several processes: fsdp2 gives each a part of weights and optimiser; none: each holds the "
+        "whole, unless accelerate's own config says otherwise",
     )
     verify: Literal["start", "read"] = Field(
         "start", description="when the cache's checksums are checked: all before the first step, or as shards are read"

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from dpkd.distill.corpus import Corpus
 
 #: options that may differ when a run is taken up: where things are, not what they are
-_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data"}
+_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding"}
+#: how a step's rows are split into forward passes: their number alone is the run's
+_SPLIT = {"batch_size", "gradient_accumulation_steps"}
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,16 @@ def open_run(config: TrainConfig) -> Run:
     return Run(config, student, rows, vocab_size, facts, finished, validation, corpus, has_distributions)
 
 
-def take_up(run_dir: Path, run: Run) -> bool:
-    """Create or take up the run directory; True when the run is complete. Refuses another run's directory."""
+def take_up(run_dir: Path, run: Run, num_processes: int) -> bool:
+    """Create or take up the run directory; True when the run is complete. Refuses another run's directory.
+
+    A run may go on with another number of processes, or other forward passes, if a step keeps its number of rows.
+    """
+    config = run.config
     identity = {
-        "options": run.config.model_dump(mode="json", exclude=_NOT_THE_RUN),
+        "options": config.model_dump(mode="json", exclude=_NOT_THE_RUN | _SPLIT),
+        "rows_per_step": config.batch_size * config.gradient_accumulation_steps * num_processes,
+        "passes_per_step": None if config.batch_tokens is None else config.gradient_accumulation_steps * num_processes,
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
     held_path = run_dir / "dpkd-run.json"

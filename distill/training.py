@@ -6,21 +6,25 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate, prefetched
 from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows
+from dpkd.distill.gathering import gather_optimizer, gather_weights
 from dpkd.distill.interrupts import Interrupts
 from dpkd.distill.metrics import means, whole
 from dpkd.distill.objective import Objective, StepSums
+from dpkd.distill.ranks import is_sharded, on_main, open_accelerator, raise_first, together
 from dpkd.distill.runs import Run, open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
 from dpkd.distill.validation import VALIDATION_LOG, Validation
@@ -30,6 +34,8 @@ from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.progress import Progress, say
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dpkd.distill.live import LiveRows
 
 
@@ -38,20 +44,25 @@ def train(config: TrainConfig) -> Path:
 
     Raises `UserError` for what cannot be used (before anything is written) and when the loss stops being a number.
     """
-    run = open_run(config)
+    accelerator = open_accelerator(config)
+    tell = say if accelerator.is_main_process else _say_nothing
+    run = together(accelerator, lambda: open_run(config))
     run_dir = config.out
-    accelerator = _accelerator(config)
-    steps, order = plan_steps(run, accelerator.num_processes)
-    if take_up(run_dir, run):
-        say(f"the run {run_dir} is complete")
+    steps, order = together(accelerator, lambda: plan_steps(run, accelerator.num_processes))
+    together(accelerator, lambda: _check_sharding(accelerator, config))
+    if on_main(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
+        tell(f"the run {run_dir} is complete")
         return run_dir
-    checkpoint = latest_checkpoint(run_dir)
+    checkpoint = on_main(accelerator, lambda: latest_checkpoint(run_dir))
     if isinstance(run.rows, FollowedRows):
         run.rows.start(run_dir, leader=accelerator.is_main_process)
     source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
-    model = source.load("float32").to(accelerator.device)
-    check_head(model, config.student)
+    model = source.load("float32")
+    if not is_sharded(accelerator):
+        model = model.to(accelerator.device)
+    together(accelerator, lambda: check_head(model, config.student))
     scorer = StudentScorer(model, num_tokens=len(run.student.tokenizer), logits_chunk=config.logits_chunk)
+    scorer.__dict__["_no_split_modules"] = model._no_split_modules  # layers that accelerate shards one by one
     optimizer = torch.optim.AdamW(
         decayed_groups(model, config.weight_decay),
         lr=config.learning_rate,
@@ -59,23 +70,43 @@ def train(config: TrainConfig) -> Path:
         fused=True,
     )
     first = 0 if checkpoint is None else checkpoint.step
-    if checkpoint is not None:
-        load_optimizer(checkpoint, optimizer)
-        say(f"going on from step {first} of {steps}")
     for group in optimizer.param_groups:
         group["initial_lr"] = config.learning_rate  # what the schedule multiplies when it starts in the middle
     warmup_steps = math.ceil(config.warmup_ratio * steps)
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps, last_epoch=first - 1)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    loop = _Loop(run, accelerator, scorer, optimizer, scheduler, order, steps)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, optimizer.optimizer)
+        tell(f"going on from step {first} of {steps}")
+    loop = _Loop(run, accelerator, model, scorer, optimizer, scheduler, order, steps)
     with contextlib.ExitStack() as stack:
         if config.student_samples == "live":
             stack.callback(loop.open_live(model).close)
         loop.run(first)
-    if accelerator.is_main_process:
-        finish_run(run_dir, accelerator.unwrap_model(scorer).model, run.student, run.facts | {"steps": steps})
-        say(f"the run {run_dir} is complete: {steps} steps")
+    weights = gather_weights(accelerator, scorer, model)
+    on_main(accelerator, lambda: finish_run(run_dir, model, weights, run.student, run.facts | {"steps": steps}))
+    tell(f"the run {run_dir} is complete: {steps} steps")
     return run_dir
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks other than the main one say."""
+
+
+def _check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    if is_sharded(accelerator) and config.student_samples == "live":
+        raise UserError(
+            "--student-samples live needs the whole student on each device",
+            found=f"{accelerator.distributed_type.value} sharding",
+            advice="Leave sharding out, or train on a round of the cache (--student-samples cached)",
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and config.save_every is not None:
+        raise UserError(
+            "DeepSpeed keeps its optimiser in its own form, of which no checkpoints are made",
+            found=f"save_every {config.save_every}",
+            expected="save_every none",
+            advice="Give --set save_every=none, or shard with --set sharding=fsdp2, which has checkpoints",
+        )
 
 
 class _Loop:
@@ -85,6 +116,7 @@ class _Loop:
         self,
         run: Run,
         accelerator: Accelerator,
+        model: PreTrainedModel,
         scorer: torch.nn.Module,
         optimizer: Any,
         scheduler: Any,
@@ -92,9 +124,10 @@ class _Loop:
         steps: int,
     ) -> None:
         self._run, self._config, self._accelerator = run, run.config, accelerator
-        self._scorer, self._optimizer, self._scheduler = scorer, optimizer, scheduler
+        self._model, self._scorer, self._optimizer, self._scheduler = model, scorer, optimizer, scheduler
         self._order, self._steps = order, steps
         self._objective = Objective(run.config, run.vocab_size, run.student.vocab_size)
+        self._saved: int | None = None
         self._live: LiveRows | None = None
         self._validation: Validation | None = None
         if run.validation is not None:
@@ -109,15 +142,16 @@ class _Loop:
     def run(self, first: int) -> None:
         """From step `first` to the last; an interrupt ends it with a checkpoint, one step later at most."""
         metrics_path, validation_path = self._config.out / "metrics.jsonl", self._config.out / VALIDATION_LOG
-        if self._accelerator.is_main_process:
+        is_main = self._accelerator.is_main_process
+        if is_main:
             _keep_lines(metrics_path, first)
             _keep_lines(validation_path, first)
         self._scorer.train()
         rows = self._run.rows
         with (
-            metrics_path.open("a", encoding="utf-8") as log,
-            Progress("train", self._steps, "steps", first) as progress,
-            Interrupts() as interrupts,
+            metrics_path.open("a", encoding="utf-8") if is_main else contextlib.nullcontext() as log,
+            Progress("train", self._steps, "steps", first) if is_main else contextlib.nullcontext() as progress,
+            Interrupts(quiet=not is_main) as interrupts,
             contextlib.closing(
                 prefetched(
                     self._parts,
@@ -129,35 +163,40 @@ class _Loop:
         ):
             for step in range(first, self._steps):
                 started_s = time.perf_counter()
-                try:
-                    if self._live is not None:
-                        self._live.before_step(step)
-                    parts = next(batches, None)
-                except UserError:
-                    self._save_if_any(first, step)  # the cache ended or broke; what is learnt is kept
-                    raise
-                if parts is None:
-                    self._save_if_any(first, step)
+                parts, error = self._take(batches, step)
+                signs = whole(self._accelerator, [{"asked": int(interrupts.asked), "none": int(parts is None)}])
+                if parts is None or any(signs.values()):  # of any rank: all stop before the same step
+                    self._save_if_any(first, step)  # what is learnt is kept, also where the cache ended or broke
+                    raise_first(self._accelerator, error)
                     raise KeyboardInterrupt
                 waited_s = time.perf_counter() - started_s
                 line = self._step(step, parts)
                 step_s = time.perf_counter() - started_s
                 line |= {"tokens_per_s": line["tokens"] / step_s, "step_time_s": step_s, "data_wait_s": waited_s}
-                if self._accelerator.is_main_process:
+                if log is not None and progress is not None:
                     log.write(json.dumps(line) + "\n")
                     log.flush()
-                progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
+                    progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
                 done = step + 1
                 due = self._config.save_every is not None and done % self._config.save_every == 0
                 if self._validation is not None and self._validates(done):
                     self._validate(validation_path, done)
-                if interrupts.asked or (due and done < self._steps):
+                if due and done < self._steps:
                     self._save(done)
-                if interrupts.asked:
-                    raise KeyboardInterrupt
-            if isinstance(rows, FollowedRows) and not rows.is_finished():
-                self._save(self._steps)
-                rows.wait_for(None, give_up=lambda: interrupts.asked)
+            if isinstance(rows, FollowedRows):
+                unfinished = whole(self._accelerator, [{"ranks": int(not rows.is_finished())}])
+                if unfinished["ranks"]:
+                    self._save(self._steps)
+                    together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
+
+    def _take(self, batches: Iterator[list[StepPart]], step: int) -> tuple[list[StepPart] | None, UserError | None]:
+        """The next step's parts; None when a wait for rows was interrupted or ended in an error."""
+        try:
+            if self._live is not None:
+                self._live.before_step(step)
+            return next(batches, None), None
+        except UserError as error:
+            return None, error
 
     def open_live(self, model: torch.nn.Module) -> LiveRows:
         """Have the student's responses drawn while it trains; raises `UserError` for a server that will not do."""
@@ -216,16 +255,19 @@ class _Loop:
         torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
         counts = whole(accelerator, [self._objective.term_counts(part) for part in parts])
         sums: list[StepSums] = []
+        error: UserError | None = None
         for part in parts:
             with accelerator.accumulate(self._scorer):
                 found = self._objective(self._scorer, part.to(accelerator.device))
                 total = self._objective.total(found, counts)
-                self._refuse_nan(float(total.detach()), "loss", step, parts)
+                error = error or self._not_a_number(float(total.detach()), "loss", step, parts)
                 # accelerate averages over accumulation and ranks; the counts already divide by the whole step
                 accelerator.backward(total * self._config.gradient_accumulation_steps * accelerator.num_processes)
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm))
-                    self._refuse_nan(norm, "gradient norm", step, parts)
+                    norm = self._clip()
+                    error = error or self._not_a_number(norm, "gradient norm", step, parts)
+                    if whole(accelerator, [{"errors": int(error is not None)}])["errors"]:
+                        raise_first(accelerator, error)
                 learning_rate = float(self._scheduler.get_last_lr()[0])
                 self._optimizer.step()
                 self._optimizer.zero_grad()
@@ -240,6 +282,13 @@ class _Loop:
             "tokens": whole(accelerator, [{"tokens": part.num_positions} for part in parts])["tokens"],
         }
 
+    def _clip(self) -> float | None:
+        """Clip the gradients; their norm before, over all ranks (None where DeepSpeed does not say)."""
+        norm = self._accelerator.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return None if norm is None else float(norm)
+
     def _validates(self, done: int) -> bool:
         return done % self._config.validate_every == 0 or done == self._steps
 
@@ -251,11 +300,11 @@ class _Loop:
                 log.write(json.dumps(line) + "\n")
             say(f"step {done}: " + ", ".join(_shown(line)))
 
-    def _refuse_nan(self, value: float, what: str, step: int, parts: list[StepPart]) -> None:
-        if math.isfinite(value):
-            return
+    def _not_a_number(self, value: float | None, what: str, step: int, parts: list[StepPart]) -> UserError | None:
+        if value is None or math.isfinite(value):
+            return None
         rows = [example_id for part in parts for example_id in dict.fromkeys(part.rows.example_ids)]
-        raise UserError(
+        return UserError(
             f"the {what} of step {step + 1} is not a number; the update is not made",
             found=value,
             where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''} of {self._config.out}",
@@ -269,18 +318,19 @@ class _Loop:
     def _save(self, step: int) -> None:
         if self._live is not None:
             self._live.settle(step)
-        self._accelerator.wait_for_everyone()
-        if self._accelerator.is_main_process:
-            model = self._accelerator.unwrap_model(self._scorer).model
-            save_checkpoint(
-                self._config.out,
-                step,
-                model,
-                self._optimizer.optimizer,
-                self._run.student,
-                self._run.facts | {"steps": step},
-                self._config.keep,
-            )
+        accelerator, run = self._accelerator, self._run
+        if step == self._saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return
+        self._saved = step
+        weights = gather_weights(accelerator, self._scorer, self._model)
+        moments = gather_optimizer(accelerator, self._optimizer.optimizer)
+        facts = run.facts | {"steps": step}
+        on_main(
+            accelerator,
+            lambda: save_checkpoint(
+                self._config.out, step, self._model, weights, moments, run.student, facts, self._config.keep
+            ),
+        )
 
 
 def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -290,19 +340,6 @@ def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
-    if PartialState().num_processes == 1:
-        # accelerate remembers the first run's device and precision; a notebook may start another
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
 
 
 def _shown(line: dict[str, Any]) -> list[str]:

@@ -34,20 +34,20 @@ class Validation:
         size, ranks, rank = self._batch_size, self._accelerator.num_processes, self._accelerator.process_index
         batches = [places[start : start + size] for start in range(0, len(places), size)]
         state = torch.get_rng_state()
-        torch.manual_seed(0)
         scorer.eval()
         counts: list[dict[str, int]] = []
         sums: list[StepSums] = []
-        for number, batch in enumerate(batches):
-            # a rank without a batch of its own in the last turn takes part with weight 0, as sums need every rank
-            if number % ranks != rank and not (number == len(batches) - 1 and not sums):
-                continue
+        for start in range(0, len(batches), ranks):
+            # every rank takes part in every turn: one without a batch of its own takes the last, with weight 0
+            number = min(start + rank, len(batches) - 1)
+            batch = batches[number]
+            torch.manual_seed(number)
             part = StepPart(
                 collate([self._rows.row(*place) for place in batch], with_distributions=self._distributions)
             )
             found = self._objective(_as_score(scorer), part.to(self._accelerator.device))
             count = self._objective.term_counts(part)
-            if number % ranks != rank:
+            if number != start + rank:
                 found.terms = {name: value * 0 for name, value in found.terms.items()}
                 found.metrics = {name: (value * 0, 0) for name, (value, _) in found.metrics.items()}
                 count = dict.fromkeys(count, 0)
