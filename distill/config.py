@@ -171,6 +171,9 @@ class TrainConfig(Settings):
             "adam_beta2",
             "save_every",
             "keep",
+            "best_metric",
+            "patience",
+            "checkpoint",
             "dtype",
             "sharding",
             "logits_chunk",
@@ -302,6 +305,17 @@ class TrainConfig(Settings):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2")
     save_every: int | None = Field(100, ge=1, description="steps between checkpoints; none keeps only the last")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    best_metric: Literal["loss", "reward_margin", "kld", "rouge_l"] | None = Field(
+        None, description="validation metric by which the best student is kept, in OUT/best; none keeps none"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="validations without a better best_metric after which training ends; none: never"
+    )
+    checkpoint: Literal["latest", "previous"] = Field(
+        "latest",
+        description="where a run goes on: previous sets newer checkpoints that are damaged aside and takes the one "
+        "before them",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 runs the forward pass under autocast"
     )
@@ -370,6 +384,10 @@ class TrainConfig(Settings):
             raise ValueError("--teacher-url goes with --student-samples live")
         if self.validation_examples and (self.cache is None or self.follow):
             raise ValueError("validation_examples needs a finished --cache")
+        if self.best_metric is not None and not self.validation_examples:
+            raise ValueError(f"best_metric {self.best_metric} needs validation_examples of 1 or more")
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError("patience needs a best_metric")
 
     def _check_terms(self) -> None:
         own = _TERMS[self.objective]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,16 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate, prefetched
-from dpkd.distill.checkpoints import finish_run, latest_checkpoint, load_optimizer, save_checkpoint
+from dpkd.distill.best import Best, EvaluateFn, NormSpikes, held_out_prompts
+from dpkd.distill.checkpoints import (
+    CANDIDATE_DIR,
+    finish_run,
+    latest_checkpoint,
+    load_optimizer,
+    save_best,
+    save_candidate,
+    save_checkpoint,
+)
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows
 from dpkd.distill.gathering import gather_optimizer, gather_weights
@@ -39,10 +50,11 @@ if TYPE_CHECKING:
     from dpkd.distill.live import LiveRows
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     """Train as `config` says, or go on from the last checkpoint; the run directory, the student at its root.
 
-    Raises `UserError` for what cannot be used (before anything is written) and when the loss stops being a number.
+    `evaluate_fn` measures the best_metric rouge_l, of which this room knows nothing. Raises `UserError` for what cannot
+    be used (before anything is written) and when the loss stops being a number.
     """
     accelerator = open_accelerator(config)
     tell = say if accelerator.is_main_process else _say_nothing
@@ -50,10 +62,12 @@ def train(config: TrainConfig) -> Path:
     run_dir = config.out
     steps, order = together(accelerator, lambda: plan_steps(run, accelerator.num_processes))
     together(accelerator, lambda: _check_sharding(accelerator, config))
+    if config.best_metric == "rouge_l" and evaluate_fn is None:
+        raise UserError("best_metric rouge_l needs the function that measures it", advice="Use `dpkd train`")
     if on_main(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
         tell(f"the run {run_dir} is complete")
         return run_dir
-    checkpoint = on_main(accelerator, lambda: latest_checkpoint(run_dir))
+    checkpoint = on_main(accelerator, lambda: latest_checkpoint(run_dir, config.checkpoint))
     if isinstance(run.rows, FollowedRows):
         run.rows.start(run_dir, leader=accelerator.is_main_process)
     source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
@@ -78,14 +92,16 @@ def train(config: TrainConfig) -> Path:
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer.optimizer)
         tell(f"going on from step {first} of {steps}")
-    loop = _Loop(run, accelerator, model, scorer, optimizer, scheduler, order, steps)
+    loop = _Loop(run, accelerator, model, scorer, optimizer, scheduler, order, steps, evaluate_fn)
+    if checkpoint is not None:
+        loop.put_back(checkpoint.state)
     with contextlib.ExitStack() as stack:
         if config.student_samples == "live":
             stack.callback(loop.open_live(model).close)
-        loop.run(first)
+        done = loop.run(first)
     weights = gather_weights(accelerator, scorer, model)
-    on_main(accelerator, lambda: finish_run(run_dir, model, weights, run.student, run.facts | {"steps": steps}))
-    tell(f"the run {run_dir} is complete: {steps} steps")
+    on_main(accelerator, lambda: finish_run(run_dir, model, weights, run.student, run.facts | {"steps": done}))
+    tell(f"the run {run_dir} is complete: {done} steps")
     return run_dir
 
 
@@ -122,12 +138,16 @@ class _Loop:
         scheduler: Any,
         order: RowOrder,
         steps: int,
+        evaluate_fn: EvaluateFn | None,
     ) -> None:
         self._run, self._config, self._accelerator = run, run.config, accelerator
         self._model, self._scorer, self._optimizer, self._scheduler = model, scorer, optimizer, scheduler
         self._order, self._steps = order, steps
         self._objective = Objective(run.config, run.vocab_size, run.student.vocab_size)
         self._saved: int | None = None
+        self._evaluate_fn = evaluate_fn
+        self._best = None if run.config.best_metric is None else Best(run.config.best_metric)
+        self._spikes = NormSpikes()
         self._live: LiveRows | None = None
         self._validation: Validation | None = None
         if run.validation is not None:
@@ -139,8 +159,16 @@ class _Loop:
                 distributions=run.has_distributions,
             )
 
-    def run(self, first: int) -> None:
-        """From step `first` to the last; an interrupt ends it with a checkpoint, one step later at most."""
+    def put_back(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint says beside weights and optimiser."""
+        if self._best is not None and state["best"] is not None:
+            self._best = Best(**state["best"])
+
+    def run(self, first: int) -> int:
+        """From step `first` to the last, or until no validation was better for long enough; the steps that are done.
+
+        An interrupt ends it with a checkpoint, one step later at most.
+        """
         metrics_path, validation_path = self._config.out / "metrics.jsonl", self._config.out / VALIDATION_LOG
         is_main = self._accelerator.is_main_process
         if is_main:
@@ -162,6 +190,9 @@ class _Loop:
             ) as batches,
         ):
             for step in range(first, self._steps):
+                if self._best is not None and self._best.is_over(self._config.patience):
+                    self._tell(f"no better {self._best.metric} since step {self._best.step}: training ends")
+                    return step
                 started_s = time.perf_counter()
                 parts, error = self._take(batches, step)
                 signs = whole(self._accelerator, [{"asked": int(interrupts.asked), "none": int(parts is None)}])
@@ -176,6 +207,9 @@ class _Loop:
                 if log is not None and progress is not None:
                     log.write(json.dumps(line) + "\n")
                     log.flush()
+                    spike = self._spikes.note(line["grad_norm"])
+                    if spike is not None:
+                        say(f"step {line['step']}: {spike}")
                     progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
                 done = step + 1
                 due = self._config.save_every is not None and done % self._config.save_every == 0
@@ -188,6 +222,11 @@ class _Loop:
                 if unfinished["ranks"]:
                     self._save(self._steps)
                     together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
+        return self._steps
+
+    def _tell(self, text: str) -> None:
+        if self._accelerator.is_main_process:
+            say(text)
 
     def _take(self, batches: Iterator[list[StepPart]], step: int) -> tuple[list[StepPart] | None, UserError | None]:
         """The next step's parts; None when a wait for rows was interrupted or ended in an error."""
@@ -295,10 +334,30 @@ class _Loop:
     def _validate(self, path: Path, done: int) -> None:
         assert self._validation is not None
         line = {"step": done, **self._validation(self._scorer)}
+        if self._config.best_metric == "rouge_l":
+            line["rouge_l"] = self._rouge_l(done)
         if self._accelerator.is_main_process:
             with path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             say(f"step {done}: " + ", ".join(_shown(line)))
+        # the same numbers on every rank, and so the same answer
+        if self._best is not None and self._best.note(line):
+            self._write_student(save_best, done)
+
+    def _rouge_l(self, done: int) -> float:
+        """Rouge-L of the student's answers to the held-out prompts, by the function that was handed in."""
+        assert self._evaluate_fn is not None
+        assert self._run.validation is not None
+        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
+        self._write_student(save_candidate, done)
+        score = on_main(self._accelerator, lambda: evaluate_fn(self._config.out / CANDIDATE_DIR, prompts))
+        on_main(self._accelerator, lambda: shutil.rmtree(self._config.out / CANDIDATE_DIR))
+        return float(score)
+
+    def _write_student(self, save: Callable[..., None], step: int) -> None:
+        run, weights = self._run, gather_weights(self._accelerator, self._scorer, self._model)
+        facts = run.facts | {"steps": step}
+        on_main(self._accelerator, lambda: save(self._config.out, self._model, weights, run.student, facts))
 
     def _not_a_number(self, value: float | None, what: str, step: int, parts: list[StepPart]) -> UserError | None:
         if value is None or math.isfinite(value):
@@ -324,11 +383,12 @@ class _Loop:
         self._saved = step
         weights = gather_weights(accelerator, self._scorer, self._model)
         moments = gather_optimizer(accelerator, self._optimizer.optimizer)
-        facts = run.facts | {"steps": step}
+        facts, keep = run.facts | {"steps": step}, self._config.keep
+        state = {"best": None if self._best is None else asdict(self._best)}
         on_main(
             accelerator,
             lambda: save_checkpoint(
-                self._config.out, step, self._model, weights, moments, run.student, facts, self._config.keep
+                self._config.out, step, self._model, weights, moments, run.student, facts, keep, state
             ),
         )
 
@@ -344,7 +404,7 @@ def decayed_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str
 
 def _shown(line: dict[str, Any]) -> list[str]:
     """The figures of a validation that a person looks at while a run goes on."""
-    names = ("loss", "kld", "rkld", "reward_margin")
+    names = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
     return [f"validation {name} {line[name]:.4f}" for name in names if line.get(name) is not None]
 
 

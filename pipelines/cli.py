@@ -48,7 +48,12 @@ def _init_student(config: InitStudentConfig) -> None:
 def _train(config: TrainConfig) -> None:
     from dpkd.distill.training import train
 
-    print(train(config))
+    if config.best_metric != "rouge_l":
+        print(train(config))
+        return
+    from dpkd.pipelines.validation_scores import rouge_l_of
+
+    print(train(config, rouge_l_of(config)))
 
 
 def _evaluate(config: EvalConfig) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from trainer_processes import TwoRanks, arguments, free_port
 
 from dpkd.distill.batches import BatchOrder
 from dpkd.distill.config import TrainConfig
@@ -35,16 +34,6 @@ COMMON: dict[str, Any] = {
     "save_every": 3,
 }
 ONE, TWO = COMMON | {"batch_size": 4}, COMMON | {"batch_size": 2}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    return ["train", *(part for key, value in options.items() for part in ("--set", f"{key}={value}"))]
 
 
 def launch(launcher: str, options: dict[str, Any]) -> str:
@@ -69,43 +58,6 @@ def launch(launcher: str, options: dict[str, Any]) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-def rank_main(rank: int, port: int, given: list[str], said: Path) -> None:
-    """One rank, as a launcher starts it: told by its environment who it is."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["dpkd", *given]
-    from dpkd.pipelines.cli import main
-
-    main()
-
-
-class TwoRanks:
-    """Two processes of a server that has the imports already."""
-
-    def __init__(self, directory: Path, options: dict[str, Any]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dpkd.distill.training", "dpkd.pipelines.cli", "transformers.models.llama"])
-        port = free_port()
-        self._said = [directory / f"rank-{rank}.txt" for rank in range(2)]
-        self.processes = [
-            context.Process(target=rank_main, args=(rank, port, arguments(options), said))
-            for rank, said in enumerate(self._said)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def finish(self, status: int = 0) -> list[str]:
-        """What each rank said; both must end with `status`."""
-        for process in self.processes:
-            process.join(timeout=240)
-        texts = [path.read_text() for path in self._said]
-        assert [process.exitcode for process in self.processes] == [status] * 2, "\n".join(texts)
-        return texts
 
 
 def lines(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
