@@ -26,7 +26,7 @@ _MLP_NAMES = (
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
 )
 #: the config's name of the number of neurons
-_WIDTH_NAMES = ("intermediate_size", "n_inner", "ffn_dim")
+_WIDTH_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 #: lists of the config with one value a layer
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -108,11 +108,13 @@ def mlps_of(model: PreTrainedModel) -> list[Mlp]:
                 width = int(children[output].weight.shape[_neuron_axis(children[output], is_output=True)])
                 found.append(Mlp(tuple(f"{name}.{part}" for part in inputs), f"{name}.{output}", width))
                 break
-    if len(found) != num_layers or len({mlp.width for mlp in found}) != 1:
+    known = _width_name(model.config.get_text_config()) is not None
+    if not known or len(found) != num_layers or len({mlp.width for mlp in found}) != 1:
         raise UserError(
             f"the MLPs of a {model.config.model_type} are not known here, so that neurons cannot be left out",
-            found=f"{len(found)} MLPs of widths {sorted({mlp.width for mlp in found})} in {num_layers} layers",
-            expected="one MLP a layer, all of one width",
+            found=f"{len(found)} MLPs of widths {sorted({mlp.width for mlp in found})} in {num_layers} layers"
+            + ("" if known else ", and no width in the config"),
+            expected=f"one MLP a layer, all of one width that the config names ({', '.join(_WIDTH_NAMES)})",
             advice="Leave out --mlp-width and keep fewer --layers",
         )
     return found
@@ -178,8 +180,7 @@ def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"
     check_mlp_width(model, width)
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config()
-    width_name = next(name for name in _WIDTH_NAMES if hasattr(text_config, name))
-    setattr(text_config, width_name, width)
+    setattr(text_config, str(_width_name(text_config)), width)
     weights = dict(model.state_dict())
     for mlp, sizes_W in zip(mlps, sizes_LW, strict=True):
         kept = sizes_W.argsort(descending=True, stable=True)[:width].sort().values.to(next(model.parameters()).device)
@@ -191,6 +192,10 @@ def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"
         axis = _neuron_axis(model.get_submodule(mlp.output), is_output=True)
         weights[f"{mlp.output}.weight"] = _kept(weights[f"{mlp.output}.weight"], axis, kept)
     return _rebuilt(model, config, weights)
+
+
+def _width_name(text_config: Any) -> str | None:
+    return next((name for name in _WIDTH_NAMES if hasattr(text_config, name)), None)
 
 
 def _kept(weight: Tensor, axis: int, kept: Int[Tensor, " W"]) -> Tensor:

@@ -80,7 +80,7 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, cache: TeacherCache
     num_layers = int(teacher.config.get_text_config().num_hidden_layers)
     kept = choose_layers(num_layers, config.layers, config.keep)
     made_of: dict[str, Any] = {"teacher": teacher.identity("float32"), "layers": kept}
-    words = f"layers {', '.join(map(str, kept))} of {num_layers}"
+    words = f"layers {', '.join(map(str, kept))} of {num_layers}" if len(kept) < num_layers else f"{num_layers} layers"
     width = config.mlp_width
     if width is not None:
         assert cache is not None  # the config's own check
@@ -131,8 +131,11 @@ def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
             student.generation_config = GenerationConfig.from_pretrained(teacher.path)
         student.save_pretrained(directory)
 
+    content = student_config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):  # say nothing of the student
+        content.pop(key, None)
     made_of = {
-        "config": fingerprint(student_config.to_dict()),
+        "config": fingerprint(content),
         "seed": seed,
         "tokenizer": teacher.tokenizer_identity(),
     }
@@ -200,7 +203,10 @@ def _measure(config: InitStudentConfig, cache: TeacherCache) -> None:
     """Measure the student in `config.out` on `cache`, unless its report has it, and say what came out."""
     report_path = config.out / REPORT
     student = locate_model(str(config.out), "student")
-    report = json.loads(report_path.read_bytes())
+    if report_path.is_file():
+        report = json.loads(report_path.read_bytes())
+    else:
+        report = {"parameters": _count_parameters(student.config)}
     measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows}
     if report.get("measured_on") != measured_on:
         from dpkd.distill.student_measures import measure_student
