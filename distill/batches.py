@@ -107,7 +107,10 @@ class StepPart:
 
 
 def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
-    """Tensors of `rows`: every chosen response, then (where there are any) every rejected one."""
+    """Tensors of `rows`: every chosen response, then (where there are any) every rejected one.
+
+    Distributions are those of the chosen responses: rejected ones have no entries, all mass in the remainder.
+    """
     cached = [row.chosen for row in rows] + [row.rejected for row in rows if row.rejected is not None]
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in cached]
     input_ids = np.zeros((len(cached), max(lengths)), np.int64)
@@ -119,7 +122,11 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
     # the state at position i predicts token i + 1: a response that starts at P is predicted from P - 1 on
     predict = [len(row.prompt_ids) - 1 + np.arange(len(row.response_ids)) for row in cached]
     has_teacher = all(len(row.response_logprobs) == len(row.response_ids) for row in cached)
-    entries = _entries(cached) if with_distributions else (None, None, None, None)
+    entries = (
+        _entries([row.chosen for row in rows], int(num_tokens[len(rows) :].sum()))
+        if with_distributions
+        else (None, None, None, None)
+    )
     return Batch(
         example_ids=[row.example_id for row in cached],
         input_ids_BS=torch.from_numpy(input_ids),
@@ -138,17 +145,18 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
     )
 
 
-def _entries(rows: Sequence[CachedRow]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _entries(rows: Sequence[CachedRow], num_bare: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The entries of `rows`, and of `num_bare` positions without any after them."""
     tops = [row.distributions for row in rows if row.distributions is not None]
     if len(tops) != len(rows):
         raise ValueError("a row without distributions")
-    counts = np.concatenate([top.counts_T for top in tops]).astype(np.int64)
+    counts = np.concatenate([*(top.counts_T for top in tops), np.zeros(num_bare)]).astype(np.int64)
     kept_TK = np.arange(max(int(counts.max()), 1))[None, :] < counts[:, None]
     ids_TK = np.full(kept_TK.shape, -1, np.int64)
     logprobs_TK = np.full(kept_TK.shape, -np.inf, np.float32)
     ids_TK[kept_TK] = np.concatenate([top.ids_E for top in tops])
     logprobs_TK[kept_TK] = np.concatenate([top.logprobs_E for top in tops])
-    remainder = _tensor([top.log_remainder_T for top in tops], np.float32)
+    remainder = _tensor([*(top.log_remainder_T for top in tops), np.zeros(num_bare)], np.float32)
     return torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK), torch.from_numpy(counts), remainder
 
 

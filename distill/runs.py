@@ -17,6 +17,7 @@ from dpkd.distill.sources import (
     check_positions,
     open_cache_rows,
     open_data_rows,
+    top_k_of,
     used_shards,
 )
 from dpkd.distill.token_batches import TokenBatchOrder
@@ -69,7 +70,7 @@ def open_run(config: TrainConfig) -> Run:
         cache: CacheReader
         if config.follow:
             cache = open_growing(config)
-            check_distributions(cache, config)
+            check_distributions(cache, None, config)
             rows = FollowedRows(cache, config, student.max_positions)
         else:
             cache = finished = TeacherCache.open(config.cache)
@@ -81,7 +82,7 @@ def open_run(config: TrainConfig) -> Run:
         check_narrower(student, cache, [] if finished is None else used_shards(finished, held, config))
         facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
         vocab_size = cache.vocab_size
-        has_distributions = cache.top_k > 0
+        has_distributions = top_k_of(cache, held, config) > 0
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
         rows, data_identity = open_data_rows(config, encoder)

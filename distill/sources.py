@@ -97,7 +97,7 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
 
     Raises `UserError` when the cache does not hold what the objective needs.
     """
-    check_distributions(cache, config)
+    check_distributions(cache, held, config)
     origin = _origin(config)
     shards = cache.shards(origin)
     if not shards:
@@ -157,11 +157,19 @@ def check_positions(longest: int, limit: int | None, *, where: str, num_rows: tu
         )
 
 
-def check_distributions(cache: CacheReader, config: TrainConfig) -> None:
-    """Raise `UserError` when the objective needs distributions and the cache keeps none."""
-    if config.needs_distributions and cache.top_k == 0:
+def top_k_of(cache: CacheReader, held: Round | None, config: TrainConfig) -> int:
+    """Most entries a position of the responses that are learnt from: the round's where these stand alone."""
+    if held is None or config.needs_pairs:
+        return cache.top_k
+    return int(held.manifest.identities["logprobs"]["top_k"])
+
+
+def check_distributions(cache: CacheReader, held: Round | None, config: TrainConfig) -> None:
+    """Raise `UserError` when the objective needs distributions and what it learns from keeps none."""
+    if config.needs_distributions and top_k_of(cache, held, config) == 0:
+        source = "cache" if held is None or config.needs_pairs else "round"
         raise UserError(
-            f"the cache has no distributions, which --objective {config.objective} --level {config.level} needs",
+            f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs",
             found="top-k 0",
             expected="top-k of 1 or more",
             where=cache.folder,

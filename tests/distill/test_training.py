@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_cache: Path, toy_stud
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(UserError, match=r"the checkpoint's model\.safetensors is not what was written .*checkpoint-2"):
+    with pytest.raises(UserError, match=r"the checkpoint's model\.safetensors is not what was written: .*checkpoint-2"):
         train(config(out, toy_cache, toy_student, save_every=2))
 
 
@@ -345,3 +345,17 @@ def test_batches_by_tokens_read_every_row_once_an_epoch(
     assert sum(line["tokens"] for line in budget) == sum(line["tokens"] for line in fixed)
     again = train(config(tmp_path / "c", toy_cache, toy_student, batch_tokens=900, **by_rows))
     assert without_times(metrics(again)) == without_times(budget)
+
+
+def test_a_round_without_distributions_trains_pairs_and_refuses_what_reads_them(
+    tmp_path: Path, toy_cache: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    cache = shutil.copytree(toy_cache, tmp_path / "cache")
+    options: dict[str, Any] = {"teacher": str(toy_teacher), "out": cache, "engine": "transformers", "device": "cpu"}
+    build_cache(CacheConfig(student=str(toy_student), round="bare", top_k=0, **options))
+    paired = {"level": "sequence", "round": "bare", "sft_weight": 0.5, "kd_weight": 0.5}
+    line = metrics(train(config(tmp_path / "run", cache, toy_student, steps=1, **paired)))[0]
+    assert line["kld"] > 0
+    assert line["loss_kd"] > 0
+    with pytest.raises(UserError, match="the round has no distributions, which --objective forward-kl"):
+        train(config(tmp_path / "kl", cache, toy_student, objective="forward-kl", round="bare"))
