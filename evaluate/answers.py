@@ -1,8 +1,13 @@
-"""Generated answers on disk: one Parquet file a model, data set and seed, which says what made it."""
+"""Answers on disk: one Parquet file a model, data set and seed, which says what made it.
+
+While a file's answers come in they are kept one a line beside it, so that a killed run repeats those under way alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,22 +32,25 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer: text without special tokens, ids with their EOS, and why it ended."""
+    """One answer: text without special tokens, ids with their EOS, and why it ended.
+
+    An answer that was given as text alone has no ids and no reason.
+    """
 
     example_id: str
     response: str
     response_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
 
     @property
-    def num_tokens(self) -> int:
-        """Length in tokens, EOS included."""
-        return len(self.response_ids)
+    def num_tokens(self) -> int | None:
+        """Length in tokens, EOS included; None where only the text is known."""
+        return None if self.finish_reason is None else len(self.response_ids)
 
 
-def answers_path(out: Path, model: str, data: str, seed: int) -> Path:
-    """Where the answers of one model to one data set with one seed stand."""
-    return out / "generations" / model / data / f"seed-{seed}.parquet"
+def answers_path(folder: Path, model: str, data: str, seed: int) -> Path:
+    """Where in `folder` the answers of one model to one data set with one seed stand."""
+    return folder / model / data / f"seed-{seed}.parquet"
 
 
 def write_answers(path: Path, answers: list[Answer], fingerprint: str) -> None:
@@ -80,3 +88,45 @@ def read_answers(path: Path, fingerprint: str, example_ids: list[str]) -> list[A
         say(f"{path} does not hold the {len(example_ids)} expected rows; its answers are generated again")
         return None
     return answers
+
+
+class PartialAnswers:
+    """The answers of a file that is not complete yet, a line each; the first line is the file's fingerprint."""
+
+    def __init__(self, answers_file: Path, fingerprint: str) -> None:
+        self.path = answers_file.with_suffix(".partial.jsonl")
+        self._fingerprint = fingerprint
+        self._num_bytes = 0  # up to the end of the last whole line
+
+    def read(self, example_ids: Sequence[str]) -> list[Answer | None]:
+        """The answers that are there, in the order of `example_ids`; a line cut short and all after it are dropped."""
+        found: dict[str, Answer] = {}
+        self._num_bytes = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ()):
+            try:
+                value = json.loads(line)
+                if number == 0 and value != {"fingerprint": self._fingerprint}:
+                    break
+                if number > 0:
+                    found[value["example_id"]] = Answer(**value)
+            except (ValueError, TypeError, KeyError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            self._num_bytes += len(line)
+        return [found.get(example_id) for example_id in example_ids]
+
+    def append(self, answer: Answer) -> None:
+        """Add one answer; `read` must have been called before the first."""
+        lines = [{"fingerprint": self._fingerprint}] if self._num_bytes == 0 else []
+        text = "".join(json.dumps(line) + "\n" for line in (*lines, asdict(answer))).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.truncate(self._num_bytes)
+            file.seek(self._num_bytes)
+            file.write(text)
+        self._num_bytes += len(text)
+
+    def discard(self) -> None:
+        """Remove the lines: the whole file is written."""
+        self.path.unlink(missing_ok=True)

@@ -1,37 +1,56 @@
-"""Length buckets: rows by the white-space words of their gold response (paper, Tables 4-5 and Fig. 5)."""
+"""Length buckets: rows by the length of their gold response (paper, Tables 4-5 and Fig. 5), or answers by their own."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean, median
+from typing import Literal
+
+#: an edge of the buckets: a length, or a statistic of the set's gold responses
+Statistic = Literal["median", "mean"]
+Edge = int | Statistic
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Rows whose gold response has `low` words or more and fewer than `high`; `high` None is without end."""
+    """Rows of `low` words (or tokens) or more and fewer than `high`; `high` None is without end."""
 
     low: int
     high: int | None
 
     @property
     def label(self) -> str:
-        """The half-open range as text, in words: `[30,70)`."""
+        """The half-open range as text: `[30,70)`."""
         return f"[{self.low},{'inf' if self.high is None else self.high})"
 
 
+def resolve_edges(edges: Sequence[Edge], lengths: Sequence[int]) -> tuple[int, ...]:
+    """The edges as lengths, rising; `median` and `mean` are those of `lengths`, rounded to whole ones (at least 1).
+
+    Edges that fall together are one: a set whose median is its mean has a bucket less.
+    """
+    statistics = {"median": median, "mean": mean}
+    found = {
+        max(1, round(statistics[edge](lengths))) if isinstance(edge, str) else edge
+        for edge in edges
+    }  # fmt: skip
+    return tuple(sorted(found))
+
+
 def buckets_of(edges: Sequence[int]) -> list[Bucket]:
-    """The `len(edges) + 1` buckets that strictly rising, positive `edges` (words) cut [0, inf) into."""
+    """The `len(edges) + 1` buckets that strictly rising, positive `edges` cut [0, inf) into."""
     bounds: list[int | None] = [*edges, None]
     return [Bucket(low, high) for low, high in zip([0, *edges], bounds, strict=True)]
 
 
-def bucket_index(num_words: int, edges: Sequence[int]) -> int:
-    """Which bucket `num_words` falls in. Left-closed: 30 words with edges (30, 70) are in bucket 1.
+def bucket_index(length: int, edges: Sequence[int]) -> int:
+    """Which bucket `length` falls in. Left-closed: 30 words with edges (30, 70) are in bucket 1.
 
     The paper does not state the side; its percentages on DollyEval imply left-closed (233/108/159 rows).
     """
-    return bisect_right(edges, num_words)
+    return bisect_right(edges, length)
 
 
 def num_words(references: Sequence[str]) -> int:

@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.evaluate.answers import Answer
 from dpkd.evaluate.candidates import Candidate, open_candidates
 from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.duplicates import count_duplicates
 from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
 from dpkd.evaluate.generation import generate_answers
+from dpkd.evaluate.markdown import markdown_table
+from dpkd.evaluate.named_sets import resolve_sets
 from dpkd.evaluate.plot import plot_rouge_by_bucket, require_matplotlib
-from dpkd.evaluate.report import FORMAT_VERSION, build_report, markdown_table, write_report
-from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
+from dpkd.evaluate.predictions import Predictions, read_predictions
+from dpkd.evaluate.report import FORMAT_VERSION, build_report, write_report
+from dpkd.evaluate.scoring import score_sets, write_per_example
 from dpkd.teacher_cache.engine import resolve_engine
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_text
@@ -23,7 +26,7 @@ from dpkd.teacher_cache.identity import differences, fingerprint
 from dpkd.teacher_cache.progress import Progress, say
 
 # options that change no number: where results go (a folder may move), and how much memory is used
-_FREE_OPTIONS = frozenset({"out", "max_num_seqs"})
+_FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "scoring_processes", "data_dir"})
 
 
 CountOverlap = Callable[[str, Sequence[Candidate], Sequence[EvalSet]], dict[str, Any]]
@@ -39,47 +42,76 @@ def evaluate(config: EvalConfig, count_overlap: CountOverlap | None = None) -> P
     Raises `UserError`, before any model runs, for whatever in the options cannot be used.
     """
     require_matplotlib()
-    engine = resolve_engine(config.engine)
+    engine = resolve_engine(config.engine) if config.model else None
     # spelled out, so that the saved options say what was run and equal ones compare equal
-    config = config.model_copy(update={"seeds": config.resolved_seeds()})
+    config = config.model_copy(update={"seeds": config.resolved_seeds(), "data": resolve_sets(config)})
     _check_options(config)
     candidates = open_candidates(config)
     eval_sets = read_eval_sets(config, candidates)
-    overlap = None
-    if config.cache is not None:
-        if count_overlap is None:
-            raise UserError("option 'cache' needs the function that reads it", advice="Use `dpkd eval --cache`")
-        overlap = count_overlap(config.cache, candidates, eval_sets)
-    identity = _identity(config, engine, candidates, eval_sets, overlap)
+    given = read_predictions(config, eval_sets)
+    overlap = _count_overlap(config, candidates, eval_sets, count_overlap)
+    duplicates = None if config.train_data is None else count_duplicates(config.train_data, eval_sets)
+    identity = _identity(config, engine, candidates, eval_sets, given)
+    if overlap is not None:
+        identity["cache"] = overlap["cache"]
+    if duplicates is not None:
+        identity["train_data"] = duplicates["train_data"]
     report_path = config.out / "report.json"
     if _is_complete(report_path, identity):
         say(f"the evaluation in {config.out} is complete already")
         return report_path
     _save_options(config)
 
-    answers = {candidate.name: generate_answers(config, engine, candidate, eval_sets) for candidate in candidates}
-    scored_sets = _score(config, eval_sets, answers)
-    report = build_report(config, identity, fingerprint(identity), eval_sets, scored_sets, overlap)
-    write_per_example(config.out / "per_example.parquet", scored_sets, config.buckets)
+    answers = {
+        candidate.name: generate_answers(config, engine, candidate, eval_sets)
+        for candidate in candidates
+        if engine is not None
+    } | {predictions.name: predictions.answers for predictions in given}
+    num_answers = sum(len(found) for answers_of in answers.values() for found in answers_of.values())
+    with Progress("scoring", num_answers, "responses") as progress:
+        scored_sets = score_sets(config, eval_sets, answers, progress)
+    report = build_report(config, identity, fingerprint(identity), eval_sets, scored_sets, overlap, duplicates)
+    write_per_example(config.out / "per_example.parquet", scored_sets)
     write_text(config.out / "report.md", markdown_table(report))
     plot_rouge_by_bucket(report, config.out / "rouge_by_bucket.png")
     write_report(report_path, report)
     return report_path
 
 
-def _identity(
+def _count_overlap(
     config: EvalConfig,
-    engine: str,
     candidates: Sequence[Candidate],
     eval_sets: Sequence[EvalSet],
-    overlap: dict[str, Any] | None,
+    count_overlap: CountOverlap | None,
+) -> dict[str, Any] | None:
+    if config.cache is None:
+        return None
+    if count_overlap is None:
+        raise UserError("option 'cache' needs the function that reads it", advice="Use `dpkd eval --cache`")
+    if not candidates:
+        raise UserError(
+            "prompts are compared with a cache by a model's tokenizer, and there is no model",
+            where="--cache",
+            advice="Give --model too, or --train-data with the rows behind the cache",
+        )
+    return count_overlap(config.cache, candidates, eval_sets)
+
+
+def _identity(
+    config: EvalConfig,
+    engine: str | None,
+    candidates: Sequence[Candidate],
+    eval_sets: Sequence[EvalSet],
+    given: Sequence[Predictions],
 ) -> dict[str, Any]:
     """What the report is a function of: settings, and models and data by content; no path and no software."""
-    settings = config.model_dump(mode="json", exclude={"model", "data", "cache", *_FREE_OPTIONS})
-    return ({} if overlap is None else {"cache": overlap["cache"]}) | {
+    places = {"model", "data", "cache", "predictions", "train_data"}
+    settings = config.model_dump(mode="json", exclude={*places, *_FREE_OPTIONS})
+    return {
         "format_version": FORMAT_VERSION,
         "settings": {**settings, "engine": engine},
         "models": {candidate.name: candidate.identity for candidate in candidates},
+        "predictions": {predictions.name: predictions.identity for predictions in given},
         "data": {eval_set.name: eval_set.identity for eval_set in eval_sets},
     }
 
@@ -140,18 +172,5 @@ def _other_run(out: Path, changed: Sequence[str]) -> UserError:
         "the output directory holds another run",
         found="; ".join(changed),
         where=out,
-        advice="Give another --out; nothing was overwritten",
+        advice="Give another --out (with --generations its answers are used again); nothing was overwritten",
     )
-
-
-def _score(
-    config: EvalConfig, eval_sets: Sequence[EvalSet], answers: dict[str, dict[tuple[str, int], list[Answer]]]
-) -> list[ScoredSet]:
-    seeds = config.resolved_seeds()
-    total = len(answers) * len(seeds) * sum(len(eval_set.examples) for eval_set in eval_sets)
-    with Progress("scoring", total, "responses") as progress:
-        return [
-            score_answers(model, eval_set, {seed: answers_of[eval_set.name, seed] for seed in seeds}, progress)
-            for model, answers_of in answers.items()
-            for eval_set in eval_sets
-        ]

@@ -1,4 +1,4 @@
-"""Answers of one model to every data set with every seed, from one engine start, resumed file by file."""
+"""Answers of one model to every data set with every seed, from one engine start, resumed answer by answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answers
+from dpkd.evaluate.answers import Answer, PartialAnswers, answers_path, read_answers, write_answers
 from dpkd.evaluate.candidates import Candidate
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
@@ -20,6 +20,7 @@ from dpkd.teacher_cache.engine import (
     open_engine,
     results_only,
 )
+from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.identity import fingerprint
 from dpkd.teacher_cache.progress import Progress, say
 
@@ -35,8 +36,12 @@ class _File:
     seed: int
     path: Path
     fingerprint: str
+    partial: PartialAnswers
     answers: list[Answer | None] = field(default_factory=list)
-    num_missing: int = 0
+
+    @property
+    def num_missing(self) -> int:
+        return sum(answer is None for answer in self.answers)
 
 
 def request_seed(seed: int, example_id: str) -> int:
@@ -58,9 +63,9 @@ def generate_answers(
 ) -> dict[tuple[str, int], list[Answer]]:
     """The answers of `candidate` by (data set, seed), in the order of the set's examples.
 
-    Answers files in `config.out` that the same inputs made are reused; the engine starts only for what is
-    missing. A file is written as soon as its last answer is in: a killed run repeats at most the files then
-    under way. Raises `UserError` when the engine cannot start.
+    Answers that the same inputs made are reused; the engine starts only for what is missing. Each answer is kept as it
+    comes in, and a file is written with its last: a killed run repeats the answers then under way alone. Raises
+    `UserError` when the engine cannot start, and for a shared directory of answers that other inputs made.
     """
     sampling = Sampling(
         config.temperature, config.top_p, config.max_new_tokens, tuple(candidate.source.stop_token_ids())
@@ -76,7 +81,7 @@ def generate_answers(
             open_engine(engine, candidate.source, config.engine_options()) as running,
             Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress,
         ):
-            places = [(file, row) for file in files if file.num_missing for row in range(len(file.answers))]
+            places = [(file, row) for file in files for row, found in enumerate(file.answers) if found is None]
             for result in results_only(running.generate(_requests(places, candidate.name), sampling)):
                 file, row = places[result.index]
                 _take(file, row, result, candidate)
@@ -112,11 +117,19 @@ def _open_files(
         }
         shared = fingerprint(made_by)
         for seed in config.resolved_seeds():
-            path = answers_path(config.out, candidate.name, eval_set.name, seed)
-            file = _File(eval_set, seed, path, fingerprint({"shared": shared, "seed": seed}))
+            path = answers_path(config.generations_dir(), candidate.name, eval_set.name, seed)
+            made_by_all = fingerprint({"shared": shared, "seed": seed})
+            file = _File(eval_set, seed, path, made_by_all, PartialAnswers(path, made_by_all))
             found = read_answers(path, file.fingerprint, example_ids)
-            file.answers = [None] * len(example_ids) if found is None else list(found)
-            file.num_missing = len(example_ids) if found is None else 0
+            if found is None and config.generations is not None and path.exists():
+                raise UserError(
+                    "the directory of shared answers holds a file that other inputs made",
+                    where=path,
+                    advice="Give another --generations, or the model another name; nothing was overwritten",
+                )
+            file.answers = file.partial.read(example_ids) if found is None else list(found)
+            if found is None and file.num_missing == 0:
+                _write(file)  # killed between the last answer and its file
             files.append(file)
     return files
 
@@ -133,15 +146,21 @@ def _requests(places: Sequence[tuple[_File, int]], model: str) -> Iterator[Gener
 def _take(file: _File, row: int, result: EngineResult, candidate: Candidate) -> None:
     assert file.answers[row] is None, "the engine answered a request twice"
     response_ids = [int(token) for token in result.response_ids]
-    file.answers[row] = Answer(
+    answer = Answer(
         file.eval_set.examples[row].example_id,
         candidate.encoder.decode(response_ids),
         response_ids,
         result.finish_reason,
     )
-    file.num_missing -= 1
+    file.answers[row] = answer
+    file.partial.append(answer)
     if file.num_missing == 0:
-        write_answers(file.path, _complete(file), file.fingerprint)
+        _write(file)
+
+
+def _write(file: _File) -> None:
+    write_answers(file.path, _complete(file), file.fingerprint)
+    file.partial.discard()
 
 
 def _complete(file: _File) -> list[Answer]:

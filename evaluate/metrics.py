@@ -1,27 +1,52 @@
-"""Rouge-L and exact match of one answer against its references, as the paper's family (MiniLLM) does."""
+"""Scores of one answer against its references, and measures of the answers alone."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
+from dpkd.evaluate.rouge import RougeTokenizer, rouge
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+#: words in the runs whose repetition within an answer is measured
+REPEATED_RUN = 4
+
+
+class Scores(NamedTuple):
+    """What is measured of one answer; the names are those of the report.
+
+    Rouge and exact match run from 0 to 100, `num_words` counts white-space words, `self_repetition` is the share of the
+    answer's runs of four words that stand in it before (0 to 100).
+    """
+
+    rouge_l: float
+    exact_match: float
+    rouge_1: float
+    rouge_2: float
+    num_words: float
+    self_repetition: float
+
+
+def score(prediction: str, references: Sequence[str], tokenizer: RougeTokenizer = "default") -> Scores:
+    """All scores of one answer; raises `ValueError` when there is no reference."""
+    found = rouge(prediction, references, tokenizer)
+    return Scores(
+        rouge_l=found.rouge_l,
+        exact_match=exact_match(prediction, references),
+        rouge_1=found.rouge_1,
+        rouge_2=found.rouge_2,
+        num_words=float(len(prediction.split())),
+        self_repetition=self_repetition(prediction),
+    )
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """Rouge-L F-measure of `prediction`, the best over `references`, from 0 to 100.
+    """Rouge-L F-measure of `prediction`, the best over `references`, from 0 to 100, with Rouge's own tokens.
 
-    Tokens are `rouge_score`'s: lower-cased runs of a-z and 0-9, stemmed (Porter) when over three characters.
     Raises `ValueError` when there is no reference.
     """
-    if not references:
-        raise ValueError("Rouge-L needs at least one reference")
-    return max(_rouge_l_of_pair(prediction, reference) for reference in references)
+    return rouge(prediction, references).rouge_l
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -43,13 +68,25 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
 
 
-@lru_cache(maxsize=65536)  # greedy models and short answers give the same text for many seeds
-def _rouge_l_of_pair(prediction: str, reference: str) -> float:
-    return 100.0 * float(_scorer().score(target=reference, prediction=prediction)["rougeL"].fmeasure)
+def self_repetition(text: str) -> float:
+    """Share of the runs of four lower-cased words that repeat an earlier one, from 0 to 100; 0 for fewer words."""
+    runs = _runs(text, REPEATED_RUN)
+    return 100.0 * (1 - len(set(runs)) / len(runs)) if runs else 0.0
 
 
-@cache
-def _scorer() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer
+def distinct(texts: Iterable[str], size: int) -> float | None:
+    """Distinct-n (Li et al., 2016): different runs of `size` lower-cased words over all runs of all texts, 0 to 100.
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    It falls as there is more text, so compare sets of like size. None where no text has so many words.
+    """
+    total, different = 0, set()
+    for text in texts:
+        runs = _runs(text, size)
+        total += len(runs)
+        different.update(runs)
+    return 100.0 * len(different) / total if total else None
+
+
+def _runs(text: str, size: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return [tuple(words[place : place + size]) for place in range(len(words) - size + 1)]

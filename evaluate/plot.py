@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.evaluate.buckets import Bucket
-from dpkd.evaluate.report import decoding_text
+from dpkd.evaluate.report import decoding_text, length_text
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import replacing
 
@@ -91,7 +91,7 @@ def _draw_panel(panel: Axes, report: dict[str, Any], data: str) -> None:
     panel.set_xlim(-0.6, len(buckets) - 0.4)
     panel.set_ylim(bottom=0)
     panel.set_title(f"{data}: {report['data'][data]['n']} rows", fontsize=10)
-    panel.set_xlabel("length of the gold response (words)")
+    panel.set_xlabel(length_text(report))
     panel.set_ylabel("Rouge-L (0 to 100)")
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     panel.set_axisbelow(True)

@@ -1,23 +1,28 @@
-"""The report: means with intervals by model, data set and length bucket, as JSON and as a Markdown table."""
+"""The report: scores with intervals by model, data set and length bucket, differences between models, as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpkd.evaluate.bootstrap import mean_interval
-from dpkd.evaluate.buckets import Bucket, buckets_of
+from dpkd.evaluate.bootstrap import ALPHA, POWER, holm, mean_intervals, paired_difference
+from dpkd.evaluate.buckets import buckets_of
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.evaluate.scoring import ScoredSet, bucket_indices
+from dpkd.evaluate.metrics import distinct
+from dpkd.evaluate.scoring import ScoredSet
 from dpkd.teacher_cache.files import write_text
 from dpkd.teacher_cache.identity import software_versions
 
-FORMAT_VERSION = 1
+#: of `report.json`; what each version holds is in docs/evaluation.md
+FORMAT_VERSION = 2
+#: the metrics in which models are compared
+COMPARED = ("rouge_l", "exact_match")
 
 
 def build_report(
@@ -27,14 +32,15 @@ def build_report(
     eval_sets: Sequence[EvalSet],
     scored_sets: Sequence[ScoredSet],
     overlap: dict[str, Any] | None = None,
+    duplicates: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that `report.json` holds.
 
     `identity` is what `fingerprint` was taken of: the settings, and models and data by content. Software
-    versions stand outside of it. Scores run from 0 to 100, lengths are tokens (EOS included), bucket edges
-    are words; the interval of a bucket without rows is all null. `overlap` is None where no cache was given.
+    versions stand outside of it. Scores run from 0 to 100, token counts have EOS; the interval of a bucket without
+    rows is all null. `overlap` is None where no cache was given, `duplicates` where no training data was.
     """
-    models: dict[str, Any] = {name: {"data": {}} for name in config.model}
+    models: dict[str, Any] = {name: {"data": {}} for name in config.names}
     for scored in scored_sets:
         models[scored.model]["data"][scored.eval_set.name] = _summary(scored, config)
     return {
@@ -42,9 +48,17 @@ def build_report(
         "fingerprint": fingerprint,
         "settings": identity["settings"],
         "models": models,
-        "data": {eval_set.name: {"n": len(eval_set.examples)} for eval_set in eval_sets},
-        "identities": {key: identity[key] for key in ("models", "data", "cache") if key in identity},
+        "data": {eval_set.name: _about(eval_set) for eval_set in eval_sets},
+        "comparisons": {
+            eval_set.name: _comparisons([scored for scored in scored_sets if scored.eval_set is eval_set], config)
+            for eval_set in eval_sets
+        },
+        "significance": {"alpha": ALPHA, "power": POWER},
+        "identities": {
+            key: identity[key] for key in ("models", "predictions", "data", "cache", "train_data") if key in identity
+        },
         "overlap": overlap,
+        "duplicates": duplicates,
         "skipped": {
             eval_set.name: [{"line": row.line, "reason": row.reason} for row in eval_set.skipped]
             for eval_set in eval_sets
@@ -53,38 +67,83 @@ def build_report(
     }
 
 
-def _summary(scored: ScoredSet, config: EvalConfig) -> dict[str, Any]:
-    bucket_N = bucket_indices(scored.eval_set, config.buckets)
-    answers = [answer for answers_N in scored.answers_SN for answer in answers_N]
+def _about(eval_set: EvalSet) -> dict[str, Any]:
     return {
-        "n": len(bucket_N),
-        **_intervals(scored, np.full(len(bucket_N), True), config),
-        "buckets": [
+        "n": len(eval_set.examples),
+        "num_rows": eval_set.num_rows,
+        "num_without_reference": eval_set.num_without_reference,
+        "edges": list(eval_set.edges),
+        "lost_text": eval_set.lost.as_dict(),
+    }
+
+
+def _summary(scored: ScoredSet, config: EvalConfig) -> dict[str, Any]:
+    answers = [answer for answers_N in scored.answers_SN for answer in answers_N]
+    num_tokens = [answer.num_tokens for answer in answers if answer.num_tokens is not None]
+    reasons = [answer.finish_reason for answer in answers if answer.finish_reason is not None]
+    summary: dict[str, Any] = {
+        "n": len(scored.eval_set.examples),
+        **_intervals(scored, np.full(scored.bucket_SN.shape, True), config),
+        "buckets": [],
+    }
+    for index, bucket in enumerate(buckets_of(scored.eval_set.edges)):
+        in_bucket_SN = scored.bucket_SN == index
+        summary["buckets"].append(
             {
                 "low": bucket.low,
                 "high": bucket.high,
-                "n": int((bucket_N == index).sum()),
-                **_intervals(scored, bucket_N == index, config),
+                "n": int(in_bucket_SN.any(axis=0).sum()),
+                "num_answers": int(in_bucket_SN.sum()),
+                **_intervals(scored, in_bucket_SN, config),
             }
-            for index, bucket in enumerate(buckets_of(config.buckets))
-        ],
-        "seeds": [
-            {"seed": seed, "rouge_l": float(rouge_l_N.mean()), "exact_match": float(exact_match_N.mean())}
-            for seed, rouge_l_N, exact_match_N in zip(
-                scored.seeds, scored.rouge_l_SN, scored.exact_match_SN, strict=True
-            )
-        ],
-        "mean_response_tokens": float(np.mean([answer.num_tokens for answer in answers])),
-        "share_unfinished": float(np.mean([answer.finish_reason == "length" for answer in answers])),
-    }
+        )
+    summary["seeds"] = [
+        {"seed": seed, **{metric: float(scored.scores[metric][place].mean()) for metric in COMPARED}}
+        for place, seed in enumerate(scored.seeds)
+    ]
+    for size in (1, 2):
+        found = [distinct((answer.response for answer in answers_N), size) for answers_N in scored.answers_SN]
+        known = [value for value in found if value is not None]
+        summary[f"distinct_{size}"] = float(np.mean(known)) if known else None
+    summary["mean_response_tokens"] = float(np.mean(num_tokens)) if num_tokens else None
+    summary["share_unfinished"] = float(np.mean([reason == "length" for reason in reasons])) if reasons else None
+    return summary
 
 
-def _intervals(scored: ScoredSet, chosen_N: np.ndarray, config: EvalConfig) -> dict[str, Any]:
+def _intervals(scored: ScoredSet, counted_SN: np.ndarray, config: EvalConfig) -> dict[str, Any]:
     # one seed for all: every model is resampled alike, so that their intervals differ by their answers alone
-    return {
-        metric: mean_interval(scores_SN[:, chosen_N], config.num_bootstrap, config.bootstrap_seed).as_dict()
-        for metric, scores_SN in (("rouge_l", scored.rouge_l_SN), ("exact_match", scored.exact_match_SN))
-    }
+    values_KSN = np.stack([np.where(counted_SN, values_SN, np.nan) for values_SN in scored.scores.values()])
+    intervals = mean_intervals(values_KSN, config.num_bootstrap, config.bootstrap_seed)
+    return {metric: interval.as_dict() for metric, interval in zip(scored.scores, intervals, strict=True)}
+
+
+def _comparisons(scored_sets: Sequence[ScoredSet], config: EvalConfig) -> list[dict[str, Any]]:
+    """Every pair of models: the later one of the options less the earlier one, its baseline."""
+    rows: list[dict[str, Any]] = []
+    for baseline, model in combinations(scored_sets, 2):
+        row: dict[str, Any] = {"model": model.model, "baseline": baseline.model}
+        for metric in COMPARED:
+            row[metric] = _difference(model, baseline, metric, slice(None), config)
+        if config.bucket_of == "reference":  # else the two have different rows in a bucket
+            bucket_N = model.bucket_SN[0]
+            row["buckets"] = [
+                {metric: _difference(model, baseline, metric, bucket_N == index, config) for metric in COMPARED}
+                for index in range(len(model.eval_set.edges) + 1)
+            ]
+        rows.append(row)
+    for metric in COMPARED:
+        for row, p_value in zip(rows, holm([row[metric]["p_value"] for row in rows]), strict=True):
+            row[metric]["p_holm"] = p_value
+    return rows
+
+
+def _difference(
+    model: ScoredSet, baseline: ScoredSet, metric: str, chosen: slice | np.ndarray, config: EvalConfig
+) -> dict[str, Any]:
+    difference = paired_difference(
+        model.scores[metric][:, chosen], baseline.scores[metric][:, chosen], config.num_bootstrap, config.bootstrap_seed
+    )
+    return difference.as_dict()
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -94,6 +153,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 def decoding_text(report: dict[str, Any]) -> str:
     """How answers were drawn, in words: seeds, temperature, top-p and the longest answer in tokens."""
+    if not report["identities"].get("models"):
+        return "answers given as text"
     settings = report["settings"]
     seeds = ", ".join(map(str, settings["seeds"]))
     drawn = (
@@ -105,42 +166,8 @@ def decoding_text(report: dict[str, Any]) -> str:
     return f"{drawn}, {label} {seeds}, at most {settings['max_new_tokens']} tokens"
 
 
-def markdown_table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a table for each data set with a row for each model. Ends with a line break."""
+def length_text(report: dict[str, Any]) -> str:
+    """Whose length the buckets are of, and in which unit."""
     settings = report["settings"]
-    parts = [
-        "# Evaluation\n",
-        f"Template {settings['template']}; {decoding_text(report)}. Rouge-L and exact match from 0 to 100, "
-        "each row's score averaged over seeds; in brackets the 95% bootstrap interval over rows. Columns "
-        "such as [0,30) hold the Rouge-L of the rows whose gold response has so many words.\n",
-    ]
-    for data, about in report["data"].items():
-        num_skipped = len(report["skipped"][data])
-        left_out = f", {num_skipped} left out" if num_skipped else ""
-        if report.get("overlap"):
-            left_out += f", {len(report['overlap']['rows'][data])} of the prompts also in the training cache"
-        parts += [f"## {data} ({about['n']} rows{left_out})\n", _table(report, data)]
-    return "\n".join(parts)
-
-
-def _table(report: dict[str, Any], data: str) -> str:
-    summaries = {name: model["data"][data] for name, model in report["models"].items()}
-    buckets = next(iter(summaries.values()))["buckets"]
-    header = ["Model", "Rouge-L"]
-    header += [f"{Bucket(bucket['low'], bucket['high']).label} (n={bucket['n']})" for bucket in buckets]
-    header.append("Exact match")
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name, summary in summaries.items():
-        scores = [
-            summary["rouge_l"],
-            *(bucket["rouge_l"] for bucket in summary["buckets"]),
-            summary["exact_match"],
-        ]
-        rows.append([f"`{name}`", *map(_cell, scores)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _cell(interval: dict[str, float | None]) -> str:
-    if interval["mean"] is None:
-        return "-"
-    return f"{interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+    whose = "answer itself" if settings["bucket_of"] == "prediction" else "gold response"
+    return f"length of the {whose} in {settings['bucket_by']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpkd.evaluate.answers import Answer
-from dpkd.evaluate.buckets import bucket_index, buckets_of, num_words
+from dpkd.evaluate.buckets import bucket_index, buckets_of
+from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
-from dpkd.evaluate.metrics import exact_match, rouge_l
+from dpkd.evaluate.metrics import Scores
+from dpkd.evaluate.score_pool import score_pairs
+from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import replacing
 from dpkd.teacher_cache.progress import Progress
 
@@ -29,8 +32,7 @@ _SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("references", pa.list_(pa.field("element", pa.string()))),
         ("response", pa.string()),
-        ("rouge_l", pa.float64()),
-        ("exact_match", pa.float64()),
+        *((name, pa.float64()) for name in Scores._fields),
         ("finish_reason", pa.string()),
         ("num_tokens", pa.int32()),
     ]
@@ -39,48 +41,82 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """One model's answers to one data set: S seeds by N examples, scores from 0 to 100."""
+    """One model's answers to one data set: S seeds by N examples.
+
+    `scores` holds the arrays [S, N] of `metrics.Scores` by name, `bucket_SN` each answer's length bucket: that of its
+    example, or its own.
+    """
 
     model: str
     eval_set: EvalSet
     seeds: tuple[int, ...]
     answers_SN: list[list[Answer]]
-    rouge_l_SN: np.ndarray
-    exact_match_SN: np.ndarray
+    scores: dict[str, np.ndarray]
+    bucket_SN: np.ndarray
 
 
-def score_answers(
-    model: str, eval_set: EvalSet, answers_by_seed: dict[int, list[Answer]], progress: Progress
-) -> ScoredSet:
-    """Rouge-L and exact match of every answer; `answers_by_seed` is aligned with the set's examples."""
-    shape = (len(answers_by_seed), len(eval_set.examples))
-    rouge_l_SN, exact_match_SN = np.empty(shape), np.empty(shape)
-    for place, answers in enumerate(answers_by_seed.values()):
-        for row, (answer, example) in enumerate(zip(answers, eval_set.examples, strict=True)):
-            rouge_l_SN[place, row] = rouge_l(answer.response, example.references)
-            exact_match_SN[place, row] = exact_match(answer.response, example.references)
-            progress.advance()
-    return ScoredSet(
-        model, eval_set, tuple(answers_by_seed), list(answers_by_seed.values()), rouge_l_SN, exact_match_SN
-    )
+def score_sets(
+    config: EvalConfig,
+    eval_sets: Sequence[EvalSet],
+    answers: Mapping[str, Mapping[tuple[str, int], list[Answer]]],
+    progress: Progress,
+) -> list[ScoredSet]:
+    """All scores of every answer, in one go on all cores; `answers[model][set, seed]` is in the set's order."""
+    parts = [
+        (model, eval_set, {seed: found for (data, seed), found in answers_of.items() if data == eval_set.name})
+        for model, answers_of in answers.items()
+        for eval_set in eval_sets
+    ]
+    pairs = [
+        (answer.response, example.references)
+        for _, eval_set, by_seed in parts
+        for found in by_seed.values()
+        for answer, example in zip(found, eval_set.examples, strict=True)
+    ]
+    rows = iter(score_pairs(pairs, config.rouge_tokenizer, config.scoring_processes, progress))
+    scored_sets = []
+    for model, eval_set, by_seed in parts:
+        shape = (len(by_seed), len(eval_set.examples))
+        values = np.array([next(rows) for _ in range(shape[0] * shape[1])], dtype=np.float64).reshape(*shape, -1)
+        scores = {name: values[:, :, place] for place, name in enumerate(Scores._fields)}
+        found = list(by_seed.values())
+        bucket_SN = bucket_indices(eval_set, found, scores["num_words"], config)
+        scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), found, scores, bucket_SN))
+    return scored_sets
 
 
-def bucket_indices(eval_set: EvalSet, edges: Sequence[int]) -> np.ndarray:
-    """The length bucket of each of the set's N examples, as an index into `buckets_of(edges)`."""
-    return np.array([bucket_index(num_words(example.references), edges) for example in eval_set.examples], dtype=int)
+def bucket_indices(
+    eval_set: EvalSet, answers_SN: Sequence[Sequence[Answer]], num_words_SN: np.ndarray, config: EvalConfig
+) -> np.ndarray:
+    """The length bucket of each answer [S, N], as an index into `buckets_of(eval_set.edges)`."""
+    if config.bucket_of == "reference":
+        lengths_SN = np.tile(np.array(eval_set.lengths, dtype=int), (len(answers_SN), 1))
+    elif config.bucket_by == "words":
+        lengths_SN = num_words_SN.astype(int)
+    else:
+        counts = [[answer.num_tokens for answer in answers] for answers in answers_SN]
+        if any(count is None for row in counts for count in row):
+            raise UserError(
+                "buckets by the answers' tokens need answers whose tokens are known",
+                found="predictions, which are text alone",
+                where="--bucket-by",
+                advice="Give --bucket-by words, or --bucket-of reference",
+            )
+        lengths_SN = np.array(counts, dtype=int)
+    return np.vectorize(lambda length: bucket_index(length, eval_set.edges), otypes=[int])(lengths_SN)
 
 
-def write_per_example(path: Path, scored_sets: Sequence[ScoredSet], edges: Sequence[int]) -> None:
+def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
     """Write one row a model, data set, seed and example to `path` (Parquet), one row group a set and seed."""
     with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
         for scored in scored_sets:
             for place in range(len(scored.seeds)):
-                writer.write_table(pa.Table.from_pylist(_rows(scored, place, edges), schema=_SCHEMA))
+                writer.write_table(pa.Table.from_pylist(_rows(scored, place), schema=_SCHEMA))
 
 
-def _rows(scored: ScoredSet, place: int, edges: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(scored: ScoredSet, place: int) -> list[dict[str, Any]]:
     eval_set = scored.eval_set
-    buckets = buckets_of(edges)
+    buckets = buckets_of(eval_set.edges)
     return [
         {
             "model": scored.model,
@@ -88,22 +124,13 @@ def _rows(scored: ScoredSet, place: int, edges: Sequence[int]) -> list[dict[str,
             "seed": scored.seeds[place],
             "example_id": example.example_id,
             "category": example.category,
-            "bucket": buckets[bucket].label,
-            "prompt": prompt.text,
+            "bucket": buckets[scored.bucket_SN[place, row]].label,
+            "prompt": eval_set.prompt_text(scored.model, row),
             "references": list(example.references),
             "response": answer.response,
-            "rouge_l": scored.rouge_l_SN[place, row],
-            "exact_match": scored.exact_match_SN[place, row],
+            **{name: values_SN[place, row] for name, values_SN in scored.scores.items()},
             "finish_reason": answer.finish_reason,
             "num_tokens": answer.num_tokens,
         }
-        for row, (example, prompt, answer, bucket) in enumerate(
-            zip(
-                eval_set.examples,
-                eval_set.prompts[scored.model],
-                scored.answers_SN[place],
-                bucket_indices(eval_set, edges),
-                strict=True,
-            )
-        )
+        for row, (example, answer) in enumerate(zip(eval_set.examples, scored.answers_SN[place], strict=True))
     ]

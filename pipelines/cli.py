@@ -15,6 +15,7 @@ from dpkd.pipelines.options import config_command
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.fidelity_config import FidelityConfig
+from dpkd.teacher_cache.serving_config import ServeConfig
 
 app = typer.Typer(
     name="dpkd",
@@ -56,9 +57,15 @@ def _train(config: TrainConfig) -> None:
     print(train(config, rouge_l_of(config)))
 
 
+def _serve_teacher(config: ServeConfig) -> None:
+    from dpkd.teacher_cache.serving import serve_teacher
+
+    serve_teacher(config)
+
+
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
-    from dpkd.evaluate.report import markdown_table
+    from dpkd.evaluate.markdown import markdown_table
     from dpkd.pipelines.overlap import count_overlap
 
     path = evaluate(config, count_overlap)
@@ -76,6 +83,9 @@ def _measure_fidelity(config: FidelityConfig) -> None:
 config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
 config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student of a teacher's layers.")
 config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
+config_command(
+    app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
+)
 config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
 config_command(cache_app, "fidelity", FidelityConfig, _measure_fidelity, about="Hold a cache against its live teacher.")
 

@@ -19,7 +19,7 @@ _IDS = ["x", "y"]
 
 def test_round_trip(tmp_path: Path) -> None:
     path = answers_path(tmp_path, "model", "data", 10)
-    assert path.relative_to(tmp_path).as_posix() == "generations/model/data/seed-10.parquet"
+    assert path.relative_to(tmp_path).as_posix() == "model/data/seed-10.parquet"
     assert read_answers(path, "f1", _IDS) is None
     write_answers(path, _ANSWERS, "f1")
     assert read_answers(path, "f1", _IDS) == _ANSWERS

@@ -17,9 +17,11 @@ from dpkd.evaluate.answers import Answer
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
 from dpkd.evaluate.evaluation import evaluate
+from dpkd.evaluate.markdown import markdown_table
+from dpkd.evaluate.metrics import Scores
 from dpkd.evaluate.plot import plot_rouge_by_bucket
-from dpkd.evaluate.report import build_report, markdown_table, write_report
-from dpkd.evaluate.scoring import ScoredSet, score_answers, write_per_example
+from dpkd.evaluate.report import build_report, write_report
+from dpkd.evaluate.scoring import ScoredSet, score_sets, write_per_example
 from dpkd.teacher_cache.engine import FinishReason
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import Example, SkippedRow
@@ -36,7 +38,17 @@ def eval_set() -> EvalSet:
         for i, words in enumerate(_WORDS)
     ]
     prompts = {name: [EncodedPrompt(example.instruction or "", [1]) for example in examples] for name in "ab"}
-    return EvalSet("dolly", {"name": "d.jsonl", "sha256": "0"}, examples, prompts, [SkippedRow(9, "too long")])
+    return EvalSet(
+        "dolly",
+        {"name": "d.jsonl", "sha256": "0"},
+        examples,
+        prompts,
+        [SkippedRow(9, "too long")],
+        num_rows=5,
+        places=[0, 1, 2, 3],
+        lengths=list(_WORDS),
+        edges=(30, 70),
+    )
 
 
 @pytest.fixture
@@ -55,18 +67,24 @@ def scored_sets(eval_set: EvalSet) -> list[ScoredSet]:
             for example, reason in zip(eval_set.examples, reasons, strict=True)
         ]
 
+    def scores(rouge_l: np.ndarray, exact_match: np.ndarray) -> dict[str, np.ndarray]:
+        others = {name: np.full((2, 4), 7.0) for name in Scores._fields}
+        return others | {"rouge_l": rouge_l, "exact_match": exact_match}
+
     a = np.array([[10.0, 20, 30, 40], [30, 40, 50, 60]])
     exact = np.array([[0.0, 100, 0, 0], [0, 100, 0, 0]])
+    b = scores(np.full((2, 4), 50.0), np.zeros((2, 4)))
+    buckets = np.array([[0, 1, 1, 0]] * 2)
     return [
-        ScoredSet("a", eval_set, (10, 20), [answers(0), answers(2)], a, exact),
-        ScoredSet("b", eval_set, (10, 20), [answers(0)] * 2, np.full((2, 4), 50.0), np.zeros((2, 4))),
+        ScoredSet("a", eval_set, (10, 20), [answers(0), answers(2)], scores(a, exact), buckets),
+        ScoredSet("b", eval_set, (10, 20), [answers(0)] * 2, b, buckets),
     ]
 
 
 @pytest.fixture
 def report(config: EvalConfig, eval_set: EvalSet, scored_sets: list[ScoredSet]) -> dict[str, Any]:
     settings = config.model_dump(mode="json") | {"seeds": [10, 20]}
-    identity = {"settings": settings, "models": {"a": {}, "b": {}}, "data": {"dolly": eval_set.identity}}
+    identity = {"settings": settings, "models": {"a": {"x": 1}, "b": {}}, "data": {"dolly": eval_set.identity}}
     return build_report(config, identity, "f" * 64, [eval_set], scored_sets)
 
 
@@ -114,12 +132,28 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
     assert "Template alpaca" in text
     assert "## dolly (4 rows, 1 left out)" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[0] == "| Model | Rouge-L | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) | Exact match |"
-    assert lines[3] == (
-        "| `b` | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | - | 0.00 [0.00, 0.00] |"
-    )
+    assert lines[0] == "| Model | Rouge-L | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
+    assert lines[3] == "| `b` | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | - |"
     assert lines[2].startswith("| `a` | 35.00 [")
-    assert {line.count("|") for line in lines} == {7}
+    assert lines[4] == "| Model | Exact match | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
+    assert lines[7] == "| `b` | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | - |"
+    assert lines[8].split(" | ")[3:] == [
+        "Words",
+        "Tokens",
+        "Unfinished %",
+        "Distinct-1",
+        "Distinct-2",
+        "Self-repetition |",
+    ]
+    assert lines[10].split(" | ")[3:] == ["7.0", "3.0", "25.0", "25.0", "-", "7.0 |"]
+    # rows are 30, 20, 10 and 0 apart: three won, one tied
+    difference = lines[14].split(" | ")
+    assert difference[0] == "| `b` - `a`"
+    assert difference[1].startswith("+15.00 [+")
+    assert difference[4] == "3 / 1 / 0"
+    assert difference[5] == "18.08"  # 2.8016 * 12.9099 / 2
+    assert {line.count("|") for line in lines[:8]} == {6}
+    assert "a true difference of 18.08 in Rouge-L is found at the level of 5% in 80% of repetitions" in text
 
 
 def test_markdown_says_greedy(report: dict[str, Any]) -> None:
@@ -128,7 +162,7 @@ def test_markdown_says_greedy(report: dict[str, Any]) -> None:
 
 
 def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], tmp_path: Path) -> None:
-    write_per_example(tmp_path / "rows.parquet", scored_sets, (30, 70))
+    write_per_example(tmp_path / "rows.parquet", scored_sets)
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [(row["model"], row["seed"], row["example_id"]) for row in rows] == [
         (model, seed, f"row-{i}") for model in "ab" for seed in (10, 20) for i in range(4)
@@ -145,23 +179,29 @@ def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], 
         "response": "text",
         "rouge_l": 40.0,
         "exact_match": 100.0,
+        **dict.fromkeys(("rouge_1", "rouge_2", "num_words", "self_repetition"), 7.0),
         "finish_reason": "length",
         "num_tokens": 3,
     }
 
 
-def test_answers_are_scored_against_their_own_row_and_best_reference() -> None:
+def test_answers_are_scored_against_their_own_row_and_best_reference(config: EvalConfig) -> None:
     examples = [Example("x", 1, ("no", "the cat sat")), Example("y", 2, ("a dog",))]
-    eval_set = EvalSet("d", {}, examples, {}, [])
+    eval_set = EvalSet("d", {}, examples, {}, [], lengths=[1, 2], edges=(2,))
     by_seed = {
-        1: [Answer("x", "The cat sat.", [1], "stop"), Answer("y", "a dog ran off", [1], "stop")],
-        2: [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
+        ("d", 1): [Answer("x", "The cat sat.", [1], "stop"), Answer("y", "a dog ran off", [1], "stop")],
+        ("d", 2): [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
     }
     with Progress("scoring", 4, "responses") as progress:
-        scored = score_answers("m", eval_set, by_seed, progress)
-    assert progress.done == 4
-    assert scored.rouge_l_SN == pytest.approx(np.array([[100.0, 200 / 3], [0.0, 0.0]]))
-    assert scored.exact_match_SN.tolist() == [[100.0, 0.0], [0.0, 0.0]]
+        (scored,) = score_sets(config, [eval_set], {"m": by_seed}, progress)
+        own = config.model_copy(update={"bucket_of": "prediction"})
+        (by_own_length,) = score_sets(own, [eval_set], {"m": by_seed}, progress)
+    assert progress.done == 8
+    assert scored.seeds == (1, 2)
+    assert scored.scores["rouge_l"] == pytest.approx(np.array([[100.0, 200 / 3], [0.0, 0.0]]))
+    assert scored.scores["exact_match"].tolist() == [[100.0, 0.0], [0.0, 0.0]]
+    assert scored.bucket_SN.tolist() == [[0, 1], [0, 1]]
+    assert by_own_length.bucket_SN.tolist() == [[1, 1], [1, 1]]
 
 
 def _png_size(path: Path) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.evaluation import evaluate
-from dpkd.evaluate.report import markdown_table
+from dpkd.evaluate.markdown import markdown_table
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.settings import read_toml
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from dpkd.evaluate.metrics import exact_match, normalise, rouge_l
+from dpkd.evaluate.metrics import distinct, exact_match, normalise, rouge_l, score, self_repetition
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,29 @@ def test_exact_match_is_all_or_nothing_over_references() -> None:
 def test_no_reference_is_an_error(metric: object) -> None:
     with pytest.raises(ValueError, match="at least one reference"):
         metric("anything", [])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three", 0.0),  # no run of four words
+        ("a b c d e", 0.0),
+        ("a b c d a b c d", 20.0),  # runs abcd bcda cdab dabc abcd: 1 of 5 is a repetition
+        ("no no no no No no", 200 / 3),  # one run three times
+    ],
+)
+def test_self_repetition_by_hand(text: str, expected: float) -> None:
+    assert self_repetition(text) == pytest.approx(expected)
+
+
+def test_distinct_by_hand() -> None:
+    # words a b a | a c: 3 different of 5; pairs ab ba | ac: no pair over the seam, 3 of 3
+    assert distinct(["a b A", "a c"], 1) == pytest.approx(60.0)
+    assert distinct(["a b A", "a c"], 2) == 100.0
+    assert distinct(["a", ""], 2) is None
+
+
+def test_all_scores_of_an_answer() -> None:
+    found = score("The cat sat.", ["the cat sat"])
+    assert found == (100.0, 100.0, 100.0, 100.0, 3.0, 0.0)
+    assert found._fields == ("rouge_l", "exact_match", "rouge_1", "rouge_2", "num_words", "self_repetition")
