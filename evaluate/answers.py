@@ -103,6 +103,8 @@ class PartialAnswers:
         found: dict[str, Answer] = {}
         self._num_bytes = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ()):
+            if not line.endswith(b"\n"):
+                break
             try:
                 value = json.loads(line)
                 if number == 0 and value != {"fingerprint": self._fingerprint}:
@@ -110,8 +112,6 @@ class PartialAnswers:
                 if number > 0:
                     found[value["example_id"]] = Answer(**value)
             except (ValueError, TypeError, KeyError):
-                break
-            if not line.endswith(b"\n"):
                 break
             self._num_bytes += len(line)
         return [found.get(example_id) for example_id in example_ids]

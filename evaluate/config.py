@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from dpkd.evaluate.buckets import Edge, Statistic
 from dpkd.evaluate.rouge import RougeTokenizer
 from dpkd.teacher_cache.engine import EngineOptions, LocalEngineName
+from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.settings import Location, Settings, named_values
 from dpkd.teacher_cache.templates import TemplateName
 
@@ -123,18 +124,13 @@ class EvalConfig(Settings):
         "float32", description="number type of the models' weights"
     )
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _known_sets(cls, value: Any) -> Any:
-        pairs = [value] if isinstance(value, str) else value
-        if not isinstance(pairs, (list, tuple)):
-            return value
-        return [f"{pair}={SET_PREFIX}{pair}" if pair in KNOWN_SETS else pair for pair in pairs]
-
     @field_validator("model", "data", "predictions", mode="before")
     @classmethod
-    def _named_paths(cls, value: Any) -> Any:
-        return named_values(value, "NAME=PATH", "student=runs/dpkd")
+    def _named_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        pairs = [value] if isinstance(value, str) else value
+        if info.field_name == "data" and isinstance(pairs, (list, tuple)):
+            pairs = [f"{pair}={SET_PREFIX}{pair}" if pair in KNOWN_SETS else pair for pair in pairs]
+        return named_values(pairs, "NAME=PATH", "student=runs/dpkd")
 
     @field_validator("field", mode="before")
     @classmethod
@@ -198,7 +194,12 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _something_is_evaluated(self) -> Self:
         if not self.model and not self.predictions:
-            raise ValueError("nothing is to be evaluated: give --model NAME=DIR or --predictions NAME=FILE")
+            raise UserError(
+                "nothing is to be evaluated",
+                found="neither a model nor predictions",
+                where="the options",
+                advice="Give --model NAME=DIR or --predictions NAME=FILE",
+            )
         return self
 
     @property

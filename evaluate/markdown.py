@@ -48,6 +48,8 @@ def _set_parts(report: dict[str, Any], data: str) -> list[str]:
     parts.append(_further(summaries))
     if report["comparisons"][data]:
         parts += [_differences(report, data), _power_note(report, data)]
+    else:
+        parts.append(_unpaired_note(report, data, next(iter(summaries.values()))))
     return parts
 
 
@@ -117,6 +119,19 @@ def _power_note(report: dict[str, Any], data: str) -> str:
         f"Resolvable: with {report['data'][data]['n']} rows that scatter as these do, a true difference of {span} in "
         f"Rouge-L is found at the level of {significance['alpha']:.0%} in {significance['power']:.0%} of repetitions; "
         "smaller ones mostly are not.\n"
+    )
+
+
+def _unpaired_note(report: dict[str, Any], data: str, summary: dict[str, Any]) -> str:
+    resolvable = summary["smallest_resolvable_unpaired"]
+    if resolvable is None:
+        return "One row resolves no difference.\n"
+    significance = report["significance"]
+    return (
+        f"With {report['data'][data]['n']} rows that scatter as these do, a true difference of {resolvable:.2f} in "
+        f"Rouge-L to a model whose scores are unrelated would be found at the level of {significance['alpha']:.0%} in "
+        f"{significance['power']:.0%} of repetitions; give both models to one evaluation to have them compared row by "
+        "row, which resolves less.\n"
     )
 
 

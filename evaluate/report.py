@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpkd.evaluate.bootstrap import ALPHA, POWER, holm, mean_intervals, paired_difference
+from dpkd.evaluate.bootstrap import ALPHA, POWER, holm, mean_intervals, paired_difference, smallest_resolvable
 from dpkd.evaluate.buckets import buckets_of
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
@@ -97,6 +98,9 @@ def _summary(scored: ScoredSet, config: EvalConfig) -> dict[str, Any]:
                 **_intervals(scored, in_bucket_SN, config),
             }
         )
+    # what two models with unrelated scores would need: rows scored by both usually resolve smaller differences
+    resolvable = smallest_resolvable(scored.scores["rouge_l"].mean(axis=0))
+    summary["smallest_resolvable_unpaired"] = None if resolvable is None else math.sqrt(2) * resolvable
     summary["seeds"] = [
         {"seed": seed, **{metric: float(scored.scores[metric][place].mean()) for metric in COMPARED}}
         for place, seed in enumerate(scored.seeds)

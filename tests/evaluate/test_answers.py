@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.evaluate.answers import Answer, answers_path, read_answers, write_answers
+from dpkd.evaluate.answers import Answer, PartialAnswers, answers_path, read_answers, write_answers
 from dpkd.evaluate.generation import request_seed
 from dpkd.teacher_cache.files import replacing, write_text
 
@@ -94,3 +94,42 @@ def test_request_seed_is_the_documented_function() -> None:
 
 def test_request_seeds_do_not_collide_where_seed_and_id_touch() -> None:
     assert request_seed(1, "11") != request_seed(11, "1")
+
+
+def test_partial_answers_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "seed-10.parquet"
+    partial = PartialAnswers(path, "f1")
+    assert partial.read(_IDS) == [None, None]
+    for answer in reversed(_ANSWERS):
+        partial.append(answer)
+    assert PartialAnswers(path, "f1").read(["x", "z", "y"]) == [_ANSWERS[0], None, _ANSWERS[1]]
+    partial.discard()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_line_cut_short_anywhere_is_dropped_and_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "seed-10.parquet"
+    partial = PartialAnswers(path, "f1")
+    partial.read(_IDS)
+    for answer in _ANSWERS:
+        partial.append(answer)
+    whole = partial.path.read_bytes()
+    for kept in range(len(whole)):
+        partial.path.write_bytes(whole[:kept])
+        again = PartialAnswers(path, "f1")
+        found = again.read(_IDS)
+        assert [answer in (None, whole) for answer, whole in zip(found, _ANSWERS, strict=True)] == [True, True]
+        for answer, missing in zip(_ANSWERS, found, strict=True):
+            if missing is None:
+                again.append(answer)
+        assert partial.path.read_bytes() == whole, kept
+
+
+def test_partial_answers_of_another_fingerprint_are_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "seed-10.parquet"
+    for fingerprint in ("f1", "f2"):
+        partial = PartialAnswers(path, fingerprint)
+        assert partial.read(_IDS) == [None, None]
+        partial.append(_ANSWERS[0])
+    assert PartialAnswers(path, "f1").read(_IDS) == [None, None]
+    assert PartialAnswers(path, "f2").read(_IDS) == [_ANSWERS[0], None]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.evaluate.buckets import Bucket, bucket_index, buckets_of, num_words
+from dpkd.evaluate.buckets import Bucket, bucket_index, buckets_of, num_words, resolve_edges
 
 
 @pytest.mark.parametrize(("words", "expected"), [(0, 0), (29, 0), (30, 1), (69, 1), (70, 2), (71, 2), (10**6, 2)])
@@ -42,3 +42,16 @@ def test_words_are_white_space_words_of_the_first_reference() -> None:
     assert num_words(("two  words\nand-a-third", "one")) == 3
     with pytest.raises(ValueError, match="without a reference"):
         num_words(())
+
+
+def test_median_and_mean_are_those_of_the_set() -> None:
+    words = json.loads((Path(__file__).parent / "dolly_eval_words.json").read_text())
+    # the paper's 30 and 70 are these, rounded
+    assert resolve_edges(("median", "mean"), words) == (33, 72)
+    assert resolve_edges(("mean", 10, "median"), words) == (10, 33, 72)
+
+
+def test_edges_that_fall_together_are_one() -> None:
+    assert resolve_edges(("median", "mean"), [4, 4, 4]) == (4,)
+    assert resolve_edges(("median", 4), [3, 4, 5]) == (4,)
+    assert resolve_edges(("mean",), [0, 0]) == (1,)  # no bucket is empty by itself

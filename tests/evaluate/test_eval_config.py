@@ -26,6 +26,11 @@ def test_named_paths_come_as_pairs_or_as_a_table_and_keep_their_order(value: Any
     assert list(_parse(model=value).model.items()) == [("b", "runs/b"), ("a", "runs/a=1")]
 
 
+def test_known_sets_may_come_by_name() -> None:
+    assert _parse(data=["dolly", "mine=x.jsonl"]).data == {"dolly": "set:dolly", "mine": "x.jsonl"}
+    assert _parse(data="s-ni").data == {"s-ni": "set:s-ni"}
+
+
 def test_one_named_path_may_come_alone() -> None:
     assert _parse(data="dolly=x.jsonl").data == {"dolly": "x.jsonl"}
 
@@ -49,6 +54,8 @@ def test_seeds(options: dict[str, Any], seeds: tuple[int, ...]) -> None:
 def test_buckets_come_as_text() -> None:
     assert _parse(buckets="10,20,40").buckets == (10, 20, 40)
     assert _parse().buckets == (30, 70)
+    assert _parse(buckets="median,mean").buckets == ("median", "mean")
+    assert _parse(buckets=["median", 90]).buckets == ("median", 90)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,10 @@ def test_buckets_come_as_text() -> None:
         ({"seeds": "-1"}, r"option 'seeds.0' cannot be used"),
         ({"buckets": "70,30"}, r"the edges 70,30 do not rise strictly"),
         ({"buckets": "30,30"}, r"do not rise strictly"),
-        ({"buckets": "0,30"}, r"option 'buckets.0' cannot be used"),
+        ({"buckets": "0,30"}, r"option 'buckets.0' cannot be used.*'0' is neither a length above 0 nor `median`"),
+        ({"buckets": "mode"}, r"option 'buckets.0' cannot be used.*'mode' is neither"),
+        ({"predictions": "p/q=x"}, r"the name 'p/q' must start"),
+        ({"predictions": "p:/=x"}, r"the name '/' must start"),
         ({"temperature": -1}, r"option 'temperature' cannot be used"),
         ({"temperature": "nan"}, r"option 'temperature' cannot be used"),
         ({"top_p": 0}, r"option 'top_p' cannot be used"),
@@ -85,7 +95,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 
 def test_toml_gives_the_same_options_back(tmp_path: Any) -> None:
-    config = _parse(model=["b=x", "a=y"], limit=5, seeds="1,2", temperature=0.7)
+    config = _parse(model=["b=x", "a=y"], limit=5, seeds="1,2", temperature=0.7, buckets="median,90")
     path = tmp_path / "dpkd.toml"
     path.write_text(config.to_toml())
     assert EvalConfig.parse(read_toml(path), where=str(path)) == config

@@ -258,6 +258,43 @@ def test_a_broken_report_and_an_out_that_is_a_file_are_refused(config: EvalConfi
         evaluate(config.model_copy(update={"out": file / "below"}))
 
 
+def test_another_metric_generates_nothing(
+    config: EvalConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = json.loads(evaluate(config).read_text())
+    before = _mtimes(config.out)
+    capsys.readouterr()
+    changes = {
+        "out": tmp_path / "second",
+        "generations": config.out / "generations",
+        "rouge_tokenizer": "character",
+        "buckets": ("median",),
+        "bucket_by": "tokens",
+        "bucket_of": "prediction",
+        "num_bootstrap": 200,
+    }
+    second = config.model_copy(update=changes)
+    report = json.loads(evaluate(second).read_text())
+    assert capsys.readouterr().err.count("all 18 responses are there already") == 2
+    assert _mtimes(config.out) == before
+    assert not (second.out / "generations").exists()
+    ours, theirs = (found["models"]["teacher"]["data"]["first"] for found in (report, first))
+    assert ours["mean_response_tokens"] == theirs["mean_response_tokens"]
+    assert ours["rouge_l"] != theirs["rouge_l"]
+    assert sum(bucket["num_answers"] for bucket in ours["buckets"]) == 12  # six rows, two seeds
+    assert report["data"]["first"]["edges"] != [30, 70]
+    assert "buckets" not in report["comparisons"]["first"][0]
+
+
+def test_shared_answers_of_other_inputs_are_not_overwritten(config: EvalConfig, tmp_path: Path) -> None:
+    evaluate(config)
+    before = _mtimes(config.out)
+    changes = {"out": tmp_path / "second", "generations": config.out / "generations", "temperature": 0.5}
+    with pytest.raises(UserError, match=r"shared answers holds a file that other inputs made.*another --generations"):
+        evaluate(config.model_copy(update=changes))
+    assert _mtimes(config.out) == before
+
+
 _RUN = """
 import sys
 from dpkd.evaluate.config import EvalConfig
@@ -272,7 +309,11 @@ if __name__ == "__main__":
 
 @pytest.mark.engine
 def test_a_killed_evaluation_resumes_and_ends_as_if_never_killed(
-    toy_teacher: Path, make_config: MakeConfig, write_rows: WriteRows, tmp_path: Path
+    toy_teacher: Path,
+    make_config: MakeConfig,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # 17 rows a set: the first set is complete with the engine's second batch of 16, the second is then half done
     rows = [{"id": f"row-{i}", "instruction": f"Say {i}", "output": f"{i} " * 40} for i in range(17)]
@@ -289,10 +330,11 @@ def test_a_killed_evaluation_resumes_and_ends_as_if_never_killed(
     options.write_text(config.to_toml())
     script.write_text(_RUN)
     first, second = (config.out / "generations" / "m" / data / "seed-10.parquet" for data in ("first", "second"))
+    partial = second.with_suffix(".partial.jsonl")
     process = subprocess.Popen([sys.executable, str(script), str(options)], stderr=subprocess.DEVNULL)
     try:
         deadline_s = time.monotonic() + 120
-        while not first.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        while not partial.exists() and process.poll() is None and time.monotonic() < deadline_s:
             time.sleep(0.001)
     finally:
         process.kill()
@@ -300,7 +342,12 @@ def test_a_killed_evaluation_resumes_and_ends_as_if_never_killed(
     assert first.exists()
     assert not second.exists(), "the kill came too late to test anything"
     written_ns = first.stat().st_mtime_ns
+    capsys.readouterr()
     evaluate(config)
+    said = capsys.readouterr().err
+    asked = int(said.split("starting transformers for ")[1].split()[0])
+    assert 0 < asked < 17  # the answers that were in when the kill came are not asked for again
     assert first.stat().st_mtime_ns == written_ns
+    assert not partial.exists()
     for name in ("report.json", "per_example.parquet", "report.md"):
         assert (config.out / name).read_bytes() == (whole.out / name).read_bytes()
