@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpkd.distill.best import BEST_DIR
+from dpkd.distill.adapters import Adapters
 from dpkd.distill.gathering import spread_optimizer
 from dpkd.distill.students import copy_tokenizer
 from dpkd.teacher_cache.errors import UserError
@@ -27,7 +27,6 @@ from dpkd.teacher_cache.progress import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CANDIDATE_DIR = ".candidate"
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 
@@ -41,22 +40,50 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_student(
-    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
-) -> None:
-    """`weights` of the class and config of `model`, tokenizer, generation config and `facts` into a new directory."""
-    model.save_pretrained(directory, state_dict=weights)
-    copy_tokenizer(tokenizer, directory)
-    (directory / "dpkd.json").write_bytes(canonical_json(facts))
+@dataclass(frozen=True)
+class StudentFiles:
+    """How a student is written: class and config of `model`, the tokenizer of `source`, adapters where it has any."""
+
+    model: PreTrainedModel
+    source: ModelSource
+    adapters: Adapters | None = None
+    merged: bool = True
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a checkpoint needs this weight: of a student with adapters, theirs alone."""
+        return self.adapters is None or self.adapters.is_adapter(name)
+
+    def save(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None) -> None:
+        """The student for use: `weights`, tokenizer, generation config, `facts` (dpkd.json), the model card."""
+        if self.adapters is None:
+            self.model.save_pretrained(directory, state_dict=weights)
+        elif self.merged:
+            self.model.save_pretrained(directory, state_dict=self.adapters.merge(weights))
+        else:
+            self.adapters.save(directory, weights)
+        self._save_rest(directory, facts)
+        if card is not None:
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def save_to_go_on(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """The same for a checkpoint: adapters stay adapters, so that training goes on with the very numbers."""
+        if self.adapters is None:
+            self.model.save_pretrained(directory, state_dict=weights)
+        else:
+            self.adapters.save(directory, weights)
+        self._save_rest(directory, facts)
+
+    def _save_rest(self, directory: Path, facts: dict[str, Any]) -> None:
+        copy_tokenizer(self.source, directory)
+        (directory / "dpkd.json").write_bytes(canonical_json(facts))
 
 
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: PreTrainedModel,
+    student: StudentFiles,
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
-    tokenizer: ModelSource,
     facts: dict[str, Any],
     keep: int,
     state: dict[str, Any],
@@ -67,7 +94,7 @@ def save_checkpoint(
     """
     target = run_dir / f"checkpoint-{step}"
     with _writing(target) as temporary:
-        save_student(temporary, model, weights, tokenizer, facts)
+        student.save_to_go_on(temporary, weights, facts)
         save_file(moments, temporary / _OPTIMIZER)
         files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         record = {"step": step, "files": files, "state": state}
@@ -76,20 +103,12 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def save_best(
-    run_dir: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
+def save_student(
+    directory: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None
 ) -> None:
-    """Put a student in place of the one in `best/`; raises `UserError` when it cannot be written."""
-    with _writing(run_dir / BEST_DIR) as temporary:
-        save_student(temporary, model, weights, tokenizer, facts)
-
-
-def save_candidate(
-    run_dir: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
-) -> None:
-    """A student for the time of a measurement, in `.candidate/`; raises `UserError` when it cannot be written."""
-    with _writing(run_dir / CANDIDATE_DIR) as temporary:
-        save_student(temporary, model, weights, tokenizer, facts)
+    """A student for use, in place of what stands in `directory`; raises `UserError` when it cannot be written."""
+    with _writing(directory) as temporary:
+        student.save(temporary, weights, facts, card)
 
 
 @contextlib.contextmanager
@@ -162,13 +181,11 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> 
 
 
 def finish_run(
-    run_dir: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: ModelSource, facts: dict[str, Any]
+    run_dir: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str
 ) -> None:
     """Put the trained student at the root of the run; `run.json`, written last, says that the run is complete."""
-    temporary = run_dir / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_student(temporary, model, weights, tokenizer, facts)
-    _sync(temporary)
+    temporary = run_dir / ".final"
+    save_student(temporary, student, weights, facts, card)
     for file in sorted(temporary.iterdir()):
         file.replace(run_dir / file.name)
     temporary.rmdir()

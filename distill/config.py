@@ -176,6 +176,11 @@ class TrainConfig(Settings):
             "checkpoint",
             "dtype",
             "sharding",
+            "gradient_checkpointing",
+            "compile",
+            "lora_alpha",
+            "lora_target_modules",
+            "lora_save",
             "logits_chunk",
             "verify",
             "follow_timeout_s",
@@ -330,7 +335,34 @@ class TrainConfig(Settings):
     follow_timeout_s: float = Field(
         600, gt=0, description="with follow: longest wait, in seconds, while no job writes the cache"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep fewer activations and compute them again on the way back: less memory, more time"
+    )
+    compile: bool = Field(False, description="compile the student's layers with torch.compile; a start takes longer")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train low-rank adapters of this rank and leave the weights as they are; none: all weights",
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="adapters are scaled by lora_alpha / lora_rank; none: twice the rank"
+    )
+    lora_target_modules: tuple[str, ...] = Field(
+        (),
+        description="names of the linear layers that get adapters, as q_proj,v_proj; none given: all but the head",
+    )
+    lora_save: Literal["merged", "adapter"] = Field(
+        "merged", description="what is written at the end: merged weights, or the adapters alone in peft's form"
+    )
+    tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
+        "auto", description="where figures are shown beside metrics.jsonl; auto is TensorBoard where it is installed"
+    )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -352,7 +384,15 @@ class TrainConfig(Settings):
             raise ValueError("--follow takes a --cache, and no --round: a round needs a finished cache")
         self._check_samples()
         self._check_terms()
+        self._check_adapters()
         return self
+
+    def _check_adapters(self) -> None:
+        changed = {"lora_alpha", "lora_target_modules", "lora_save"} & self.model_fields_set
+        if self.lora_rank is None and any(getattr(self, name) not in (None, (), "merged") for name in changed):
+            raise ValueError(f"{', '.join(sorted(changed))} needs --lora-rank")
+        if self.lora_rank is not None and self.student_samples == "live" and self.sampler == "vllm":
+            raise ValueError("--lora-rank goes with --sampler transformers where responses are drawn live")
 
     def _check_samples(self) -> None:
         samples, paired = self.student_samples, self.needs_pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """The weights of `model` by name, which `scorer` wraps as its `model`; empty on every rank but the main one.
+def gather_weights(
+    accelerator: Accelerator, scorer: nn.Module, model: nn.Module, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The `wanted` weights of `model` by name, which `scorer` wraps; empty on every rank but the main one.
 
     All ranks must call it.
     """
@@ -23,6 +26,8 @@ def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module
     gathered: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
+        if not wanted(name):
+            continue
         if id(value) not in seen:  # tied weights stay one tensor
             whole = _whole(value.detach())
             seen[id(value)] = whole if accelerator.is_main_process else torch.empty(0)

@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    ProjectConfiguration,
     broadcast_object_list,
     gather_object,
 )
@@ -66,7 +67,7 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         fsdp_plugin=plugin,
         log_with=log_with,
-        project_dir=config.out,
+        project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / "tracker")),
         kwargs_handlers=[
             # the corpus term calls the student a second time before the backward pass: buffers must stay as they are
             DistributedDataParallelKwargs(broadcast_buffers=False),

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from dpkd.distill.corpus import Corpus
 
 #: options that may differ when a run is taken up: where things are, not what they are
-_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "checkpoint"}
+_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "checkpoint"} | {
+    "gradient_checkpointing",
+    "compile",
+    "tracker",
+}
 #: how a step's rows are split into forward passes: their number alone is the run's
 _SPLIT = {"batch_size", "gradient_accumulation_steps"}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import resource
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +20,28 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
+from dpkd.distill.adapters import add_adapters, check_adapters
 from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate, prefetched
-from dpkd.distill.best import Best, EvaluateFn, NormSpikes, held_out_prompts
+from dpkd.distill.best import BEST_DIR, Best, EvaluateFn, NormSpikes, held_out_prompts
 from dpkd.distill.checkpoints import (
-    CANDIDATE_DIR,
+    StudentFiles,
     finish_run,
     latest_checkpoint,
     load_optimizer,
-    save_best,
-    save_candidate,
     save_checkpoint,
+    save_student,
 )
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.following import FollowedRows
 from dpkd.distill.gathering import gather_optimizer, gather_weights
 from dpkd.distill.interrupts import Interrupts
 from dpkd.distill.metrics import means, whole
+from dpkd.distill.model_card import model_card
 from dpkd.distill.objective import Objective, StepSums
 from dpkd.distill.ranks import is_sharded, on_main, open_accelerator, raise_first, together
 from dpkd.distill.runs import Run, open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
+from dpkd.distill.trackers import choose_tracker, start_tracker, track
 from dpkd.distill.validation import VALIDATION_LOG, Validation
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic
@@ -45,8 +49,6 @@ from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.progress import Progress, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dpkd.distill.live import LiveRows
 
 
@@ -56,7 +58,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     `evaluate_fn` measures the best_metric rouge_l, of which this room knows nothing. Raises `UserError` for what cannot
     be used (before anything is written) and when the loss stops being a number.
     """
-    accelerator = open_accelerator(config)
+    tracker = choose_tracker(config.tracker)
+    accelerator = open_accelerator(config, tracker)
     tell = say if accelerator.is_main_process else _say_nothing
     run = together(accelerator, lambda: open_run(config))
     run_dir = config.out
@@ -64,17 +67,29 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     together(accelerator, lambda: _check_sharding(accelerator, config))
     if config.best_metric == "rouge_l" and evaluate_fn is None:
         raise UserError("best_metric rouge_l needs the function that measures it", advice="Use `dpkd train`")
+    together(accelerator, lambda: check_adapters(run.student, config))
     if on_main(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
         tell(f"the run {run_dir} is complete")
         return run_dir
     checkpoint = on_main(accelerator, lambda: latest_checkpoint(run_dir, config.checkpoint))
     if isinstance(run.rows, FollowedRows):
         run.rows.start(run_dir, leader=accelerator.is_main_process)
-    source = run.student if checkpoint is None else locate_model(str(checkpoint.directory), "checkpoint")
+    has_weights = checkpoint is not None and config.lora_rank is None
+    source = locate_model(str(checkpoint.directory), "checkpoint") if checkpoint and has_weights else run.student
     model = source.load("float32")
     if not is_sharded(accelerator):
         model = model.to(accelerator.device)
     together(accelerator, lambda: check_head(model, config.student))
+    adapters = None
+    if config.lora_rank is not None:
+        adapters = add_adapters(model, config)
+        if checkpoint is not None:
+            adapters.load(checkpoint.directory, model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        model.get_decoder().compile(dynamic=True)
+    student = StudentFiles(model, run.student, adapters, merged=config.lora_save == "merged")
     scorer = StudentScorer(model, num_tokens=len(run.student.tokenizer), logits_chunk=config.logits_chunk)
     scorer.__dict__["_no_split_modules"] = model._no_split_modules  # layers that accelerate shards one by one
     optimizer = torch.optim.AdamW(
@@ -92,7 +107,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer.optimizer)
         tell(f"going on from step {first} of {steps}")
-    loop = _Loop(run, accelerator, model, scorer, optimizer, scheduler, order, steps, evaluate_fn)
+    together(accelerator, lambda: start_tracker(accelerator, tracker, config, first))
+    loop = _Loop(run, accelerator, student, scorer, optimizer, scheduler, order, steps, evaluate_fn)
     if checkpoint is not None:
         loop.put_back(checkpoint.state)
     with contextlib.ExitStack() as stack:
@@ -100,7 +116,10 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             stack.callback(loop.open_live(model).close)
         done = loop.run(first)
     weights = gather_weights(accelerator, scorer, model)
-    on_main(accelerator, lambda: finish_run(run_dir, model, weights, run.student, run.facts | {"steps": done}))
+    facts, card = run.facts | {"steps": done}, loop.card(done)
+    on_main(accelerator, lambda: finish_run(run_dir, student, weights, facts, card))
+    if tracker is not None:
+        accelerator.end_training()
     tell(f"the run {run_dir} is complete: {done} steps")
     return run_dir
 
@@ -125,6 +144,9 @@ def _check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         )
 
 
+METRICS_LOG = "metrics.jsonl"
+
+
 class _Loop:
     """The state of the loop, and one method a phase."""
 
@@ -132,7 +154,7 @@ class _Loop:
         self,
         run: Run,
         accelerator: Accelerator,
-        model: PreTrainedModel,
+        student: StudentFiles,
         scorer: torch.nn.Module,
         optimizer: Any,
         scheduler: Any,
@@ -141,7 +163,7 @@ class _Loop:
         evaluate_fn: EvaluateFn | None,
     ) -> None:
         self._run, self._config, self._accelerator = run, run.config, accelerator
-        self._model, self._scorer, self._optimizer, self._scheduler = model, scorer, optimizer, scheduler
+        self._student, self._scorer, self._optimizer, self._scheduler = student, scorer, optimizer, scheduler
         self._order, self._steps = order, steps
         self._objective = Objective(run.config, run.vocab_size, run.student.vocab_size)
         self._saved: int | None = None
@@ -169,7 +191,7 @@ class _Loop:
 
         An interrupt ends it with a checkpoint, one step later at most.
         """
-        metrics_path, validation_path = self._config.out / "metrics.jsonl", self._config.out / VALIDATION_LOG
+        metrics_path, validation_path = self._config.out / METRICS_LOG, self._config.out / VALIDATION_LOG
         is_main = self._accelerator.is_main_process
         if is_main:
             _keep_lines(metrics_path, first)
@@ -204,13 +226,19 @@ class _Loop:
                 line = self._step(step, parts)
                 step_s = time.perf_counter() - started_s
                 line |= {"tokens_per_s": line["tokens"] / step_s, "step_time_s": step_s, "data_wait_s": waited_s}
+                line["peak_memory_bytes"] = _peak_memory_bytes(self._accelerator.device)
+                track(self._accelerator, line, "train")
                 if log is not None and progress is not None:
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     spike = self._spikes.note(line["grad_norm"])
                     if spike is not None:
                         say(f"step {line['step']}: {spike}")
-                    progress.advance(loss=f"{line['loss']:.4f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
+                    progress.advance(
+                        loss=f"{line['loss']:.4f}",
+                        tokens_per_s=f"{line['tokens_per_s']:.0f}",
+                        memory=f"{line['peak_memory_bytes'] / 1e9:.2f} GB",
+                    )
                 done = step + 1
                 due = self._config.save_every is not None and done % self._config.save_every == 0
                 if self._validation is not None and self._validates(done):
@@ -339,25 +367,35 @@ class _Loop:
         if self._accelerator.is_main_process:
             with path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
+            track(self._accelerator, line, "validation")
             say(f"step {done}: " + ", ".join(_shown(line)))
         # the same numbers on every rank, and so the same answer
         if self._best is not None and self._best.note(line):
-            self._write_student(save_best, done)
+            self._write_student(self._config.out / BEST_DIR, done, self.card(done))
 
     def _rouge_l(self, done: int) -> float:
         """Rouge-L of the student's answers to the held-out prompts, by the function that was handed in."""
         assert self._evaluate_fn is not None
         assert self._run.validation is not None
         evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
-        self._write_student(save_candidate, done)
-        score = on_main(self._accelerator, lambda: evaluate_fn(self._config.out / CANDIDATE_DIR, prompts))
-        on_main(self._accelerator, lambda: shutil.rmtree(self._config.out / CANDIDATE_DIR))
+        directory = self._config.out / ".candidate"
+        self._write_student(directory, done, None)
+        score = on_main(self._accelerator, lambda: evaluate_fn(directory, prompts))
+        on_main(self._accelerator, lambda: shutil.rmtree(directory))
         return float(score)
 
-    def _write_student(self, save: Callable[..., None], step: int) -> None:
-        run, weights = self._run, gather_weights(self._accelerator, self._scorer, self._model)
-        facts = run.facts | {"steps": step}
-        on_main(self._accelerator, lambda: save(self._config.out, self._model, weights, run.student, facts))
+    def _write_student(self, directory: Path, step: int, card: str | None) -> None:
+        weights = gather_weights(self._accelerator, self._scorer, self._student.model)
+        facts = self._run.facts | {"steps": step}
+        on_main(self._accelerator, lambda: save_student(directory, self._student, weights, facts, card))
+
+    def card(self, step: int) -> str:
+        """The model card of the student as it stands, of the lines that are written; empty off the main rank."""
+        if not self._accelerator.is_main_process:
+            return ""
+        return model_card(
+            self._run, step, *(_last_line(self._config.out / name) for name in (METRICS_LOG, VALIDATION_LOG))
+        )
 
     def _not_a_number(self, value: float | None, what: str, step: int, parts: list[StepPart]) -> UserError | None:
         if value is None or math.isfinite(value):
@@ -381,15 +419,13 @@ class _Loop:
         if step == self._saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
             return
         self._saved = step
-        weights = gather_weights(accelerator, self._scorer, self._model)
+        weights = gather_weights(accelerator, self._scorer, self._student.model, self._student.is_kept)
         moments = gather_optimizer(accelerator, self._optimizer.optimizer)
         facts, keep = run.facts | {"steps": step}, self._config.keep
         state = {"best": None if self._best is None else asdict(self._best)}
         on_main(
             accelerator,
-            lambda: save_checkpoint(
-                self._config.out, step, self._model, weights, moments, run.student, facts, keep, state
-            ),
+            lambda: save_checkpoint(self._config.out, step, self._student, weights, moments, facts, keep, state),
         )
 
 
@@ -406,6 +442,18 @@ def _shown(line: dict[str, Any]) -> list[str]:
     """The figures of a validation that a person looks at while a run goes on."""
     names = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
     return [f"validation {name} {line[name]:.4f}" for name in names if line.get(name) is not None]
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: of the device where it has its own, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return json.loads(lines[-1]) if lines else None
 
 
 def _keep_lines(path: Path, step: int) -> None:

@@ -48,7 +48,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     return [
-        {key: value for key, value in json.loads(line).items() if not key.endswith("_s")}
+        {key: value for key, value in json.loads(line).items() if not key.endswith(("_s", "_bytes"))}
         for line in lines
         if line.endswith("}")
     ]

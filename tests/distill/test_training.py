@@ -33,7 +33,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith(("_s", "_bytes"))} for line in lines]
 
 
 def test_token_level_run_writes_what_it_promises(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
@@ -41,7 +41,7 @@ def test_token_level_run_writes_what_it_promises(tmp_path: Path, toy_cache: Path
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     expected = {"step", "epoch", "loss", "loss_dpkd", "loss_sft", "learning_rate", "grad_norm", *METRICS}
-    assert set(lines[0]) == expected | {"tokens", "tokens_per_s", "step_time_s", "data_wait_s"}
+    assert set(lines[0]) == expected | {"tokens", "tokens_per_s", "step_time_s", "data_wait_s", "peak_memory_bytes"}
     for line in lines:
         assert math.isclose(line["loss"], line["loss_dpkd"] + 0.5 * line["loss_sft"], rel_tol=1e-5)
         assert line["loss_dpkd"] >= math.log(2) - 1e-6  # arg-max against arg-max
