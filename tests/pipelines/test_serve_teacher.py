@@ -1,0 +1,179 @@
+"""`dpkd serve-teacher`: the cache's teacher and no other, one line when it answers, and nothing left when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from dpkd.distill.teacher_service import TeacherService
+from dpkd.teacher_cache.engine import ScoreRequest, results_only
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.models import locate_model
+from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.serving import serve_teacher, server_command
+from dpkd.teacher_cache.serving_config import ServeConfig
+
+DPKD = [sys.executable, "-m", "dpkd.pipelines.cli", "serve-teacher"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    # an engine in this process leaves settings of its own in the environment
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+
+
+@contextlib.contextmanager
+def serving(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*DPKD, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+@pytest.mark.engine
+def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    port, log = free_port(), tmp_path / "log" / "server.log"
+    with serving("--cache", toy_cache, "--port", port, "--log", log) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        assert line == f"toy-teacher answers at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) >= 2
+        cache, student = TeacherCache.open(toy_cache), locate_model(str(toy_student), "student")
+        row = cache.read(cache.shards("teacher")[0]).row(0)
+        with TeacherService(cache, [f"http://127.0.0.1:{port}"], student, 64, 0.01) as teacher:
+            requests = [ScoreRequest(0, row.prompt_ids.tolist(), row.response_ids.tolist())]
+            scored = next(iter(results_only(teacher.score(requests))))
+        assert abs(scored.logprobs_T - row.response_logprobs).max() < 1e-3
+        assert scored.distributions is not None
+        assert scored.distributions.counts_T.tolist() == [16] * len(row.response_ids)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert stdout == ""
+        assert stderr.splitlines()[0].startswith("starting vLLM with the teacher ")
+        assert stderr.splitlines()[-1].startswith("interrupted")
+        assert "Traceback" not in stderr
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+@pytest.mark.engine
+def test_a_start_can_be_given_up(toy_cache: Path) -> None:
+    with serving("--cache", toy_cache, "--port", free_port()) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("starting vLLM with the teacher ")
+        while not (family := psutil.Process(process.pid).children(recursive=True)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "dpkd failed" not in stderr
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.mark.engine
+def test_a_server_that_cannot_start_is_a_clear_error(tmp_path: Path, toy_cache: Path) -> None:
+    log = tmp_path / "server.log"
+    arguments = ("--cache", toy_cache, "--port", free_port(), "--log", log)
+    with serving(*arguments, "--engine-arg", "quantization=no-such-method") as process:
+        stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert stdout == ""
+    last = stderr.splitlines()[-1]
+    assert last.startswith("error: the server ended before it answered: ")
+    assert "rror: " in last.removeprefix("error: ")
+    assert f"(in {log}). Look at the log" in last
+    assert "no-such-method" in log.read_text()
+
+
+@pytest.mark.engine
+def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
+    with serving("--cache", toy_cache, "--port", free_port()) as process:
+        assert process.stdout is not None
+        assert "answers at" in process.stdout.readline()
+        psutil.Process(process.pid).children()[0].kill()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    last = stderr.splitlines()[-1]
+    assert last == "error: the server has ended: found status -9. What it said stands above"
+
+
+def test_another_teacher_is_refused(toy_cache: Path, toy_student: Path, other_student: Path, tmp_path: Path) -> None:
+    for other in (toy_student, other_student):
+        with pytest.raises(UserError, match=rf"the teacher is not the one of the cache.*of {other}.*of toy-teacher"):
+            serve_teacher(ServeConfig(cache=toy_cache, teacher=str(other)))
+    with pytest.raises(UserError, match=r"the teacher is not found"):
+        serve_teacher(ServeConfig(cache=toy_cache, teacher=str(tmp_path / "none")))
+
+
+def test_a_taken_port_is_one_clear_line(toy_cache: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        started_s = time.monotonic()
+        result = subprocess.run(
+            [*DPKD, "--cache", str(toy_cache), "--port", str(port)], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: the port is taken: found 127.0.0.1:{port}")
+        assert time.monotonic() - started_s < 60
+    with pytest.raises(UserError, match=r"the server cannot listen there: .*found no.such.host:8000"):
+        serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host"))
+
+
+def test_what_cannot_be_served_is_refused(toy_cache: Path) -> None:
+    with pytest.raises(UserError, match=r"--engine-arg max_logprobs is set by dpkd itself"):
+        serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"max_logprobs": "7"}))
+    with pytest.raises(UserError, match=r"enable_prefix_caching does not go with scoring"):
+        serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"enable_prefix_caching": "true"}))
+    with pytest.raises(UserError, match=r"do not fit the model's positions: found 600 tokens, expected at most 512"):
+        serve_teacher(ServeConfig(cache=toy_cache, max_length=600))
+    with pytest.raises(UserError, match=r"found --device cuda, expected cpu"):
+        serve_teacher(ServeConfig(cache=toy_cache, device="cuda"))
+
+
+def test_the_server_is_told_what_scoring_needs(toy_cache: Path, toy_teacher: Path) -> None:
+    cache, teacher = TeacherCache.open(toy_cache), locate_model(str(toy_teacher), "teacher")
+    arguments = {"tensor_parallel_size": "2", "enforce_eager": "false", "hf_overrides": '{"a": 1}'}
+    config = ServeConfig(cache=toy_cache, port=8123, engine_arg=arguments)
+    command = server_command(config, cache, teacher, 268, on_cpu=False)
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    expected = {
+        "--model": str(toy_teacher), "--host": "127.0.0.1", "--port": "8123", "--dtype": "float32",
+        "--max-model-len": "269", "--max-logprobs": "16", "--logprobs-mode": "raw_logprobs",
+        "--tensor-parallel-size": "2", "--hf-overrides": '{"a": 1}',
+    }  # fmt: skip
+    assert {name: option(command, name) for name in expected} == expected
+    assert "--no-enable-prefix-caching" in command
+    assert "--no-enforce-eager" in command
+    assert "--no-enable-chunked-prefill" not in command
+    # a model that ends at 512 positions has no place for the one more
+    assert option(server_command(config, cache, teacher, 512, on_cpu=True), "--max-model-len") == "512"
