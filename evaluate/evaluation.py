@@ -13,6 +13,7 @@ from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.duplicates import count_duplicates
 from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
 from dpkd.evaluate.generation import generate_answers
+from dpkd.evaluate.html import html_page
 from dpkd.evaluate.markdown import markdown_table
 from dpkd.evaluate.named_sets import resolve_sets
 from dpkd.evaluate.plot import plot_rouge_by_bucket, require_matplotlib
@@ -73,6 +74,7 @@ def evaluate(config: EvalConfig, count_overlap: CountOverlap | None = None) -> P
     report = build_report(config, identity, fingerprint(identity), eval_sets, scored_sets, overlap, duplicates)
     write_per_example(config.out / "per_example.parquet", scored_sets)
     write_text(config.out / "report.md", markdown_table(report))
+    write_text(config.out / "report.html", html_page(report, scored_sets))
     plot_rouge_by_bucket(report, config.out / "rouge_by_bucket.png")
     write_report(report_path, report)
     return report_path

@@ -59,6 +59,7 @@ def test_everything_is_written_and_agrees(config: EvalConfig, capsys: pytest.Cap
     assert {name for name in _mtimes(config.out) if "/" not in name} == {
         "dpkd.toml",
         "per_example.parquet",
+        "report.html",
         "report.json",
         "report.md",
         "rouge_by_bucket.png",
