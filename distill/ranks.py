@@ -6,6 +6,7 @@ With one process every function here is the plain call it stands for.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -57,6 +58,8 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
             advice="Choose --set dtype=float32",
         )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # its successor in newer versions of torch is not there in older ones
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated", category=FutureWarning)
     if not torch.distributed.is_initialized():
         # accelerate remembers the first run's device and precision; a notebook may start another
         AcceleratorState._reset_state(reset_partial_state=True)

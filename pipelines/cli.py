@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,12 +50,14 @@ def _init_student(config: InitStudentConfig) -> None:
 def _train(config: TrainConfig) -> None:
     from dpkd.distill.training import train
 
-    if config.best_metric != "rouge_l":
-        print(train(config))
-        return
-    from dpkd.pipelines.validation_scores import rouge_l_of
+    evaluate_fn = None
+    if config.best_metric == "rouge_l":
+        from dpkd.pipelines.validation_scores import rouge_l_of
 
-    print(train(config, rouge_l_of(config)))
+        evaluate_fn = rouge_l_of(config)
+    run = train(config, evaluate_fn)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes names the result
+        print(run)
 
 
 def _serve_teacher(config: ServeConfig) -> None:
