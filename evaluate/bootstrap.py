@@ -114,22 +114,37 @@ def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, num_bootstrap:
     if ours_SN.shape[1] != theirs_SN.shape[1]:
         raise ValueError(f"{ours_SN.shape[1]} examples cannot be paired with {theirs_SN.shape[1]}")
     differences_N = ours_SN.astype(np.float64).mean(axis=0) - theirs_SN.astype(np.float64).mean(axis=0)
+    return differences_of(differences_N[None], num_bootstrap, seed)[0]
+
+
+def differences_of(differences_KN: np.ndarray, num_bootstrap: int, seed: int) -> list[Difference]:
+    """`paired_difference` of K comparisons over the same N examples at once, from each example's difference."""
+    num_examples = differences_KN.shape[1]
+    if num_examples == 0:
+        return [Difference(None, None, None, None, 0, 0, 0, None)] * len(differences_KN)
     # averages over seeds of equal scores may differ by rounding
-    differences_N[np.abs(differences_N) < 1e-9] = 0.0
-    wins, losses = int((differences_N > 0).sum()), int((differences_N < 0).sum())
-    ties = len(differences_N) - wins - losses
-    if len(differences_N) == 0:
-        return Difference(None, None, None, None, 0, 0, 0, None)
-    means_B = np.concatenate(
-        [draws_BN @ differences_N for draws_BN in _draws(len(differences_N), num_bootstrap, seed)]
-    ) / len(differences_N)
-    low, high = np.quantile(means_B, _TAILS)
-    smaller_side = min((means_B <= 0).sum(), (means_B >= 0).sum())
-    p_value = min(1.0, 2 * (1 + int(smaller_side)) / (1 + num_bootstrap))
-    return Difference(
-        float(differences_N.mean()), float(low), float(high), p_value, wins, ties, losses,
-        smallest_resolvable(differences_N),
-    )  # fmt: skip
+    differences_KN = np.where(np.abs(differences_KN) < 1e-9, 0.0, differences_KN)
+    means_KB = np.concatenate(
+        [differences_KN @ draws_BN.T for draws_BN in _draws(num_examples, num_bootstrap, seed)], axis=1
+    )
+    lows, highs = np.quantile(means_KB / num_examples, _TAILS, axis=1)
+    smaller_sides = np.minimum((means_KB <= 0).sum(axis=1), (means_KB >= 0).sum(axis=1))
+    found = []
+    for differences_N, low, high, smaller_side in zip(differences_KN, lows, highs, smaller_sides, strict=True):
+        wins, losses = int((differences_N > 0).sum()), int((differences_N < 0).sum())
+        found.append(
+            Difference(
+                mean=float(differences_N.mean()),
+                low=float(low),
+                high=float(high),
+                p_value=min(1.0, 2 * (1 + int(smaller_side)) / (1 + num_bootstrap)),
+                wins=wins,
+                ties=num_examples - wins - losses,
+                losses=losses,
+                smallest_resolvable=smallest_resolvable(differences_N),
+            )
+        )
+    return found
 
 
 def smallest_resolvable(differences_N: np.ndarray) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpkd.evaluate.bootstrap import ALPHA, POWER, holm, mean_intervals, paired_difference, smallest_resolvable
+from dpkd.evaluate.bootstrap import ALPHA, POWER, differences_of, holm, mean_intervals, smallest_resolvable
 from dpkd.evaluate.buckets import buckets_of
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
@@ -123,31 +123,36 @@ def _intervals(scored: ScoredSet, counted_SN: np.ndarray, config: EvalConfig) ->
 
 def _comparisons(scored_sets: Sequence[ScoredSet], config: EvalConfig) -> list[dict[str, Any]]:
     """Every pair of models: the later one of the options less the earlier one, its baseline."""
-    rows: list[dict[str, Any]] = []
-    for baseline, model in combinations(scored_sets, 2):
-        row: dict[str, Any] = {"model": model.model, "baseline": baseline.model}
-        for metric in COMPARED:
-            row[metric] = _difference(model, baseline, metric, slice(None), config)
-        if config.bucket_of == "reference":  # else the two have different rows in a bucket
-            bucket_N = model.bucket_SN[0]
-            row["buckets"] = [
-                {metric: _difference(model, baseline, metric, bucket_N == index, config) for metric in COMPARED}
-                for index in range(len(model.eval_set.edges) + 1)
-            ]
-        rows.append(row)
+    pairs = list(combinations(scored_sets, 2))
+    if not pairs:
+        return []
+    bucket_N = scored_sets[0].bucket_SN[0]
+    rows: list[dict[str, Any]] = [{"model": model.model, "baseline": baseline.model} for baseline, model in pairs]
+    for row, found in zip(rows, _differences(pairs, np.full(bucket_N.shape, True), config), strict=True):
+        row.update(found)
+    if config.bucket_of == "reference":  # else two models have different rows in a bucket
+        for index in range(len(scored_sets[0].eval_set.edges) + 1):
+            for row, found in zip(rows, _differences(pairs, bucket_N == index, config), strict=True):
+                row.setdefault("buckets", []).append(found)
     for metric in COMPARED:
         for row, p_value in zip(rows, holm([row[metric]["p_value"] for row in rows]), strict=True):
             row[metric]["p_holm"] = p_value
     return rows
 
 
-def _difference(
-    model: ScoredSet, baseline: ScoredSet, metric: str, chosen: slice | np.ndarray, config: EvalConfig
-) -> dict[str, Any]:
-    difference = paired_difference(
-        model.scores[metric][:, chosen], baseline.scores[metric][:, chosen], config.num_bootstrap, config.bootstrap_seed
+def _differences(
+    pairs: Sequence[tuple[ScoredSet, ScoredSet]], chosen_N: np.ndarray, config: EvalConfig
+) -> list[dict[str, dict[str, Any]]]:
+    """For each (baseline, model) the difference in each compared metric over the chosen examples, from shared draws."""
+    differences_KN = np.stack(
+        [
+            model.scores[metric][:, chosen_N].mean(axis=0) - baseline.scores[metric][:, chosen_N].mean(axis=0)
+            for baseline, model in pairs
+            for metric in COMPARED
+        ]
     )
-    return difference.as_dict()
+    found = iter(differences_of(differences_KN, config.num_bootstrap, config.bootstrap_seed))
+    return [{metric: next(found).as_dict() for metric in COMPARED} for _ in pairs]
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

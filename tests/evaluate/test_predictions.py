@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +171,19 @@ def test_the_answers_own_tokens_need_a_model(
     )
     with pytest.raises(UserError, match=r"buckets by the answers' tokens need answers whose tokens are known"):
         evaluate(config)
+
+
+def test_the_command_prints_the_tables(data: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    lines = write_rows([{"prediction": text} for text in ("a", "x", "no")], "p.jsonl")
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", "eval", "--out", str(tmp_path / "out")]
+    command += ["--predictions", f"p={lines}", "--predictions", f"q={lines}", "--data", f"d={data}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| `p` | 50.00 [0.00, 100.00] |" in done.stdout
+    assert "| `q` - `p` | +0.00 [+0.00, +0.00] | 1.000 | 1.000 | 0 / 2 / 0 | 0.00 |" in done.stdout
+    assert "Resolvable: with 2 rows" in done.stdout
+    assert done.stdout.rstrip().endswith(f"report: {tmp_path / 'out' / 'report.json'}")
+    by_name = [*command[:-2], "--data", "dolly"]
+    environment = os.environ | {"DPKD_DATA": ""}
+    again = subprocess.run(by_name, capture_output=True, text=True, check=False, env=environment)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: no directory is given in which to look for the set 'dolly'")
