@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpkd.teacher_cache.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory
+from dpkd.teacher_cache.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory, resolve_engine
 from dpkd.teacher_cache.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -217,7 +217,11 @@ def open_sampler(
 ) -> Sampler:
     """The sampler of `config`, with the weights of `model`. `max_length`: longest prompt and response, in tokens."""
     if config.sampler == "vllm":
-        raise UserError("--sampler vllm is not there yet", advice="Choose --sampler transformers")
+        resolve_engine("vllm")
+        from dpkd.distill.vllm_sampler import VllmSampler, check_vllm_sampler
+
+        check_vllm_sampler(config)
+        return VllmSampler(student, sampling, max_length=max_length, dtype=config.dtype)
     return TransformersSampler(
         model,
         sampling,

@@ -12,8 +12,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from dpkd.distill.config import TrainConfig
-from dpkd.distill.samplers import DrawCancelledError, Drawn, TransformersSampler, choose_tokens, open_sampler
-from dpkd.teacher_cache.engine import GenerateRequest, Sampling
+from dpkd.distill.samplers import DrawCancelledError, Drawn, Sampler, TransformersSampler, choose_tokens, open_sampler
+from dpkd.distill.vllm_sampler import VllmSampler
+from dpkd.teacher_cache.engine import GenerateRequest, Sampling, ScoreRequest, results_only
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
 
@@ -47,7 +48,7 @@ def sampler_of(
     )
 
 
-def draw(sampler: TransformersSampler, prompts: Sequence[list[int]] = PROMPTS, first_seed: int = 0) -> list[Drawn]:
+def draw(sampler: Sampler, prompts: Sequence[list[int]] = PROMPTS, first_seed: int = 0) -> list[Drawn]:
     requests = [GenerateRequest(i, prompt, first_seed + i) for i, prompt in enumerate(prompts)]
     drawn = sorted(sampler.draw(requests, threading.Event()), key=lambda response: response.index)
     assert [response.index for response in drawn] == list(range(len(prompts)))
@@ -207,8 +208,62 @@ def test_the_sampler_follows_the_options(source: ModelSource, model: PreTrainedM
     )  # fmt: skip
     with torch.no_grad():
         sampler = open_sampler(config, source, model, CPU, GREEDY, 64)
-        before = ids_of(draw(sampler))  # type: ignore[arg-type]
+        before = ids_of(draw(sampler))
         model.get_output_embeddings().weight.mul_(-1)  # type: ignore[union-attr]
-        assert ids_of(draw(sampler)) == before  # type: ignore[arg-type]
+        assert ids_of(draw(sampler)) == before
         fresh = open_sampler(config.model_copy(update={"staleness": 0}), source, model, CPU, GREEDY, 64)
-        assert ids_of(draw(fresh)) != before  # type: ignore[arg-type]
+        assert ids_of(draw(fresh)) != before
+
+
+@pytest.mark.engine
+def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTrainedModel) -> None:
+    config = TrainConfig(
+        cache="c", student="s", out="o", student_samples="live", teacher_url=("http://h:1",), sampler="vllm",
+        staleness=0,
+    )  # fmt: skip
+    prompt, response = [5, 9, 33], [7, 8, 300, 2, 0]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sampler = open_sampler(config, source, model, CPU, DRAWN, 100)
+    assert isinstance(sampler, VllmSampler)
+
+    def furthest() -> float:
+        """Largest difference (nats) of the engine's log-probs of a fixed response to the trainer's."""
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0].float(), dim=-1)
+        ours = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
+        scored = next(iter(results_only(sampler.engine.score([ScoreRequest(0, prompt, response)]))))
+        return float(np.abs(scored.logprobs_T - ours).max())
+
+    try:
+        before = ids_of(draw(sampler))
+        for step in range(2):
+            random = torch.Generator().manual_seed(step)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+            assert furthest() > 0.1
+            sampler.refresh(model)
+            assert furthest() < 1e-4
+        after = ids_of(draw(sampler))
+        assert after != before
+        assert ids_of(draw(sampler)) == after
+        assert torch.equal(torch.rand(3), expected)
+        cancelled = threading.Event()
+        cancelled.set()
+        with pytest.raises(DrawCancelledError):
+            next(sampler.draw([GenerateRequest(0, prompt, 0)], cancelled))
+    finally:
+        sampler.close()
+
+
+def test_a_vllm_engine_is_refused_where_it_would_disturb_training(source: ModelSource, model: PreTrainedModel) -> None:
+    config = TrainConfig(
+        cache="c", student="s", out="o", student_samples="live", teacher_url=("http://h:1",), sampler="vllm"
+    )
+    with pytest.raises(UserError, match=r"--sampler vllm .*training must wait for it.*staleness=0"):
+        open_sampler(config, source, model, CPU, DRAWN, 100)
+    adapters = config.model_copy(update={"staleness": 0, "lora_rank": 4})
+    with pytest.raises(UserError, match=r"--sampler vllm takes whole weights.*Choose --sampler transformers"):
+        open_sampler(adapters, source, model, CPU, DRAWN, 100)
