@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -144,3 +146,58 @@ def test_boxes_say_their_quantiles() -> None:
 )
 def test_axes_end_at_round_values(value: float, top: float) -> None:
     assert _round_up(value) == pytest.approx(top)
+
+
+@pytest.fixture
+def browse(
+    make_config: MakeConfig, write_rows: WriteRows, rows: list[dict[str, Any]]
+) -> Callable[[list[list[str]]], dict[str, Any]]:
+    """Do things in the browser of examples, and say what it shows: 12 rows and a model that is right on every third."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    rows = [row | {"id": f"row-{i}", "instruction": f"Say {i}!"} for i, row in enumerate(rows * 2)]
+    some = [{"prediction": row["output"] if i % 3 == 2 else "no"} for i, row in enumerate(rows)]
+    none = [{"prediction": _EVIL}] * len(rows)
+    config = make_config(
+        predictions=[f"some={write_rows(some, 'p.jsonl')}", f"none={write_rows(none, 'q.jsonl')}"],
+        data=f"d={write_rows(rows, 'd.jsonl')}",
+    )
+    evaluate(config)
+    script = str(Path(__file__).parent / "browse.js")
+
+    def run(steps: list[list[str]]) -> dict[str, Any]:
+        command = [node, script, str(config.out / "report.html"), json.dumps(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    return run
+
+
+def test_the_browser_turns_pages_and_shows_texts_as_they_are(browse: Callable[..., dict[str, Any]]) -> None:
+    first = browse([])
+    assert first["place"] == "12 of 12 rows, page 1 of 2"
+    assert len(first["rows"]) == 10
+    assert first["rows"][0].startswith(
+        "row-0 \u00b7 qa | Prompt | Say 0! | Reference | word word | some | Rouge-L 0.0, "
+    )
+    assert _EVIL in first["rows"][0]
+    second = browse([["key", "j"], ["key", "j"], ["key", "/"]])
+    assert second["place"] == "12 of 12 rows, page 2 of 2"
+    assert [row.split()[0] for row in second["rows"]] == ["row-10", "row-11"]
+    assert second["focused"] is True
+    assert browse([["key", "j"], ["key", "k"]]) == first
+
+
+def test_the_browser_sorts_filters_and_searches(browse: Callable[..., dict[str, Any]]) -> None:
+    assert "some ahead of none" in browse([])["sorts"]
+    ahead = browse([["sort", "gap 0 1"]])
+    assert [row.split()[0] for row in ahead["rows"][:5]] == ["row-2", "row-5", "row-8", "row-11", "row-0"]
+    worst = browse([["sort", "low 0"]])
+    assert worst["rows"][0].startswith("row-0 ")
+    long = browse([["bucket", "[70,inf)"]])
+    assert long["place"] == "4 of 12 rows, page 1 of 1"
+    found = browse([["bucket", "[70,inf)"], ["search", "SAY 8"]])
+    assert [row.split()[0] for row in found["rows"]] == ["row-8"]
+    assert browse([["search", "nothing like it"]])["place"] == "0 of 12 rows, page 1 of 1"
