@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.distill.best import Best, HeldOutPrompt, NormSpikes
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.interrupts import Interrupts
 from dpkd.distill.training import train
 from dpkd.pipelines.validation_scores import rouge_l_of
 from dpkd.teacher_cache.errors import UserError
@@ -224,3 +225,18 @@ def test_a_norm_that_stands_out_is_said() -> None:
     assert not any(spikes.note(1.0) for _ in range(40))
     assert spikes.note(9.9) is None
     assert spikes.note(25.0) == "gradient norm 25, 25 times the median of 42 steps"
+
+
+def test_two_signals_at_once_are_one_wish(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A launcher hands on the Ctrl-C that the terminal has sent already; a person's second one comes later."""
+    now = [100.0]
+    monkeypatch.setattr("dpkd.distill.interrupts.time.monotonic", lambda: now[0])
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err.count("finishing this step") == 1
