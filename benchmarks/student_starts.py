@@ -2,10 +2,10 @@
 
     python benchmarks/student_starts.py --teacher models/smollm2-135m-instruct --out runs/student-starts
 
-Caches the teacher on 160 rows to learn from and 48 held-out rows to measure on (vLLM), makes every student with
-`init_student`, measures it on the held-out rows, trains it (token level with cross-entropy, 20 steps of 8 rows) and
-measures it again. Every arm reads the same rows in the same order. What is finished is not done again; the table is
-printed after every arm and kept in OUT/students.json.
+Caches the teacher on 160 rows to learn from and 48 held-out rows (vLLM), makes every student with `init_student`,
+measures it on held-out rows, trains it (token level with cross-entropy) and measures it again. Every arm reads the same
+rows in the same order. What is finished is not done again; the table is printed after every arm and its values are kept
+in OUT, in a file for each choice of steps, batch size and seed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from dpkd.teacher_cache.reader import TeacherCache
 
 _LAYERS = 8
 _TRAINING: dict[str, Any] = {
-    "level": "token", "sft_weight": 1.0, "steps": 20, "batch_size": 8, "learning_rate": 1e-3, "save_every": None,
-    "device": "cpu",
+    "level": "token", "sft_weight": 1.0, "learning_rate": 1e-3, "save_every": None, "device": "cpu",
 }  # fmt: skip
 _CPU = torch.device("cpu")
 
@@ -82,36 +81,44 @@ def arms(teacher: str, out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def run_arm(teacher: str, out: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+def setting(training: dict[str, int]) -> str:
+    return f"{training['steps']}x{training['batch_size']}-seed{training['seed']}"
+
+
+def run_arm(
+    teacher: str, out: Path, name: str, options: dict[str, Any], training: dict[str, int], num_rows: int
+) -> dict[str, Any]:
     slug = "-".join("".join(letter if letter.isalnum() else " " for letter in name).split())
     heldout = TeacherCache.open(out / "heldout")
     student_dir = init_student(InitStudentConfig(teacher=teacher, out=out / slug / "student", **options))
-    run_dir = out / slug / "run"
+    run_dir = out / slug / f"run-{setting(training)}"
     result: dict[str, Any] = {"start": name}
     result["parameters"] = json.loads((student_dir / "student.json").read_bytes())["parameters"]
     for stage, directory in (("before", student_dir), ("after", run_dir)):
         if stage == "after":
             started_s = time.perf_counter()
-            train(TrainConfig(cache=out / "cache", student=str(student_dir), out=run_dir, **_TRAINING))
+            train(TrainConfig(cache=out / "cache", student=str(student_dir), out=run_dir, **_TRAINING, **training))
             result["train_s"] = round(time.perf_counter() - started_s, 1)
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             result["step_s"] = sorted(line["step_time_s"] for line in lines)[len(lines) // 2]
             result["kl_by_step"] = [round(line["kld"], 3) for line in lines]
         source = locate_model(str(directory), "student")
-        result[stage] = measure_student(source, source.load("float32"), heldout, 48, _CPU)
+        result[stage] = measure_student(source, source.load("float32"), heldout, num_rows, _CPU)
     return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| start | parameters | perplexity before | KL before | after | KL after | same top token | s a step |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = [
+        "start", "parameters", "perplexity before", "KL before", "KL at 5", "KL at 10", "perplexity after", "KL after",
+        "same top token",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for row in results:
-        before, after = row["before"], row["after"]
+        before, after, by_step = row["before"], row["after"], row["kl_by_step"]
         lines.append(
             f"| {row['start']} | {row['parameters'] / 1e6:.1f}M | {before['perplexity']:.3g} | {before['kl']:.2f} "
-            f"| {after['perplexity']:.1f} | {after['kl']:.3f} | {after['top1_agreement']:.1%} | {row['step_s']:.1f} |"
+            f"| {by_step[4]:.2f} | {by_step[9]:.2f} | {after['perplexity']:.0f} | {after['kl']:.3f} "
+            f"| {after['top1_agreement']:.1%} |"
         )
     return "\n".join(lines)
 
@@ -122,14 +129,20 @@ def main() -> None:
     parser.add_argument("--data", default="examples/dolly/train.jsonl", help="rows to learn from")
     parser.add_argument("--heldout", default="examples/dolly/heldout.jsonl", help="rows to measure on")
     parser.add_argument("--out", type=Path, required=True, help="directory of caches, students and runs")
+    parser.add_argument("--steps", type=int, default=20, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows")
+    parser.add_argument("--measure-rows", type=int, default=24, help="held-out rows to measure on, at most 48")
+    parser.add_argument("--only", nargs="*", default=[""], help="arms whose names hold one of these texts")
     options = parser.parse_args()
+    training = {"steps": options.steps, "batch_size": options.batch_size, "seed": options.seed}
     cache_teacher(options.teacher, options.data, 160, 32, options.out / "cache")
     cache_teacher(options.teacher, options.heldout, 48, 48, options.out / "heldout")
-    kept_path = options.out / "students.json"
+    kept_path = options.out / f"students-{setting(training)}.json"
     results = json.loads(kept_path.read_text()) if kept_path.is_file() else []
     for name, arm in arms(options.teacher, options.out).items():
-        if name not in [row["start"] for row in results]:
-            results.append(run_arm(options.teacher, options.out, name, arm))
+        if name not in [row["start"] for row in results] and any(text in name for text in options.only):
+            results.append(run_arm(options.teacher, options.out, name, arm, training, options.measure_rows))
             kept_path.write_text(json.dumps(results, indent=1), encoding="utf-8")
             print(table(results), flush=True)
     print(table(results))

@@ -52,9 +52,9 @@ class InitStudentConfig(Settings):
         None, ge=1, description="layers of the teacher to keep; none: all, or as many as --keep lists"
     )
     keep: Literal["spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        "spread",
-        description="which layers: spread evenly from the first to the last, the first, the last, "
-        "or comma-separated numbers from 0",
+        "last",
+        description="which layers: the last (they start and recover best, docs/results/students.md), the first, "
+        "spread evenly from the first to the last, or comma-separated numbers from 0",
     )
     mlp_width: int | None = Field(
         None,

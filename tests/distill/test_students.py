@@ -29,7 +29,10 @@ def report(student: ModelSource) -> dict[str, Any]:
 
 
 def test_a_student_has_the_layers_and_tokenizer_of_its_teacher(tmp_path: Path, toy_teacher: Path) -> None:
-    student, teacher = made(tmp_path / "s", toy_teacher, layers=1), locate_model(str(toy_teacher), "teacher")
+    student, teacher = (
+        made(tmp_path / "s", toy_teacher, layers=1, keep="first"),
+        locate_model(str(toy_teacher), "teacher"),
+    )
     assert student.config.num_hidden_layers == 1
     assert student.tokenizer_identity() == teacher.tokenizer_identity()
     assert student.stop_token_ids() == teacher.stop_token_ids()
@@ -42,13 +45,13 @@ def test_a_student_has_the_layers_and_tokenizer_of_its_teacher(tmp_path: Path, t
 def test_a_student_is_known_again(tmp_path: Path, toy_teacher: Path) -> None:
     out = made(tmp_path / "s", toy_teacher, layers=1).path
     before = (out / "model.safetensors").stat().st_mtime_ns
-    made(out, toy_teacher, layers=1)
-    made(out, toy_teacher, keep="0")  # the same layers, said otherwise
+    made(out, toy_teacher, layers=1, keep="last")  # the default
+    made(out, toy_teacher, keep="1")  # the same layer, said otherwise
     assert (out / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"holds another student; differing: layers: \[0\] -> \[0, 1\]"):
+    with pytest.raises(UserError, match=r"holds another student; differing: layers: \[1\] -> \[0, 1\]"):
         made(out, toy_teacher, layers=2)
-    with pytest.raises(UserError, match=r"holds another student; differing: layers: \[0\] -> \[1\]"):
-        made(out, toy_teacher, layers=1, keep="last")
+    with pytest.raises(UserError, match=r"holds another student; differing: layers: \[1\] -> \[0\]"):
+        made(out, toy_teacher, layers=1, keep="spread")
     with pytest.raises(UserError, match="holds another student; differing: checkpoint: "):
         made(out, toy_teacher, from_checkpoint=str(toy_teacher))
 
@@ -234,7 +237,7 @@ def test_a_failure_while_it_is_written_leaves_nothing(
     ("options", "message"),
     [
         ({}, "say what the student is: --layers N, --mlp-width N, --from-config FILE or --from CHECKPOINT"),
-        ({"keep": "last"}, "--keep last needs --layers N"),
+        ({"keep": "first"}, "--keep first needs --layers N"),
         ({"keep": "middle", "layers": 2}, "'middle' is neither spread, first, last nor a list of layers"),
         ({"keep": "3,1"}, "--keep 3,1 must list layers in ascending order, each once"),
         ({"keep": [1, 1]}, "--keep 1,1 must list layers in ascending order, each once"),
