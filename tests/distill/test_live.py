@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -478,3 +479,53 @@ def test_no_server_at_all_is_refused(toy_cache: Path, toy_student: Path) -> None
 def test_responses_that_do_not_fit_the_student_are_refused(loop: Callable[..., Loop]) -> None:
     with pytest.raises(UserError, match=r"longer than the student's positions.*at most 512.*sample_max_new_tokens"):
         loop(sample_max_new_tokens=512).open()
+
+
+def test_a_vllm_sampler_draws_with_the_newest_weights(loop: Callable[..., Loop]) -> None:
+    trainer = loop("one", sampler="vllm", staleness=0, steps=3)
+    found = [ids_of(rejected(rows)) for rows in trainer.run()]
+    # again from weights that stand still: the first step is the same, the later ones are not
+    still = loop("two", sampler="vllm", staleness=0, steps=3)
+    live = still.open()
+    try:
+        for step in range(3):
+            live.before_step(step)
+            same = ids_of(rejected(live.rows(step, still.places(step)))) == found[step]
+            assert same == (step == 0)
+    finally:
+        live.close()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_killed_run_learns_from_the_same_samples(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, server: VllmServer, staleness: int
+) -> None:
+    options = tmp_path / "train.toml"
+    options.write_text(f"staleness = {staleness}\nsave_every = 2\n")
+
+    def command(out: Path) -> list[str]:
+        return [
+            sys.executable, "-m", "dpkd.pipelines.cli", "train", "--cache", str(toy_cache), "--student",
+            str(toy_student), "--out", str(out), "--level", "sequence", "--student-samples", "live", "--teacher-url",
+            server.url, "--steps", "8", "--batch-size", "4", "--device", "cpu", "--config", str(options),
+            "--learning-rate", "1e-3",
+        ]  # fmt: skip
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline_s = time.monotonic() + 120
+    while not (cut / "checkpoint-4").is_dir():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    subprocess.run(command(cut), check=True, capture_output=True)
+    ours, theirs = list(stored_rows(cut)), list(stored_rows(whole))
+    assert [(row.example_id, row.response_ids.tolist()) for row in ours] == [
+        (row.example_id, row.response_ids.tolist()) for row in theirs
+    ]
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (cut, whole)]
+    assert [line["step"] for line in lines[0]] == list(range(1, 9))
+    assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], abs=1e-4)
