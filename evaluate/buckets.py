@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, median
 from typing import Literal
 
 #: an edge of the buckets: a length, or a statistic of the set's gold responses
@@ -31,6 +30,8 @@ def resolve_edges(edges: Sequence[Edge], lengths: Sequence[int]) -> tuple[int, .
 
     Edges that fall together are one: a set whose median is its mean has a bucket less.
     """
+    from statistics import mean, median  # only here: options import this module, and help is to be quick
+
     statistics = {"median": median, "mean": mean}
     found = {
         max(1, round(statistics[edge](lengths))) if isinstance(edge, str) else edge

@@ -23,7 +23,7 @@ Pair = tuple[str, tuple[str, ...]]
 
 _COMMAND = (sys.executable, "-m", "dpkd.evaluate.score_pool")
 _CHUNK_PAIRS = 128
-_MIN_PAIRS_A_HELPER = 2000  # fewer are scored sooner than a helper starts
+_MIN_PAIRS_A_HELPER = 5000  # fewer are scored sooner than a helper starts
 
 
 def score_pairs(
