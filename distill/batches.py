@@ -200,8 +200,7 @@ class BatchOrder:
         self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
         self._batch_size = batch_size or global_batch_size
         self.num_rows = sum(group_sizes)
-        self._epoch = -1
-        self._order = np.zeros((0, 2), np.int64)
+        self._held = (-1, np.zeros((0, 2), np.int64))  # one value: two threads ask for rows
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) of the first row of `step`."""
@@ -218,9 +217,11 @@ class BatchOrder:
 
     def _place(self, index: int) -> tuple[int, int]:
         epoch, place = divmod(index, self.num_rows)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._group_sizes, self._seed, epoch)
-        group, row = self._order[place]
+        held, order = self._held
+        if epoch != held:
+            order = epoch_order(self._group_sizes, self._seed, epoch)
+            self._held = epoch, order
+        group, row = order[place]
         return int(group), int(row)
 
 

@@ -293,8 +293,11 @@ class TrainConfig(Settings):
         None, ge=1, description="live: longest response, in tokens; none: the cache's own limit"
     )
     sample_every: int = Field(1, ge=1, description="live: steps whose responses are drawn together, with one state")
-    staleness: Literal[0, 1] = Field(
-        1, description="live: 1 draws the next responses while this step trains; 0 draws with the newest weights"
+    staleness: int = Field(
+        1,
+        ge=0,
+        le=1,
+        description="live: 1 draws the next responses while this step trains; 0 draws with the newest weights",
     )
     teacher_tolerance: float = Field(
         0.05,

@@ -6,6 +6,7 @@ mean over positions gives every token about the same weight; batches of a fixed 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,9 +45,8 @@ class TokenBatchOrder:
                 advice="Raise --batch-tokens",
             )
         self._ends = [0]  # passes up to and with each epoch
-        self._held = -1
-        self._order = np.zeros((0, 2), np.int64)
-        self._bounds = np.zeros(1, np.int64)
+        self._held = (-1, np.zeros((0, 2), np.int64), np.zeros(1, np.int64))
+        self._lock = threading.RLock()  # two threads ask for rows
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) of the first pass of `step`."""
@@ -70,17 +70,19 @@ class TokenBatchOrder:
         return max(1, int(np.ceil(passes / self._passes_per_step)))
 
     def _pass(self, number: int) -> list[tuple[int, int]]:
-        epoch, place = self._find(number)
-        if epoch != self._held:
-            self._held = epoch
-            self._order, self._bounds = self._epoch(epoch)
-        rows = self._order[self._bounds[place] : self._bounds[place + 1]]
+        with self._lock:
+            epoch, place = self._find(number)
+            if epoch != self._held[0]:
+                self._held = (epoch, *self._epoch(epoch))
+            _, order, bounds = self._held
+        rows = order[bounds[place] : bounds[place + 1]]
         return [(int(group), int(row)) for group, row in rows]
 
     def _find(self, number: int) -> tuple[int, int]:
         """Epoch of a pass, and its place in it."""
-        while self._ends[-1] <= number:
-            self._append_epoch()
+        with self._lock:
+            while self._ends[-1] <= number:
+                self._append_epoch()
         epoch = int(np.searchsorted(self._ends, number, side="right")) - 1
         return epoch, number - self._ends[epoch]
 

@@ -84,7 +84,7 @@ def _measure_fidelity(config: FidelityConfig) -> None:
 
 
 config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
-config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student: of the teacher, from a config, or from another checkpoint.")
+config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student.")
 config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
 config_command(
     app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
