@@ -22,7 +22,7 @@ def model_card(run: Run, steps: int, training: dict[str, Any] | None, validation
         "pipeline_tag": "text-generation",
         "tags": ["dpkd", "knowledge-distillation", *(["lora"] if config.lora_rank is not None else [])],
     }
-    teacher = run.cache.identities["teacher"] if run.cache is not None else None
+    teacher = None if run.cache_identities is None else run.cache_identities["teacher"]
     made_of = [
         ("Student before training", _named(facts["student"])),
         ("Teacher", "none: trained on reference responses" if teacher is None else _named(teacher)),
@@ -74,7 +74,7 @@ def _named(identity: dict[str, Any]) -> str:
 
 
 def _data(run: Run) -> str | None:
-    data = run.facts.get("data") or (run.cache.identities.get("data") if run.cache is not None else None)
+    data = run.facts.get("data") or (run.cache_identities or {}).get("data")
     return None if data is None else json.dumps(data, ensure_ascii=False)
 
 

@@ -47,7 +47,8 @@ class Run:
     """What a run is made of, decided before the first step.
 
     `validation` are rows that are held out of `rows`; `corpus` is the text of the language-model term;
-    `has_distributions` says whether the rows carry the teacher's.
+    `has_distributions` says whether the rows carry the teacher's; `cache` is a finished one, and `cache_identities` are
+    also those of a cache that is still written.
     """
 
     config: TrainConfig
@@ -59,6 +60,7 @@ class Run:
     validation: RowSource | None = None
     corpus: Corpus | None = None
     has_distributions: bool = False
+    cache_identities: dict[str, Any] | None = None
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -70,6 +72,7 @@ def open_run(config: TrainConfig) -> Run:
     validation: RowSource | None = None
     held: Round | None = None
     has_distributions = False
+    identities: dict[str, Any] | None = None
     if config.cache is not None:
         cache: CacheReader
         if config.follow:
@@ -85,7 +88,7 @@ def open_run(config: TrainConfig) -> Run:
         cache.check_tokenizer(student, "student")
         check_narrower(student, cache, [] if finished is None else used_shards(finished, held, config))
         facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
-        vocab_size = cache.vocab_size
+        vocab_size, identities = cache.vocab_size, cache.identities
         has_distributions = top_k_of(cache, held, config) > 0
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
@@ -102,7 +105,7 @@ def open_run(config: TrainConfig) -> Run:
         corpus = Corpus(config.lm_data, student.tokenizer, config.lm_length, config.seed)
         check_positions(config.lm_length, student.max_positions, where=student.name)
         facts["corpus"] = corpus.identity
-    return Run(config, student, rows, vocab_size, facts, finished, validation, corpus, has_distributions)
+    return Run(config, student, rows, vocab_size, facts, finished, validation, corpus, has_distributions, identities)
 
 
 def take_up(run_dir: Path, run: Run, num_processes: int) -> bool:

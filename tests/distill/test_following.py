@@ -94,6 +94,7 @@ def test_both_processes_run_and_a_killed_trainer_goes_on(
     # the same steps on the finished cache, without a kill or a wait: this engine commits its shards in order
     assert order == sorted(order)
     replay = train(config(tmp_path / "replay", cache, toy_student, steps=steps))
+    assert "| Teacher | `" in (replay / "README.md").read_text()
     assert metrics(replay) == metrics(run)
     assert (replay / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
