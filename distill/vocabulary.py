@@ -74,8 +74,9 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
         return batch
     kept_TK = (batch.entry_ids_TK >= 0) & ~beyond_TK
     counts_T = kept_TK.sum(dim=1)
-    if int(counts_T.min()) == 0:
-        row = int(batch.row_T[counts_T.argmin()])
+    lost_T = beyond_TK.any(dim=1) & (counts_T == 0)  # rejected responses have no entries to begin with
+    if bool(lost_T.any()):
+        row = int(batch.row_T[lost_T.nonzero()[0, 0]])
         raise UserError(
             "at a position the teacher keeps nothing but ids that the student has no logit for",
             found="no entry",
