@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 def make_toy(directory: Path) -> Path:
     """The toy of the tests, saved to `directory`."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import conftest
+    import toys
 
-    conftest.train_tokenizer(directory / "tokenizer", conftest.dolly_texts("train"), conftest.VOCAB_SIZE)
-    made: Path = conftest.make_toy(directory / "toy", directory / "tokenizer", layers=2, seed=1)
+    toys.train_tokenizer(directory / "tokenizer", toys.dolly_texts("train"), toys.VOCAB_SIZE)
+    made: Path = toys.make_toy(directory / "toy", directory / "tokenizer", layers=2, seed=1)
     return made
 
 

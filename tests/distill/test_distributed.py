@@ -82,7 +82,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path, toy_student: Path) -> dict[str, Any]:
-    from conftest import dolly_texts
+    from toys import dolly_texts
 
     corpus = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in dolly_texts("heldout")), encoding="utf-8")

@@ -24,7 +24,7 @@ SHOWN = ("loss", "grad_norm", "reward_margin", "kld")
 
 def curve(directory: Path, cache: Path, student: Path, name: str) -> list[dict[str, float]]:
     """30 steps of the preset, in figures of a width that another CPU gives too."""
-    from conftest import dolly_texts
+    from toys import dolly_texts
 
     from dpkd.distill.config import TrainConfig
     from dpkd.distill.training import train
@@ -85,14 +85,14 @@ def golden_cache(
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import conftest
+    import toys
 
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        conftest.train_tokenizer(directory / "tokenizer", conftest.dolly_texts("train"), conftest.VOCAB_SIZE)
-        teacher = conftest.make_toy(directory / "teacher", directory / "tokenizer", layers=2, seed=1)
-        student = conftest.make_toy(directory / "student", directory / "tokenizer", layers=1, seed=2)
-        cache = build(directory, teacher, student, conftest.write_toy_data(directory / "train.jsonl"))
+        toys.train_tokenizer(directory / "tokenizer", toys.dolly_texts("train"), toys.VOCAB_SIZE)
+        teacher = toys.make_toy(directory / "teacher", directory / "tokenizer", layers=2, seed=1)
+        student = toys.make_toy(directory / "student", directory / "tokenizer", layers=1, seed=2)
+        cache = build(directory, teacher, student, toys.write_toy_data(directory / "train.jsonl"))
         GOLDEN.mkdir(exist_ok=True)
         for name in CURVES:
             lines = ",\n".join(map(json.dumps, curve(directory, cache, student, name)))

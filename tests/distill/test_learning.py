@@ -40,7 +40,7 @@ def rows() -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> dict[str, Path]:
     """Teacher, student and cache (with the student's round r0) of the toy world."""
-    from conftest import make_toy
+    from toys import make_toy
 
     directory = tmp_path_factory.mktemp("world")
     data = directory / "rows.jsonl"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_toy
+from toys import make_toy
 from transformers import GPT2Config
 
 from dpkd.distill.config import InitStudentConfig
