@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpkd.teacher_cache.decoding_inputs import left_padded, next_inputs
 from dpkd.teacher_cache.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory, resolve_engine
 from dpkd.teacher_cache.errors import UserError, first_line
 
@@ -133,7 +134,9 @@ class TransformersSampler:
         streams = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
         ids: list[list[int]] = [[] for _ in batch]
         stopped: set[int] = set()
-        inputs = self._left_pad([request.prompt_ids for request in batch])
+        inputs = left_padded(
+            [request.prompt_ids for request in batch], self._device, takes_positions=self._takes_positions
+        )
         running = list(range(len(batch)))  # the batch's rows, in the order of the tensors' rows
         for _ in range(self._sampling.max_new_tokens):
             if cancelled.is_set():
@@ -148,7 +151,7 @@ class TransformersSampler:
                         stopped.add(row)
             if len(stopped) == len(batch):
                 break
-            inputs = self._next_inputs(inputs, token_B, output.past_key_values)
+            inputs = next_inputs(inputs, token_B, output.past_key_values)
             kept = [place for place, row in enumerate(running) if row not in stopped]
             if 2 * len(kept) <= len(running):  # the finished half is dropped: the rest goes on in a smaller batch
                 running = [running[place] for place in kept]
@@ -157,25 +160,6 @@ class TransformersSampler:
             Drawn(request.index, np.array(ids[row], np.int32), "stop" if row in stopped else "length")
             for row, request in enumerate(batch)
         ]
-
-    def _left_pad(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-        width = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.tensor(sequence)
-            mask[row, width - len(sequence) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return {name: value.to(self._device) for name, value in inputs.items()}
-
-    def _next_inputs(self, inputs: dict[str, Any], token_B: Tensor, past: Any) -> dict[str, Any]:
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(token_B)[:, None]], dim=1)
-        following = {"input_ids": token_B[:, None], "attention_mask": mask, "past_key_values": past}
-        if self._takes_positions:
-            following["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
-        return following
 
     def close(self) -> None:
         """See `Sampler.close`."""

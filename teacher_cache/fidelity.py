@@ -71,7 +71,7 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
     """
     cache = TeacherCache.open(config.cache)
     teacher = locate_model(config.teacher, "teacher")
-    _check_same_teacher(cache, teacher)
+    cache.check_teacher(teacher, advice="Give the teacher that the cache was built with")
     cache.check_tokenizer(teacher, "teacher")
     rows = spread_rows(cache, config.limit)
     engine = _live_engine(cache, config)
@@ -104,20 +104,6 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
         "bound": _bound(compared),
         "size": _size(cache),
     }
-
-
-def _check_same_teacher(cache: TeacherCache, teacher: ModelSource) -> None:
-    held, ours = cache.manifest.identities["teacher"], teacher.identity("")
-    # a cache built through a server may not know the weights
-    key = "config_sha256" if held["weights_sha256"] is None else "weights_sha256"
-    if ours[key] != held[key]:
-        raise UserError(
-            "the teacher is not the one of the cache",
-            found=f"{key} {str(ours[key])[:_SHORT]} of {teacher.name}",
-            expected=f"{held[key][:_SHORT]} of {held['name']}",
-            where=cache.folder,
-            advice="Give the teacher that the cache was built with",
-        )
 
 
 def _live_engine(cache: TeacherCache, config: FidelityConfig) -> ResolvedEngine:

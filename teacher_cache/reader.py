@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CACHE_KIND = "teacher-cache"
 ROUND_KIND = "round"
+_SHORT = 12  # digits shown of a sha256
 _DECODED_SHARDS = 16  # how many decoded shards a reader holds: two windows of the data order
 
 
@@ -91,6 +92,21 @@ class CacheReader:
                 expected=f"{_tokenizer(held)} of {self.identities['teacher']['name']}",
                 where=self.folder,
                 advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
+            )
+
+    def check_teacher(self, model: ModelSource, *, advice: str) -> None:
+        """Raise `UserError` unless `model` is the teacher, by its weights (by its config, where only that is known)."""
+        held = self.identities["teacher"]
+        ours = model.identity(held["dtype"])
+        # a cache built through a server may not know the weights
+        key = "config_sha256" if held["weights_sha256"] is None else "weights_sha256"
+        if ours[key] != held[key]:
+            raise UserError(
+                "the teacher is not the one of the cache",
+                found=f"{key} {str(ours[key])[:_SHORT]} of {model.name}",
+                expected=f"{held[key][:_SHORT]} of {held['name']}",
+                where=self.folder,
+                advice=advice,
             )
 
 

@@ -31,7 +31,6 @@ from dpkd.teacher_cache.server_client import KEY_VARIABLE
 from dpkd.teacher_cache.serving_config import ServeConfig
 
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (what to ask, for a server that listens everywhere)
-_SHORT = 12  # digits shown of a sha256
 _CPU_SEQUENCES = 16  # sequences of full length that a server on the CPU has room for
 _STOP_S = 20.0
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
@@ -44,7 +43,7 @@ def serve_teacher(config: ServeConfig) -> None:
     """
     cache = TeacherCache.open(config.cache)
     teacher = locate_model(config.teacher or _teacher_as_built(cache), "teacher")
-    _check_same_teacher(cache, teacher)
+    cache.check_teacher(teacher, advice="Give --teacher, the one that the cache was built with")
     cache.check_tokenizer(teacher, "teacher")
     resolve_engine("vllm")
     check_engine_args(config.engine_arg, scores=True)
@@ -103,21 +102,6 @@ def _teacher_as_built(cache: TeacherCache) -> str:
         raise UserError(
             "the cache does not say where its teacher is", where=cache.folder, advice="Give --teacher"
         ) from None
-
-
-def _check_same_teacher(cache: TeacherCache, teacher: ModelSource) -> None:
-    held = cache.identities["teacher"]
-    ours = teacher.identity(held["dtype"])
-    # a cache built through a server may not know the weights
-    key = "config_sha256" if held["weights_sha256"] is None else "weights_sha256"
-    if ours[key] != held[key]:
-        raise UserError(
-            "the teacher is not the one of the cache",
-            found=f"{key} {str(ours[key])[:_SHORT]} of {teacher.name}",
-            expected=f"{held[key][:_SHORT]} of {held['name']}",
-            where=cache.folder,
-            advice="Give --teacher, the one that the cache was built with",
-        )
 
 
 def _name(cache: TeacherCache) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from dpkd.teacher_cache.decoding_inputs import left_padded, next_inputs
 from dpkd.teacher_cache.distributions import from_top_k
 from dpkd.teacher_cache.engine import (
     EngineOptions,
@@ -87,7 +88,9 @@ class TransformersEngine:
             yield from self._answered([request], answer)
 
     def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
-        inputs = self._left_pad([list(request.prompt_ids) for request in batch])
+        inputs = left_padded(
+            [list(request.prompt_ids) for request in batch], self._device, takes_positions=self._takes_positions
+        )
         draws = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
         steps: list[_Step] = []
         running_B = torch.ones(len(batch), dtype=torch.bool, device=self._device)
@@ -100,7 +103,7 @@ class TransformersEngine:
             running_B = running_B & ~torch.isin(token_B, stop_ids)
             if not running_B.any():
                 break
-            inputs = self._next_inputs(inputs, token_B, output.past_key_values)
+            inputs = next_inputs(inputs, token_B, output.past_key_values)
         results = []
         for row, request in enumerate(batch):
             ids = [int(step.token_B[row]) for step in steps]
@@ -111,8 +114,10 @@ class TransformersEngine:
 
     def _score_batch(self, batch: list[ScoreRequest]) -> list[EngineResult]:
         responses = [list(map(int, request.response_ids)) for request in batch]
-        inputs = self._left_pad(
-            [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)]
+        inputs = left_padded(
+            [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)],
+            self._device,
+            takes_positions=self._takes_positions,
         )
         longest = max(map(len, responses))
         # left padding lines the ends up: the logits of the last `longest + 1` columns predict every response
@@ -123,25 +128,6 @@ class TransformersEngine:
             step = _Step.take(logprobs_TV, torch.tensor(ids, device=self._device), self._options.top_k)
             results.append(self._result(request.index, [step.row(i) for i in range(len(ids))], "stop"))
         return results
-
-    def _left_pad(self, sequences: list[list[int]]) -> dict[str, Any]:
-        width = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.tensor(sequence)
-            mask[row, width - len(sequence) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return {key: value.to(self._device) for key, value in inputs.items()}
-
-    def _next_inputs(self, inputs: dict[str, Any], token_B: torch.Tensor, past: Any) -> dict[str, Any]:
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(token_B)[:, None]], dim=1)
-        following = {"input_ids": token_B[:, None], "attention_mask": mask, "past_key_values": past}
-        if self._takes_positions:
-            following["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
-        return following
 
     def _result(self, index: int, table: list[tuple[int, float, np.ndarray, np.ndarray]], reason: Any) -> EngineResult:
         ids = np.array([row[0] for row in table], np.int32)
