@@ -1,21 +1,27 @@
-"""A student held against a cache before training: perplexity of its responses, KL to its distributions."""
+"""A model held against a cache: perplexity of its responses, divergences from its distributions, implicit rewards."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpkd.distill.batches import Batch, BatchOrder, TrainingRow, collate
+from dpkd.distill.losses import implicit_reward, sum_by_row
 from dpkd.distill.readings import distribution_fields, measured
 from dpkd.distill.scoring import Positions, StudentScorer, check_head
 from dpkd.distill.sources import CacheRows, check_positions
 from dpkd.distill.vocabulary import narrowed
-from dpkd.teacher_cache.models import ModelSource
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.templates import PromptEncoder
+from dpkd.teacher_cache.transformers_engine import choose_device
 
 _BATCH_SIZE = 8
 _LOGITS_CHUNK = 1024
@@ -36,16 +42,72 @@ def batches_of(rows: list[TrainingRow], device: torch.device, *, with_distributi
         yield collate(rows[start : start + _BATCH_SIZE], with_distributions=with_distributions).to(device)
 
 
+def measure_model(
+    path: str, cache: str | Path, *, num_rows: int, beta: float = 0.1, device: str = "auto", dtype: str = "float32"
+) -> dict[str, Any]:
+    """`measure_student` of the checkpoint `path` (directory or hub name) on the cache at `cache` (path or URL).
+
+    `device` is auto, cpu or cuda. Raises `UserError` for a model or a cache that cannot be read, and for a model with
+    another tokenizer, or another prompt template, than the cache's.
+    """
+    student, held = locate_model(path, "model"), TeacherCache.open(cache)
+    check_same_prompts(student, held)
+    return measure_student(student, student.load(dtype), held, num_rows, choose_device(device), beta)
+
+
+def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
+    """Raise `UserError` unless `model` reads the cache's rows as they were written.
+
+    Its tokenizer is the cache's, and so is the template that it says it was trained with; of a checkpoint without
+    `dpkd.json`, the one that its tokenizer holds.
+    """
+    cache.check_tokenizer(model, "model")
+    held = cache.identities["template"]
+    ours = _trained_with(model) or PromptEncoder(model.tokenizer, held["name"]).identity()
+    if (ours["name"], ours["sha256"]) != (held["name"], held["sha256"]):
+        raise UserError(
+            "the model's prompt template is not the cache's",
+            found=f"{ours['name']} (sha256 {ours['sha256'][:12]}) of {model.name}",
+            expected=f"{held['name']} (sha256 {held['sha256'][:12]})",
+            where=cache.folder,
+            advice="Give a model that was trained with the cache's template, or another cache",
+        )
+
+
+def _trained_with(model: ModelSource) -> dict[str, str] | None:
+    path = model.path / "dpkd.json"
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["template"]
+        return {key: str(told[key]) for key in ("name", "sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint's dpkd.json names no template: {type(error).__name__} {error}",
+            where=path,
+            advice="Delete the file to measure the model with the cache's template",
+        ) from None
+
+
 @torch.no_grad()
 def measure_student(
-    student: ModelSource, model: nn.Module, cache: TeacherCache, num_rows: int, device: torch.device
+    student: ModelSource,
+    model: nn.Module,
+    cache: TeacherCache,
+    num_rows: int,
+    device: torch.device,
+    beta: float = 0.1,
 ) -> dict[str, Any]:
-    """Means over the response tokens (EOS counted) of at most `num_rows` rows of `cache`.
+    """What `model` makes of at most `num_rows` rows of `cache`; values in nats.
 
-    `perplexity` of the cached responses under the student; `kl`, KL(teacher || student) in nats to the cached
-    distributions, tokens outside the kept entries taken as one bucket (a lower bound; None where the cache keeps none);
-    `top1_agreement`, the share of tokens at which both find the same one likeliest. Raises `UserError` for a student
-    whose positions end before the rows do, or whose logits are not numbers.
+    Means over response tokens, EOS counted: `perplexity` of the cached responses; `kl` and `rkld`,
+    KL(teacher || student) and KL(student || teacher), with the tokens outside the kept entries as one bucket (lower
+    bounds of the true ones); `top1_agreement`, the share of tokens at which both find the same one likeliest.
+    `kld_first` and `rkld_first` are means over rows of the same at the first response token. Means over rows:
+    `reward`, beta/|y| log q(y)/p(y) of the cached response (Eq. 29 with Eq. 9's division), and `reward_sum` without
+    the division. What needs distributions is None where the cache keeps none.
+
+    Raises `UserError` for a student whose positions end before the rows do, or whose logits are not numbers.
     """
     rows = sample_rows(cache, num_rows)
     longest = max(len(row.chosen.prompt_ids) + len(row.chosen.response_ids) for row in rows)
@@ -53,24 +115,50 @@ def measure_student(
     model = model.to(device).eval()
     check_head(model, student.name)
     scorer = StudentScorer(model, num_tokens=len(student.tokenizer), logits_chunk=_LOGITS_CHUNK)
-    sums: dict[str, float] = {}
+    by_token: dict[str, float] = {}
+    by_row: dict[str, float] = {}
     num_tokens = 0
     for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
         batch = narrowed(wide_batch, student.vocab_size)
         fields = {"target": batch.target_T} | distribution_fields(batch)
         values = scorer(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, _read)
         num_tokens += batch.num_positions
-        for name, value_T in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value_T.double().sum())
-    means = {name: value / num_tokens for name, value in sums.items()}
+        _add(by_token, values)
+        _add(by_row, _values_of_rows(batch, values, beta))
+    means = {name: value / num_tokens for name, value in by_token.items()}
+    means |= {name: value / len(rows) for name, value in by_row.items()}
     return {
         "rows": len(rows),
         "tokens": num_tokens,
         "perplexity": math.exp(min(-means["target"], _LARGEST_EXPONENT)),
         "kl": means.get("kld"),
+        "rkld": means.get("rkld"),
+        "kld_first": means.get("kld_first"),
+        "rkld_first": means.get("rkld_first"),
         "top1_agreement": means.get("agrees"),
+        "beta": beta,
+        "reward": means["reward"],
+        "reward_sum": means["reward_sum"],
     }
 
 
 def _read(at: Positions) -> dict[str, Tensor]:
     return {"target": at.logprob(at.fields["target"])} | measured(at)
+
+
+def _values_of_rows(batch: Batch, values: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
+    """One value a row: its rewards, and the divergences at its first response token."""
+    assert batch.teacher_logprob_T is not None  # the teacher has scored every row of a cache
+    student_B = sum_by_row(values["target"], batch.row_T, batch.num_rows)
+    teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
+    first_B = batch.num_tokens_B.cumsum(0) - batch.num_tokens_B
+    return {
+        "reward": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta),
+        "reward_sum": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta, False),
+        **{f"{name}_first": values[name][first_B] for name in ("kld", "rkld") if name in values},
+    }
+
+
+def _add(sums: dict[str, float], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + float(value.double().sum())
