@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpkd.distill.batches import Batch, BatchOrder, TrainingRow, collate
-from dpkd.distill.losses import implicit_reward, sum_by_row
+from dpkd.distill.losses import sum_by_row
 from dpkd.distill.readings import distribution_fields, measured
 from dpkd.distill.scoring import Positions, StudentScorer, check_head
 from dpkd.distill.sources import CacheRows, check_positions
 from dpkd.distill.vocabulary import narrowed
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
+from dpkd.teacher_cache.progress import Progress
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.templates import PromptEncoder
 from dpkd.teacher_cache.transformers_engine import choose_device
@@ -89,7 +91,6 @@ def _trained_with(model: ModelSource) -> dict[str, str] | None:
         ) from None
 
 
-@torch.no_grad()
 def measure_student(
     student: ModelSource,
     model: nn.Module,
@@ -109,56 +110,68 @@ def measure_student(
 
     Raises `UserError` for a student whose positions end before the rows do, or whose logits are not numbers.
     """
+    sums = row_measures(student, model, cache, num_rows, device)
+    num_tokens_N = sums["tokens"]
+    log_ratio_N = sums["teacher_nll"] - sums["nll"]  # log q(y)/p(y)
+
+    def mean(name: str, weights_N: np.ndarray | None = None) -> float | None:
+        if name not in sums:
+            return None
+        return float(sums[name].sum() / (len(num_tokens_N) if weights_N is None else weights_N.sum()))
+
+    return {
+        "rows": len(num_tokens_N),
+        "tokens": int(num_tokens_N.sum()),
+        "perplexity": math.exp(min(sums["nll"].sum() / num_tokens_N.sum(), _LARGEST_EXPONENT)),
+        "kl": mean("kld", num_tokens_N),
+        "rkld": mean("rkld", num_tokens_N),
+        "kld_first": mean("kld_first"),
+        "rkld_first": mean("rkld_first"),
+        "top1_agreement": mean("agrees", num_tokens_N),
+        "beta": beta,
+        "reward": float((beta * log_ratio_N / num_tokens_N).mean()),  # Eq. 29 over |y|, as Eq. 9 has it
+        "reward_sum": float((beta * log_ratio_N).mean()),
+    }
+
+
+@torch.no_grad()
+def row_measures(
+    student: ModelSource, model: nn.Module, cache: TeacherCache, num_rows: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """What `measure_student` is made of, by name: one float64 a row, in the order of `sample_rows`.
+
+    `tokens` (EOS counted); sums over them: `nll` and `teacher_nll`, -log q(y) and -log p(y) of the cached response,
+    and with distributions `kld`, `rkld`, `agrees`; `kld_first`, `rkld_first` at the first one. Nats. Raises as
+    `measure_student`.
+    """
     rows = sample_rows(cache, num_rows)
     longest = max(len(row.chosen.prompt_ids) + len(row.chosen.response_ids) for row in rows)
     check_positions(longest, student.max_positions, where=student.name)
     model = model.to(device).eval()
     check_head(model, student.name)
     scorer = StudentScorer(model, num_tokens=len(student.tokenizer), logits_chunk=_LOGITS_CHUNK)
-    by_token: dict[str, float] = {}
-    by_row: dict[str, float] = {}
-    num_tokens = 0
-    for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
-        batch = narrowed(wide_batch, student.vocab_size)
-        fields = {"target": batch.target_T} | distribution_fields(batch)
-        values = scorer(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, _read)
-        num_tokens += batch.num_positions
-        _add(by_token, values)
-        _add(by_row, _values_of_rows(batch, values, beta))
-    means = {name: value / num_tokens for name, value in by_token.items()}
-    means |= {name: value / len(rows) for name, value in by_row.items()}
-    return {
-        "rows": len(rows),
-        "tokens": num_tokens,
-        "perplexity": math.exp(min(-means["target"], _LARGEST_EXPONENT)),
-        "kl": means.get("kld"),
-        "rkld": means.get("rkld"),
-        "kld_first": means.get("kld_first"),
-        "rkld_first": means.get("rkld_first"),
-        "top1_agreement": means.get("agrees"),
-        "beta": beta,
-        "reward": means["reward"],
-        "reward_sum": means["reward_sum"],
-    }
+    parts: list[dict[str, Tensor]] = []
+    with Progress("rows of the cache", len(rows), "rows") as progress:
+        for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
+            batch = narrowed(wide_batch, student.vocab_size)
+            fields = {"target": batch.target_T} | distribution_fields(batch)
+            values = scorer(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, _read)
+            parts.append(_of_rows(batch, values))
+            progress.advance(batch.num_rows)
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def _read(at: Positions) -> dict[str, Tensor]:
-    return {"target": at.logprob(at.fields["target"])} | measured(at)
+    return {"nll": -at.logprob(at.fields["target"])} | measured(at)
 
 
-def _values_of_rows(batch: Batch, values: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
-    """One value a row: its rewards, and the divergences at its first response token."""
+def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
     assert batch.teacher_logprob_T is not None  # the teacher has scored every row of a cache
-    student_B = sum_by_row(values["target"], batch.row_T, batch.num_rows)
-    teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
-    first_B = batch.num_tokens_B.cumsum(0) - batch.num_tokens_B
-    return {
-        "reward": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta),
-        "reward_sum": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta, False),
-        **{f"{name}_first": values[name][first_B] for name in ("kld", "rkld") if name in values},
-    }
-
-
-def _add(sums: dict[str, float], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+    values = values | {"teacher_nll": -batch.teacher_logprob_T}
+    # float64 on the CPU: some devices have none
+    row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}
+    found = {name: sum_by_row(value, row_T, batch.num_rows) for name, value in by_token.items() if name != "entropy"}
+    num_tokens_B = batch.num_tokens_B.cpu()
+    first_B = num_tokens_B.cumsum(0) - num_tokens_B
+    found |= {f"{name}_first": by_token[name][first_B] for name in ("kld", "rkld") if name in by_token}
+    return found | {"tokens": num_tokens_B.double()}
