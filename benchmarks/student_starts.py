@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpkd.distill.config import InitStudentConfig, TrainConfig
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.student_config import InitStudentConfig
 from dpkd.distill.student_measures import measure_student
 from dpkd.distill.students import init_student
 from dpkd.distill.training import train

@@ -9,13 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpkd.distill.config import InitStudentConfig, TrainConfig
+    from dpkd.distill.config import TrainConfig
+    from dpkd.distill.student_config import InitStudentConfig
     from dpkd.distill.students import init_student
     from dpkd.distill.training import train
 
 __all__ = ["InitStudentConfig", "TrainConfig", "init_student", "train"]
 
-_HOME = {"train": "training", "TrainConfig": "config", "init_student": "students", "InitStudentConfig": "config"}
+_HOME = {
+    "train": "training",
+    "TrainConfig": "config",
+    "init_student": "students",
+    "InitStudentConfig": "student_config",
+}
 
 
 def __getattr__(name: str) -> Any:

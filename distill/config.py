@@ -1,135 +1,24 @@
-"""Options of `dpkd train` and `dpkd init-student`. Imports nothing heavy: the command line reads it for `--help`."""
+"""Options of `dpkd train`. Imports nothing heavy: the command line reads it for `--help`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from dpkd.distill.config_rules import check_train_options
+from dpkd.distill.objective_names import (
+    DIVERGENCES,
+    OBJECTIVE_TERMS,
+    PREFERENCES,
+    PRESETS,
+    DivergenceName,
+    ObjectiveName,
+    TermName,
+)
 from dpkd.teacher_cache.settings import Location, Settings
 from dpkd.teacher_cache.templates import TemplateName
-
-PreferenceName = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference-free"]
-DivergenceName = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "akl", "skewed-forward-kl", "skewed-reverse-kl"]
-ObjectiveName = Literal[PreferenceName, DivergenceName, "kd", "sft", "seqkd", "minillm"]
-TermName = Literal["dpkd", "sft", "kd", "lm", "minillm"]
-
-PREFERENCES: tuple[str, ...] = get_args(PreferenceName)
-DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
-#: forms of the preference that exist for a single position
-TOKEN_PREFERENCES = ("dpkd", "ipo", "dpop", "reference-free")
-
-#: What an objective is made of when no weight is given. `kd` is the paper's baseline, 0.5 CE + 0.5 H(p, q).
-_TERMS: dict[str, dict[TermName, float]] = {
-    **{name: {"dpkd": 1.0} for name in PREFERENCES},
-    **{name: {"kd": 1.0} for name in DIVERGENCES},
-    "kd": {"sft": 0.5, "kd": 0.5},
-    "sft": {"sft": 1.0},
-    "seqkd": {"sft": 1.0},
-    "minillm": {"minillm": 1.0},
-}
-
-#: Options that stand for a published mix; an option that is given itself goes before its preset's value.
-PRESETS: dict[str, dict[str, Any]] = {
-    "released-code": {
-        "objective": "dpkd", "level": "token", "student_samples": "forced", "beta": 0.1,
-        "dpkd_weight": 0.5, "sft_weight": 0.5, "lm_weight": 0.5,
-    },
-    "paper": {
-        "objective": "dpkd", "level": "sequence", "length_normalize": True,
-        "dpkd_weight": 1.0, "sft_weight": 0.0, "lm_weight": 1.0,
-    },
-}  # fmt: skip
-
-
-class InitStudentConfig(Settings):
-    """How to make a student: of the teacher's layers and neurons, with random weights, or from another checkpoint."""
-
-    teacher: str = Field(description="teacher: a checkpoint directory or a hub name")
-    out: Path = Field(description="directory of the student")
-    layers: int | None = Field(
-        None, ge=1, description="layers of the teacher to keep; none: all, or as many as --keep lists"
-    )
-    keep: Literal["spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        "last",
-        description="which layers: the last (they start and recover best, docs/results/students.md), the first, "
-        "spread evenly from the first to the last, or comma-separated numbers from 0",
-    )
-    mlp_width: int | None = Field(
-        None,
-        ge=1,
-        description="neurons to keep in every MLP, those with the largest activations on --cache; none: all",
-    )
-    from_config: Path | None = Field(
-        None, description="a student with random weights of this config.json of transformers"
-    )
-    from_checkpoint: str | None = Field(
-        None,
-        description="a copy of this checkpoint (directory or hub name), which must have the teacher's tokenizer",
-        json_schema_extra={"flag": "from"},
-    )
-    cache: Location | None = Field(
-        None, description="teacher cache on which neurons are chosen and the new student is measured; a path or URL"
-    )
-    cache_rows: int = Field(64, ge=1, description="rows of the cache that are read, at most")
-    seed: int = Field(0, ge=0, description="seed of --from-config's random weights")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to measure on")
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-        if value in ("spread", "first", "last"):
-            return value
-        if (
-            not isinstance(parts, (list, tuple))
-            or not parts
-            or not all(str(part).strip().isdecimal() for part in parts)
-        ):
-            raise ValueError(f"{value!r} is neither spread, first, last nor a list of layers from 0, such as 0,3,7")
-        return tuple(int(part) for part in parts)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> InitStudentConfig:
-        listed = self.keep if isinstance(self.keep, tuple) else None
-        prunes = [
-            flag
-            for flag, given in (
-                ("--layers", self.layers is not None),
-                (f"--keep {self._keep_text}", self.keep != type(self).model_fields["keep"].default),
-                ("--mlp-width", self.mlp_width is not None),
-            )
-            if given
-        ]
-        whole = [
-            flag
-            for flag, given in (("--from-config", self.from_config), ("--from", self.from_checkpoint))
-            if given is not None
-        ]
-        if len(whole) == 2:
-            raise ValueError("give --from-config or --from, not both")
-        if whole and prunes:
-            raise ValueError(f"{prunes[0]} is about the teacher's weights and does not go with {whole[0]}")
-        if not whole and not prunes:
-            raise ValueError(
-                "say what the student is: --layers N, --mlp-width N, --from-config FILE or --from CHECKPOINT"
-            )
-        if listed is not None and list(listed) != sorted(set(listed)):
-            raise ValueError(f"--keep {self._keep_text} must list layers in ascending order, each once")
-        if listed is not None and self.layers not in (None, len(listed)):
-            raise ValueError(f"--keep {self._keep_text} lists {len(listed)} layers, but --layers says {self.layers}")
-        if listed is None and self.layers is None and f"--keep {self._keep_text}" in prunes:
-            raise ValueError(f"--keep {self._keep_text} needs --layers N")
-        if self.mlp_width is not None and self.cache is None:
-            raise ValueError("--mlp-width needs --cache, on whose rows the neurons' activations are measured")
-        if self.seed and self.from_config is None:
-            raise ValueError("--seed goes with --from-config: nothing else is random")
-        return self
-
-    @property
-    def _keep_text(self) -> str:
-        return ",".join(map(str, self.keep)) if isinstance(self.keep, tuple) else self.keep
 
 
 class TrainConfig(Settings):
@@ -375,79 +264,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give --steps or --epochs, not both")
-        if self.data is not None and (self.objective != "sft" or self.cache is not None):
-            raise ValueError("--data takes the place of --cache and goes with --objective sft alone")
-        if self.data is None and self.cache is None:
-            raise ValueError("--cache is needed (or --data with --objective sft)")
-        if self.batch_tokens is not None and self.follow:
-            raise ValueError("--batch-tokens needs a finished --cache: the lengths of all rows are looked at first")
-        if self.follow and (self.cache is None or self.round is not None):
-            raise ValueError("--follow takes a --cache, and no --round: a round needs a finished cache")
-        self._check_samples()
-        self._check_terms()
-        self._check_adapters()
+        check_train_options(self)
         return self
-
-    def _check_adapters(self) -> None:
-        changed = {"lora_alpha", "lora_target_modules", "lora_save"} & self.model_fields_set
-        if self.lora_rank is None and any(getattr(self, name) not in (None, (), "merged") for name in changed):
-            raise ValueError(f"{', '.join(sorted(changed))} needs --lora-rank")
-        if self.lora_rank is not None and self.student_samples == "live" and self.sampler == "vllm":
-            raise ValueError("--lora-rank goes with --sampler transformers where responses are drawn live")
-
-    def _check_samples(self) -> None:
-        samples, paired = self.student_samples, self.needs_pairs
-        if self.objective not in PREFERENCES and self.level == "sequence":
-            raise ValueError(f"--level sequence goes with a preference ({', '.join(PREFERENCES)})")
-        if self.objective in PREFERENCES and self.level == "token" and self.objective not in TOKEN_PREFERENCES:
-            raise ValueError(f"--objective {self.objective} is a sequence loss: give --level sequence")
-        if self.objective in ("sft", "seqkd") and (samples is not None or self.round is not None):
-            raise ValueError(f"--objective {self.objective} takes no student samples and no --round")
-        if self.objective == "seqkd" and self.responses == "reference":
-            raise ValueError("--objective seqkd learns from the teacher's responses: leave --responses out")
-        if paired and samples == "forced":
-            raise ValueError("--level sequence takes --student-samples cached (with --round NAME) or live")
-        if self.objective == "minillm" and samples not in ("cached", "live"):
-            raise ValueError("--objective minillm takes --student-samples cached (with --round NAME) or live")
-        if paired and samples != "live" and self.round is None:
-            raise ValueError("--level sequence needs --round NAME, the student's responses in the cache")
-        if samples == "cached" and self.round is None:
-            raise ValueError("--student-samples cached needs --round NAME, the student's responses in the cache")
-        if samples == "live" and self.round is not None:
-            raise ValueError("give --round or --student-samples live, not both")
-        if samples == "forced" and self.round is not None:
-            raise ValueError("--student-samples forced takes no --round")
-        if samples == "live" and not self.teacher_url:
-            raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
-        if samples == "live" and (self.follow or self.cache is None):
-            raise ValueError("--student-samples live needs a finished --cache")
-        if self.teacher_url and samples != "live":
-            raise ValueError("--teacher-url goes with --student-samples live")
-        if self.validation_examples and (self.cache is None or self.follow):
-            raise ValueError("validation_examples needs a finished --cache")
-        if self.best_metric is not None and not self.validation_examples:
-            raise ValueError(f"best_metric {self.best_metric} needs validation_examples of 1 or more")
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("patience needs a best_metric")
-
-    def _check_terms(self) -> None:
-        own = _TERMS[self.objective]
-        for name in ("dpkd", "minillm"):
-            given = getattr(self, f"{name}_weight")
-            if given is not None and name not in own:
-                raise ValueError(f"{name}_weight goes with another objective than {self.objective}")
-            if given == 0 and name in own:
-                raise ValueError(f"{name}_weight 0 leaves nothing of --objective {self.objective}; use another one")
-        if self.lm_weight and self.lm_data is None:
-            raise ValueError("the language-model term needs --lm-data (or --set lm_weight=0)")
-        if self.kd_weight and self.data is not None:
-            raise ValueError("kd_weight needs a --cache with distributions")
-        if not self.weights:
-            raise ValueError("every weight is 0: nothing would be learnt")
-        if self.label_smoothing and self.objective == "ipo":
-            raise ValueError("label_smoothing goes with the logistic forms, not with ipo")
 
     @property
     def divergence(self) -> DivergenceName:
@@ -469,7 +287,7 @@ class TrainConfig(Settings):
     def weights(self) -> dict[TermName, float]:
         """Weight of every term that is not 0, in a fixed order."""
         names: tuple[TermName, ...] = get_args(TermName)
-        own: dict[TermName, float] = _TERMS[self.objective] | ({"lm": 1.0} if self.lm_data is not None else {})
+        own: dict[TermName, float] = OBJECTIVE_TERMS[self.objective] | ({"lm": 1.0} if self.lm_data is not None else {})
         given = {name: getattr(self, f"{name}_weight") for name in names}
         merged = {name: own.get(name, 0.0) if given[name] is None else given[name] for name in names}
         return {name: float(weight) for name, weight in merged.items() if weight}

@@ -5,116 +5,86 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate, prefetched
-from dpkd.distill.best import BEST_DIR, Best, EvaluateFn, NormSpikes, held_out_prompts
-from dpkd.distill.checkpoints import (
-    StudentFiles,
-    save_checkpoint,
-    save_student,
-)
+from dpkd.distill.batches import StepPart, prefetched
+from dpkd.distill.best import NormSpikes
+from dpkd.distill.feed import Feed
 from dpkd.distill.following import FollowedRows
-from dpkd.distill.gathering import gather_optimizer, gather_weights
 from dpkd.distill.interrupts import Interrupts
+from dpkd.distill.keeping import Keeper
 from dpkd.distill.metrics import means, whole
-from dpkd.distill.model_card import model_card
 from dpkd.distill.objective import Objective, StepSums
-from dpkd.distill.ranks import on_main, raise_first, together
-from dpkd.distill.run_logs import METRICS_LOG, keep_lines, last_line, peak_memory_bytes, shown
+from dpkd.distill.ranks import raise_first, together
+from dpkd.distill.run_logs import METRICS_LOG, keep_lines, peak_memory_bytes
 from dpkd.distill.runs import Run
 from dpkd.distill.trackers import track
-from dpkd.distill.validation import VALIDATION_LOG, Validation
+from dpkd.distill.validation import VALIDATION_LOG
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.progress import Progress, say
 
-if TYPE_CHECKING:
-    from dpkd.distill.live import LiveRows
-
 
 class Loop:
-    """The state of the loop, and one method a phase."""
+    """Steps of one run: `feed` says what they read, `keeper` measures and saves what comes of them."""
 
     def __init__(
         self,
         run: Run,
         accelerator: Accelerator,
-        student: StudentFiles,
         scorer: torch.nn.Module,
         optimizer: Any,
         scheduler: Any,
-        order: RowOrder,
+        objective: Objective,
+        feed: Feed,
+        keeper: Keeper,
         steps: int,
-        evaluate_fn: EvaluateFn | None,
     ) -> None:
-        self._run, self._config, self._accelerator = run, run.config, accelerator
-        self._student, self._scorer, self._optimizer, self._scheduler = student, scorer, optimizer, scheduler
-        self._order, self._steps = order, steps
-        self._objective = Objective(run.config, run.vocab_size, run.student.vocab_size)
-        self._saved: int | None = None
-        self._evaluate_fn = evaluate_fn
-        self._best = None if run.config.best_metric is None else Best(run.config.best_metric)
+        self._run, self._config, self._accelerator, self._steps = run, run.config, accelerator, steps
+        self._scorer, self._optimizer, self._scheduler, self._objective = scorer, optimizer, scheduler, objective
+        self._feed, self._keeper = feed, keeper
         self._spikes = NormSpikes()
-        self._live: LiveRows | None = None
-        self._validation: Validation | None = None
-        if run.validation is not None:
-            self._validation = Validation(
-                run.validation,
-                self._objective,
-                accelerator,
-                run.config.batch_size,
-                distributions=run.has_distributions,
-            )
-
-    def put_back(self, state: dict[str, Any]) -> None:
-        """Take up what a checkpoint says beside weights and optimiser."""
-        if self._best is not None and state["best"] is not None:
-            self._best = Best(**state["best"])
 
     def run(self, first: int) -> int:
         """From step `first` to the last, or until no validation was better for long enough; the steps that are done.
 
         An interrupt ends it with a checkpoint, one step later at most.
         """
-        metrics_path, validation_path = self._config.out / METRICS_LOG, self._config.out / VALIDATION_LOG
+        metrics_path = self._config.out / METRICS_LOG
         is_main = self._accelerator.is_main_process
         if is_main:
             keep_lines(metrics_path, first)
-            keep_lines(validation_path, first)
+            keep_lines(self._config.out / VALIDATION_LOG, first)
         self._scorer.train()
-        rows = self._run.rows
         with (
             metrics_path.open("a", encoding="utf-8") if is_main else contextlib.nullcontext() as log,
             Progress("train", self._steps, "steps", first) if is_main else contextlib.nullcontext() as progress,
             Interrupts(quiet=not is_main) as interrupts,
             contextlib.closing(
                 prefetched(
-                    self._parts,
+                    self._feed.parts,
                     range(first, self._steps),
                     give_up=lambda: interrupts.asked,
-                    on_close=self._cancel,
+                    on_close=self._feed.cancel,
                 )
             ) as batches,
         ):
             for step in range(first, self._steps):
-                if self._best is not None and self._best.is_over(self._config.patience):
-                    self._tell(f"no better {self._best.metric} since step {self._best.step}: training ends")
+                if reason := self._keeper.end_of_patience():
+                    if is_main:
+                        say(reason)
                     return step
                 started_s = time.perf_counter()
                 parts, error = self._take(batches, step)
                 signs = whole(self._accelerator, [{"asked": int(interrupts.asked), "none": int(parts is None)}])
                 if parts is None or any(signs.values()):  # of any rank: all stop before the same step
-                    self._save_if_any(first, step)  # what is learnt is kept, also where the cache ended or broke
+                    if step > first:  # what is learnt is kept, also where the cache ended or broke
+                        self._save(step)
                     raise_first(self._accelerator, error)
                     raise KeyboardInterrupt
                 waited_s = time.perf_counter() - started_s
@@ -126,90 +96,45 @@ class Loop:
                 if log is not None and progress is not None:
                     log.write(json.dumps(line) + "\n")
                     log.flush()
-                    spike = self._spikes.note(line["grad_norm"])
-                    if spike is not None:
-                        say(f"step {line['step']}: {spike}")
-                    progress.advance(
-                        loss=f"{line['loss']:.4f}",
-                        tokens_per_s=f"{line['tokens_per_s']:.0f}",
-                        memory=f"{line['peak_memory_bytes'] / 1e9:.2f} GB",
-                    )
+                    self._show(line, progress)
                 done = step + 1
+                self._keeper.validate(done, last=done == self._steps)
                 due = self._config.save_every is not None and done % self._config.save_every == 0
-                if self._validation is not None and self._validates(done):
-                    self._validate(validation_path, done)
                 if due and done < self._steps:
                     self._save(done)
-            if isinstance(rows, FollowedRows):
-                unfinished = whole(self._accelerator, [{"ranks": int(not rows.is_finished())}])
-                if unfinished["ranks"]:
-                    self._save(self._steps)
-                    together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
+            self._wait_for_the_rest(interrupts)
         return self._steps
-
-    def _tell(self, text: str) -> None:
-        if self._accelerator.is_main_process:
-            say(text)
 
     def _take(self, batches: Iterator[list[StepPart]], step: int) -> tuple[list[StepPart] | None, UserError | None]:
         """The next step's parts; None when a wait for rows was interrupted or ended in an error."""
         try:
-            if self._live is not None:
-                self._live.before_step(step)
+            self._feed.before_step(step)
             return next(batches, None), None
         except UserError as error:
             return None, error
 
-    def open_live(self, model: torch.nn.Module) -> LiveRows:
-        """Have the student's responses drawn while it trains; raises `UserError` for a server that will not do."""
-        from dpkd.distill.live import LiveRows
+    def _show(self, line: dict[str, Any], progress: Progress) -> None:
+        if spike := self._spikes.note(line["grad_norm"]):
+            say(f"step {line['step']}: {spike}")
+        shown = {"loss": f"{line['loss']:.4f}"}
+        if line.get("reward_margin") is not None:
+            shown["margin"] = f"{line['reward_margin']:.3f}"
+        shown["tokens_per_s"] = f"{line['tokens_per_s']:.0f}"
+        shown["memory"] = f"{line['peak_memory_bytes'] / 1e9:.2f} GB"
+        progress.advance(1, **shown)
 
-        assert self._run.cache is not None
-        self._live = LiveRows(
-            self._config,
-            self._run.cache,
-            self._run.rows,
-            self._run.student,
-            model,
-            self._accelerator.device,
-            self._order,
-            self._steps,
-            lambda step: [place for part in self._places(step) for place in part],
-            rank=self._accelerator.process_index,
-            is_main=self._accelerator.is_main_process,
-        )
-        return self._live
+    def _save(self, step: int) -> None:
+        self._feed.settle(step)
+        self._keeper.save(step)
 
-    def _cancel(self) -> None:
-        """End a wait for rows, whoever they come from."""
-        if isinstance(self._run.rows, FollowedRows):
-            self._run.rows.cancel()
-        if self._live is not None:
-            self._live.cancel()
-
-    def _places(self, step: int) -> list[list[tuple[int, int]]]:
-        """(group, row) of this rank's forward passes of `step`."""
-        ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
-        return self._order.passes_of(step)[rank::ranks]
-
-    def _parts(self, step: int) -> list[StepPart]:
-        """What this rank's forward passes of `step` read."""
-        parts = []
-        for place, places in enumerate(self._places(step)):
-            rows = collate(self._rows(step, places), with_distributions=self._run.has_distributions)
-            corpus = None
-            if self._run.corpus is not None:
-                size, ranks = self._config.batch_size, self._accelerator.num_processes
-                block = step * self._config.gradient_accumulation_steps + place
-                start = (block * ranks + self._accelerator.process_index) * size
-                corpus = self._run.corpus.batch(start, size)
-            parts.append(StepPart(rows, corpus))
-        return parts
-
-    def _rows(self, step: int, places: list[tuple[int, int]]) -> list[TrainingRow]:
-        if self._live is not None:
-            return self._live.rows(step, places)
-        return [self._run.rows.row(group, index) for group, index in places]
+    def _wait_for_the_rest(self, interrupts: Interrupts) -> None:
+        """A followed cache may still be written when the last step is done: its end says whether all was sound."""
+        rows = self._run.rows
+        if not isinstance(rows, FollowedRows):
+            return
+        if whole(self._accelerator, [{"ranks": int(not rows.is_finished())}])["ranks"]:
+            self._save(self._steps)
+            together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
 
     def _step(self, step: int, parts: list[StepPart]) -> dict[str, Any]:
         accelerator = self._accelerator
@@ -237,7 +162,7 @@ class Loop:
         self._scheduler.step()
         return {
             "step": step + 1,
-            "epoch": self._order.epoch_of(step),
+            "epoch": self._feed.epoch_of(step),
             **means(accelerator, sums, counts, self._objective.weights),
             "learning_rate": learning_rate,
             "grad_norm": norm,
@@ -251,47 +176,6 @@ class Loop:
             norm = norm.full_tensor()
         return None if norm is None else float(norm)
 
-    def _validates(self, done: int) -> bool:
-        return done % self._config.validate_every == 0 or done == self._steps
-
-    def _validate(self, path: Path, done: int) -> None:
-        assert self._validation is not None
-        line = {"step": done, **self._validation(self._scorer)}
-        if self._config.best_metric == "rouge_l":
-            line["rouge_l"] = self._rouge_l(done)
-        if self._accelerator.is_main_process:
-            with path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            track(self._accelerator, line, "validation")
-            say(f"step {done}: " + ", ".join(shown(line)))
-        # the same numbers on every rank, and so the same answer
-        if self._best is not None and self._best.note(line):
-            self._write_student(self._config.out / BEST_DIR, done, self.card(done))
-
-    def _rouge_l(self, done: int) -> float:
-        """Rouge-L of the student's answers to the held-out prompts, by the function that was handed in."""
-        assert self._evaluate_fn is not None
-        assert self._run.validation is not None
-        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
-        directory = self._config.out / ".candidate"
-        self._write_student(directory, done, None)
-        score = on_main(self._accelerator, lambda: evaluate_fn(directory, prompts))
-        on_main(self._accelerator, lambda: shutil.rmtree(directory))
-        return float(score)
-
-    def _write_student(self, directory: Path, step: int, card: str | None) -> None:
-        weights = gather_weights(self._accelerator, self._scorer, self._student.model)
-        facts = self._run.facts | {"steps": step}
-        on_main(self._accelerator, lambda: save_student(directory, self._student, weights, facts, card))
-
-    def card(self, step: int) -> str:
-        """The model card of the student as it stands, of the lines that are written; empty off the main rank."""
-        if not self._accelerator.is_main_process:
-            return ""
-        return model_card(
-            self._run, step, *(last_line(self._config.out / name) for name in (METRICS_LOG, VALIDATION_LOG))
-        )
-
     def _not_a_number(self, value: float | None, what: str, step: int, parts: list[StepPart]) -> UserError | None:
         if value is None or math.isfinite(value):
             return None
@@ -301,24 +185,4 @@ class Loop:
             found=value,
             where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''} of {self._config.out}",
             advice="Lower --learning-rate, or look at these rows; the last checkpoint is kept",
-        )
-
-    def _save_if_any(self, first: int, step: int) -> None:
-        if step > first:
-            self._save(step)
-
-    def _save(self, step: int) -> None:
-        if self._live is not None:
-            self._live.settle(step)
-        accelerator, run = self._accelerator, self._run
-        if step == self._saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return
-        self._saved = step
-        weights = gather_weights(accelerator, self._scorer, self._student.model, self._student.is_kept)
-        moments = gather_optimizer(accelerator, self._optimizer.optimizer)
-        facts, keep = run.facts | {"steps": step}, self._config.keep
-        state = {"best": None if self._best is None else asdict(self._best)}
-        on_main(
-            accelerator,
-            lambda: save_checkpoint(self._config.out, step, self._student, weights, moments, facts, keep, state),
         )

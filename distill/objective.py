@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpkd.distill.batches import Batch, StepPart
-from dpkd.distill.config import PREFERENCES, PreferenceName, TrainConfig
+from dpkd.distill.config import TrainConfig
 from dpkd.distill.losses import (
     PreferenceOptions,
     cross_entropy,
@@ -18,6 +18,7 @@ from dpkd.distill.losses import (
     sum_by_row,
     token_preference_loss,
 )
+from dpkd.distill.objective_names import PREFERENCES, PreferenceName
 from dpkd.distill.policy_gradient import minillm_loss
 from dpkd.distill.readings import Reading, distribution_fields
 from dpkd.distill.scoring import Positions, Read

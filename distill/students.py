@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dpkd.distill.config import InitStudentConfig
+from dpkd.distill.student_config import InitStudentConfig
 from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.files import write_atomic
 from dpkd.teacher_cache.identity import canonical_json, differences, fingerprint

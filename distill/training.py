@@ -21,9 +21,12 @@ from dpkd.distill.checkpoints import (
     load_optimizer,
 )
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.feed import Feed
 from dpkd.distill.following import FollowedRows
 from dpkd.distill.gathering import gather_weights
+from dpkd.distill.keeping import Keeper
 from dpkd.distill.loop import Loop
+from dpkd.distill.objective import Objective
 from dpkd.distill.ranks import is_sharded, on_main, open_accelerator, together
 from dpkd.distill.runs import open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
@@ -89,15 +92,17 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
         load_optimizer(checkpoint, optimizer.optimizer)
         tell(f"going on from step {first} of {steps}")
     together(accelerator, lambda: start_tracker(accelerator, tracker, config, first))
-    loop = Loop(run, accelerator, student, scorer, optimizer, scheduler, order, steps, evaluate_fn)
+    objective = Objective(config, run.vocab_size, run.student.vocab_size)
+    feed = Feed(run, accelerator, order, steps)
+    keeper = Keeper(run, accelerator, student, scorer, optimizer, objective, evaluate_fn)
     if checkpoint is not None:
-        loop.put_back(checkpoint.state)
+        keeper.put_back(checkpoint.state)
     with contextlib.ExitStack() as stack:
         if config.student_samples == "live":
-            stack.callback(loop.open_live(model).close)
-        done = loop.run(first)
+            stack.callback(feed.open_live(model).close)
+        done = Loop(run, accelerator, scorer, optimizer, scheduler, objective, feed, keeper, steps).run(first)
     weights = gather_weights(accelerator, scorer, model)
-    facts, card = run.facts | {"steps": done}, loop.card(done)
+    facts, card = run.facts | {"steps": done}, keeper.card(done)
     on_main(accelerator, lambda: finish_run(run_dir, student, weights, facts, card))
     if tracker is not None:
         accelerator.end_training()

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dpkd.distill.config import InitStudentConfig, TrainConfig
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.pipelines.options import config_command
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process

@@ -56,7 +56,8 @@ from typing import Any
 
 from pydantic import Field
 
-from dpkd.distill.config import InitStudentConfig, TrainConfig
+from dpkd.distill.config import TrainConfig
+from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_SET_ASIDE, StepFailed, Terminated
 from dpkd.teacher_cache.config import CacheConfig

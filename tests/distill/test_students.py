@@ -13,7 +13,7 @@ import torch
 from toys import make_toy
 from transformers import GPT2Config
 
-from dpkd.distill.config import InitStudentConfig
+from dpkd.distill.student_config import InitStudentConfig
 from dpkd.distill.students import init_student
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
