@@ -13,7 +13,9 @@ import typer
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
+from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.options import config_command
+from dpkd.pipelines.prepare_config import PrepareConfig
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
 from dpkd.teacher_cache.config import CacheConfig
 from dpkd.teacher_cache.fidelity_config import FidelityConfig
@@ -33,6 +35,12 @@ cache_app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 
 
+def _prepare_data(config: PrepareConfig) -> None:
+    from dpkd.pipelines.prepare import prepare_data
+
+    print(prepare_data(config))
+
+
 def _build_cache(config: CacheConfig) -> None:
     from dpkd.teacher_cache.build import build_cache
 
@@ -46,6 +54,12 @@ def _init_student(config: InitStudentConfig) -> None:
     from dpkd.distill.students import init_student
 
     print(init_student(config))
+
+
+def _add_noise(config: NoiseConfig) -> None:
+    from dpkd.pipelines.noise import add_noise
+
+    print(add_noise(config))
 
 
 def _train(config: TrainConfig) -> None:
@@ -84,8 +98,10 @@ def _measure_fidelity(config: FidelityConfig) -> None:
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
 
 
+config_command(app, "prepare-data", PrepareConfig, _prepare_data, about="Keep rows by the length of their response.")
 config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
 config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student.")
+config_command(app, "add-noise", NoiseConfig, _add_noise, about="Copy a model with noise on its weights (Fig. 2).")
 config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
 config_command(
     app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
