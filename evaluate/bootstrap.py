@@ -104,6 +104,22 @@ def mean_intervals(values_KSN: np.ndarray, num_bootstrap: int, seed: int) -> lis
     return [interval for interval in intervals if interval is not None]
 
 
+def ratio_interval(sums_N: np.ndarray, weights_N: np.ndarray, num_bootstrap: int, seed: int) -> Interval:
+    """sum(sums) / sum(weights) over N examples, such as nats over tokens, and its 95% interval over examples.
+
+    Examples whose sum is NaN are not drawn; all None where none is left.
+    """
+    drawn_N = ~np.isnan(sums_N)
+    if not drawn_N.any():
+        return Interval(None, None, None)
+    sums_N, weights_N = sums_N[drawn_N].astype(np.float64), weights_N[drawn_N].astype(np.float64)
+    ratios_B = np.concatenate(
+        [(draws_BN @ sums_N) / (draws_BN @ weights_N) for draws_BN in _draws(len(sums_N), num_bootstrap, seed)]
+    )
+    low, high = np.quantile(ratios_B, _TAILS)
+    return Interval(float(sums_N.sum() / weights_N.sum()), float(low), float(high))
+
+
 def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, num_bootstrap: int, seed: int) -> Difference:
     """Our mean less theirs on the same N examples; the two may have different numbers of seeds.
 

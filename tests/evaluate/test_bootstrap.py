@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.evaluate import bootstrap
-from dpkd.evaluate.bootstrap import Interval, mean_interval
+from dpkd.evaluate.bootstrap import Interval, mean_interval, ratio_interval
 
 
 def test_two_rows_by_hand() -> None:
@@ -75,3 +75,22 @@ def test_chunks_cover_every_resample(monkeypatch: pytest.MonkeyPatch) -> None:
     # a chunk of 7 does not divide 1000; a resample left out would stay uninitialised, far from the hand case
     monkeypatch.setattr(bootstrap, "_MAX_DRAWS", 14)
     assert mean_interval(np.array([[0.0, 1.0]]), 1000, 0) == Interval(0.5, 0.0, 1.0)
+
+
+def test_a_ratio_of_two_rows_by_hand() -> None:
+    # 2 nats of 1 token and 4 of 4: resamples are 2/1, 6/5 and 4/4; the row without a value is never drawn
+    sums_N, weights_N = np.array([2.0, math.nan, 4.0]), np.array([1, 9, 4])
+    assert ratio_interval(sums_N, weights_N, 1000, 0) == Interval(1.2, 1.0, 2.0)
+    assert ratio_interval(np.full(2, math.nan), np.ones(2), 1000, 0) == Interval(None, None, None)
+
+
+def test_a_ratio_of_many_rows_agrees_with_the_delta_method() -> None:
+    generator = np.random.default_rng(5)
+    tokens_N = generator.integers(1, 200, size=2000).astype(float)
+    nats_N = tokens_N * generator.gamma(4.0, 0.5, size=2000)
+    ratio = nats_N.sum() / tokens_N.sum()
+    half_width = 1.96 * math.sqrt(((nats_N - ratio * tokens_N) ** 2).sum()) / tokens_N.sum()
+    interval = ratio_interval(nats_N, tokens_N, 4000, 3)
+    assert interval.mean == pytest.approx(ratio)
+    assert interval.low == pytest.approx(ratio - half_width, abs=0.06 * half_width)
+    assert interval.high == pytest.approx(ratio + half_width, abs=0.06 * half_width)

@@ -1,0 +1,122 @@
+"""What `dpkd eval` measures of a model itself: log-probs of gold responses, divergences from a cache's teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from dpkd.evaluate.candidates import Candidate
+from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.measures import Pair
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.progress import say
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dpkd.distill.scoring import Positions, StudentScorer
+    from dpkd.teacher_cache.schema import CachedRow
+
+_LOGITS_CHUNK = 1024
+
+
+def open_model(candidate: Candidate, config: EvalConfig) -> MeasuredModel:
+    """`candidate` to be measured; nothing is loaded yet."""
+    return MeasuredModel(candidate, config)
+
+
+class MeasuredModel:
+    """See `dpkd.evaluate.measures.OpenedModel`.
+
+    Raises `UserError`, when the weights are first needed, for a model whose logits are not its head's product with its
+    hidden states in a way that is known here, or are not numbers.
+    """
+
+    def __init__(self, candidate: Candidate, config: EvalConfig) -> None:
+        self._candidate, self._config = candidate, config
+
+    def nll(self, pairs: Sequence[Pair]) -> list[float]:
+        """-log q of each response after its prompt, summed over the response's tokens (nats)."""
+        import torch
+
+        from dpkd.distill.batches import TrainingRow, collate
+        from dpkd.distill.losses import sum_by_row
+
+        batch = collate([TrainingRow(_row(pair)) for pair in pairs], with_distributions=False).to(self._device)
+        with torch.no_grad():
+            values = self._scorer(
+                batch.input_ids_BS,
+                batch.attention_mask_BS,
+                batch.row_T,
+                batch.predict_T,
+                {"target": batch.target_T},
+                _read_target,
+            )
+        nll_B = -sum_by_row(values["target"].cpu().double(), batch.row_T.cpu(), batch.num_rows)
+        return [float(value) for value in nll_B]
+
+    def to_teacher(self, location: str, num_rows: int) -> dict[str, list[float]] | None:
+        """Values of each row of the cache at `location`; None, and the reason said, where they are not defined."""
+        from dpkd.distill.student_measures import check_same_prompts, row_measures
+        from dpkd.teacher_cache.reader import TeacherCache
+
+        cache, name = TeacherCache.open(location), self._candidate.name
+        try:
+            if cache.top_k == 0:
+                raise UserError("the cache keeps no distributions", where=cache.folder)
+            check_same_prompts(self._candidate.source, cache)
+        except UserError as reason:
+            say(f"model {name}: no divergence from the cache's teacher: {reason}")
+            return None
+        found = row_measures(self._candidate.source, self._model, cache, num_rows, self._device)
+        return {name: values_N.tolist() for name, values_N in found.items()}
+
+    @cached_property
+    def _device(self) -> torch.device:
+        from dpkd.teacher_cache.transformers_engine import choose_device
+
+        return choose_device(self._config.device)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        from dpkd.distill.scoring import check_head
+
+        model = self._candidate.source.load(self._config.dtype).to(self._device).eval()  # type: ignore[arg-type]
+        try:
+            check_head(model, self._candidate.name)
+        except UserError as error:
+            raise UserError(f"{error}. To go without perplexity give --no-perplexity and --cache-rows 0") from None
+        return model
+
+    @cached_property
+    def _scorer(self) -> StudentScorer:
+        from dpkd.distill.scoring import StudentScorer
+
+        num_tokens = len(self._candidate.source.tokenizer)
+        return StudentScorer(self._model, num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
+
+
+def _read_target(at: Positions) -> dict[str, Tensor]:
+    return {"target": at.logprob(at.fields["target"])}
+
+
+def _row(pair: Pair) -> CachedRow:
+    """The response as a row that no teacher has seen."""
+    import numpy as np
+
+    from dpkd.teacher_cache.schema import CachedRow
+
+    prompt_ids, response_ids = pair
+    return CachedRow(
+        example_id="",
+        sample=0,
+        origin="reference",
+        finish_reason="stop",
+        prompt_ids=np.asarray(prompt_ids, np.int32),
+        response_ids=np.asarray(response_ids, np.int32),
+        response_logprobs=np.zeros(0, np.float32),
+        distributions=None,
+    )
