@@ -66,6 +66,11 @@ class EvalConfig(Settings):
     data_dir: Path | None = Field(
         None, description="directory of the sets that are given by name; off: the environment's DPKD_DATA"
     )
+    run: dict[str, str] = Field(
+        {},
+        description="NAME=DIR: a run of `dpkd train` whose curves the report shows; models that are runs are taken "
+        "anyway; repeatable",
+    )
     field: dict[str, str] = Field(
         {},
         description=f"NAME=FIELD: which field of the data's rows is the {', '.join(ROW_FIELDS[:-1])} or "
@@ -73,8 +78,14 @@ class EvalConfig(Settings):
     )
     out: Path = Field(description="directory for the report, the scores and the generated answers")
     cache: Location | None = Field(
-        None, description="teacher cache of the training: prompts of the data that also stand in it are counted"
+        None,
+        description="teacher cache of the training: prompts of the data that also stand in it are counted, and each "
+        "model's divergence from its distributions is measured",
     )
+    cache_rows: int = Field(
+        256, ge=0, description="most rows of --cache over which divergences are measured; 0 measures none"
+    )
+    perplexity: bool = Field(True, description="measure the perplexity of the gold responses under each model")
     train_data: str | None = Field(
         None, description="rows that the models were trained on: prompts of the data that also stand there are counted"
     )
@@ -124,7 +135,7 @@ class EvalConfig(Settings):
         "float32", description="number type of the models' weights"
     )
 
-    @field_validator("model", "data", "predictions", mode="before")
+    @field_validator("model", "data", "predictions", "run", mode="before")
     @classmethod
     def _named_paths(cls, value: Any, info: ValidationInfo) -> Any:
         pairs = [value] if isinstance(value, str) else value
@@ -145,7 +156,7 @@ class EvalConfig(Settings):
                 raise ValueError(f"the name {name!r} is none of {', '.join(ROW_FIELDS)}")
         return value
 
-    @field_validator("model", "data")
+    @field_validator("model", "data", "run")
     @classmethod
     def _names_are_plain(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:

@@ -46,8 +46,10 @@ class EvalSet:
 
     def prompt_text(self, model: str, index: int) -> str:
         """The prompt of `examples[index]` as `model` was asked; the row's own words where the model was not asked."""
-        if model in self.prompts:
-            return self.prompts[model][index].text
+        return self.prompts[model][index].text if model in self.prompts else self.question(index)
+
+    def question(self, index: int) -> str:
+        """The own words of `examples[index]`, without a template."""
         example = self.examples[index]
         if example.messages is not None:
             return "\n\n".join(turn.content for turn in example.messages)

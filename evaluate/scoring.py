@@ -15,6 +15,7 @@ from dpkd.evaluate.answers import Answer
 from dpkd.evaluate.buckets import bucket_index, buckets_of
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.eval_sets import EvalSet
+from dpkd.evaluate.measures import ModelMeasures, References
 from dpkd.evaluate.metrics import Scores
 from dpkd.evaluate.score_pool import score_pairs
 from dpkd.teacher_cache.errors import UserError
@@ -29,12 +30,15 @@ _SCHEMA = pa.schema(
         ("example_id", pa.string()),
         ("category", pa.string()),
         ("bucket", pa.string()),
+        ("question", pa.string()),
         ("prompt", pa.string()),
         ("references", pa.list_(pa.field("element", pa.string()))),
         ("response", pa.string()),
         *((name, pa.float64()) for name in Scores._fields),
         ("finish_reason", pa.string()),
         ("num_tokens", pa.int32()),
+        ("reference_nll", pa.float64()),
+        ("reference_tokens", pa.int32()),
     ]
 )
 
@@ -44,7 +48,7 @@ class ScoredSet:
     """One model's answers to one data set: S seeds by N examples.
 
     `scores` holds the arrays [S, N] of `metrics.Scores` by name, `bucket_SN` each answer's length bucket: that of its
-    example, or its own.
+    example, or its own. `references` is what the model makes of the gold responses; None where it was not measured.
     """
 
     model: str
@@ -53,6 +57,7 @@ class ScoredSet:
     answers_SN: list[list[Answer]]
     scores: dict[str, np.ndarray]
     bucket_SN: np.ndarray
+    references: References | None = None
 
 
 def score_sets(
@@ -60,8 +65,12 @@ def score_sets(
     eval_sets: Sequence[EvalSet],
     answers: Mapping[str, Mapping[tuple[str, int], list[Answer]]],
     progress: Progress,
+    measures: Mapping[str, ModelMeasures] | None = None,
 ) -> list[ScoredSet]:
-    """All scores of every answer, in one go on all cores; `answers[model][set, seed]` is in the set's order."""
+    """All scores of every answer, in one go on all cores; `answers[model][set, seed]` is in the set's order.
+
+    `measures` are those of the models themselves, to be kept beside their scores.
+    """
     parts = [
         (model, eval_set, {seed: found for (data, seed), found in answers_of.items() if data == eval_set.name})
         for model, answers_of in answers.items()
@@ -81,7 +90,9 @@ def score_sets(
         scores = {name: values[:, :, place] for place, name in enumerate(Scores._fields)}
         found = list(by_seed.values())
         bucket_SN = bucket_indices(eval_set, found, scores["num_words"], config)
-        scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), found, scores, bucket_SN))
+        measured = (measures or {}).get(model)
+        references = None if measured is None else measured.references.get(eval_set.name)
+        scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), found, scores, bucket_SN, references))
     return scored_sets
 
 
@@ -125,12 +136,22 @@ def _rows(scored: ScoredSet, place: int) -> list[dict[str, Any]]:
             "example_id": example.example_id,
             "category": example.category,
             "bucket": buckets[scored.bucket_SN[place, row]].label,
+            "question": eval_set.question(row),
             "prompt": eval_set.prompt_text(scored.model, row),
             "references": list(example.references),
             "response": answer.response,
             **{name: values_SN[place, row] for name, values_SN in scored.scores.items()},
             "finish_reason": answer.finish_reason,
             "num_tokens": answer.num_tokens,
+            **_of_reference(scored.references, row),
         }
         for row, (example, answer) in enumerate(zip(eval_set.examples, scored.answers_SN[place], strict=True))
     ]
+
+
+def _of_reference(references: References | None, row: int) -> dict[str, float | int | None]:
+    """Nats a token of the gold response, and its tokens with EOS; null where it was not measured."""
+    if references is None or np.isnan(references.nll_N[row]):
+        return {"reference_nll": None, "reference_tokens": None}
+    num_tokens = int(references.num_tokens_N[row])
+    return {"reference_nll": float(references.nll_N[row]) / num_tokens, "reference_tokens": num_tokens}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +21,7 @@ from dpkd.evaluate.eval_sets import EvalSet
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.markdown import markdown_table
 from dpkd.evaluate.metrics import Scores
-from dpkd.evaluate.plot import plot_rouge_by_bucket
+from dpkd.evaluate.plot import write_plots
 from dpkd.evaluate.report import build_report, write_report
 from dpkd.evaluate.scoring import ScoredSet, score_sets, write_per_example
 from dpkd.teacher_cache.engine import FinishReason
@@ -94,9 +96,10 @@ def test_summary_by_hand(report: dict[str, Any]) -> None:
     assert summary["rouge_l"]["mean"] == 35.0  # rows average to 20, 30, 40, 50 over the seeds
     assert 20 <= summary["rouge_l"]["low"] < 35 < summary["rouge_l"]["high"] <= 50
     assert summary["exact_match"]["mean"] == 25.0
+    others = dict.fromkeys(("rouge_1", "rouge_2", "num_words", "self_repetition"), 7.0)
     assert summary["seeds"] == [
-        {"seed": 10, "rouge_l": 25.0, "exact_match": 25.0},
-        {"seed": 20, "rouge_l": 45.0, "exact_match": 25.0},
+        {"seed": 10, "rouge_l": 25.0, "exact_match": 25.0, **others},
+        {"seed": 20, "rouge_l": 45.0, "exact_match": 25.0, **others},
     ]
     assert summary["mean_response_tokens"] == 3.0
     assert summary["share_unfinished"] == 0.25
@@ -112,6 +115,9 @@ def test_buckets_by_hand(report: dict[str, Any]) -> None:
     assert buckets[0]["rouge_l"] == {"mean": 35.0, "low": 20.0, "high": 50.0}  # rows of 29 and 5 words: 20, 50
     assert buckets[1]["rouge_l"] == {"mean": 35.0, "low": 30.0, "high": 40.0}
     assert buckets[1]["exact_match"] == {"mean": 50.0, "low": 0.0, "high": 100.0}
+    assert [seed["rouge_l"] for seed in buckets[1]["seeds"]] == [25.0, 45.0]  # 20, 30 and 40, 50
+    assert [seed["exact_match"] for seed in buckets[1]["seeds"]] == [50.0, 50.0]
+    assert [seed["rouge_l"] for seed in buckets[2]["seeds"]] == [None, None]
     assert buckets[2]["rouge_l"] == {"mean": None, "low": None, "high": None}
 
 
@@ -128,8 +134,7 @@ def test_the_report_says_what_it_is_of(report: dict[str, Any], tmp_path: Path) -
 
 def test_markdown_by_value(report: dict[str, Any]) -> None:
     text = markdown_table(report)
-    assert "temperature 1, top-p 1, seeds 10, 20, at most 256 tokens" in text
-    assert "Template alpaca" in text
+    assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
     assert "## dolly (4 rows, 1 left out)" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == "| Model | Rouge-L | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
@@ -157,8 +162,29 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
 
 
 def test_markdown_says_greedy(report: dict[str, Any]) -> None:
-    report["settings"] |= {"temperature": 0.0, "seeds": [10]}
-    assert "greedy, seed 10, at most 256 tokens" in markdown_table(report)
+    greedy = {"temperature": 0.0, "seeds": [10]}
+    for model in report["models"].values():
+        model["decoding"] |= greedy
+    assert "Answers: template alpaca, greedy, seed 10, at most 256 tokens." in markdown_table(report)
+
+
+def test_markdown_says_whose_answers_were_drawn_otherwise(report: dict[str, Any]) -> None:
+    report["models"]["b"]["decoding"] = None
+    text = markdown_table(report)
+    assert (
+        "Answers: a: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens; b: given as text."
+        in text
+    )
+
+
+def test_perplexity_has_a_column_where_a_model_has_one(report: dict[str, Any]) -> None:
+    assert "Perplexity" not in markdown_table(report)
+    report["models"]["a"]["data"]["dolly"]["perplexity"] = {"mean": 8.0, "low": 7.0, "high": 9.5}
+    report["models"]["b"]["data"]["dolly"] ["perplexity"] = None
+    header, _, a, b = [line for line in markdown_table(report).splitlines() if line.startswith("|")][8:12]
+    assert header.endswith("| Perplexity |")
+    assert a.endswith("| 8.00 [7.00, 9.50] |")
+    assert b.endswith("| - |")
 
 
 def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], tmp_path: Path) -> None:
@@ -174,6 +200,7 @@ def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], 
         "example_id": "row-1",
         "category": "qa",
         "bucket": "[30,70)",
+        "question": "say 1",
         "prompt": "say 1",
         "references": [" ".join(["w"] * 30)],
         "response": "text",
@@ -211,17 +238,45 @@ def _png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def test_the_plot_is_a_png_with_a_panel_for_each_data_set(report: dict[str, Any], tmp_path: Path) -> None:
-    plot_rouge_by_bucket(report, tmp_path / "one.png")
-    width, height = _png_size(tmp_path / "one.png")
+def _svg_texts(path: Path) -> list[str]:
+    root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
+    return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_plots_are_png_and_svg_and_say_what_they_are_of(
+    report: dict[str, Any], scored_sets: list[ScoredSet], tmp_path: Path
+) -> None:
+    report["models"]["a"]["directory"] = "runs/$a$_{x}"  # no formula
+    write_plots(report, scored_sets, tmp_path)
+    names = ("exact_match_by_bucket", "response_lengths", "rouge_by_bucket")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    ]
+    width, height = _png_size(tmp_path / "rouge_by_bucket.png")
     assert width == 1200
     assert 500 <= height <= 900
+    fingerprint = report["models"]["a"]["fingerprint"]
+    for name in names:
+        text = " ".join(_svg_texts(tmp_path / f"{name}.svg"))
+        assert "dolly: 4 rows" in text
+        assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
+        assert f"a runs/$a$_{{x}} ({fingerprint[:12]})" in text
+        assert "rouge-score 0.1.2" in text
+        assert "dpkd eval --model a=x --model b=y --data dolly=z" in text
+
+
+def test_plots_have_a_panel_for_each_data_set(
+    report: dict[str, Any], scored_sets: list[ScoredSet], eval_set: EvalSet, tmp_path: Path
+) -> None:
+    write_plots(report, scored_sets, tmp_path / "one")
     report["data"]["other"] = report["data"]["dolly"]
     for model in report["models"].values():
         model["data"]["other"] = model["data"]["dolly"]
-    plot_rouge_by_bucket(report, tmp_path / "two.png")
-    assert _png_size(tmp_path / "two.png")[1] > height + 300
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+    other = dataclasses.replace(eval_set, name="other")
+    more = [dataclasses.replace(scored, eval_set=other) for scored in scored_sets]
+    write_plots(report, [*scored_sets, *more], tmp_path / "two")
+    for name in ("rouge_by_bucket.png", "response_lengths.png"):
+        assert _png_size(tmp_path / "two" / name)[1] > _png_size(tmp_path / "one" / name)[1] + 300
 
 
 def test_without_matplotlib_nothing_starts(
