@@ -251,7 +251,7 @@ class TrainConfig(Settings):
     )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
 
-    @field_validator("lora_target_modules", mode="before")
+    @field_validator("lora_target_modules", "teacher_url", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -92,7 +92,7 @@ def open_run(config: TrainConfig) -> Run:
         has_distributions = top_k_of(cache, held, config) > 0
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
-        rows, data_identity = open_data_rows(config, encoder)
+        rows, data_identity = open_data_rows(config, encoder, student)
         facts |= {"data": data_identity, "template": encoder.identity()}
         vocab_size = student.vocab_size
     if not isinstance(rows, FollowedRows):  # they check every shard as it comes

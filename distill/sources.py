@@ -10,9 +10,11 @@ from dpkd.distill.batches import RowSource, TrainingRow
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.held_out import choose_of_cache, ids_by_group, read_keys, read_lengths, split_rows
 from dpkd.distill.pairs import PairedRows, paired_rows
+from dpkd.distill.vocabulary import check_data
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.examples import SkippedRow, open_examples
 from dpkd.teacher_cache.folders import Folder
+from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import CacheReader, Round, TeacherCache
@@ -177,8 +179,13 @@ def check_distributions(cache: CacheReader, held: Round | None, config: TrainCon
         )
 
 
-def open_data_rows(config: TrainConfig, encoder: PromptEncoder) -> tuple[DataRows, dict[str, str]]:
-    """Rows of `config.data` and the data's identity; rows that cannot be used are counted and said."""
+def open_data_rows(
+    config: TrainConfig, encoder: PromptEncoder, student: ModelSource
+) -> tuple[DataRows, dict[str, str]]:
+    """Rows of `config.data` and the data's identity; rows that cannot be used are counted and said.
+
+    Raises `UserError` where none can, and for text that the student has no embeddings for.
+    """
     assert config.data is not None  # the caller's choice
     source = open_examples(config.data)
     rows: list[CachedRow] = []
@@ -199,6 +206,7 @@ def open_data_rows(config: TrainConfig, encoder: PromptEncoder) -> tuple[DataRow
         say(f"{len(skipped)} rows of the data are left out")
     if not rows:
         raise UserError("no row of the data can be used", where=config.data)
+    check_data(student, rows, config.data)
     return DataRows(rows), source.identity
 
 

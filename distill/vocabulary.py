@@ -7,7 +7,7 @@ fewer has no log-prob for the teacher's last ids: where the cache keeps such an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from dpkd.teacher_cache.folders import Folder
 from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import CacheReader
+from dpkd.teacher_cache.schema import CachedRow
 from dpkd.teacher_cache.shards import ShardRecord
 
 
@@ -53,6 +54,19 @@ def check_narrower(student: ModelSource, cache: CacheReader, shards: Iterable[tu
         num_rows += int(beyond.sum())
     if num_rows:
         raise _no_place(f"{num_rows} rows with ids up to {largest}", width, largest, str(cache.folder))
+
+
+def check_data(student: ModelSource, rows: Sequence[CachedRow], where: str) -> None:
+    """Raise `UserError`, with their number, when `rows` of data hold ids that the student has no embedding for.
+
+    A tokenizer may have more tokens than its model: ones that were added without widening it.
+    """
+    width = student.vocab_size
+    largest_of_rows = [max(int(row.prompt_ids.max(initial=-1)), int(row.response_ids.max(initial=-1))) for row in rows]
+    num_rows = sum(largest >= width for largest in largest_of_rows)
+    if num_rows:
+        largest = max(largest_of_rows)
+        raise _no_place(f"{num_rows} of {len(rows)} rows with ids up to {largest}", width, largest, where, "data")
 
 
 def narrowed(batch: Batch, num_logits: int) -> Batch:
@@ -97,9 +111,9 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
     )
 
 
-def _no_place(found: str, num_logits: int, largest: int, where: str) -> UserError:
+def _no_place(found: str, num_logits: int, largest: int, where: str, what: str = "cache") -> UserError:
     return UserError(
-        "the cache holds text with token ids that the student has no place for",
+        f"the {what} holds text with token ids that the student has no place for",
         found=found,
         expected=f"ids below {num_logits}",
         where=where,

@@ -13,6 +13,7 @@ import typer
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.judge_config import JudgeConfig
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.options import config_command
 from dpkd.pipelines.prepare_config import PrepareConfig
@@ -91,6 +92,22 @@ def _evaluate(config: EvalConfig) -> None:
     print(f"report: {path}")
 
 
+def _judge(config: JudgeConfig) -> None:
+    from dpkd.evaluate.judge import estimate, judge
+    from dpkd.evaluate.judge_markdown import judge_markdown
+    from dpkd.evaluate.judge_tokens import estimate_text
+
+    if config.estimate:
+        print(estimate_text(estimate(config)))
+        return
+    path = judge(config)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    print(judge_markdown(report))
+    print(f"report: {path}")
+    if report["refused"]:
+        raise typer.Exit(EXIT_SET_ASIDE)
+
+
 def _measure_fidelity(config: FidelityConfig) -> None:
     from dpkd.teacher_cache.fidelity import fidelity_table, measure_fidelity
 
@@ -107,6 +124,7 @@ config_command(
     app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
 )
 config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
+config_command(app, "judge", JudgeConfig, _judge, about="Have a judge model grade answers, or compare them.")
 config_command(cache_app, "fidelity", FidelityConfig, _measure_fidelity, about="Hold a cache against its live teacher.")
 
 

@@ -213,6 +213,25 @@ def test_sft_on_data_needs_no_teacher(tmp_path: Path, toy_data: Path, toy_studen
     assert math.isclose(lines[0]["loss"], lines[0]["loss_sft"], rel_tol=1e-6)
 
 
+def test_data_with_tokens_that_the_student_has_no_embedding_for(
+    tmp_path: Path, toy_student: Path, write_rows: Callable[..., Path]
+) -> None:
+    """A token added to the tokenizer without widening the model: said at the start, with the number of rows."""
+    student = Path(shutil.copytree(toy_student, tmp_path / "student"))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(student)
+    data = write_rows([{"instruction": f"Say {word}.", "output": word} for word in ("this", "<new>", "that <new>")])
+    options = {"data": str(data), "student": str(student), "objective": "sft", "batch_size": 1, "device": "cpu"}
+    with pytest.raises(
+        UserError,
+        match=r"the data holds text with token ids that the student has no place for: found 2 of 3 rows with ids up to "
+        r"600, expected ids below 600 \(in .*data\.jsonl\)",
+    ):
+        train(TrainConfig(out=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_not_a_number_stops_before_the_update(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     broken = shutil.copytree(toy_student, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
