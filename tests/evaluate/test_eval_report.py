@@ -182,9 +182,9 @@ def test_perplexity_has_a_column_where_a_model_has_one(report: dict[str, Any]) -
     report["models"]["a"]["data"]["dolly"]["perplexity"] = {"mean": 8.0, "low": 7.0, "high": 9.5}
     report["models"]["b"]["data"]["dolly"] ["perplexity"] = None
     header, _, a, b = [line for line in markdown_table(report).splitlines() if line.startswith("|")][8:12]
-    assert header.endswith("| Perplexity |")
-    assert a.endswith("| 8.00 [7.00, 9.50] |")
-    assert b.endswith("| - |")
+    place = header.split(" | ").index("Perplexity")
+    assert a.split(" | ")[place] == "8.00 [7.00, 9.50]"
+    assert b.split(" | ")[place] == "-"
 
 
 def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], tmp_path: Path) -> None:
@@ -207,6 +207,8 @@ def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], 
         "rouge_l": 40.0,
         "exact_match": 100.0,
         **dict.fromkeys(("rouge_1", "rouge_2", "num_words", "self_repetition"), 7.0),
+        "reference_nll": None,
+        "reference_tokens": None,
         "finish_reason": "length",
         "num_tokens": 3,
     }
