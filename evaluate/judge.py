@@ -17,15 +17,16 @@ from dpkd.evaluate.judge_report import FORMAT_VERSION, build_judge_report, write
 from dpkd.evaluate.judge_rows import Answers, JudgedSet, Question, choose, make_questions, read_answers
 from dpkd.evaluate.judge_tokens import estimate_tokens
 from dpkd.evaluate.judge_verdicts import Answered, Reply, Verdicts
+from dpkd.evaluate.output import check_options, is_complete, save_options
 from dpkd.evaluate.plot import require_matplotlib
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_text
 from dpkd.teacher_cache.folders import LocalFolder
-from dpkd.teacher_cache.identity import differences, fingerprint
 from dpkd.teacher_cache.locks import hold
 from dpkd.teacher_cache.progress import Progress, say
 from dpkd.teacher_cache.server_client import RequestRefusedError
 
+_ADVICE = "Give another --out (with --verdicts its verdicts are used again); nothing was overwritten"
 # refusals without a single reply after which the fault is not the questions'
 _MOST_REFUSALS = 5
 
@@ -68,13 +69,13 @@ def judge(config: JudgeConfig) -> Path:
     plan = _Plan(config)
     identity = plan.identity()
     path = config.out / "judge.json"
-    _check_out(config.out)
-    if _is_complete(path, identity):
+    check_options(config, config.out, FREE_OPTIONS, _ADVICE)
+    if is_complete(path, identity, _ADVICE):
         say(f"the judging in {config.out} is complete already")
         return path
     with hold(LocalFolder(config.verdicts_path().parent)):
         answered = plan.verdicts.read()
-        _save_options(config)
+        save_options(config, config.out)
         _ask(plan, answered, key)
     report = build_judge_report(config, plan.prompt, identity, plan.answers, plan.sets, plan.questions, answered)
     write_per_verdict(config.out / "per_verdict.parquet", plan.questions, answered)
@@ -190,42 +191,3 @@ class _Asking:
             where=self._plan.config.judge_url,
             advice="See what it says; fields of a request are taken out by --extra-body NAME=null",
         )
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError("the output directory is a file", where=out, advice="Give another --out")
-    if (out / "report.json").exists():
-        raise UserError("the output directory is an evaluation's", where=out, advice="Give another --out")
-
-
-def _save_options(config: JudgeConfig) -> None:
-    try:
-        write_text(config.out / "dpkd.toml", config.to_toml())
-    except OSError as error:
-        raise UserError(f"the output directory cannot be written: {error}", where=config.out) from None
-
-
-def _is_complete(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether the report is there; raises `UserError` for one of other answers or options."""
-    if not path.exists():
-        return False
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        theirs = {key: found[key] for key in ("format_version", "settings", "answers")}
-        theirs["prompt"] = {"sha256": found["judge"]["prompt"]["sha256"]}
-        same = found["fingerprint"] == fingerprint(identity)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the judging's report cannot be read: {type(error).__name__} {error}",
-            where=path,
-            advice="Delete it to write it again from the verdicts beside it",
-        ) from None
-    if not same:
-        raise UserError(
-            "the output directory holds another judging",
-            found="; ".join(differences(theirs, identity)) or "fingerprint",
-            where=path.parent,
-            advice=f"Give another --out; with --verdicts {path.parent / 'verdicts.jsonl'} its verdicts are used again",
-        )
-    return True

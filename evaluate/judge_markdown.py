@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpkd.evaluate.buckets import Bucket
-from dpkd.evaluate.provenance import SHOWN_DIGITS, software_text
+from dpkd.evaluate.provenance import SHOWN_DIGITS, decoding_text, model_text, software_text
 
 
 def judge_markdown(report: Mapping[str, Any]) -> str:
@@ -16,7 +16,7 @@ def judge_markdown(report: Mapping[str, Any]) -> str:
         parts.append(f"## {data} ({about['n']} of {about['num_rows']} rows)\n")
         parts += _pairwise_parts(report, data) if report["mode"] == "pairwise" else _pointwise_parts(report, data)
     parts += ["## Replies\n", _unparsable(report["unparsable"]), tokens_text(report) + "\n"]
-    parts.append(f"Made by `{report['command']}` ({software_text(dict(report))}).\n")
+    parts.append(f"{made_text(report)} Made by `{report['command']}`.\n")
     return "\n".join(parts)
 
 
@@ -35,6 +35,13 @@ def judge_text(report: Mapping[str, Any]) -> str:
         f"{judge['model']} at {judge['url']}, by its own name {said or 'unknown'}, was asked for {asked}: {seeds}, "
         f"prompt {prompt}. In brackets 95% bootstrap intervals over rows."
     )
+
+
+def made_text(report: Mapping[str, Any]) -> str:
+    """Which answers were judged, how they were drawn, and the software, in two sentences."""
+    judged = {"models": report["judged"]}
+    models = ", ".join(f"{name} {model_text(model)}" for name, model in report["judged"].items())
+    return f"Answers of {models}: {decoding_text(judged)}. Software: {software_text(dict(report))}."
 
 
 def tokens_text(report: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpkd.evaluate.judge_markdown import judge_text
-from dpkd.evaluate.provenance import SHOWN_DIGITS, software_text
+from dpkd.evaluate.judge_markdown import judge_text, made_text
+from dpkd.evaluate.provenance import SHOWN_DIGITS
 from dpkd.teacher_cache.files import replacing
 
 if TYPE_CHECKING:
@@ -127,10 +127,13 @@ def _caption(report: Mapping[str, Any]) -> str:
     if len(command) > _COMMAND_CHARACTERS:
         command = f"{command[:_COMMAND_CHARACTERS]} ... (all of it in judge.json)"
     rows = ", ".join(f"{data} {about['n']} of {about['num_rows']} rows" for data, about in report["data"].items())
-    unread = ", ".join(f"{name} {100 * count['share']:.1f}%" for name, count in report["unparsable"].items())
+    unread = ", ".join(
+        f"{name} {100 * count['share']:.1f}%" + (f" ({count['num_refused']} refused)" if count["num_refused"] else "")
+        for name, count in report["unparsable"].items()
+    )
     lines = [
         judge_text(report),
-        f"Data: {rows}. Unparsable replies: {unread}. Software: {software_text(dict(report))}.",
+        f"Data: {rows}. Unparsable replies: {unread}. {made_text(report)}",
         f"Judging {report['fingerprint'][:SHOWN_DIGITS]}, made by",
         command,
     ]

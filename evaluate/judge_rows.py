@@ -13,10 +13,12 @@ from typing import Any
 from dpkd.evaluate.buckets import bucket_index, buckets_of
 from dpkd.evaluate.judge_config import JudgeConfig
 from dpkd.evaluate.judge_questions import JudgePrompt, question_key
+from dpkd.evaluate.provenance import about_models
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.identity import file_sha256
 
 _COLUMNS = ["model", "data", "seed", "example_id", "bucket", "prompt", "references", "response"]
+_ABOUT = ("directory", "files", "fingerprint", "decoding")
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ class JudgedSet:
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that may be judged; `identity` is by content, `by_prediction` says that each answer has its bucket."""
+    """Everything that may be judged; `identity` is by content, `by_prediction` says that each answer has its bucket.
+
+    `about` says of each model where its answers are from: directory or files, fingerprint, decoding.
+    """
 
     sets: list[JudgedSet]
     identity: dict[str, Any]
+    about: dict[str, Any]
     by_prediction: bool = False
 
 
@@ -157,6 +163,7 @@ def _from_report(folder: Path) -> Answers:
         rows = pq.read_table(path, columns=_COLUMNS).to_pylist()
         edges = {data: tuple(about["edges"]) for data, about in report["data"].items()}
         by_prediction = report["settings"].get("bucket_of") == "prediction"
+        about = {name: {key: model[key] for key in _ABOUT} for name, model in report["models"].items()}
     except FileNotFoundError as error:
         raise UserError(
             "the directory holds no finished evaluation",
@@ -165,7 +172,11 @@ def _from_report(folder: Path) -> Answers:
             advice="Give the --out of a `dpkd eval` that has ended",
         ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's errors are among them
-        raise UserError(f"the evaluation cannot be read: {type(error).__name__} {error}", where=folder) from None
+        raise UserError(
+            f"the evaluation cannot be read: {type(error).__name__} {error}",
+            where=folder,
+            advice="One that an older dpkd has written is to be made again; its answers are used again",
+        ) from None
     by_set: dict[str, dict[str, JudgedRow]] = {data: {} for data in edges}
     for row in rows:
         fresh = JudgedRow(row["example_id"], tuple(row["references"]), {}, {}, {})
@@ -176,7 +187,7 @@ def _from_report(folder: Path) -> Answers:
     sets = [JudgedSet(data, list(found.values()), edges[data], len(found)) for data, found in by_set.items()]
     for judged in sets:
         _check_whole(judged, path)
-    return Answers(sets, {"per_example": file_sha256(path)}, by_prediction)
+    return Answers(sets, {"per_example": file_sha256(path)}, about, by_prediction)
 
 
 def _check_whole(judged: JudgedSet, path: Path) -> None:
@@ -226,7 +237,8 @@ def _from_predictions(config: JudgeConfig) -> Answers:
         "predictions": {found.name: found.identity for found in given},
         "data": {eval_set.name: eval_set.identity for eval_set in eval_sets},
     }
-    return Answers(sets, identity)
+    about = about_models(options, {"settings": {}, **identity})
+    return Answers(sets, identity, {name: {key: model[key] for key in _ABOUT} for name, model in about.items()})
 
 
 def _check_known(given: Sequence[str], known: Sequence[str], what: str, where: str) -> None:

@@ -19,6 +19,7 @@ from dpkd.teacher_cache.identity import differences, fingerprint
 from dpkd.teacher_cache.settings import Settings
 
 REPORT, ROWS, OPTIONS = "report.json", "per_example.parquet", "dpkd.toml"
+_ADVICE = "Give another --out (with --generations its answers are used again); nothing was overwritten"
 
 
 def write_all(out: Path, report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> Path:
@@ -31,14 +32,14 @@ def write_all(out: Path, report: dict[str, Any], scored_sets: Sequence[ScoredSet
     return out / REPORT
 
 
-def check_options(config: Settings, out: Path, free: frozenset[str]) -> None:
+def check_options(config: Settings, out: Path, free: frozenset[str], advice: str = _ADVICE) -> None:
     """Refuse an output directory that a command with other options has begun to fill; `free` ones may differ."""
     path = out / OPTIONS
     if out.exists() and not out.is_dir():
         raise UserError("the output directory is a file", where=out, advice="Give another --out")
     if not path.exists():
         if (out / REPORT).exists():
-            raise _other_run(out, [f"{REPORT} is there without the {OPTIONS} of its options"])
+            raise _other_run(out, [f"{REPORT} is there without the {OPTIONS} of its options"], advice)
         return
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +50,7 @@ def check_options(config: Settings, out: Path, free: frozenset[str]) -> None:
         for key in free:
             options.pop(key, None)
     if changed := differences(found, ours):
-        raise _other_run(out, changed)
+        raise _other_run(out, changed, advice)
 
 
 def save_options(config: Settings, out: Path) -> None:
@@ -60,7 +61,7 @@ def save_options(config: Settings, out: Path) -> None:
         raise UserError(f"the output directory cannot be written: {error}", where=out) from None
 
 
-def is_complete(report_path: Path, identity: dict[str, Any]) -> bool:
+def is_complete(report_path: Path, identity: dict[str, Any], advice: str = _ADVICE) -> bool:
     """Whether the report is there; raises `UserError` for one of other models or data at the same paths."""
     if not report_path.exists():
         return False
@@ -79,14 +80,9 @@ def is_complete(report_path: Path, identity: dict[str, Any]) -> bool:
             advice="Delete it to write it again from the answers beside it",
         ) from None
     if not same:
-        raise _other_run(report_path.parent, differences(theirs, identity) or ["fingerprint"])
+        raise _other_run(report_path.parent, differences(theirs, identity) or ["fingerprint"], advice)
     return True
 
 
-def _other_run(out: Path, changed: Sequence[str]) -> UserError:
-    return UserError(
-        "the output directory holds another run",
-        found="; ".join(changed),
-        where=out,
-        advice="Give another --out (with --generations its answers are used again); nothing was overwritten",
-    )
+def _other_run(out: Path, changed: Sequence[str], advice: str) -> UserError:
+    return UserError("the output directory holds another run", found="; ".join(changed), where=out, advice=advice)
