@@ -85,9 +85,10 @@ def _serve_teacher(config: ServeConfig) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
     from dpkd.evaluate.markdown import markdown_table
+    from dpkd.pipelines.model_measures import open_model
     from dpkd.pipelines.overlap import count_overlap
 
-    path = evaluate(config, count_overlap)
+    path = evaluate(config, count_overlap, open_model)
     print(markdown_table(json.loads(path.read_text(encoding="utf-8"))))
     print(f"report: {path}")
 
@@ -137,6 +138,19 @@ def run_command(
     from dpkd.pipelines.recipe import run_recipe
 
     run_recipe(recipe, dry_run=dry_run)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    artefact: Annotated[str, typer.Argument(help="table1 to table5 or fig1 to fig5", metavar="ARTEFACT")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="a recipe of configs/paper", metavar="CONFIG.toml")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost and stop")] = False,
+) -> None:
+    """Make a table or figure of the paper: the steps of its recipe that are missing, then the artefact."""
+    from dpkd.pipelines.reproduce import reproduce
+
+    for path in reproduce(artefact, recipe, dry_run=dry_run):
+        print(path)
 
 
 @cache_app.command("info")

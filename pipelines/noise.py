@@ -123,4 +123,4 @@ def add_gaussian_noise(model: torch.nn.Module, scale: float, seed: int) -> None:
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter += scale * parameter.square().mean().sqrt() * noise
+                parameter.add_(scale * parameter.square().mean().sqrt() * noise)

@@ -24,7 +24,7 @@ def prepare_data(config: PrepareConfig) -> Path:
         raise UserError("only JSON lines can be prepared", found=config.data.name, expected="a .jsonl file")
     if config.data.resolve() == config.out.resolve():
         raise UserError("the output is the data itself", where=config.out, advice="Choose another --out")
-    kept = list(_kept(config))
+    kept = list(kept_rows(config))
     if not kept:
         raise UserError(
             "no row of the data is kept",
@@ -44,7 +44,8 @@ def prepare_data(config: PrepareConfig) -> Path:
     return config.out
 
 
-def _kept(config: PrepareConfig) -> Iterator[str]:
+def kept_rows(config: PrepareConfig) -> Iterator[str]:
+    """The lines that `config` keeps, as they are to be written; raises `UserError` for data that cannot be read."""
     # the rows come out as they stand in the file, with every field that they have
     lines = config.data.read_text(encoding="utf-8").split("\n") if config.data.is_file() else []
     num_kept = 0

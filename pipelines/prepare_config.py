@@ -21,5 +21,5 @@ class PrepareConfig(Settings):
     limit: int | None = Field(None, ge=1, description="only the first so many rows that are kept; off: all")
     form: Literal["rows", "text"] = Field(
         "rows",
-        description="rows: kept as they are; text: their gold responses alone, as a corpus of `text` for train's lm_data",
+        description="rows: kept as they are; text: their gold responses alone, as a corpus for train's lm_data",
     )

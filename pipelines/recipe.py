@@ -24,23 +24,33 @@ def run_recipe(path: Path, *, dry_run: bool = False) -> None:
     A step that set rows aside is no failure: the recipe goes on, and ends with that status.
     """
     steps = read_recipe(path)
+    if not dry_run:
+        run_steps(steps, str(path))
+        return
+    for place, step in enumerate(steps, start=1):
+        _announce(step, place, len(steps))
+        print(f"# {step.title}\n{step.config.to_toml()}")
+
+
+def run_steps(steps: list[Step], name: str) -> None:
+    """`run_recipe` of steps that are read already; `name` is what they are called."""
     started_s = time.monotonic()
     set_aside = False
     for place, step in enumerate(steps, start=1):
-        say(f"== step {place} of {len(steps)}: dpkd {step.title} -> {step.config.out}")  # type: ignore[attr-defined]
-        if dry_run:
-            print(f"# {step.title}\n{step.config.to_toml()}")
-            continue
+        _announce(step, place, len(steps))
         step_started_s = time.monotonic()
         status = _run_step(step)
         set_aside |= status == EXIT_SET_ASIDE
         if status not in (0, EXIT_SET_ASIDE):
             raise StepFailed(status)
         say(f"== step {place} took {time.monotonic() - step_started_s:.0f} s")
-    if not dry_run:
-        say(f"== the recipe {path} is complete: {time.monotonic() - started_s:.0f} s")
+    say(f"== the recipe {name} is complete: {time.monotonic() - started_s:.0f} s")
     if set_aside:
         raise StepFailed(EXIT_SET_ASIDE)
+
+
+def _announce(step: Step, place: int, of: int) -> None:
+    say(f"== step {place} of {of}: dpkd {step.title} -> {step.config.out}")  # type: ignore[attr-defined]
 
 
 def _run_step(step: Step) -> int:

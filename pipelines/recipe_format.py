@@ -64,6 +64,7 @@ from pydantic import Field
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.judge_config import JudgeConfig
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.prepare_config import PrepareConfig
 from dpkd.teacher_cache.config import CacheConfig
@@ -77,6 +78,7 @@ CONFIGS: dict[str, type[Settings]] = {
     "add-noise": NoiseConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
+    "judge": JudgeConfig,
 }
 _KEYS = ("steps", "rounds", "variants", "defaults", "include", "reproduce")
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")

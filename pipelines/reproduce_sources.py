@@ -1,0 +1,126 @@
+"""What an artefact is made from, as the steps left it: reports, validations of runs, measures of copies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd.pipelines.noise import REPORT as NOISE_REPORT
+from dpkd.pipelines.reproduce_config import ReproduceConfig
+from dpkd.teacher_cache.errors import UserError
+from dpkd.teacher_cache.identity import fingerprint, software_versions
+
+_AGAIN = "Run the recipe's steps again: dpkd reproduce does so"
+_SHOWN_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Made:
+    """How an artefact came about, as (what, text); `command` is the one that makes it again."""
+
+    command: str
+    lines: list[tuple[str, str]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the artefact's JSON."""
+        return {"command": self.command, "made": [{"what": what, "text": text} for what, text in self.lines]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that a step wrote; raises `UserError` when it is missing or is no JSON."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError("the output of a step is missing", where=path, advice=_AGAIN) from None
+    except ValueError as error:
+        raise UserError(f"the output of a step cannot be read: {error}", where=path, advice=_AGAIN) from None
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of an evaluation."""
+    return read_json(directory / "report.json")
+
+
+def read_noise(directory: Path) -> dict[str, Any]:
+    """The measures of the copies with noise."""
+    return read_json(directory / NOISE_REPORT)
+
+
+def read_validations(runs: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The validations of runs that follow each other, as one training: `step` and `epoch` count on, epochs from 1.
+
+    Raises `UserError` for a run that was not validated, or whose cache keeps no distributions.
+    """
+    lines: list[dict[str, Any]] = []
+    first_step, first_epoch = 0, 0
+    for run in runs:
+        epochs = {line["step"]: line["epoch"] for line in _read_lines(run / "metrics.jsonl")}
+        found = _read_lines(run / "validation.jsonl")
+        for line in found:
+            for name in ("rkld_first", "kld_first", "reward_chosen"):
+                if line.get(name) is None:
+                    raise UserError(
+                        f"the validations have no {name}",
+                        where=run / "validation.jsonl",
+                        advice="Train from a cache with distributions (--top-k 64) and a preference",
+                    )
+            step, epoch = line["step"] + first_step, epochs[line["step"]] + first_epoch + 1
+            lines.append({**line, "step": step, "epoch": epoch, "run": str(run)})
+        first_step, first_epoch = first_step + max(epochs), first_epoch + max(epochs.values()) + 1
+    return lines
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError("the output of a step is missing", where=path, advice=_AGAIN)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        raise UserError("the log of a run is empty", where=path, advice=_AGAIN)
+    return lines
+
+
+def how_made(config: ReproduceConfig, command: str) -> Made:
+    """Data, rows, seeds, decoding, models with fingerprints and software of everything that `config` names."""
+    from dpkd.evaluate.provenance import how_made as report_lines
+
+    lines: list[tuple[str, str]] = []
+    if config.report is not None:
+        report = read_report(config.report)
+        wanted = set(report["models"]) if config.noise is not None or not config.rows else set(config.rows)
+        dropped = {f"{kind} {name}" for name in report["models"] if name not in wanted for kind in _KINDS}
+        dropped |= {f"Data {name}" for name in report["data"] if name not in config.data}
+        lines += [(what, text) for what, text in report_lines(report) if what not in dropped | {"Software"}]
+        lines = [("Evaluation", text) if what == "Command" else (what, text) for what, text in lines]
+    for name, runs in config.runs.items():
+        lines += [(f"Training of {name}", _run_text(run)) for run in runs]
+    if config.noise is not None:
+        noise = read_noise(config.noise)
+        lines.append(
+            (
+                "Measured on",
+                f"{noise['copies'][0]['rows']} rows of the cache {noise['cache_directory']} "
+                f"({noise['cache'][:_SHOWN_DIGITS]}), beta {noise['beta']:g}; copies of {noise['model_directory']} "
+                f"(weights {str(noise['model']['weights_sha256'])[:_SHOWN_DIGITS]})",
+            )
+        )
+    software = ", ".join(f"{name} {version}" for name, version in software_versions().items())
+    return Made(command, [("Command", command), *lines, ("Software", software)])
+
+
+_KINDS = ("Model", "Predictions", "Answers of", "Run")
+
+
+def _run_text(run: Path) -> str:
+    """What a run learnt from what, in short."""
+    held = read_json(run / "dpkd-run.json")
+    options, facts = held["options"], read_json(run / "run.json")
+    text = (
+        f"{run} ({fingerprint(held)[:_SHOWN_DIGITS]}): {options['objective']}, {options['level']} level, beta "
+        f"{options['beta']:g}, {facts['steps']} steps of {held['rows_per_step']} rows, learning rate "
+        f"{options['learning_rate']:g}, seed {options['seed']}; validated on {options['validation_examples']} held-out "
+        f"examples of the cache {str(facts.get('cache'))[:_SHOWN_DIGITS]}; from the student "
+        f"{facts['student']['name']} ({str(facts['student']['weights_sha256'])[:_SHOWN_DIGITS]})"
+    )
+    return text
