@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
+
+from dpkd.evaluate.porter import porter_stem
 
 RougeTokenizer = Literal["default", "whitespace", "character"]
 
@@ -60,17 +62,7 @@ def _default_tokens(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=262144)
 def _stem(word: str) -> str:
-    if len(word) <= 3:
-        return word
-    stem: str = _stemmer().stem(word)
-    return stem
-
-
-@cache
-def _stemmer():  # type: ignore[no-untyped-def]  # nltk has no types
-    from nltk.stem.porter import PorterStemmer
-
-    return PorterStemmer()
+    return word if len(word) <= 3 else porter_stem(word)
 
 
 def _of_pair(prediction: tuple[str, ...], reference: tuple[str, ...]) -> Rouge:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -31,8 +33,8 @@ def _score(pairs: list[Pair], processes: int) -> list[object]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_pool, "_CHUNK_PAIRS", 5)
-    monkeypatch.setattr(score_pool, "_MIN_PAIRS_A_HELPER", 20)
+    monkeypatch.setattr(score_pool, "_SMALLEST_CHUNK", 300)
+    monkeypatch.setattr(score_pool, "_MIN_CHARACTERS_A_HELPER", 2000)
 
 
 def test_helpers_give_the_scores_of_one_process_in_order(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +78,21 @@ def test_a_helper_that_dies_hands_its_work_back(
     monkeypatch.setattr(score_pool, "_COMMAND", (sys.executable, "-c", dying))
     pairs = _pairs(400)
     assert _score(pairs, 3) == [score(*pair) for pair in pairs]
+
+
+def test_chunks_hold_each_pair_once_and_grow_smaller() -> None:
+    pairs = [("x" * (1 + place % 700), ("y" * 300,)) for place in range(20_000)]
+    sizes = [len(prediction) + len(references[0]) for prediction, references in pairs]
+    chunks = score_pool._chunks(pairs, sizes, 2)
+    assert [pair for chunk in chunks for pair in chunk] == pairs
+    lengths = [sum(len(prediction) + 300 for prediction, _ in chunk) for chunk in chunks]
+    assert 200_000 <= lengths[0] < 201_000
+    assert 20_000 <= lengths[-2] < 21_000
+    assert all(later < earlier + 1000 for earlier, later in pairwise(lengths))
+
+
+def test_a_helper_imports_little() -> None:
+    heavy = {"nltk", "numpy", "pyarrow", "pydantic", "torch"}
+    code = f"import sys, dpkd.evaluate.score_worker; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
