@@ -184,8 +184,8 @@ class _Graded:
         }
         if config.grade_reference:
             counted_N = np.isfinite(values["grade"]).any(axis=0)
-            sums = [np.nansum(values[name], axis=0)[counted_N] for name in ("grade", "reference_grade")]
-            ratio = ratio_interval(*sums, config.num_bootstrap, config.bootstrap_seed)
+            ours_N, theirs_N = (np.nansum(values[name], axis=0)[counted_N] for name in ("grade", "reference_grade"))
+            ratio = ratio_interval(ours_N, theirs_N, config.num_bootstrap, config.bootstrap_seed)
             scores["ratio"] = {key: value and 100 * value for key, value in ratio.as_dict().items()}
         return scores
 

@@ -51,7 +51,11 @@ class Verdicts:
 
     def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
         self.path = path
-        self._first = {"format_version": _FORMAT_VERSION, "fingerprint": fingerprint(dict(judge)), "judge": dict(judge)}
+        self._first: dict[str, Any] = {
+            "format_version": _FORMAT_VERSION,
+            "fingerprint": fingerprint(dict(judge)),
+            "judge": dict(judge),
+        }
         self._num_bytes = 0  # up to the end of the last whole line
 
     def read(self) -> dict[str, Answered]:
