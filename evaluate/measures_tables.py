@@ -23,7 +23,7 @@ def teacher_table(report: dict[str, Any]) -> Table | None:
     measured = {name: model["to_teacher"] for name, model in report["models"].items() if model.get("to_teacher")}
     if not measured:
         return None
-    rows = [
+    rows: list[tuple[tuple[str, ...], list[Cell]]] = [
         ((name,), [_cell(found[key], scale) for key, scale in _COLUMNS.values()]) for name, found in measured.items()
     ]
     counts = {(found["num_rows"], found["num_tokens"]) for found in measured.values()}
