@@ -39,12 +39,14 @@ def new_sheet(title: str, made: Made, notes: list[str], panels: int) -> tuple[Fi
         figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.1, rect=(0, share, 1, 1 - share))
     )
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     # names and paths are text: a $ in them begins no formula
     figure.text(0.012, 0.006, "\n".join(lines), fontsize=_PRINT_SIZE, va="bottom", color="#333333", parse_math=False)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for panel in axes:
         panel.grid(color="#DDDDDD", linewidth=0.8)
+        panel.tick_params(labelsize=8)
+        panel.locator_params(nbins=6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes

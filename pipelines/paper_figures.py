@@ -68,7 +68,7 @@ def draw_noise(config: ReproduceConfig, made: Made) -> list[Path]:
         Line2D([], [], marker="o", linestyle="", color=COLOURS[place % len(COLOURS)], label=f"noise {scale:g}")
         for place, scale in enumerate(scales)
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+    panels[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
     data = {"artefact": "fig2", "points": points, "spans": spans, "notes": notes, **made.as_dict()}
     return save_sheet(figure, config.out, "fig2", data)
 
@@ -202,7 +202,7 @@ def draw_buckets(config: ReproduceConfig, table: Table) -> list[Path]:
     panel.set_xlabel("length of the gold response in words")
     panel.set_ylabel("Rouge-L (0 to 100)")
     panel.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=min(5, len(table.rows) + 1), frameon=False, fontsize=8)
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8)
     return save_sheet(figure, config.out, "fig5", json.loads(to_json(table)))
 
 

@@ -92,7 +92,7 @@ def how_made(config: ReproduceConfig, command: str) -> Made:
         dropped = {f"{kind} {name}" for name in report["models"] if name not in wanted for kind in _KINDS}
         dropped |= {f"Data {name}" for name in report["data"] if name not in config.data}
         lines += [(what, text) for what, text in report_lines(report) if what not in dropped | {"Software"}]
-        lines = [("Evaluation", text) if what == "Command" else (what, text) for what, text in lines]
+        lines = [("Evaluation", text) if what == "Command" else (what, text) for what, text in _merged(lines)]
     for name, runs in config.runs.items():
         lines += [(f"Training of {name}", _run_text(run)) for run in runs]
     if config.noise is not None:
@@ -107,6 +107,14 @@ def how_made(config: ReproduceConfig, command: str) -> Made:
         )
     software = ", ".join(f"{name} {version}" for name, version in software_versions().items())
     return Made(command, [("Command", command), *lines, ("Software", software)])
+
+
+def _merged(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """How the answers of all models were drawn in one line, where it is the same for all."""
+    drawn = [text for what, text in lines if what.startswith("Answers of ")]
+    if len(set(drawn)) != 1:
+        return lines
+    return [line for line in lines if not line[0].startswith("Answers of ")] + [("Answers of all", drawn[0])]
 
 
 _KINDS = ("Model", "Predictions", "Answers of", "Run")
