@@ -42,7 +42,7 @@ def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> str:
     sets = {data: [scored for scored in scored_sets if scored.eval_set.name == data] for data in report["data"]}
     body = "".join(_set_section(report, data, found) for data, found in sets.items())
     if (found := teacher_table(report)) is not None:
-        body += f"<section><h2>{escape(found.title)}</h2>{_table(found)}{_note(found.note)}</section>"
+        body += f"<section><h2>{escape(found.title)}</h2>{_table(found)}</section>"
     examples = json.dumps({"sets": [browsed_set(data, found) for data, found in sets.items()]}, ensure_ascii=True)
     title = f"Evaluation: {', '.join(report['models'])} on {', '.join(report['data'])}"
     return (
@@ -92,8 +92,7 @@ def _set_section(report: dict[str, Any], data: str, scored_sets: Sequence[Scored
         parts.append(
             _figure(f"{title} by length, with 95% intervals: {data}", chart, _legend(list(summaries), colours))
         )
-    further = further_table(report, data)
-    parts.append(_table(further) + _note(further.note))
+    parts.append(_table(further_table(report, data)))
     lengths: list[tuple[str, Sequence[float], int | None]] = [
         (scored.model, scored.scores["num_words"].ravel().tolist(), colours[scored.model]) for scored in scored_sets
     ]
@@ -102,7 +101,8 @@ def _set_section(report: dict[str, Any], data: str, scored_sets: Sequence[Scored
     parts.append(_figure(f"Words of the answers (90%, the middle half, the median): {data}", boxes))
     if report["comparisons"][data]:
         parts.append(_table(difference_table(report, data)))
-    parts.append(f'<p class="note">{escape(power_note(report, data))}</p>')
+    else:
+        parts.append(_note(power_note(report, data)))
     return "".join(parts) + "</section>"
 
 
@@ -147,7 +147,10 @@ def _made_section(report: dict[str, Any]) -> str:
 
 
 def _figure(title: str, svg: str, legend: str = "") -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{svg}</figure>"
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption>{legend}<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(title)}">{svg}</div></figure>'
+    )
 
 
 def _legend(names: Sequence[str], colours: dict[str, int]) -> str:
@@ -167,7 +170,8 @@ def _table(table: Table) -> str:
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}"><table>'
-        f"<caption>{escape(table.title)}</caption><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<caption><span>{escape(table.title)}</span></caption><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{_note(table.note)}"
     )
 
 

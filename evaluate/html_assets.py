@@ -5,11 +5,11 @@ from __future__ import annotations
 # Colours keep the contrast of WCAG 2.1 AA in both modes: text 4.5 to 1, bars and curves 3 to 1 (a test computes it).
 STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1c1c1c; --soft: #595959; --line: #8c8c8c; --card: #f3f3f1;
-  --mark: #005a96; --grid: #dddddd; --warn: #c04d00; --s0: #0072b2; --s1: #b87900; --s2: #008a66; --s3: #d55e00;
+  --mark: #005a96; --grid: #dddddd; --warn: #c04d00; --s0: #0072b2; --s1: #b87900; --s2: #008a66; --s3: #c2402a;
   --s4: #b8578c; --s5: #2b8cc4; --s6: #7d7d7d; }
 @media (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e8e6e3; --soft: #b0b0b0; --line: #757a82;
   --card: #1f2226; --mark: #7cc4f5; --grid: #33373c; --warn: #ff9a57; --s0: #3a9bdc; --s1: #e69f00; --s2: #2bb38a;
-  --s3: #e8742a; --s4: #d58bb0; --s5: #7cc9f2; --s6: #a8a8a8; } }
+  --s3: #f07561; --s4: #d58bb0; --s5: #7cc9f2; --s6: #a8a8a8; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -20,16 +20,20 @@ p.note { color: var(--soft); max-width: 60rem; }
 p.warning { border-left: 4px solid var(--warn); padding-left: .8rem; max-width: 60rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(60rem, calc(100vw - 2rem)); }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap;
   vertical-align: top; }
 thead th { border-bottom-color: var(--line); vertical-align: bottom; }
-th:first-child { text-align: left; padding-left: 0; } td.best { font-weight: 700; color: var(--mark); }
+th:first-child { text-align: left; padding-left: 0; }
+th[scope="row"] { white-space: normal; min-width: 7rem; max-width: 24rem; font-weight: 600; }
+td.best { font-weight: 700; color: var(--mark); }
 small { color: var(--soft); font-weight: 400; } td small { display: block; }
-figure { margin: 1.6rem 0; max-width: 52rem; } figcaption { font-weight: 600; }
-svg { display: block; width: 100%; height: auto; }
+figure { margin: 1.6rem 0; max-width: 42rem; } figcaption { font-weight: 600; } figure .scroll { margin: .3rem 0; }
+svg { display: block; width: 100%; height: auto; } figure .scroll svg { min-width: 30rem; }
 svg text { fill: var(--text); font: 13px system-ui, sans-serif; } svg .axis { fill: var(--soft); }
 svg .grid { stroke: var(--grid); } svg .bar-end { stroke: var(--text); stroke-width: 1.5; fill: none; }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .dotted { stroke-dasharray: 2 4; }
+@media (max-width: 40rem) { th[scope="row"] { max-width: 9rem; } }
 .s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .s3 { fill: var(--s3); }
 .s4 { fill: var(--s4); } .s5 { fill: var(--s5); } .s6 { fill: var(--s6); }
 .c0 { stroke: var(--s0); } .c1 { stroke: var(--s1); } .c2 { stroke: var(--s2); } .c3 { stroke: var(--s3); }

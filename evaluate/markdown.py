@@ -18,13 +18,11 @@ def markdown_table(report: dict[str, Any]) -> str:
         parts += [f"## {data} ({data_text(report, data)})\n"]
         if message := LostText(**report["data"][data]["lost_text"]).message:
             parts.append(f"**Rouge loses text here:** {message}.\n")
-        for table in set_tables(report, data):
-            parts.append(_table(table))
-            if table.first_column == "Model" and table.note:
-                parts.append(f"{table.note}\n")
-        parts.append(f"{power_note(report, data)}\n")
+        parts += [_table(table) for table in set_tables(report, data)]
+        if not report["comparisons"][data]:
+            parts.append(f"{power_note(report, data)}\n")
     if (found := teacher_table(report)) is not None:
-        parts += [f"## {found.title}\n", _table(found), f"{found.note}\n"]
+        parts += [f"## {found.title}\n", _table(found)]
     parts += ["## How this was made\n", "".join(f"- {what}: `{_code(text)}`\n" for what, text in how_made(report))]
     return "\n".join(parts)
 
@@ -43,7 +41,8 @@ def introduction(report: dict[str, Any]) -> str:
 def _table(table: Table) -> str:
     lines = [[table.first_column, *table.columns], ["---", *["---:"] * len(table.columns)]]
     lines += [[" - ".join(f"`{name}`" for name in names), *map(str, cells)] for names, cells in table.rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    note = f"\n{table.note}\n" if table.note else ""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + note
 
 
 def _code(text: str) -> str:

@@ -150,7 +150,7 @@ def how_made(report: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"Data {data}", f"{place}: {data_text(report, data)} (sha256 {sha256[:SHOWN_DIGITS]})"))
     for name, model in report["models"].items():
         lines.append((f"Model {name}" if model["directory"] else f"Predictions {name}", model_text(model)))
-        lines.append((f"Answers of {name}", drawn_text(model["decoding"]) + _engine_text(model["decoding"])))
+        lines.append((f"Answers of {name}", _answers_text(model)))
     for name, run in report["runs"].items():
         lines.append((f"Run {name}", f"{run['directory']} ({run['num_steps']} steps)"))
     for part in report["merged"] or []:
@@ -160,5 +160,9 @@ def how_made(report: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _engine_text(decoding: dict[str, Any] | None) -> str:
-    return "" if decoding is None else f"; {decoding['engine']}, {decoding['dtype']}"
+def _answers_text(model: dict[str, Any]) -> str:
+    decoding = model["decoding"]
+    if decoding is not None:
+        return f"{drawn_text(decoding)}; {decoding['engine']}, {decoding['dtype']}"
+    seeds = {str(seed["seed"]): None for summary in model["data"].values() for seed in summary["seeds"]}
+    return f"{drawn_text(None)}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"

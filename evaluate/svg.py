@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 NUM_COLOURS = 7
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 300, 58, 56, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 300, 58, 56, 14
 _ROW = 34
+_NAME_CHARACTERS = 20
 _NUM_TICKS = 5
 
 
@@ -72,7 +73,7 @@ def grouped_bars(
 
 def length_boxes(rows: Sequence[tuple[str, Sequence[float], int | None]], title: str, label: str = "") -> str:
     """A line a model: 5% to 95% of its lengths, a box from 25% to 75%, a stroke at the median; None is uncoloured."""
-    left = 190
+    left = 160
     quantiles = [np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for _, values, _ in rows]
     top = _round_up(max((float(found[-1]) for found in quantiles), default=1.0) or 1.0)
     height = _ROW * len(rows) + 48
@@ -111,7 +112,7 @@ def line_chart(lines: Sequence[Line], title: str, labels: tuple[str, str]) -> st
     low, high = _span([value for line in lines for value in line.y])
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-    right = _round_up(max((value for line in lines for value in line.x), default=1.0) or 1.0)
+    right = max((value for line in lines for value in line.x), default=1.0) or 1.0
 
     def x(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - 14) * value / right
@@ -120,10 +121,11 @@ def line_chart(lines: Sequence[Line], title: str, labels: tuple[str, str]) -> st
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
 
     parts = [_axis_labels(*labels), *(_grid_line(tick, y(tick)) for tick in ticks)]
-    for step in range(5):
-        parts.append(
-            f'<text x="{x(right * step / 4):.1f}" y="{_HEIGHT - 34}" text-anchor="middle">{right * step / 4:g}</text>'
-        )
+    parts += [
+        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 34}" text-anchor="middle">{tick:g}</text>'
+        for tick in _ticks(0, right)
+        if tick <= right
+    ]
     for line in lines:
         points = [(x(a), y(b)) for a, b in zip(line.x, line.y, strict=True)]
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
@@ -159,7 +161,7 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}\u2026"
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}\u2026"
 
 
 def _round_up(value: float) -> float:

@@ -90,3 +90,18 @@ fetch_teacher() {
         quietly "converting" python scripts/convert_smollm2.py "$1" || fail "the teacher cannot be converted"
     fi
 }
+
+# Chromium with its driver, for the tests of the report's page. Only as root with apt; elsewhere those tests are skipped,
+# or fail where DPKD_REQUIRE_BROWSER=1.
+fetch_browser() {
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then return; fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "   no Chromium here: the tests of the page are skipped (install chromium and chromedriver to run them)" >&2
+        return
+    fi
+    echo "== installing Chromium and its driver" >&2
+    quietly "apt-get update" apt-get update -q || true
+    quietly "chromium, chromium-driver" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -q --no-install-recommends chromium chromium-driver fonts-dejavu-core ||
+        echo "   Chromium cannot be installed: the tests of the page are skipped" >&2
+}

@@ -7,4 +7,5 @@ source scripts/environment.sh
 
 setup_environment report,dev
 fetch_teacher models/smollm2-135m-instruct
+fetch_browser
 exec python -m pytest "$@"

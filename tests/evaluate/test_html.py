@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
-import shutil
-import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import pytest
 
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.evaluation import evaluate
-from dpkd.evaluate.svg import _round_up, grouped_bars, length_boxes
+from dpkd.evaluate.html_assets import STYLE
+from dpkd.evaluate.svg import NUM_COLOURS, Line, _round_up, _ticks, grouped_bars, length_boxes, line_chart
 
-MakeConfig = Callable[..., EvalConfig]
-WriteRows = Callable[[list[Any], str], Path]
 _EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u00e9"
 
 
@@ -53,19 +51,30 @@ class _Page(HTMLParser):
         return sum(name == tag for name, _ in self.elements)
 
 
-@pytest.fixture
-def page(make_config: MakeConfig, write_rows: WriteRows, rows: list[dict[str, Any]]) -> _Page:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> _Page:
+    folder = tmp_path_factory.mktemp("page")
+
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        path = folder / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    rows: list[dict[str, Any]] = [
+        {"id": f"row-{i}", "instruction": f"Say {i}", "output": " ".join(["word"] * words), "category": "qa"}
+        for i, words in enumerate((2, 30, 70, 2, 30, 70))
+    ]
     rows[0] |= {"instruction": _EVIL, "category": _EVIL, "id": _EVIL}
     rows[1]["output"] = [rows[1]["output"], _EVIL]
-    config = make_config(
-        predictions=[
-            f"evil={write_rows([{'prediction': _EVIL}] * 6, 'p.jsonl')}",
-            f"gold={write_rows([{'prediction': 'word ' * 30}] * 6, 'q.jsonl')}",
-        ],
-        data=f"d={write_rows(rows, 'd.jsonl')}",
-    )
-    evaluate(config)
-    text = (config.out / "report.html").read_text()
+    evil = write("p.jsonl", [{"prediction": _EVIL}] * 6)
+    gold = write("q.jsonl", [{"prediction": "word " * 30}] * 6)
+    options = {
+        "predictions": [f"evil={evil}", f"gold={gold}"],
+        "data": f"d={write('d.jsonl', rows)}",
+        "out": folder / "out",
+        "num_bootstrap": 100,
+    }
+    text = (evaluate(EvalConfig.parse(options, where="a test")).parent / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in text
     assert "<img" not in text
     return _Page(text)
@@ -94,7 +103,10 @@ def test_the_script_writes_texts_as_text_alone(page: _Page) -> None:
 
 
 def test_the_page_loads_nothing(page: _Page) -> None:
-    assert not [attrs for _, attrs in page.elements if {"src", "href", "srcset", "action"} & set(attrs)]
+    assert not [attrs for _, attrs in page.elements if {"src", "srcset", "action"} & set(attrs)]
+    links = [attrs["href"] or "" for _, attrs in page.elements if "href" in attrs]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= {attrs.get("id") for _, attrs in page.elements}
     style = "".join(text for tag, text in page.texts if tag == "style")
     assert "url(" not in style
     assert "@import" not in style
@@ -102,6 +114,10 @@ def test_the_page_loads_nothing(page: _Page) -> None:
     policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
     assert policy is not None
     assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    (script,) = [text for tag, text in page.texts if tag == "script" and "use strict" in text]
+    for text in (style, script):  # the page's own, and no other
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     assert ("viewport", "width=device-width, initial-scale=1") in [
         (attrs.get("name"), attrs.get("content")) for tag, attrs in page.elements if tag == "meta"
     ]
@@ -116,6 +132,56 @@ def test_every_id_that_the_script_asks_for_is_there_once_and_labelled(page: _Pag
     assert page.count("label") == page.count("select") + page.count("input")
 
 
+def test_tables_and_charts_can_be_read_aloud(page: _Page) -> None:
+    assert page.count("caption") == page.count("table") == 4
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.elements if tag == "th")
+    charts = [attrs for tag, attrs in page.elements if tag == "svg" and "aria-hidden" not in attrs]
+    assert len(charts) == 3
+    assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in charts)
+    # what scrolls can be reached by keyboard, and says what it is
+    scrolling = [attrs for _, attrs in page.elements if attrs.get("class") == "scroll"]
+    assert all(attrs.get("tabindex") == "0" and attrs.get("aria-label") for attrs in scrolling)
+
+
+def test_the_page_says_how_it_was_made(page: _Page) -> None:
+    terms = [text for tag, text in page.texts if tag == "dt"]
+    texts = [text for tag, text in page.texts if tag == "code"]
+    made = dict(zip(terms, texts, strict=True))
+    assert made["Command"].startswith("dpkd eval --predictions evil=")
+    assert "6 rows (sha256 " in made["Data d"]
+    assert re.search(r"p\.jsonl \([0-9a-f]{12}\)", made["Predictions evil"])
+    assert made["Answers of gold"] == "given as text, seed 0"
+    assert "rouge-score 0.1.2" in made["Software"]
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2.1 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(one: str, other: str) -> float:
+    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_contrast_by_the_examples_of_the_standard() -> None:
+    assert _contrast("#000000", "#ffffff") == pytest.approx(21.0)
+    assert _contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colours_keep_the_contrast_of_wcag_aa(mode: int) -> None:
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", STYLE.split("@media (prefers-color-scheme: dark)")[mode]))
+    assert len(colours) == 15
+    for text in ("text", "soft", "mark"):
+        for behind in ("back", "card"):
+            assert _contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+    for part in ("line", "warn", *(f"s{number}" for number in range(NUM_COLOURS))):
+        assert _contrast(colours[part], colours["back"]) >= 3, part
+
+
 def test_the_best_model_is_marked(page: _Page) -> None:
     best = [attrs for tag, attrs in page.elements if tag == "td" and attrs.get("class") == "best"]
     assert len(best) >= 2
@@ -125,13 +191,15 @@ def test_the_best_model_is_marked(page: _Page) -> None:
 
 def test_bars_stand_at_their_values() -> None:
     intervals = [{"mean": 50.0, "low": 40.0, "high": 100.0}, {"mean": None, "low": None, "high": None}]
-    svg = grouped_bars(["[0,3)", "<b>"], [("m", intervals)], "title & more")
-    (bar,) = re.findall(r'<rect class="s0" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)
-    # the axis runs from y = 236 (0) to y = 14 (100)
-    assert [float(value) for value in bar] == [125.0, 111.0]
+    svg = grouped_bars(["[0,3)", "<b>"], [("m", 4, intervals)], "title & more", ("words", "<i>"))
+    (bar,) = re.findall(r'<rect class="s4" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)
+    # the axis runs from y = 244 (0) to y = 14 (100)
+    assert [float(value) for value in bar] == [129.0, 115.0]
     assert "&lt;b&gt;" in svg
     assert "<b>" not in svg
-    assert "title &amp; more" in svg
+    assert 'role="img" aria-label="title &amp; more"' in svg
+    assert ">words</text>" in svg
+    assert ">&lt;i&gt;</text>" in svg
     assert "m, [0,3): 50.00 [40.00, 100.00]" in svg
 
 
@@ -141,63 +209,35 @@ def test_boxes_say_their_quantiles() -> None:
     assert 'class="s1"' in svg
 
 
+def test_curves_stand_at_their_values() -> None:
+    lines = [Line("a <run>", 2, False, [0, 50, 100], [0.0, 1.0, 4.0]), Line("v", 2, True, [100], [2.0])]
+    svg = line_chart(lines, "loss by step", ("step", "loss"))
+    # x runs from 58 (0) to 546 (100), y from 244 (0) to 14 (4)
+    assert 'class="curve c2" d="M58.0 244.0L302.0 186.5L546.0 14.0"' in svg
+    assert '<circle class="s2" cx="546.0" cy="129.0" r="3"/>' in svg
+    assert svg.count("<circle") == 1
+    assert "a &lt;run&gt;: last 4" in svg
+
+
+def test_a_curve_without_a_rise_is_drawn() -> None:
+    assert "NaN" not in line_chart([Line("flat", 0, False, [1, 2], [0.0, 0.0])], "t", ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("span", "ticks"),
+    [
+        ((0, 4), [0, 1, 2, 3, 4]),
+        ((-0.6, 2.5), [-1, 0, 1, 2, 3]),
+        ((20.1, 26), [20, 22, 24, 26]),
+        ((3, 3.1), [3, 3.05, 3.1]),
+    ],
+)
+def test_ticks_are_round_and_enclose(span: tuple[float, float], ticks: list[float]) -> None:
+    assert _ticks(*span) == pytest.approx(ticks)
+
+
 @pytest.mark.parametrize(
     ("value", "top"), [(1.0, 1.0), (1.1, 2.0), (37.0, 40.0), (41.0, 50.0), (81.0, 100.0), (0.3, 0.4)]
 )
 def test_axes_end_at_round_values(value: float, top: float) -> None:
     assert _round_up(value) == pytest.approx(top)
-
-
-@pytest.fixture
-def browse(
-    make_config: MakeConfig, write_rows: WriteRows, rows: list[dict[str, Any]]
-) -> Callable[[list[list[str]]], dict[str, Any]]:
-    """Do things in the browser of examples, and say what it shows: 12 rows and a model that is right on every third."""
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    rows = [row | {"id": f"row-{i}", "instruction": f"Say {i}!"} for i, row in enumerate(rows * 2)]
-    some = [{"prediction": row["output"] if i % 3 == 2 else "no"} for i, row in enumerate(rows)]
-    none = [{"prediction": _EVIL}] * len(rows)
-    config = make_config(
-        predictions=[f"some={write_rows(some, 'p.jsonl')}", f"none={write_rows(none, 'q.jsonl')}"],
-        data=f"d={write_rows(rows, 'd.jsonl')}",
-    )
-    evaluate(config)
-    script = str(Path(__file__).parent / "browse.js")
-
-    def run(steps: list[list[str]]) -> dict[str, Any]:
-        command = [node, script, str(config.out / "report.html"), json.dumps(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    return run
-
-
-def test_the_browser_turns_pages_and_shows_texts_as_they_are(browse: Callable[..., dict[str, Any]]) -> None:
-    first = browse([])
-    assert first["place"] == "12 of 12 rows, page 1 of 2"
-    assert len(first["rows"]) == 10
-    assert first["rows"][0].startswith(
-        "row-0 \u00b7 qa | Prompt | Say 0! | Reference | word word | some | Rouge-L 0.0, "
-    )
-    assert _EVIL in first["rows"][0]
-    second = browse([["key", "j"], ["key", "j"], ["key", "/"]])
-    assert second["place"] == "12 of 12 rows, page 2 of 2"
-    assert [row.split()[0] for row in second["rows"]] == ["row-10", "row-11"]
-    assert second["focused"] is True
-    assert browse([["key", "j"], ["key", "k"]]) == first
-
-
-def test_the_browser_sorts_filters_and_searches(browse: Callable[..., dict[str, Any]]) -> None:
-    assert "some ahead of none" in browse([])["sorts"]
-    ahead = browse([["sort", "gap 0 1"]])
-    assert [row.split()[0] for row in ahead["rows"][:5]] == ["row-2", "row-5", "row-8", "row-11", "row-0"]
-    worst = browse([["sort", "low 0"]])
-    assert worst["rows"][0].startswith("row-0 ")
-    long = browse([["bucket", "[70,inf)"]])
-    assert long["place"] == "4 of 12 rows, page 1 of 1"
-    found = browse([["bucket", "[70,inf)"], ["search", "SAY 8"]])
-    assert [row.split()[0] for row in found["rows"]] == ["row-8"]
-    assert browse([["search", "nothing like it"]])["place"] == "0 of 12 rows, page 1 of 1"
