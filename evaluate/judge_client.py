@@ -169,8 +169,8 @@ class JudgeClient:
             return Reply(
                 # a reply may be empty where all tokens went into reasoning
                 self._clean(content or ""),
-                _text(choice.get("finish_reason")),
-                _text(body.get("model")),
+                self._text(choice.get("finish_reason")),
+                self._text(body.get("model")),
                 _count(usage.get("prompt_tokens")),
                 _count(usage.get("completion_tokens")),
             )
@@ -193,6 +193,9 @@ class JudgeClient:
         text = text.replace(self._key, "***") if self._key else text
         return text.encode("utf-8", "replace").decode()
 
+    def _text(self, value: object) -> str | None:
+        return self._clean(value) if isinstance(value, str) else None
+
     def _say(self, reason: str) -> None:
         if time.monotonic() - self._said_s >= _SAID_EVERY_S:
             self._said_s = time.monotonic()
@@ -201,10 +204,6 @@ class JudgeClient:
 
 def _short(text: str) -> str:
     return " ".join(text.split())[:200]
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _count(value: object) -> int | None:
