@@ -4,9 +4,10 @@
 
 Pairs are answers and references drawn at random from a file's `output` (the shipped excerpt of Dolly by default), all
 different, with Rouge-1, -2, -L, exact match and repetition of each; `--words 190` takes rows of so many words and more
-alone, and cuts their answers there: about 256 tokens. `rouge_score` computes the three Rouge scores alone, on one of ten of the first number of pairs, and its
-time is multiplied. The others are the best of some runs, in turn, each in a process of its own, so that no stem is
-known: seconds from the call to the last score, starting the helpers included, and processor time of all processes.
+alone, and cuts their answers there: about 256 tokens. `rouge_score` computes the three Rouge scores alone, on a tenth
+of the first number of pairs, and its time is multiplied. The others are the best of some runs, in turn, each in a
+process of its own, so that no stem is known: seconds from the call to the last score, starting the helpers included,
+and processor time of all processes.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _measure_references(
     if missing:
         num_total = sum(len(batch) for _, batch in batches)
         num_missing = sum(len(batch) for _, batch in missing)
-        label = f"model {candidate.name}: perplexity of"
+        label = f"model {candidate.name}, perplexity"
         with Progress(label, num_total, "gold responses", done=num_total - num_missing) as progress:
             for name, batch in missing:
                 files[name].add(dict(zip(batch, model.nll([pairs[name][row] for row in batch]), strict=True)))

@@ -86,7 +86,7 @@ def test_perplexity_is_transformers_own_loss(
     report = run(config)
     said = capsys.readouterr().err
     assert "data d: 1 gold responses are longer than the positions of a model" in said
-    assert "model gpt2: perplexity of: 3/3 gold responses" in said
+    assert "model gpt2, perplexity: 3/3 gold responses" in said
     table = pq.read_table(config.out / "per_example.parquet").to_pandas()
     for name, directory in (("gpt2", toy_gpt2), ("llama", toy_student)):
         texts = ["A word.", "This one is the gold response of two.", "Ça va? 本当"]
