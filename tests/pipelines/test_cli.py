@@ -38,7 +38,7 @@ def test_help_names_every_command_and_is_quick() -> None:
         started_s = time.perf_counter()
         result = dpkd("--help")
         times.append(time.perf_counter() - started_s)
-    for command in ("cache-teacher", "serve-teacher", "init-student", "train", "eval", "cache", "run"):
+    for command in ("cache-teacher", "serve-teacher", "init-student", "train", "eval", "judge", "cache", "run"):
         assert command in result.stdout
     assert min(times) < 0.5
 
