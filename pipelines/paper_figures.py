@@ -199,6 +199,7 @@ def draw_buckets(config: ReproduceConfig, table: Table) -> list[Path]:
                 )  # fmt: skip
                 marked = True
     panel.set_xticks(range(len(table.columns)), table.columns)
+    panel.grid(visible=False, axis="x")
     panel.set_xlabel("length of the gold response in words")
     panel.set_ylabel("Rouge-L (0 to 100)")
     panel.set_ylim(bottom=0)

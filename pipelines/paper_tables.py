@@ -96,9 +96,12 @@ def _alone(value: float, paper: float | None) -> Cell:
 
 
 def _notes(config: ReproduceConfig, has_paper: bool) -> list[str]:
-    notes = ["Ours: mean over seeds and, in brackets, the 95% bootstrap interval over rows; from 0 to 100."]
+    as_bars = config.artefact == "fig5"
+    ours, theirs = ("Bars", "Diamonds") if as_bars else ("Ours", "Columns marked paper")
+    where = "as lines" if as_bars else "in brackets"
+    notes = [f"{ours}: mean over seeds and, {where}, the 95% bootstrap interval over rows; from 0 to 100."]
     if has_paper:
-        notes.append(f"Columns marked paper hold the paper's numbers ({SOURCE}, {_family_text(config)}), not ours.")
+        notes.append(f"{theirs} are the paper's numbers ({SOURCE}, {_family_text(config)}), not ours.")
     if config.other_data:
         notes.append(f"Our data are {config.other_data}: the two do not compare.")
     if config.artefact == "table3":

@@ -11,6 +11,7 @@ from dpkd.pipelines.noise import REPORT as NOISE_REPORT
 from dpkd.pipelines.reproduce_config import ReproduceConfig
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.identity import fingerprint, software_versions
+from dpkd.teacher_cache.settings import read_toml
 
 _AGAIN = "Run the recipe's steps again: dpkd reproduce does so"
 _SHOWN_DIGITS = 12
@@ -93,18 +94,21 @@ def how_made(config: ReproduceConfig, command: str) -> Made:
         dropped |= {f"Data {name}" for name in report["data"] if name not in config.data}
         lines += [(what, text) for what, text in report_lines(report) if what not in dropped | {"Software"}]
         lines = [("Evaluation", text) if what == "Command" else (what, text) for what, text in _merged(lines)]
+    caches = [str(_options_of(run)["cache"]) for runs in config.runs.values() for run in runs]
     for name, runs in config.runs.items():
         lines += [(f"Training of {name}", _run_text(run)) for run in runs]
     if config.noise is not None:
         noise = read_noise(config.noise)
+        caches.append(noise["cache_directory"])
         lines.append(
             (
                 "Measured on",
-                f"{noise['copies'][0]['rows']} rows of the cache {noise['cache_directory']} "
-                f"({noise['cache'][:_SHOWN_DIGITS]}), beta {noise['beta']:g}; copies of {noise['model_directory']} "
+                f"{noise['copies'][0]['rows']} rows of the cache {noise['cache_directory']}, beta {noise['beta']:g}; "
+                f"copies of {noise['model_directory']} "
                 f"(weights {str(noise['model']['weights_sha256'])[:_SHOWN_DIGITS]})",
             )
         )
+    lines += [(f"Cache {location}", _cache_text(location)) for location in dict.fromkeys(caches)]
     software = ", ".join(f"{name} {version}" for name, version in software_versions().items())
     return Made(command, [("Command", command), *lines, ("Software", software)])
 
@@ -128,7 +132,27 @@ def _run_text(run: Path) -> str:
         f"{run} ({fingerprint(held)[:_SHOWN_DIGITS]}): {options['objective']}, {options['level']} level, beta "
         f"{options['beta']:g}, {facts['steps']} steps of {held['rows_per_step']} rows, learning rate "
         f"{options['learning_rate']:g}, seed {options['seed']}; validated on {options['validation_examples']} held-out "
-        f"examples of the cache {str(facts.get('cache'))[:_SHOWN_DIGITS]}; from the student "
-        f"{facts['student']['name']} ({str(facts['student']['weights_sha256'])[:_SHOWN_DIGITS]})"
+        f"examples of the cache {_options_of(run)['cache']}; from the student "
+        f"{_options_of(run)['student']} (weights {str(facts['student']['weights_sha256'])[:_SHOWN_DIGITS]})"
     )
     return text
+
+
+def _options_of(run: Path) -> dict[str, Any]:
+    return read_toml(run / "dpkd.toml")
+
+
+def _cache_text(location: str) -> str:
+    """What a cache is, in short."""
+    from dpkd.teacher_cache.reader import TeacherCache
+
+    cache = TeacherCache.open(location)
+    held, drawn = cache.identities, cache.identities["generation"]
+    num_rows = sum(shard.rows for shard in cache.shards())
+    return (
+        f"{num_rows} rows ({drawn['responses']} responses) of {held['data']['name']} "
+        f"(sha256 {held['data']['sha256'][:_SHOWN_DIGITS]}), teacher {held['teacher']['name']} (weights "
+        f"{str(held['teacher']['weights_sha256'])[:_SHOWN_DIGITS]}), template {held['template']['name']}, temperature "
+        f"{drawn['temperature']:g}, top-p {drawn['top_p']:g}, seed {drawn['seed']}, at most {drawn['max_new_tokens']} "
+        f"tokens, top {held['logprobs']['top_k']} ({cache.fingerprint[:_SHOWN_DIGITS]})"
+    )

@@ -166,7 +166,7 @@ def test_figures_3_and_4_show_the_validations(runs: tuple[Path, Path], tmp_path:
             assert [point[key] for point in content["runs"]["dpkd"]] == [line[key] for line in held]
         assert is_png(tmp_path / f"{name}.png")
         shown = texts_of(tmp_path / f"{name}.svg")
-        for part in (COMMAND, "held-out examples", "sequence level", "torch", str(runs[1])):
+        for part in (COMMAND, "held-out examples", "sequence level", "torch", str(runs[1]), "40 rows", "toy-teacher"):
             assert part in shown
 
 
