@@ -238,7 +238,7 @@ def edited(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ("table1-tiny.toml", 'kd = "KD"', 'kd = "KDD"', "the paper's table1 has no 'KDD', but Teacher, SFT"),
         ("table1-tiny.toml", '\nkd = "KD"', '\nkdd = "KD"', "the eval step has no such name: found 'kdd'"),
         ("table1-tiny.toml", 'dolly-heldout = "DollyEval"', 'other = "DollyEval"', "no such name: found 'other'"),
-        ("table1-tiny.toml", "limit = 48\n", "limit = 48\nbuckets = [10]\n", None),
+        ("table1-tiny.toml", "limit = 32\n", "limit = 32\nbuckets = [10]\n", None),
         ("fig2-tiny.toml", "seeds = [0, 1]", "seeds = [0, 3]", "a copy with noise is not evaluated: found .*seed-3"),
         ("fig4-tiny.toml", "tiny/dpkd-1", "tiny/dpkd-7", "no train step writes it: found runs/paper/tiny/dpkd-7"),
         ("dpkd-tiny.toml", "validation_examples = 24", "", None),
