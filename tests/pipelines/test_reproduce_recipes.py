@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dpkd.pipelines.model_sizes import ModelSizes
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.paper_values import paper_values
 from dpkd.pipelines.recipe_format import read_recipe
@@ -207,6 +208,17 @@ def test_the_plan_counts_what_the_options_say(
     (tmp_path / "run" / "run.json").write_text("{}")
     assert [item.finished for item in plan_steps(steps, {})] == [False, True, False]
     assert "2 of 3 steps to do" in plan_text(plan_steps(steps, {}))
+
+
+def test_sizes_are_told_from_configs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 12}')
+    text = START.replace('"t"', '"gpt2"').replace("layers = 1", "layers = 6") + TRAIN.format("run")
+    sizes = ModelSizes(read_recipe(write(tmp_path / "r.toml", text)), {"far": 7})
+    assert sizes.of("gpt2") == 124_439_808  # OpenAI's GPT-2
+    assert sizes.of("run") == sizes.of("s") == 81_912_576  # DistilGPT2, which has six of its layers
+    assert (sizes.of("far"), sizes.of("nowhere")) == (7, None)
 
 
 def edited(tmp_path: Path, name: str, old: str, new: str) -> Path:
