@@ -25,6 +25,7 @@ from accelerate.utils import (
 )
 
 from dpkd.distill.config import TrainConfig
+from dpkd.distill.trackers import TRACKER_DIR
 from dpkd.teacher_cache.errors import UserError
 
 #: longest wait for another rank: one may score answers, or wait for rows, while the others stand still
@@ -70,7 +71,7 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         fsdp_plugin=plugin,
         log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / "tracker")),
+        project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / TRACKER_DIR)),
         kwargs_handlers=[
             # the corpus term calls the student a second time before the backward pass: buffers must stay as they are
             DistributedDataParallelKwargs(broadcast_buffers=False),

@@ -11,6 +11,8 @@ from dpkd.distill.config import TrainConfig
 from dpkd.teacher_cache.errors import UserError, first_line
 
 PROJECT = "dpkd"
+#: what a tracker writes of a run, beside its metrics
+TRACKER_DIR = "tracker"
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -39,6 +41,9 @@ def start_tracker(accelerator: Accelerator, name: str | None, config: TrainConfi
     # TensorBoard would make a run of its own of the options, at every start; the run's dpkd.toml holds them
     options = None if name == "tensorboard" else config.model_dump(mode="json", exclude_none=True)
     arguments: dict[str, Any] = {"tensorboard": {"purge_step": first + 1}} if name == "tensorboard" else {}
+    if name == "wandb" and accelerator.is_main_process:  # its files stand with the run, not where the command was given
+        arguments = {"wandb": {"dir": str(config.out / TRACKER_DIR)}}
+        (config.out / TRACKER_DIR).mkdir(parents=True, exist_ok=True)
     try:
         accelerator.init_trackers(PROJECT, config=options, init_kwargs=arguments)
     except Exception as error:

@@ -160,7 +160,7 @@ class EvalConfig(Settings):
     @classmethod
     def _names_are_plain(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            _check_name(name)
+            check_name(name)
         return value
 
     @field_validator("predictions")
@@ -168,9 +168,9 @@ class EvalConfig(Settings):
     def _predictions_are_plain(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         for key in value:
             name, colon, data = key.partition(":")
-            _check_name(name)
+            check_name(name)
             if colon:
-                _check_name(data)
+                check_name(data)
             if name in info.data.get("model", {}):
                 raise ValueError(f"the name {name!r} is given to a model too")
         return value
@@ -240,6 +240,7 @@ class EvalConfig(Settings):
         )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise `ValueError` for a name of a model, set or run that is not safe in a directory or a table."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"the name {name!r} must start with a letter or digit, then only those, '.', '_', '-'")

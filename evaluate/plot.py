@@ -198,6 +198,8 @@ def _save(figure: Figure, handles: dict[str, Any], report: dict[str, Any], path:
         figure.legend(
             handles.values(), handles.keys(), loc="outside upper center", ncols=num_columns, frameon=False, fontsize=9
         )
+    figure.draw_without_rendering()  # lays out once, for all formats
+    figure.set_layout_engine("none")
     described = {"Title": path.name, "Description": caption(report)}
     # texts stay texts in the SVG, and equal reports give equal files
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpkd"}):

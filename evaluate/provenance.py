@@ -40,11 +40,13 @@ def command_text(config: Settings, command: str) -> str:
         value = getattr(config, key)
         if not field.is_required() and value == field.default:
             continue
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, dict) and "positional" in _extra(field):
-            words += [f"{name}={text}" for name, text in value.items()]
+        flag = f"--{str(_extra(field).get('flag', key)).replace('_', '-')}"
+        if "positional" in _extra(field):
+            words += value
         elif isinstance(value, dict):
             words += [word for name, text in value.items() for word in (flag, f"{name}={text}")]
+        elif field.annotation == tuple[str, ...]:
+            words += [word for text in value for word in (flag, text)]
         elif key in config.set_only:
             words += ["--set", f"{key}={_as_option(value)}"]
         elif isinstance(value, bool):
@@ -130,6 +132,8 @@ def data_text(report: dict[str, Any], data: str) -> str:
         text += f", {num_skipped} left out"
     if about["num_without_reference"]:
         text += f", {about['num_without_reference']} of them without a reference"
+    if about["num_not_common"]:
+        text += f", {about['num_not_common']} more that only some of the evaluations have"
     for key, what in (("overlap", "training cache"), ("duplicates", "training data")):
         if report.get(key) and data in report[key]["rows"]:
             text += f", {len(report[key]['rows'][data])} of the prompts also in the {what}"

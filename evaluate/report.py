@@ -70,7 +70,8 @@ def build_report(
         "settings": identity["settings"],
         "models": models,
         "data": {
-            eval_set.name: {"file": redacted(config.data[eval_set.name]), **_about(eval_set)} for eval_set in eval_sets
+            eval_set.name: {"file": redacted(config.data[eval_set.name]), **about_set(eval_set)}
+            for eval_set in eval_sets
         },
         "comparisons": {
             eval_set.name: compare(
@@ -98,11 +99,13 @@ def build_report(
     }
 
 
-def _about(eval_set: EvalSet) -> dict[str, Any]:
+def about_set(eval_set: EvalSet) -> dict[str, Any]:
+    """What `report.json` holds of a set itself."""
     return {
         "n": len(eval_set.examples),
         "num_rows": eval_set.num_rows,
         "num_without_reference": eval_set.num_without_reference,
+        "num_not_common": 0,
         "edges": list(eval_set.edges),
         "lost_text": eval_set.lost.as_dict(),
     }

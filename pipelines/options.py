@@ -62,6 +62,10 @@ def _flags(config_type: type[Settings]) -> dict[str, Any]:
         is_switch = field.annotation is bool
         kind = (list[str] if repeatable else bool if is_switch else str) | None
         default = "" if field.is_required() or field.default in (None, (), {}) else f" [{_shown(field.default)}]"
+        if isinstance(field.json_schema_extra, dict) and "positional" in field.json_schema_extra:
+            metavar = str(field.json_schema_extra["positional"])
+            flags[key] = Annotated[list[str] | None, typer.Argument(help=field.description, metavar=metavar)]
+            continue
         # an option whose flag cannot be the field's own name says so
         name = (field.json_schema_extra or {}).get("flag", key) if not callable(field.json_schema_extra) else key
         flag = f"--{str(name).replace('_', '-')}"
