@@ -14,6 +14,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.judge_config import JudgeConfig
+from dpkd.evaluate.merge_config import MergeConfig
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.options import config_command
 from dpkd.pipelines.prepare_config import PrepareConfig
@@ -84,12 +85,21 @@ def _serve_teacher(config: ServeConfig) -> None:
 
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
-    from dpkd.evaluate.markdown import markdown_table
+    from dpkd.evaluate.terminal import print_report
     from dpkd.pipelines.model_measures import open_model
     from dpkd.pipelines.overlap import count_overlap
 
     path = evaluate(config, count_overlap, open_model)
-    print(markdown_table(json.loads(path.read_text(encoding="utf-8"))))
+    print_report(json.loads(path.read_text(encoding="utf-8")))
+    print(f"report: {path}")
+
+
+def _report(config: MergeConfig) -> None:
+    from dpkd.evaluate.merging import merge
+    from dpkd.evaluate.terminal import print_report
+
+    path = merge(config)
+    print_report(json.loads(path.read_text(encoding="utf-8")))
     print(f"report: {path}")
 
 
@@ -125,6 +135,7 @@ config_command(
     app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
 )
 config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
+config_command(app, "report", MergeConfig, _report, about="Merge evaluations into one report.")
 config_command(app, "judge", JudgeConfig, _judge, about="Have a judge model grade answers, or compare them.")
 config_command(cache_app, "fidelity", FidelityConfig, _measure_fidelity, about="Hold a cache against its live teacher.")
 

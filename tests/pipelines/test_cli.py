@@ -38,7 +38,8 @@ def test_help_names_every_command_and_is_quick() -> None:
         started_s = time.perf_counter()
         result = dpkd("--help")
         times.append(time.perf_counter() - started_s)
-    for command in ("cache-teacher", "serve-teacher", "init-student", "train", "eval", "judge", "cache", "run"):
+    names = ("cache-teacher", "serve-teacher", "init-student", "train", "eval", "report", "judge", "cache", "run")
+    for command in names:
         assert command in result.stdout
     assert min(times) < 0.5
 
