@@ -27,6 +27,7 @@ _FORMAT_VERSION = 1
 _SHORT = 16  # digits of a fingerprint in a file's name
 _BATCH_ROWS = 16
 _BATCH_TOKENS = 8192  # padding counted
+_FILLED = 0.75  # of a batch's longest row: a shorter one begins the next batch
 
 #: ids of a prompt, ids of the response to it
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -156,11 +157,13 @@ def _limit(candidate: Candidate) -> float:
 
 
 def _batches(lengths: Sequence[int], limit: float) -> Iterator[list[int]]:
-    """Rows of about the same length together, the longest first; those over `limit` are left out."""
+    """Rows of about the same length together (padding costs as text does), longest first; none is over `limit`."""
     batch: list[int] = []
     for row in sorted((row for row, length in enumerate(lengths) if length <= limit), key=lambda row: -lengths[row]):
         # the first of a batch is its longest
-        if batch and (len(batch) == _BATCH_ROWS or (len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS):
+        longest = lengths[batch[0] if batch else row]
+        is_full = len(batch) == _BATCH_ROWS or (len(batch) + 1) * longest > _BATCH_TOKENS
+        if batch and (is_full or lengths[row] < _FILLED * longest):
             yield batch
             batch = []
         batch.append(row)
