@@ -18,9 +18,17 @@ _DOCS = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_te
 
 
 @pytest.fixture
-def out(make_config: Callable[..., EvalConfig], write_rows: Callable[..., Path], rows: list[dict[str, Any]]) -> Path:
+def out(
+    make_config: Callable[..., EvalConfig], write_rows: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
+) -> Path:
     given = write_rows([{"prediction": "word"}] * 6, "p.jsonl")
-    config = make_config(predictions=[f"p={given}", f"q={given}"], data=f"d={write_rows(rows, 'd.jsonl')}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    config = make_config(
+        predictions=[f"p={given}", f"q={given}"],
+        data=f"d={write_rows(rows, 'd.jsonl')}",
+        run=f"q={tmp_path / 'run'}",
+    )
     return evaluate(config).parent
 
 
@@ -38,9 +46,16 @@ def test_every_key_is_named(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["format_version"] == FORMAT_VERSION
     assert f"report.json, format {FORMAT_VERSION}" in _DOCS
-    parts = [report[part] for part in ("models", "data", "comparisons", "significance")]
+    parts = [report[part] for part in ("models", "data", "comparisons", "runs", "significance")]
     named = {*report, *(key for part in parts for key in _keys(part))}
-    values = {"p", "q", "d", "num_all_lost", "num_mostly_lost"}  # names of this test, and what `lost_text` counts
+    values = {
+        "p",
+        "q",
+        "d",
+        "loss",
+        "num_all_lost",
+        "num_mostly_lost",
+    }  # names of this test, and what `lost_text` counts
     assert not [key for key in sorted(named - values) if f"`{key}`" not in _DOCS]
 
 
