@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 _HATCHES = ("", "//", "..", "xx")  # a second sign, for the eighth model on and for print in grey
 _WIDTH_INCHES, _PANEL_INCHES, _DPI = 8.0, 3.6, 150
-_LEGEND_CHARACTERS, _CAPTION_CHARACTERS, _COMMAND_CHARACTERS = 110, 125, 360
+_LEGEND_CHARACTERS, _CAPTION_CHARACTERS, _COMMAND_CHARACTERS = 110, 150, 360
 FORMATS = ("png", "svg")
 
 
@@ -49,20 +49,19 @@ def write_plots(report: dict[str, Any], scored_sets: Sequence[ScoredSet], out: P
 
 def plot_by_bucket(report: dict[str, Any], metric: str, title: str, path: Path) -> None:
     """Draw one panel a data set, one bar a model and bucket; `path` is without suffix."""
-    figure, panels = _panels(report, len(report["data"]), f"{title} by length, with 95% intervals")
+    figure, panels = _panels(report, len(report["data"]))
     for panel, data in zip(panels, report["data"], strict=True):
         _draw_bars(panel, report, data, metric)
         panel.set_xlabel(length_text(report))
         panel.set_ylabel(f"{title} (0 to 100)")
         panel.set_title(f"{data}: {report['data'][data]['n']} rows", fontsize=10)
-    _save(figure, _unique_handles(panels), report, path)
+    _save(figure, f"{title} by length, with 95% intervals", _unique_handles(panels), report, path)
 
 
 def plot_lengths(report: dict[str, Any], scored_sets: Sequence[ScoredSet], path: Path) -> None:
     """Draw the words of the gold responses and of each model's answers: 90% of them, the middle half, the median."""
     sets = {data: [scored for scored in scored_sets if scored.eval_set.name == data] for data in report["data"]}
-    title = "Words of the answers: 90% of them, the middle half, the median"
-    figure, panels = _panels(report, len(sets), title)
+    figure, panels = _panels(report, len(sets))
     places = {name: place for place, name in enumerate(report["models"])}
     for panel, (data, found) in zip(panels, sets.items(), strict=True):
         gold = [len(example.references[0].split()) for example in found[0].eval_set.examples]
@@ -80,14 +79,14 @@ def plot_lengths(report: dict[str, Any], scored_sets: Sequence[ScoredSet], path:
         panel.set_title(f"{data}: {report['data'][data]['n']} rows", fontsize=10)
         panel.grid(axis="x", color="#DDDDDD", linewidth=0.8)
         panel.set_axisbelow(True)
-    _save(figure, {}, report, path)
+    _save(figure, "Words of the answers: 90% of them, the middle half, the median", {}, report, path)
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> None:
     """Draw a panel for each figure that a run has, by step; validations are dashed with dots."""
     runs = report["runs"]
     metrics = [metric for metric in METRICS if any(metric in run[kind] for run in runs.values() for kind in LOGS)]
-    figure, panels = _panels(report, len(metrics), f"Training by step. {thinning_text(runs)}".strip())
+    figure, panels = _panels(report, len(metrics))
     models = list(report["models"])
     names = [*models, *(name for name in runs if name not in models)]
     for panel, metric in zip(panels, metrics, strict=True):
@@ -102,26 +101,29 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
         panel.set_title(METRICS[metric], fontsize=10)
         panel.set_xlabel("step")
         panel.grid(color="#DDDDDD", linewidth=0.8)
-    _save(figure, _unique_handles(panels), report, path)
+    _save(figure, f"Training by step. {thinning_text(runs)}".strip(), _unique_handles(panels), report, path)
 
 
 def caption(report: dict[str, Any]) -> str:
     """What a plot says of its making, in a few lines; `report.json` has all of it."""
     rows = ", ".join(f"{data} {about['n']} rows" for data, about in report["data"].items())
-    models = ", ".join(f"{name} {model_text(model)}" for name, model in report["models"].items())
+    models = ", ".join(f"{name} = {model_text(model)}" for name, model in report["models"].items())
+    runs = ", ".join(f"{name} = {run['directory']}" for name, run in report["runs"].items())
     command = report["command"]
     if len(command) > _COMMAND_CHARACTERS:
         command = f"{command[:_COMMAND_CHARACTERS]} ... (all of it in report.json)"
     lines = [
         f"Data: {rows}. Answers: {decoding_text(report)}.",
         f"Models: {models}.",
+        *([f"Runs: {runs}."] if runs else []),
         f"Software: {software_text(report)}. Evaluation {report['fingerprint'][:SHOWN_DIGITS]}, made by",
         command,
     ]
-    return "\n".join("\n".join(textwrap.wrap(line, _CAPTION_CHARACTERS)) for line in lines)
+    wrap = textwrap.TextWrapper(_CAPTION_CHARACTERS, break_on_hyphens=False)
+    return "\n".join(wrap.fill(line) for line in lines)
 
 
-def _panels(report: dict[str, Any], num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
+def _panels(report: dict[str, Any], num_panels: int) -> tuple[Figure, list[Axes]]:
     # the object API keeps no global state: the caller's own figures and backend stay as they are
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -133,7 +135,6 @@ def _panels(report: dict[str, Any], num_panels: int, title: str) -> tuple[Figure
         layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1),
     )
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
     panels = list(figure.subplots(num_panels, 1, squeeze=False)[:, 0])
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
@@ -187,7 +188,7 @@ def _unique_handles(panels: Sequence[Axes]) -> dict[str, Any]:
     return found
 
 
-def _save(figure: Figure, handles: dict[str, Any], report: dict[str, Any], path: Path) -> None:
+def _save(figure: Figure, title: str, handles: dict[str, Any], report: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     # names and paths are text: a $ in them begins no formula
@@ -195,9 +196,13 @@ def _save(figure: Figure, handles: dict[str, Any], report: dict[str, Any], path:
     if handles:
         # as many entries in a line as fit, so that long names do not run over the edge
         num_columns = max(1, min(4, len(handles), _LEGEND_CHARACTERS // (max(map(len, handles)) + 6)))
+        # the title is the legend's, as the layout would put a title and a legend above the panels in one place
         figure.legend(
-            handles.values(), handles.keys(), loc="outside upper center", ncols=num_columns, frameon=False, fontsize=9
-        )
+            handles.values(), handles.keys(), loc="outside upper center", ncols=num_columns, frameon=False, fontsize=9,
+            title=title, title_fontsize=11,
+        )  # fmt: skip
+    else:
+        figure.suptitle(title, fontsize=11)
     figure.draw_without_rendering()  # lays out once, for all formats
     figure.set_layout_engine("none")
     described = {"Title": path.name, "Description": caption(report)}

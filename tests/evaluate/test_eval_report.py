@@ -262,7 +262,7 @@ def test_plots_are_png_and_svg_and_say_what_they_are_of(
         text = " ".join(_svg_texts(tmp_path / f"{name}.svg"))
         assert "dolly: 4 rows" in text
         assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
-        assert f"a runs/$a$_{{x}} ({fingerprint[:12]})" in text
+        assert f"a = runs/$a$_{{x}} ({fingerprint[:12]})" in text
         assert "rouge-score 0.1.2" in text
         assert "dpkd eval --model a=x --model b=y --data dolly=z" in text
 
