@@ -65,6 +65,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.judge_config import JudgeConfig
+from dpkd.evaluate.merge_config import MergeConfig
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.prepare_config import PrepareConfig
 from dpkd.teacher_cache.config import CacheConfig
@@ -78,6 +79,7 @@ CONFIGS: dict[str, type[Settings]] = {
     "add-noise": NoiseConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
+    "report": MergeConfig,
     "judge": JudgeConfig,
 }
 _KEYS = ("steps", "rounds", "variants", "defaults", "include", "reproduce")

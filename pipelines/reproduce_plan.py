@@ -11,6 +11,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.student_config import InitStudentConfig
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.judge_config import JudgeConfig
+from dpkd.evaluate.merge_config import MergeConfig
 from dpkd.pipelines.model_sizes import ModelSizes
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.pipelines.prepare_config import PrepareConfig
@@ -74,7 +75,7 @@ def is_finished(step: Step) -> bool:
         return Path(out, *(("rounds", step.config.round) if step.config.round else ()), "manifest.json").is_file()
     marker = {
         "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
-        "eval": "report.json", "judge": "judge.json",
+        "eval": "report.json", "report": "report.json", "judge": "judge.json",
     }[step.command]  # fmt: skip
     return Path(out, marker).is_file()
 
@@ -97,6 +98,8 @@ def _plan(step: Step, known: _Knowledge) -> PlannedStep:
             return PlannedStep(step, finished, disk=_times(size, copies * _BYTES_A_WEIGHT), words=words)
         case EvalConfig():
             return _evaluate(step, finished, config, known)
+        case MergeConfig():
+            return PlannedStep(step, finished, words=f"merges {len(config.evaluations)} evaluations")
         case JudgeConfig():
             return PlannedStep(step, finished, words=f"asks {config.judge_model} at {config.judge_url}")
     raise TypeError(f"a step of {step.command} has no plan")

@@ -273,3 +273,21 @@ def test_the_command_merges_and_names_its_mistakes(single: Single, tmp_path: Pat
     nothing = dpkd("--out", tmp_path / "no")
     assert nothing.returncode == 2
     assert "option 'evaluations' is needed" in nothing.stderr
+
+
+def test_a_recipe_can_end_in_a_merged_report(
+    single: Single, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpkd.pipelines.recipe import run_recipe
+    from dpkd.pipelines.recipe_format import read_recipe
+    from dpkd.pipelines.reproduce_plan import is_finished, plan_steps
+
+    recipe = tmp_path / "recipe.toml"
+    places = json.dumps([str(single("a")), str(single("b"))])
+    recipe.write_text(f'[[steps]]\ncommand = "report"\nevaluations = {places}\nout = "{tmp_path / "merged"}"\n')
+    (step,) = read_recipe(recipe)
+    assert not is_finished(step)
+    assert plan_steps([step], {})[0].words == "merges 2 evaluations"
+    run_recipe(recipe)
+    assert is_finished(step)
+    assert "dpkd report" in capsys.readouterr().err
