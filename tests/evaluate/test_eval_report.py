@@ -180,7 +180,7 @@ def test_markdown_says_whose_answers_were_drawn_otherwise(report: dict[str, Any]
 def test_perplexity_has_a_column_where_a_model_has_one(report: dict[str, Any]) -> None:
     assert "Perplexity" not in markdown_table(report)
     report["models"]["a"]["data"]["dolly"]["perplexity"] = {"mean": 8.0, "low": 7.0, "high": 9.5}
-    report["models"]["b"]["data"]["dolly"] ["perplexity"] = None
+    report["models"]["b"]["data"]["dolly"]["perplexity"] = None
     header, _, a, b = [line for line in markdown_table(report).splitlines() if line.startswith("|")][8:12]
     place = header.split(" | ").index("Perplexity")
     assert a.split(" | ")[place] == "8.00 [7.00, 9.50]"
