@@ -132,6 +132,7 @@ class _Asking:
     async def run(self, questions: Sequence[Question], key: str) -> None:
         """Return when all are answered; the first error ends all of them."""
         waiting = iter(questions)
+        asyncio.get_running_loop().set_exception_handler(_say_unless_interrupted)
         async with JudgeClient(self._plan.config, key) as client:
             workers = [
                 asyncio.create_task(self._work(client, waiting))
@@ -191,3 +192,9 @@ class _Asking:
             where=self._plan.config.judge_url,
             advice="See what it says; fields of a request are taken out by --extra-body NAME=null",
         )
+
+
+def _say_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A signal is raised in whichever task runs: it ends all of them, and is not reported as that task's fault."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)

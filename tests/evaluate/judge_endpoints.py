@@ -42,7 +42,10 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[Endpoint]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            try:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            except ValueError:
+                return  # the client was killed while it wrote
             with endpoint.lock:
                 endpoint.bodies.append(body)
                 endpoint.paths.append(self.path)
