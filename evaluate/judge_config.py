@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -213,6 +212,8 @@ class JudgeConfig(Settings):
 
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine by its name or number."""
+    from ipaddress import ip_address  # only here: help is to be quick
+
     if host == "localhost":
         return True
     try:

@@ -29,12 +29,22 @@ def judge_text(report: Mapping[str, Any]) -> str:
         "pointwise": "a grade from 1 to 10 for each answer"
         + (" and for the reference in the same reply" if settings["grade_reference"] else ""),
     }[report["mode"]]
-    seeds = "the first seed's answers" if settings["answer_seeds"] == "first" else "the answers of all seeds"
+    which = "the first seed's answers" if settings["answer_seeds"] == "first" else "the answers of all seeds"
+    seeds = f"{which} ({', '.join(map(str, _seeds(report)))})"
     prompt = f"{judge['prompt']['name']} (sha256 {judge['prompt']['sha256'][:SHOWN_DIGITS]})"
     return (
         f"{judge['model']} at {judge['url']}, by its own name {said or 'unknown'}, was asked for {asked}: {seeds}, "
         f"prompt {prompt}. In brackets 95% bootstrap intervals over rows."
     )
+
+
+def _seeds(report: Mapping[str, Any]) -> list[int]:
+    """The seeds of the judged answers, rising."""
+    if report["mode"] == "pairwise":
+        rows = [seed for pairs in report["pairs"].values() for row in pairs for seed in row["seeds"]]
+        return sorted({row[key] for row in rows for key in ("seed", "other_seed")})
+    summaries = [summary for model in report["models"].values() for summary in model["data"].values()]
+    return sorted({row["seed"] for summary in summaries for row in summary["seeds"]})
 
 
 def made_text(report: Mapping[str, Any]) -> str:

@@ -269,11 +269,12 @@ def test_a_row_a_question_says_what_was_read(tmp_path: Path) -> None:
 def test_tables_and_figures_hold_for_everything_and_for_nothing(tmp_path: Path, mode: str, said: str) -> None:
     word = {"pointwise": "Score: 5", "pairwise": "Verdict: A"}[mode] if said == "good" else "?"
     form = "score" if mode == "pointwise" else "verdict"
-    models = {"a$_x": (1,), "b": (1,)}
+    models = {"a$_x": (1, 4), "b": (1, 9)}
     report = Judging(answers_of(models, 3), lambda _: word, read_prompt(None, form), mode=mode).report
     text = judge_markdown(report)
     assert "m-1 (" in text
     assert "| `b` | " in text
+    assert "the answers of all seeds (1, 4, 9)" in text
     if said == "nonsense":
         assert "| 100.0 |" in text
     plot_judge(report, tmp_path / "judge")
