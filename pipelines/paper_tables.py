@@ -39,11 +39,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: `rows` are (our model, the paper's method, cells in the order of `columns`)."""
+    """A table of the paper: `rows` are (our model, the paper's method, cells in the order of `columns`).
+
+    `columns` are ours, `paper_columns` what the paper's number of each is of.
+    """
 
     artefact: str
     title: str
     columns: list[str]
+    paper_columns: list[str]
     rows: list[tuple[str, str, list[Cell]]]
     notes: list[str]
     made: Made
@@ -56,11 +60,15 @@ def build_table(config: ReproduceConfig, made: Made) -> Table:
     theirs = paper_values(config.artefact, config.paper)
     by_row = {model: _row_cells(config, report, model, theirs.get(method, {})) for model, method in config.rows.items()}
     columns = list(next(iter(by_row.values())))
+    of_sets = config.artefact in ("table1", "table2")
+    paper_columns = list(config.data.values()) if of_sets else [column.split(" (n=")[0] for column in columns]
     rows = [
         (model, "" if method == OURS_ALONE else method, [by_row[model][column] for column in columns])
         for model, method in config.rows.items()
     ]
-    return Table(config.artefact, _TITLES[config.artefact], columns, rows, _notes(config, bool(theirs)), made)
+    return Table(
+        config.artefact, _TITLES[config.artefact], columns, paper_columns, rows, _notes(config, bool(theirs)), made
+    )
 
 
 def _row_cells(
@@ -69,7 +77,7 @@ def _row_cells(
     """The cells of one model by column."""
     of_sets = report["models"][model]["data"]
     if config.artefact in ("table1", "table2"):
-        return {paper: _cell(of_sets[ours], "rouge_l", theirs.get(paper)) for ours, paper in config.data.items()}
+        return {ours: _cell(of_sets[ours], "rouge_l", theirs.get(paper)) for ours, paper in config.data.items()}
     summary = of_sets[next(iter(config.data))]
     if config.artefact in ("table4", "table5", "fig5"):
         metric = "exact_match" if config.artefact == "table4" else "rouge_l"
@@ -132,13 +140,14 @@ def write_table(table: Table, out: Path) -> list[Path]:
 def to_markdown(table: Table) -> str:
     """The table, its notes and how it was made."""
     header = ["Model", "method of the paper"]
-    for column in table.columns:
-        header += [column, "paper"]
+    places = 1 if table.artefact == "table1" else 2  # as the paper prints them
+    for column, of in zip(table.columns, table.paper_columns, strict=True):
+        header += [column, f"paper, {of}"]
     lines = [header, ["---", "---", *["---:"] * (2 * len(table.columns))]]
     for model, method, cells in table.rows:
         line = [f"`{model}`", method or "-"]
         for cell in cells:
-            line += [_ours(cell), "-" if cell.paper is None else f"{cell.paper:g}"]
+            line += [_ours(cell), "-" if cell.paper is None else f"{cell.paper:.{places}f}"]
         lines.append(line)
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     notes = "".join(f"- {note}\n" for note in table.notes)
@@ -156,10 +165,10 @@ def to_csv(table: Table) -> str:
     """A line for each number: ours with its interval, and the paper's."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "paper_method", "column", "ours", "low", "high", "paper"])
+    writer.writerow(["model", "paper_method", "column", "ours", "low", "high", "paper_column", "paper"])
     for model, method, cells in table.rows:
-        for column, cell in zip(table.columns, cells, strict=True):
-            writer.writerow([model, method, column, cell.mean, cell.low, cell.high, cell.paper])
+        for column, of, cell in zip(table.columns, table.paper_columns, cells, strict=True):
+            writer.writerow([model, method, column, cell.mean, cell.low, cell.high, of, cell.paper])
     return text.getvalue()
 
 
@@ -173,9 +182,10 @@ def to_json(table: Table) -> str:
                 column: {
                     "ours": {"mean": cell.mean, "low": cell.low, "high": cell.high},
                     "seeds": [{"seed": seed, "mean": mean} for seed, mean in cell.seeds.items()],
+                    "paper_column": of,
                     "paper": cell.paper,
                 }
-                for column, cell in zip(table.columns, cells, strict=True)
+                for column, of, cell in zip(table.columns, table.paper_columns, cells, strict=True)
             },
         }
         for model, method, cells in table.rows
