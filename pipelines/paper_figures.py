@@ -106,7 +106,7 @@ def draw_trajectory(config: ReproduceConfig, made: Made) -> list[Path]:
     lines = {name: read_validations(runs) for name, runs in config.runs.items()}
     epochs = sorted({line["epoch"] for found in lines.values() for line in found})
     notes = [
-        "A point is the student at one validation, its colour the epoch (a round begins a new one); the ring is the end. "
+        "A point is the student at one validation, its colour the epoch (a round begins a new one), the ring the end. "
         f"{SOURCE} draws runs that end upper left: low KL, high reward (it prints no numbers).",
         *_other_data(config),
     ]
