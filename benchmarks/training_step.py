@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch.nn import functional
 from dpkd.distill.batches import Batch, BatchOrder, StepPart, TrainingRow, collate
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.objective import Objective
+from dpkd.distill.run_logs import peak_memory_bytes
 from dpkd.distill.scoring import StudentScorer
 from dpkd.distill.sources import CacheRows
 from dpkd.distill.training import decayed_groups
@@ -173,9 +173,9 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def alone(arguments: argparse.Namespace) -> None:
     rows_of, step = batches(arguments), ARMS[arguments.alone](arguments)
-    for number in range(6):
+    for number in range(4):
         step(rows_of(number))
-    print(json.dumps({"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+    print(json.dumps({"peak_MiB": peak_memory_bytes(torch.device("cpu")) // 2**20}))
 
 
 def growth() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,9 +20,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import training_step
 
 from dpkd.distill.batches import BatchOrder
+from dpkd.distill.run_logs import peak_memory_bytes
 from dpkd.distill.sources import CacheRows
 from dpkd.teacher_cache.models import locate_model
 from dpkd.teacher_cache.reader import TeacherCache
@@ -122,7 +123,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.alone:
         ARMS[given.alone](given)(0, 4)
-        print(json.dumps({"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+        print(json.dumps({"peak_MiB": peak_memory_bytes(torch.device("cpu")) // 2**20}))
         return
     arms = {name: make(given) for name, make in ARMS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory of this process so far: of the device where it has its own, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # Linux carries ru_maxrss over from the process that started this one, where that was larger; VmHWM is our own
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,13 @@ def test_memory_is_measured(
     lines = metrics(train(config(tmp_path / "run", toy_cache, toy_student)))
     assert all(10**8 < line["peak_memory_bytes"] < 10**12 for line in lines)
     assert f"memory {lines[-1]['peak_memory_bytes'] / 1e9:.2f} GB" in capfd.readouterr().err
+
+
+def test_memory_is_this_process_s_and_not_that_of_the_one_that_started_it() -> None:
+    show = "import torch; from dpkd.distill.run_logs import peak_memory_bytes as f; print(f(torch.device('cpu')))"
+    start = f"import subprocess, sys; held = b'x' * 2**31; subprocess.run([sys.executable, '-c', {show!r}], check=True)"
+    said = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout
+    assert 10**8 < int(said) < 2**31
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
