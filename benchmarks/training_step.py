@@ -10,6 +10,7 @@ machine that slows down slows all of them. Arms:
     dpkd-token    the released code's loss from the cache, the same rows
     sft-pairs     cross-entropy on as many tokens as dpkd-sequence scores (chosen and rejected)
     dpkd-sequence Eq. 9 from the cache and its round
+    dpkd-shared   the same, each pair's prompt once (share_prompt)
     authors       the authors' way: the teacher's forward pass in the step, every row padded to 512, full logits
     live-kd       a plain KD loop: the teacher's forward pass on the batch as it is, KL over the whole vocabulary
 
@@ -37,6 +38,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.objective import Objective
 from dpkd.distill.run_logs import peak_memory_bytes
 from dpkd.distill.scoring import StudentScorer
+from dpkd.distill.shared_prompts import share_prompts
 from dpkd.distill.sources import CacheRows
 from dpkd.distill.training import decayed_groups
 from dpkd.teacher_cache.models import locate_model
@@ -71,7 +73,8 @@ def ours(arguments: argparse.Namespace, options: dict[str, Any], *, both: bool =
             rows = [TrainingRow(row) for pair in rows for row in (pair.chosen, pair.rejected) if row is not None]
         elif not objective.needs_pairs:
             rows = [TrainingRow(row.chosen) for row in rows]
-        part = StepPart(collate(rows, with_distributions=objective.needs_distributions))
+        shared = share_prompts(rows) if config.share_prompt else None
+        part = StepPart(collate(rows, with_distributions=objective.needs_distributions), shared=shared)
         sums = objective(scorer, part)
         update(model, optimizer, objective.total(sums, objective.term_counts(part)))
         return part.num_positions
@@ -124,11 +127,20 @@ ARMS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "dpkd-token": lambda a: ours(a, {"objective": "dpkd", "level": "token"}),
     "sft-pairs": lambda a: ours(a, {"objective": "sft"}, both=True),
     "dpkd-sequence": lambda a: ours(a, {"objective": "dpkd", "level": "sequence", "round": a.round}),
+    "dpkd-shared": lambda a: ours(
+        a, {"objective": "dpkd", "level": "sequence", "round": a.round, "share_prompt": True}
+    ),
     "authors": lambda a: with_teacher(a, padded=True),
     "live-kd": lambda a: with_teacher(a, padded=False),
 }
 #: what each arm is set against
-AGAINST = {"dpkd-token": "sft", "dpkd-sequence": "sft-pairs", "authors": "dpkd-token", "live-kd": "dpkd-token"}
+AGAINST = {
+    "dpkd-token": "sft",
+    "dpkd-sequence": "sft-pairs",
+    "dpkd-shared": "dpkd-sequence",
+    "authors": "dpkd-token",
+    "live-kd": "dpkd-token",
+}
 
 
 def batches(arguments: argparse.Namespace) -> Callable[[int], list[TrainingRow]]:

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dpkd.teacher_cache.order import epoch_order
 from dpkd.teacher_cache.schema import CachedRow
+
+if TYPE_CHECKING:
+    from dpkd.distill.shared_prompts import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepPart:
-    """What one forward and backward pass of a step reads: rows, and text of the corpus where there is such a term."""
+    """What one forward and backward pass of a step reads: rows, and text of the corpus where there is such a term.
+
+    `shared` is how the student reads the rows of pairs where their prompts are shared.
+    """
 
     rows: Batch
     corpus: Batch | None = None
+    shared: SharedPrompts | None = None
 
     @property
     def num_positions(self) -> int:
@@ -103,7 +110,9 @@ class StepPart:
 
     def to(self, device: torch.device) -> Self:
         """The same part on `device`."""
-        return replace(self, rows=self.rows.to(device), corpus=None if self.corpus is None else self.corpus.to(device))
+        corpus = None if self.corpus is None else self.corpus.to(device)
+        shared = None if self.shared is None else self.shared.to(device)
+        return replace(self, rows=self.rows.to(device), corpus=corpus, shared=shared)
 
 
 def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:

@@ -66,6 +66,7 @@ class TrainConfig(Settings):
             "dtype",
             "sharding",
             "gradient_checkpointing",
+            "share_prompt",
             "compile",
             "lora_alpha",
             "lora_target_modules",
@@ -229,6 +230,11 @@ class TrainConfig(Settings):
     )
     gradient_checkpointing: bool = Field(
         False, description="keep fewer activations and compute them again on the way back: less memory, more time"
+    )
+    share_prompt: bool = Field(
+        False,
+        description="sequence level: the student reads the prompt of a pair once for both responses; not for students "
+        "with sliding windows",
     )
     compile: bool = Field(False, description="compile the student's layers with torch.compile; a start takes longer")
     lora_rank: int | None = Field(

@@ -51,6 +51,8 @@ def _check_samples(config: TrainConfig) -> None:
         raise ValueError("--objective minillm takes --student-samples cached (with --round NAME) or live")
     if paired and samples != "live" and config.round is None:
         raise ValueError("--level sequence needs --round NAME, the student's responses in the cache")
+    if config.share_prompt and not paired:
+        raise ValueError("share_prompt goes with --level sequence: nothing else has two responses to a prompt")
     if samples == "cached" and config.round is None:
         raise ValueError("--student-samples cached needs --round NAME, the student's responses in the cache")
     if samples == "live" and config.round is not None:

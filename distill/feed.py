@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from dpkd.distill.batches import RowOrder, StepPart, TrainingRow, collate
 from dpkd.distill.following import FollowedRows
 from dpkd.distill.runs import Run
+from dpkd.distill.shared_prompts import share_prompts
 
 if TYPE_CHECKING:
     from dpkd.distill.live import LiveRows
@@ -68,14 +69,15 @@ class Feed:
         """What this rank's forward passes of `step` read."""
         parts = []
         for place, places in enumerate(self._places(step)):
-            rows = collate(self._rows(step, places), with_distributions=self._run.has_distributions)
+            found = self._rows(step, places)
+            rows = collate(found, with_distributions=self._run.has_distributions)
             corpus = None
             if self._run.corpus is not None:
                 size, ranks = self._config.batch_size, self._accelerator.num_processes
                 block = step * self._config.gradient_accumulation_steps + place
                 start = (block * ranks + self._accelerator.process_index) * size
                 corpus = self._run.corpus.batch(start, size)
-            parts.append(StepPart(rows, corpus))
+            parts.append(StepPart(rows, corpus, share_prompts(found) if self._config.share_prompt else None))
         return parts
 
     def _places(self, step: int) -> list[list[tuple[int, int]]]:

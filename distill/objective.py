@@ -60,6 +60,7 @@ class Score(Protocol):
         predict_T: Tensor,
         fields: dict[str, Tensor],
         read: Read,
+        position_ids_BS: Tensor | None = None,
     ) -> dict[str, Tensor]: ...
 
 
@@ -124,7 +125,16 @@ class Objective:
         fields = {"target": batch.target_T} | distribution_fields(batch)
         if self._by_token:
             fields |= self._token_fields(batch)
-        values = _read(score, batch, fields, self._reading)
+        if part.shared is None:
+            values = _read(score, batch, fields, self._reading)
+        else:
+            shared = part.shared
+            values = score(
+                *(shared.input_ids_PS, shared.mask(), shared.row_T, shared.predict_T),
+                fields,
+                self._reading,
+                shared.position_ids_PS,
+            )
         if self._by_token:
             self._token(sums, batch, fields, values)
         if self.needs_pairs:

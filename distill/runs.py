@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 #: options that may differ when a run is taken up: where things are, not what they are
 _NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "checkpoint"} | {
     "gradient_checkpointing",
+    "share_prompt",
     "compile",
     "tracker",
 }

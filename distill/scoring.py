@@ -74,13 +74,16 @@ class StudentScorer(nn.Module):
         predict_T: Tensor,
         fields: dict[str, Tensor],
         read: Read,
+        position_ids_BS: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What `read` makes of the logits at `(row_T, predict_T)`, over all T positions.
 
-        `fields` hold one row a position and are cut into the same chunks. `read` may run twice on a chunk.
+        The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`). `fields`
+        hold one row a position and are cut into the same chunks. `read` may run twice on a chunk.
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)[0]
+        positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+        hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions)[0]
         return self.read(hidden_BSD[row_T, predict_T], fields, read)
 
     def read(self, hidden_TD: Tensor, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:

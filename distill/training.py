@@ -30,6 +30,7 @@ from dpkd.distill.objective import Objective
 from dpkd.distill.ranks import is_sharded, on_main, open_accelerator, together
 from dpkd.distill.runs import open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
+from dpkd.distill.shared_prompts import check_sharing
 from dpkd.distill.trackers import choose_tracker, start_tracker
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import locate_model
@@ -64,6 +65,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     if not is_sharded(accelerator):
         model = model.to(accelerator.device)
     together(accelerator, lambda: check_head(model, config.student))
+    if config.share_prompt:
+        together(accelerator, lambda: check_sharing(model, config.student))
     adapters = None
     if config.lora_rank is not None:
         adapters = add_adapters(model, config)
