@@ -21,7 +21,7 @@ from dpkd.distill.losses import (
 from dpkd.distill.objective_names import PREFERENCES, PreferenceName
 from dpkd.distill.policy_gradient import minillm_loss
 from dpkd.distill.readings import Reading, distribution_fields
-from dpkd.distill.scoring import Positions, Read
+from dpkd.distill.scoring import Read, read_target
 from dpkd.distill.teacher_lookup import cached_logprobs
 from dpkd.distill.vocabulary import narrowed
 
@@ -148,7 +148,7 @@ class Objective:
         if "minillm" in self.weights:
             sums.terms["minillm"] = self._minillm(batch, values)
         if part.corpus is not None:
-            text = _read(score, part.corpus, {"target": part.corpus.target_T}, _read_target)
+            text = _read(score, part.corpus, {"target": part.corpus.target_T}, read_target)
             sums.terms["lm"] = cross_entropy(text["target"]).sum()
         _add_measures(sums, batch, values, chosen_T)
         return sums
@@ -258,10 +258,6 @@ class Objective:
 
 def _read(score: Score, batch: Batch, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:
     return score(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, read)
-
-
-def _read_target(at: Positions) -> dict[str, Tensor]:
-    return {"target": at.logprob(at.fields["target"])}
 
 
 def _add_preference(sums: StepSums, chosen: Tensor, rejected: Tensor) -> None:

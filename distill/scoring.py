@@ -57,6 +57,11 @@ class Positions:
 Read = Callable[[Positions], dict[str, Tensor]]
 
 
+def read_target(at: Positions) -> dict[str, Tensor]:
+    """log q of the field `target`, the response's own token (nats)."""
+    return {"target": at.logprob(at.fields["target"])}
+
+
 class StudentScorer(nn.Module):
     """Wraps a causal language model so that its forward pass ends in values a position, never in full logits."""
 

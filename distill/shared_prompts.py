@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpkd.distill.batches import Batch, TrainingRow, collate
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.schema import CachedRow
+from dpkd.teacher_cache.schema import unscored_row
 
 _PROBE_TOKENS = (5, 3, 4)  # of prompt, chosen and rejected response in `check_sharing`
 
@@ -121,12 +121,8 @@ def _states(decoder: nn.Module, batch: Batch) -> Tensor:
 
 
 def _probe_row() -> TrainingRow:
-    ids = np.split(np.arange(1, sum(_PROBE_TOKENS) + 1, dtype=np.int32), np.cumsum(_PROBE_TOKENS)[:-1])
-
-    def cached(response_ids: np.ndarray) -> CachedRow:
-        return CachedRow("probe", 0, "teacher", "stop", ids[0], response_ids, np.zeros(0, np.float32), None)
-
-    return TrainingRow(cached(ids[1]), cached(ids[2]))
+    ids = np.split(np.arange(1, sum(_PROBE_TOKENS) + 1), np.cumsum(_PROBE_TOKENS)[:-1])
+    return TrainingRow(unscored_row(ids[0], ids[1]), unscored_row(ids[0], ids[2]))
 
 
 def _refused(name: str, found: str) -> UserError:

@@ -18,7 +18,7 @@ from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import CacheReader, Round, TeacherCache
-from dpkd.teacher_cache.schema import CachedRow
+from dpkd.teacher_cache.schema import CachedRow, unscored_row
 from dpkd.teacher_cache.shards import ShardRecord, check_shard
 from dpkd.teacher_cache.templates import PromptEncoder
 
@@ -199,7 +199,7 @@ def open_data_rows(
             skipped.append(SkippedRow(example.line, NO_REFERENCE))
         for sample, reference in enumerate(example.references):
             ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
-            rows.append(_data_row(example.example_id, sample, prompt.ids, ids))
+            rows.append(unscored_row(prompt.ids, ids, example.example_id, sample))
     for row in skipped[:5]:
         say(f"left out: line {row.line}: {row.reason}")
     if skipped:
@@ -208,16 +208,3 @@ def open_data_rows(
         raise UserError("no row of the data can be used", where=config.data)
     check_data(student, rows, config.data)
     return DataRows(rows), source.identity
-
-
-def _data_row(example_id: str, sample: int, prompt_ids: list[int], response_ids: list[int]) -> CachedRow:
-    return CachedRow(
-        example_id=example_id,
-        sample=sample,
-        origin="reference",
-        finish_reason="stop",
-        prompt_ids=np.asarray(prompt_ids, np.int32),
-        response_ids=np.asarray(response_ids, np.int32),
-        response_logprobs=np.zeros(0, np.float32),
-        distributions=None,
-    )

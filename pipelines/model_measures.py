@@ -14,11 +14,9 @@ from dpkd.teacher_cache.progress import say
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from dpkd.distill.scoring import Positions, StudentScorer
-    from dpkd.teacher_cache.schema import CachedRow
+    from dpkd.distill.scoring import StudentScorer
 
 _LOGITS_CHUNK = 1024
 
@@ -44,8 +42,10 @@ class MeasuredModel:
 
         from dpkd.distill.batches import TrainingRow, collate
         from dpkd.distill.losses import sum_by_row
+        from dpkd.distill.scoring import read_target
+        from dpkd.teacher_cache.schema import unscored_row
 
-        batch = collate([TrainingRow(_row(pair)) for pair in pairs], with_distributions=False).to(self._device)
+        batch = collate([TrainingRow(unscored_row(*pair)) for pair in pairs], with_distributions=False).to(self._device)
         with torch.no_grad():
             values = self._scorer(
                 batch.input_ids_BS,
@@ -53,7 +53,7 @@ class MeasuredModel:
                 batch.row_T,
                 batch.predict_T,
                 {"target": batch.target_T},
-                _read_target,
+                read_target,
             )
         nll_B = -sum_by_row(values["target"].cpu().double(), batch.row_T.cpu(), batch.num_rows)
         return [float(value) for value in nll_B]
@@ -97,26 +97,3 @@ class MeasuredModel:
 
         num_tokens = len(self._candidate.source.tokenizer)
         return StudentScorer(self._model, num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
-
-
-def _read_target(at: Positions) -> dict[str, Tensor]:
-    return {"target": at.logprob(at.fields["target"])}
-
-
-def _row(pair: Pair) -> CachedRow:
-    """The response as a row that no teacher has seen."""
-    import numpy as np
-
-    from dpkd.teacher_cache.schema import CachedRow
-
-    prompt_ids, response_ids = pair
-    return CachedRow(
-        example_id="",
-        sample=0,
-        origin="reference",
-        finish_reason="stop",
-        prompt_ids=np.asarray(prompt_ids, np.int32),
-        response_ids=np.asarray(response_ids, np.int32),
-        response_logprobs=np.zeros(0, np.float32),
-        distributions=None,
-    )

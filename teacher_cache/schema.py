@@ -91,6 +91,22 @@ class CachedRow:
     distributions: Distributions | None
 
 
+def unscored_row(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], example_id: str = "", sample: int = 0
+) -> CachedRow:
+    """A reference response that no teacher has seen: it has no log-probs."""
+    return CachedRow(
+        example_id=example_id,
+        sample=sample,
+        origin="reference",
+        finish_reason="stop",
+        prompt_ids=np.asarray(prompt_ids, np.int32),
+        response_ids=np.asarray(response_ids, np.int32),
+        response_logprobs=np.zeros(0, np.float32),
+        distributions=None,
+    )
+
+
 def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
     """One shard's table from planned rows, their results and the response texts."""
     columns: dict[str, list[object]] = {field.name: [] for field in ROW_SCHEMA}
