@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # toy models are too small for several threads, and threads that wait for each other stall on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell that starts the tests in the background has them ignore Ctrl-C, and every process of a test would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
