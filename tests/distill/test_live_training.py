@@ -15,7 +15,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "teacher_cache"))
 
-from trainer_processes import TwoRanks
 from vllm_servers import VllmServer
 
 from dpkd.distill.config import TrainConfig
@@ -108,30 +107,3 @@ def test_a_killed_live_run_ends_as_the_one_that_was_not(
         assert process.returncode == (0 if until is None else -signal.SIGKILL), said
     assert without_times(run) == without_times(whole)
     assert file_sha256(run / "model.safetensors") == file_sha256(whole / "model.safetensors")
-
-
-def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
-    tmp_path: Path, toy_cache: Path, toy_student: Path, url: str
-) -> None:
-    """Half of a step's samples on each rank; one that cannot go on is said once, and neither hangs."""
-    run = tmp_path / "run"
-    options = SEQUENCE | {
-        "out": run, "cache": toy_cache, "student": toy_student, "teacher_url": url, "student_samples": "live",
-        "steps": 6, "batch_size": 2, "learning_rate": 1e-3, "device": "cpu", "sample_max_new_tokens": 12,
-        "responses": "teacher", "save_every": 2, "keep": 9,
-    }  # fmt: skip
-    TwoRanks(tmp_path, options).finish()
-    lines = lines_of(run)
-    assert [line["step"] for line in lines] == list(range(1, 7))
-    by_rank = [len([*(run / "samples" / "shards").glob(f"*-rank-000{rank}.parquet")]) for rank in range(2)]
-    assert by_rank == [6, 6]
-    keys = [(row.example_id, row.sample) for row in stored_rows(run)]
-    assert len(keys) == 6 * 4
-
-    # back to the checkpoint of step 4, without what rank 1 drew for the step after it
-    for path in (run / "run.json", run / "model.safetensors"):
-        path.unlink()
-    for path in (run / "samples").rglob("*-rank-0001*"):
-        path.unlink()
-    texts = TwoRanks(tmp_path, options).finish(2)
-    assert sum("the student's samples are missing" in text for text in texts) == 1, texts
