@@ -5,6 +5,7 @@ With one process every function here is the plain call it stands for.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -88,6 +89,17 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
         # accelerate takes this from a data loader, of which there is none here
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
     return accelerator
+
+
+def leave_group() -> None:
+    """End the process group of this process, if there is one; called when nothing of the run is left.
+
+    The last to let go of the group waits for gloo's threads, which need the interpreter's lock to end. Python's own
+    reference gives the lock up for that; the reducer of a `DistributedDataParallel` does not, and waits for ever.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:

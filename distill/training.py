@@ -27,7 +27,7 @@ from dpkd.distill.gathering import gather_weights
 from dpkd.distill.keeping import Keeper
 from dpkd.distill.loop import Loop
 from dpkd.distill.objective import Objective
-from dpkd.distill.ranks import is_sharded, on_main, open_accelerator, together
+from dpkd.distill.ranks import is_sharded, leave_group, on_main, open_accelerator, together
 from dpkd.distill.runs import open_run, plan_steps, take_up
 from dpkd.distill.scoring import StudentScorer, check_head
 from dpkd.distill.shared_prompts import check_sharing
@@ -43,6 +43,15 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     `evaluate_fn` measures the best_metric rouge_l, of which this room knows nothing. Raises `UserError` for what cannot
     be used (before anything is written) and when the loss stops being a number.
     """
+    was_grouped = torch.distributed.is_initialized()
+    run_dir = _train(config, evaluate_fn)
+    if not was_grouped:
+        leave_group()
+    return run_dir
+
+
+def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
+    """All of `train` but the end of the process group, which nothing in here may outlive."""
     tracker = choose_tracker(config.tracker)
     accelerator = open_accelerator(config, tracker)
     tell = say if accelerator.is_main_process else _say_nothing
@@ -107,8 +116,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     weights = gather_weights(accelerator, scorer, model)
     facts, card = run.facts | {"steps": done}, keeper.card(done)
     on_main(accelerator, lambda: finish_run(run_dir, student, weights, facts, card))
-    if tracker is not None:
-        accelerator.end_training()
+    for shown in accelerator.trackers:
+        shown.finish()
     tell(f"the run {run_dir} is complete: {done} steps")
     return run_dir
 
