@@ -1,40 +1,33 @@
-"""The command `dpkd`: each command is a thin shell over one public function."""
+"""The command `dpkd`: each command is a thin shell over one public function.
+
+A command's options are imported when that command is named: `dpkd --help` and the other commands do not wait for them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.student_config import InitStudentConfig
-from dpkd.evaluate.config import EvalConfig
-from dpkd.evaluate.judge_config import JudgeConfig
-from dpkd.evaluate.merge_config import MergeConfig
-from dpkd.pipelines.noise_config import NoiseConfig
-from dpkd.pipelines.options import config_command
-from dpkd.pipelines.prepare_config import PrepareConfig
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
-from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.fidelity_config import FidelityConfig
-from dpkd.teacher_cache.serving_config import ServeConfig
 
-app = typer.Typer(
-    name="dpkd",
-    help="Distil a large language model into a small one without keeping the large one in memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-cache_app = typer.Typer(
-    help="Look at, verify and measure a teacher cache.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(cache_app, name="cache")
+if TYPE_CHECKING:
+    from dpkd.distill.config import TrainConfig
+    from dpkd.distill.student_config import InitStudentConfig
+    from dpkd.evaluate.config import EvalConfig
+    from dpkd.evaluate.judge_config import JudgeConfig
+    from dpkd.evaluate.merge_config import MergeConfig
+    from dpkd.pipelines.noise_config import NoiseConfig
+    from dpkd.pipelines.prepare_config import PrepareConfig
+    from dpkd.teacher_cache.config import CacheConfig
+    from dpkd.teacher_cache.fidelity_config import FidelityConfig
+    from dpkd.teacher_cache.serving_config import ServeConfig
 
 
 def _prepare_data(config: PrepareConfig) -> None:
@@ -126,21 +119,61 @@ def _measure_fidelity(config: FidelityConfig) -> None:
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
 
 
-config_command(app, "prepare-data", PrepareConfig, _prepare_data, about="Keep rows by the length of their response.")
-config_command(app, "cache-teacher", CacheConfig, _build_cache, about="Ask the teacher once and keep the answer.")
-config_command(app, "init-student", InitStudentConfig, _init_student, about="Make a student.")
-config_command(app, "add-noise", NoiseConfig, _add_noise, about="Copy a model with noise on its weights (Fig. 2).")
-config_command(app, "train", TrainConfig, _train, about="Train a student from a cache.")
-config_command(
-    app, "serve-teacher", ServeConfig, _serve_teacher, about="Serve a cache's teacher by vLLM, for live runs."
+class ConfigCommand(NamedTuple):
+    """A command whose flags are the fields of a config."""
+
+    name: str
+    config: str  # module:class
+    run: Callable[[Any], None]
+    about: str
+
+
+COMMANDS = (
+    ConfigCommand(
+        "prepare-data",
+        "dpkd.pipelines.prepare_config:PrepareConfig",
+        _prepare_data,
+        "Keep rows by the length of their response.",
+    ),
+    ConfigCommand(
+        "cache-teacher",
+        "dpkd.teacher_cache.config:CacheConfig",
+        _build_cache,
+        "Ask the teacher once and keep the answer.",
+    ),
+    ConfigCommand("init-student", "dpkd.distill.student_config:InitStudentConfig", _init_student, "Make a student."),
+    ConfigCommand(
+        "add-noise",
+        "dpkd.pipelines.noise_config:NoiseConfig",
+        _add_noise,
+        "Copy a model with noise on its weights (Fig. 2).",
+    ),
+    ConfigCommand("train", "dpkd.distill.config:TrainConfig", _train, "Train a student from a cache."),
+    ConfigCommand(
+        "serve-teacher",
+        "dpkd.teacher_cache.serving_config:ServeConfig",
+        _serve_teacher,
+        "Serve a cache's teacher by vLLM, for live runs.",
+    ),
+    ConfigCommand("eval", "dpkd.evaluate.config:EvalConfig", _evaluate, "Score models by length bucket."),
+    ConfigCommand("report", "dpkd.evaluate.merge_config:MergeConfig", _report, "Merge evaluations into one report."),
+    ConfigCommand(
+        "judge",
+        "dpkd.evaluate.judge_config:JudgeConfig",
+        _judge,
+        "Have a judge model grade answers, or compare them.",
+    ),
 )
-config_command(app, "eval", EvalConfig, _evaluate, about="Score models by length bucket.")
-config_command(app, "report", MergeConfig, _report, about="Merge evaluations into one report.")
-config_command(app, "judge", JudgeConfig, _judge, about="Have a judge model grade answers, or compare them.")
-config_command(cache_app, "fidelity", FidelityConfig, _measure_fidelity, about="Hold a cache against its live teacher.")
+CACHE_COMMANDS = (
+    ConfigCommand(
+        "fidelity",
+        "dpkd.teacher_cache.fidelity_config:FidelityConfig",
+        _measure_fidelity,
+        "Hold a cache against its live teacher.",
+    ),
+)
 
 
-@app.command("run")
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="recipe: a TOML file with [[steps]]", metavar="CONFIG.toml")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
@@ -151,7 +184,6 @@ def run_command(
     run_recipe(recipe, dry_run=dry_run)
 
 
-@app.command("reproduce")
 def reproduce_command(
     artefact: Annotated[str, typer.Argument(help="table1 to table5 or fig1 to fig5", metavar="ARTEFACT")],
     recipe: Annotated[Path, typer.Option("--recipe", help="a recipe of configs/paper", metavar="CONFIG.toml")],
@@ -164,7 +196,6 @@ def reproduce_command(
         print(path)
 
 
-@cache_app.command("info")
 def info_command(
     location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -207,7 +238,6 @@ def _print_histogram(bins: dict[str, int], indent: str) -> None:
         print(f"{indent}  {name:>12} {count:>8} {'#' * round(40 * count / most)}")
 
 
-@cache_app.command("verify")
 def verify_command(
     location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
 ) -> None:
@@ -218,6 +248,47 @@ def verify_command(
     print(f"{location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
 
 
+def _add(app: typer.Typer, command: ConfigCommand, *, with_flags: bool) -> None:
+    if not with_flags:
+        app.command(command.name, short_help=command.about)(_never_called)
+        return
+    from dpkd.pipelines.options import config_command
+
+    module, _, name = command.config.partition(":")
+    config_type = getattr(importlib.import_module(module), name)
+    config_command(app, command.name, config_type, command.run, about=command.about)
+
+
+def _never_called() -> None:
+    """A command that another one stands beside in the list of `--help`."""
+
+
+def make_app(arguments: Sequence[str] | None = None) -> typer.Typer:
+    """The command line: with the flags of the command that `arguments` name, or of all of them (None)."""
+    named = None if arguments is None else next((text for text in arguments if not text.startswith("-")), "")
+    app = typer.Typer(
+        name="dpkd",
+        help="Distil a large language model into a small one without keeping the large one in memory.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    cache_app = typer.Typer(
+        help="Look at, verify and measure a teacher cache.", no_args_is_help=True, rich_markup_mode=None
+    )
+    app.add_typer(cache_app, name="cache")
+    for command in COMMANDS:
+        _add(app, command, with_flags=named in (None, command.name))
+    for command in CACHE_COMMANDS:
+        _add(cache_app, command, with_flags=named in (None, "cache"))
+    app.command("run")(run_command)
+    app.command("reproduce")(reproduce_command)
+    cache_app.command("info")(info_command)
+    cache_app.command("verify")(verify_command)
+    return app
+
+
 def main() -> None:
     """Entry point of the command `dpkd`."""
     sys.exit(run_process(_run_app))
@@ -225,7 +296,7 @@ def main() -> None:
 
 def _run_app() -> object:
     """Run typer without its own exit, so that exit statuses are decided in one place."""
-    return typer.main.get_command(app).main(standalone_mode=False)
+    return typer.main.get_command(make_app(sys.argv[1:])).main(standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ def named_values(value: Any, form: str, example: str) -> Any:
 class Settings(BaseModel):
     """Base of every command's options. Values may come as text (`"8"`, `"10,20"`, `"none"`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    # validators are built when the first config is: `--help` and a command's own start need none of the others'
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
+    )
 
     #: options that `--set` and TOML reach, but that have no flag of their own
     set_only: ClassVar[frozenset[str]] = frozenset()

@@ -33,7 +33,7 @@ from dpkd.distill.config import TrainConfig
 from dpkd.distill.scoring import check_head
 from dpkd.distill.training import train
 from dpkd.distill.vocabulary import narrowed
-from dpkd.pipelines.cli import app
+from dpkd.pipelines.cli import make_app
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import locate_model
@@ -121,7 +121,7 @@ def make_model(directory: Path, tokenizer_dir: Path, config: PretrainedConfig, s
 
 def dpkd(*arguments: object, status: int = 0) -> str:
     """Run a command in this process; what it printed, on both streams."""
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    result = CliRunner().invoke(make_app(), list(map(str, arguments)))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == status, result.output

@@ -67,13 +67,13 @@ def test_the_recorded_command_asks_for_the_same(tmp_path: Path) -> None:
     import typer
     from typer.main import get_command
 
-    from dpkd.pipelines.cli import app
+    from dpkd.pipelines.cli import make_app
 
     config = parse(
         only="a,b", extra_body=['tier="flex"', "seed=null"], mode="pairwise", reask=True, tries=3, judge_model="a b"
     )
     words = shlex.split(command_text(config, "judge"))
-    group = get_command(app)
+    group = get_command(make_app())
     assert isinstance(group, typer.core.TyperGroup)
     parsed = group.commands[words[1]].make_context("judge", words[2:]).params
     assert resolve(JudgeConfig, parsed_flags(parsed), None, parsed["set"]) == config

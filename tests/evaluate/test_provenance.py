@@ -11,7 +11,7 @@ from typer.main import get_command
 from dpkd.evaluate.config import EvalConfig
 from dpkd.evaluate.merge_config import MergeConfig
 from dpkd.evaluate.provenance import command_text, redacted
-from dpkd.pipelines.cli import app
+from dpkd.pipelines.cli import make_app
 from dpkd.pipelines.options import resolve
 from dpkd.teacher_cache.settings import Settings
 
@@ -20,7 +20,7 @@ def _parsed(text: str, config_type: type[Settings]) -> Settings:
     """The options that the command line makes of a command."""
     program, name, *arguments = shlex.split(text)
     assert program == "dpkd"
-    given = get_command(app).commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    given = get_command(make_app()).commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
     settings, path = given.pop("set"), given.pop("config")
     assert given.pop("dry_run") is False
     found: Settings = resolve(config_type, given, path, settings or [])

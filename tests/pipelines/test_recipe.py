@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from dpkd.pipelines.cli import app
+from dpkd.pipelines.cli import make_app
 from dpkd.pipelines.recipe import read_recipe
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource
@@ -300,7 +300,7 @@ def test_scripts_are_sound_shell() -> None:
 
 def test_every_command_of_the_documents_is_one_that_exists() -> None:
     """Each `dpkd ...` line in a shell block parses against the real command line; each script is there."""
-    group = get_command(app)
+    group = get_command(make_app())
     found = 0
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
