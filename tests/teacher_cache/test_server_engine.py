@@ -159,28 +159,19 @@ class Proxy:
     lock: threading.Lock = field(default_factory=threading.Lock)
     client: httpx.Client = field(default_factory=partial(httpx.Client, timeout=60.0))
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
-        fault = self.fault(handler.path, body)
+    def answer(self, path: str, method: str, body: bytes) -> tuple[int, bytes] | None:
+        """Status and content; None to hang up."""
+        fault = self.fault(path, body)
         if fault == "drop":
-            return
+            return None
         if isinstance(fault, float):
             time.sleep(fault)
-            return
+            return None
         if isinstance(fault, int):
-            status, content = fault, b'{"error": {"message": "a fault"}}'
-        else:
-            headers = {"content-type": "application/json"} if body else {}
-            answer = self.client.request(
-                handler.command, self.target + handler.path, content=body, headers=headers, timeout=60
-            )
-            status, content = answer.status_code, answer.content
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            handler.send_response(status)
-            handler.send_header("content-length", str(len(content)))
-            handler.send_header("location", "http://127.0.0.1:9/")
-            handler.end_headers()
-            handler.wfile.write(content)
+            return fault, b'{"error": {"message": "a fault"}}'
+        headers = {"content-type": "application/json"} if body else {}
+        answer = self.client.request(method, self.target + path, content=body, headers=headers, timeout=60)
+        return answer.status_code, answer.content
 
     def count(self, change: int) -> None:
         with self.lock:
@@ -195,14 +186,27 @@ def proxied(proxy: Proxy) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            proxy.answer(self)
+            self.send(proxy.answer(self.path, "GET", b""))
 
         def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
             proxy.count(1)
             try:
-                proxy.answer(self)
+                answer = proxy.answer(self.path, "POST", body)
             finally:
-                proxy.count(-1)
+                proxy.count(-1)  # before the answer is sent: who has it may ask again at once
+            self.send(answer)
+
+        def send(self, answer: tuple[int, bytes] | None) -> None:
+            if answer is None:
+                return
+            status, content = answer
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.send_header("location", "http://127.0.0.1:9/")
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             pass
