@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up and run the tests. Arguments go to pytest: bash scripts/test.sh -m 'not engine' runs the fast ones alone.
+# Two processes share them, file by file; DPKD_TEST_PROCESSES=0 runs them all in one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
@@ -8,4 +9,4 @@ source scripts/environment.sh
 setup_environment report,dev
 fetch_teacher models/smollm2-135m-instruct
 fetch_browser
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses "${DPKD_TEST_PROCESSES:-2}" --dist loadfile "$@"

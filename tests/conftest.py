@@ -14,6 +14,8 @@ from toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # toy models are too small for several threads, and threads that wait for each other stall on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the tests run in two processes: two engines must not wait for the same core while another is idle
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every process of a test would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
