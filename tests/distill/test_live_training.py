@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "teacher_cache"))
 
+from trainer_processes import TwoRanks
 from vllm_servers import VllmServer
 
 from dpkd.distill.config import TrainConfig
@@ -32,12 +33,21 @@ def url(toy_teacher: Path) -> Iterator[str]:
         yield running.url
 
 
+DEFAULTS: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "device": "cpu",
+    "student_samples": "live",
+    "sample_max_new_tokens": 12,
+    "responses": "teacher",
+    "save_every": 2,
+    "keep": 9,
+}
+
+
 def config(out: Path, cache: Path, student: Path, url: str, **options: Any) -> TrainConfig:
-    defaults: dict[str, Any] = {
-        "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "device": "cpu", "student_samples": "live",
-        "teacher_url": [url], "sample_max_new_tokens": 12, "responses": "teacher", "save_every": 2, "keep": 9,
-    }  # fmt: skip
-    return TrainConfig(out=out, cache=str(cache), student=str(student), **(defaults | options))
+    return TrainConfig(out=out, cache=str(cache), student=str(student), teacher_url=(url,), **(DEFAULTS | options))
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -107,3 +117,24 @@ def test_a_killed_live_run_ends_as_the_one_that_was_not(
         assert process.returncode == (0 if until is None else -signal.SIGKILL), said
     assert without_times(run) == without_times(whole)
     assert file_sha256(run / "model.safetensors") == file_sha256(whole / "model.safetensors")
+
+
+def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, url: str
+) -> None:
+    """Half of a step's samples on each rank; one that cannot go on says so, and neither waits for ever."""
+    run = tmp_path / "run"
+    here = {"out": run, "cache": toy_cache, "student": toy_student, "teacher_url": url}
+    options = here | DEFAULTS | SEQUENCE | {"batch_size": 2}
+    TwoRanks(tmp_path, options).finish()
+    assert [line["step"] for line in lines_of(run)] == list(range(1, 7))
+    by_rank = [len([*(run / "samples" / "shards").glob(f"*-rank-000{rank}.parquet")]) for rank in range(2)]
+    assert by_rank == [6, 6]
+    drawn = [(row.example_id, row.sample) for row in stored_rows(run)]
+    assert len(drawn) == 6 * 4
+
+    # back to the checkpoint of step 4, without what rank 1 drew for the steps after it
+    for path in (run / "run.json", run / "model.safetensors", *(run / "samples").rglob("*-rank-0001*")):
+        path.unlink()
+    texts = TwoRanks(tmp_path, options).finish(2)
+    assert ["the student's samples are missing" in text for text in texts] == [False, True], texts
