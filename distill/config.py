@@ -17,7 +17,7 @@ from dpkd.distill.objective_names import (
     ObjectiveName,
     TermName,
 )
-from dpkd.teacher_cache.settings import Location, Settings
+from dpkd.teacher_cache.settings import Location, Settings, split_commas
 from dpkd.teacher_cache.templates import TemplateName
 
 
@@ -257,10 +257,7 @@ class TrainConfig(Settings):
     )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
 
-    @field_validator("lora_target_modules", "teacher_url", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    _several = field_validator("lora_target_modules", "teacher_url", mode="before")(split_commas)
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from dpkd.evaluate.buckets import Edge, Statistic
 from dpkd.evaluate.rouge import RougeTokenizer
 from dpkd.teacher_cache.engine import EngineOptions, LocalEngineName
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.settings import Location, Settings, named_values
+from dpkd.teacher_cache.settings import Location, Settings, named_values, split_commas
 from dpkd.teacher_cache.templates import TemplateName
 
 #: the seeds over which the paper's family (MiniLLM, DPKD) averages
@@ -175,12 +175,7 @@ class EvalConfig(Settings):
                 raise ValueError(f"the name {name!r} is given to a model too")
         return value
 
-    @field_validator("seeds", "buckets", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",")]
-        return [value] if isinstance(value, int) else value
+    _several = field_validator("seeds", "buckets", mode="before")(split_commas)
 
     @field_validator("seeds")
     @classmethod

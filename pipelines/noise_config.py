@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dpkd.teacher_cache.settings import Location, Settings
+from dpkd.teacher_cache.settings import Location, Settings, split_commas
 
 
 class NoiseConfig(Settings):
@@ -29,12 +29,7 @@ class NoiseConfig(Settings):
     beta: float = Field(0.1, gt=0, description="beta of the implicit reward")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to measure on")
 
-    @field_validator("scales", "seeds", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",")]
-        return [value] if isinstance(value, (int, float)) else value
+    _several = field_validator("scales", "seeds", mode="before")(split_commas)
 
     @field_validator("scales", "seeds")
     @classmethod

@@ -20,6 +20,13 @@ def _as_text(value: Any) -> Any:
 Location = Annotated[str, BeforeValidator(_as_text)]
 
 
+def split_commas(value: Any) -> Any:
+    """The parts of a text with commas, and one number as a list of it: what an option of several values is given as."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, (int, float)) else value
+
+
 def named_values(value: Any, form: str, example: str) -> Any:
     """Texts `NAME=VALUE` as a dict, for a repeatable option; ValueError for another form or a name twice."""
     pairs = [value] if isinstance(value, str) else value

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("teacher_cache", "distill", "evaluate", "pipelines")
 
