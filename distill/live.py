@@ -38,7 +38,7 @@ from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow, PlannedRow
-from dpkd.teacher_cache.server_client import PATIENCE_S
+from dpkd.teacher_cache.server_pool import PATIENCE_S
 
 #: How long a checkpoint waits for the scores of a block that is drawn, in seconds; without them it is scored again.
 SETTLE_S = 30.0

@@ -15,8 +15,8 @@ from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow
-from dpkd.teacher_cache.server_client import PATIENCE_S
 from dpkd.teacher_cache.server_engine import ServerEngine
+from dpkd.teacher_cache.server_pool import PATIENCE_S
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

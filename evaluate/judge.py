@@ -24,7 +24,7 @@ from dpkd.teacher_cache.files import write_text
 from dpkd.teacher_cache.folders import LocalFolder
 from dpkd.teacher_cache.locks import hold
 from dpkd.teacher_cache.progress import Progress, say
-from dpkd.teacher_cache.server_client import RequestRefusedError
+from dpkd.teacher_cache.server_http import RequestRefusedError
 
 _ADVICE = "Give another --out (with --verdicts its verdicts are used again); nothing was overwritten"
 # refusals without a single reply after which the fault is not the questions'

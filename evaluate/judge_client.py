@@ -17,7 +17,7 @@ from dpkd.evaluate.judge_config import KEY_VARIABLE, JudgeConfig, is_loopback
 from dpkd.evaluate.judge_verdicts import Reply
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.progress import say
-from dpkd.teacher_cache.server_client import RequestRefusedError
+from dpkd.teacher_cache.server_http import RequestRefusedError
 
 Messages = Sequence[dict[str, str]]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import signal
@@ -27,8 +26,9 @@ from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import TeacherCache
-from dpkd.teacher_cache.server_client import KEY_VARIABLE
+from dpkd.teacher_cache.server_http import KEY_VARIABLE
 from dpkd.teacher_cache.serving_config import ServeConfig
+from dpkd.teacher_cache.vllm_settings import QUIET, cpu_environment, runs_on_cpu
 
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (what to ask, for a server that listens everywhere)
 _CPU_SEQUENCES = 16  # sequences of full length that a server on the CPU has room for
@@ -49,7 +49,7 @@ def serve_teacher(config: ServeConfig) -> None:
     check_engine_args(config.engine_arg, scores=True)
     max_length = config.max_length or _longest(cache)
     check_fits(teacher, EngineOptions(max_length=max_length, top_k=cache.top_k, dtype=""))
-    on_cpu = _is_on_cpu(config.device)
+    on_cpu = runs_on_cpu(config.device)
     command = server_command(config, cache, teacher, max_length, on_cpu=on_cpu)
     environment = _environment(teacher, max_length, on_cpu=on_cpu)
     _check_port(config.host, config.port)
@@ -114,29 +114,9 @@ def _longest(cache: TeacherCache) -> int:
     return int(generation["max_prompt_tokens"]) + int(generation["max_new_tokens"])
 
 
-def _is_on_cpu(device: str) -> bool:
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if device != "auto" and (device == "cuda") != has_cuda:
-        raise UserError(
-            "vLLM runs on the device it was built for",
-            found=f"--device {device}",
-            expected="cuda" if has_cuda else "cpu: there is no CUDA device",
-        )
-    return not has_cuda
-
-
 def _environment(teacher: ModelSource, max_length: int, *, on_cpu: bool) -> dict[str, str]:
-    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    if on_cpu:
-        config = teacher.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        position_bytes = 2 * config.num_hidden_layers * heads * head_size * 4
-        needed_gib = math.ceil(1.25 * position_bytes * max_length * _CPU_SEQUENCES / 2**30)
-        defaults |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": str(min(max(needed_gib, 1), 8))}
-    return defaults | os.environ
+    wanted = QUIET | (cpu_environment(teacher, max_length, _CPU_SEQUENCES) if on_cpu else {})
+    return wanted | os.environ
 
 
 def _check_port(host: str, port: int) -> None:

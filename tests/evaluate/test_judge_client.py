@@ -17,7 +17,7 @@ from dpkd.evaluate.judge_client import JudgeClient, read_key
 from dpkd.evaluate.judge_config import KEY_VARIABLE, JudgeConfig
 from dpkd.evaluate.judge_verdicts import Reply
 from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.server_client import RequestRefusedError
+from dpkd.teacher_cache.server_http import RequestRefusedError
 
 KEY = "sk-a-key-of-some-length"
 GOOD = completion("Score: 7")

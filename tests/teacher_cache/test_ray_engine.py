@@ -27,7 +27,9 @@ from dpkd.teacher_cache.folders import LocalFolder
 from dpkd.teacher_cache.job import Job
 from dpkd.teacher_cache.models import ModelSource
 from dpkd.teacher_cache.progress import Progress
-from dpkd.teacher_cache.ray_engine import RayFiller, Replica, _Assignment, from_block, split_blocks, to_block
+from dpkd.teacher_cache.ray_blocks import from_block, split_blocks, to_block
+from dpkd.teacher_cache.ray_engine import RayFiller
+from dpkd.teacher_cache.ray_replica import Assignment, Replica
 from dpkd.teacher_cache.reader import Round, TeacherCache
 from dpkd.teacher_cache.schema import CachedRow, PlannedRow
 from dpkd.teacher_cache.shards import read_shard
@@ -86,9 +88,9 @@ def test_a_node_without_the_directory_or_the_model_says_so(tmp_path: Path, toy_t
     config = CacheConfig(teacher="toy", data="of no use", out=tmp_path)
     (tmp_path / "job.json").write_bytes(b"another job")
 
-    def assignment(model: ModelSource, content: bytes) -> _Assignment:
+    def assignment(model: ModelSource, content: bytes) -> Assignment:
         witness = (tmp_path / "job.json", content)
-        return _Assignment(model, engine_options(config), str(tmp_path), witness, "cache", LAYOUT, SAMPLING)
+        return Assignment(model, engine_options(config), str(tmp_path), witness, "cache", LAYOUT, SAMPLING)
 
     text = refusal(Replica(assignment(model, b"this job")), [planned(0)])
     assert "does not see the cache's directory" in text
@@ -104,7 +106,7 @@ def test_an_engine_that_does_not_start_says_so(tmp_path: Path, toy_teacher: Path
         teacher="toy", data="of no use", out=tmp_path, engine="ray", engine_arg={"quantization": "nonsense"}
     )
     model = ModelSource("toy", toy_teacher)
-    replica = Replica(_Assignment(model, engine_options(config), str(tmp_path), None, "cache", LAYOUT, SAMPLING))
+    replica = Replica(Assignment(model, engine_options(config), str(tmp_path), None, "cache", LAYOUT, SAMPLING))
     assert "vLLM cannot load the model" in refusal(replica, [planned(0)])
     assert "vLLM cannot load the model" in refusal(replica, [planned(4)])  # whichever block the driver takes up first
 

@@ -33,8 +33,9 @@ from dpkd.teacher_cache.engine import (
 )
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
-from dpkd.teacher_cache.server_client import KEY_VARIABLE, base_urls
-from dpkd.teacher_cache.server_engine import ServerEngine, _Checks
+from dpkd.teacher_cache.server_checks import ServerChecks
+from dpkd.teacher_cache.server_engine import ServerEngine
+from dpkd.teacher_cache.server_http import KEY_VARIABLE, base_urls
 
 pytestmark = pytest.mark.engine
 
@@ -380,8 +381,8 @@ def test_a_server_that_stays_busy_ends_patience(servers: Servers, teacher: Model
 def test_a_server_that_hangs_ends_patience(
     servers: Servers, teacher: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_QUIET_S", "_SILENCE_S", "_HEALTH_TIMEOUT_S"):
-        monkeypatch.setattr(f"dpkd.teacher_cache.server_client.{name}", 0.5)
+    for name in ("server_pool._QUIET_S", "server_pool._SILENCE_S", "server_http._HEALTH_TIMEOUT_S"):
+        monkeypatch.setattr(f"dpkd.teacher_cache.{name}", 0.5)
     proxy = Proxy(servers.one.url)
     with proxied(proxy) as url, connect(teacher, url, patience_s=1.0) as engine:
         proxy.fault = lambda *_: 2.0
@@ -438,6 +439,10 @@ def outage(servers: Servers, teacher: ModelSource) -> Outage:
         engines[1].close()
         servers.two.start()
         found.waited = by_index([first[1], *waiting])
+        deadline_s = time.monotonic() + 60
+        while not all(server.up for server in engines[0]._pool.servers):  # each engine finds out for itself
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
         stopping = engines[0].generate(requests(16), sampling)
         first = [next(stopping)]
         servers.two.kill(signal.SIGTERM)
@@ -565,8 +570,8 @@ def test_servers_with_different_models_are_an_error(
 
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     # the odd server is wrong in two more ways, and which check of which server comes first is a matter of timing
-    monkeypatch.setattr(_Checks, "_check_tokenizer", passed)
-    monkeypatch.setattr(_Checks, "_check_raw", passed)
+    monkeypatch.setattr(ServerChecks, "_check_tokenizer", passed)
+    monkeypatch.setattr(ServerChecks, "_check_raw", passed)
     one, other = servers.one.url, odd.url
     refused(
         r"hold different models: found log-probs -\d+\.\d+ and -\d+\.\d+ nat "
