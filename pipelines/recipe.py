@@ -7,14 +7,13 @@ ends before the next begins, teacher and student are never in memory at one time
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_SET_ASIDE, StepFailed, Terminated
+from dpkd.pipelines.process import EXIT_SET_ASIDE, StepFailed
 from dpkd.pipelines.recipe_format import Step, read_recipe
+from dpkd.pipelines.step_process import run_command
 from dpkd.teacher_cache.progress import say
 
 
@@ -57,23 +56,4 @@ def _run_step(step: Step) -> int:
     with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
         file.write(step.config.to_toml().encode())
         file.flush()
-        command = [sys.executable, "-m", "dpkd.pipelines.cli", step.command, "--config", file.name]
-        return _wait(subprocess.Popen(command))
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the step, whatever interrupts this process: the step ends in its own orderly way.
-
-    Ctrl-C reaches the step from the terminal; a termination of this process alone is handed on.
-    """
-    interrupted = False
-    while True:
-        try:
-            status = process.wait()
-        except Terminated:
-            interrupted = True
-            process.terminate()
-        except KeyboardInterrupt:
-            interrupted = True
-        else:
-            return EXIT_INTERRUPTED if interrupted or status < 0 else status
+        return run_command([step.command, "--config", file.name])

@@ -339,3 +339,21 @@ def test_the_shipped_data_are_apart_and_attributed() -> None:
 def test_the_version_is_said_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_steps_are_forked_from_asks_for_no_device() -> None:
+    """A forked process cannot use a GPU that the one before it has so much as counted."""
+    code = (
+        "import importlib, torch\n"
+        "from dpkd.pipelines.step_process import READ_ONCE\n"
+        "asked = []\n"
+        "for name in ('is_available', 'device_count', 'init', '_lazy_init'):\n"
+        "    setattr(torch.cuda, name, lambda *_, name=name, **__: asked.append(name))\n"
+        "torch.accelerator.is_available = lambda: asked.append('accelerator')\n"
+        "torch.cuda.is_available()\n"
+        "for name in READ_ONCE:\n"
+        "    importlib.import_module(name)\n"
+        "print(asked)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "['is_available']"  # the test's own question
