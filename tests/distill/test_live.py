@@ -387,7 +387,7 @@ def test_a_server_that_stays_away_leaves_a_run_that_goes_on(
         assert stopped_at < STEPS
         started_s = time.monotonic()
         live.settle(stopped_at)
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < 25
     finally:
         live.close()
     if staleness:
@@ -412,7 +412,7 @@ def test_a_wait_ends_when_the_run_is_given_up(loop: Callable[..., Loop], gate: G
     with pytest.raises(KeyboardInterrupt):
         live.rows(0, trainer.places(0))
     live.close()
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 25
 
 
 def test_training_keeps_its_random_numbers(loop: Callable[..., Loop]) -> None:

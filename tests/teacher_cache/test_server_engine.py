@@ -345,13 +345,13 @@ def test_a_full_server_is_asked_again(two: VllmServer, teacher: ModelSource, tra
         assert_same(generate(engine), generate(transformers))
 
 
-@pytest.mark.parametrize("fault", [429, 500, 502, "drop", 3.0])
+@pytest.mark.parametrize("fault", [429, 500, 502, "drop", 5.0])
 def test_passing_faults_are_tried_again(
     servers: Servers, teacher: ModelSource, transformers: Engine, fault: Fault
 ) -> None:
     left = itertools.chain([fault] * 2, itertools.repeat(None))
     proxy = Proxy(servers.one.url)
-    with proxied(proxy) as url, connect(teacher, url, timeout_s=2.0) as engine:
+    with proxied(proxy) as url, connect(teacher, url, timeout_s=4.0) as engine:
         proxy.fault = lambda path, _: next(left) if path == "/v1/completions" else None
         assert_same(generate(engine), generate(transformers))
 
@@ -372,9 +372,9 @@ def test_a_request_that_always_fails_is_given_up(
 
 def test_a_server_that_stays_busy_ends_patience(servers: Servers, teacher: ModelSource) -> None:
     proxy = Proxy(servers.one.url)
-    with proxied(proxy) as url, connect(teacher, url, patience_s=1.0) as engine:
+    with proxied(proxy) as url, connect(teacher, url, patience_s=3.0) as engine:
         proxy.fault = lambda path, _: 429 if path == "/v1/completions" else None
-        with pytest.raises(UserError, match=r"no server has answered for 1 s: found HTTP 429: a fault \(in http://"):
+        with pytest.raises(UserError, match=r"no server has answered for 3 s: found HTTP 429: a fault \(in http://"):
             generate(engine)
 
 
@@ -384,9 +384,9 @@ def test_a_server_that_hangs_ends_patience(
     for name in ("server_pool._QUIET_S", "server_pool._SILENCE_S", "server_http._HEALTH_TIMEOUT_S"):
         monkeypatch.setattr(f"dpkd.teacher_cache.{name}", 0.5)
     proxy = Proxy(servers.one.url)
-    with proxied(proxy) as url, connect(teacher, url, patience_s=1.0) as engine:
+    with proxied(proxy) as url, connect(teacher, url, patience_s=3.0) as engine:
         proxy.fault = lambda *_: 2.0
-        with pytest.raises(UserError, match="no server has answered for 1 s: found ReadTimeout"):
+        with pytest.raises(UserError, match="no server has answered for 3 s: found ReadTimeout"):
             generate(engine)
 
 
@@ -423,7 +423,7 @@ def outage(servers: Servers, teacher: ModelSource) -> Outage:
         stack.enter_context(contextlib.redirect_stderr(said))
         engines = [
             stack.enter_context(connect(teacher, *urls, options=options, patience_s=patience_s))
-            for urls, patience_s in (((one, two), 200.0), ((two,), 1.0), ((two,), 200.0))
+            for urls, patience_s in (((one, two), 200.0), ((two,), 3.0), ((two,), 200.0))
         ]
         found.undisturbed = generate(engines[0], sampling, 16)
         moving, giving_up, waiting = (engine.generate(requests(16), sampling) for engine in engines)
@@ -460,7 +460,7 @@ def assert_undisturbed(found: dict[int, EngineResult], undisturbed: dict[int, En
 
 def test_work_moves_from_a_killed_server_to_the_living_one_at_once(outage: Outage) -> None:
     assert_undisturbed(outage.moved, outage.undisturbed)
-    assert outage.moved_in_s < 10
+    assert outage.moved_in_s < 25  # a server that is only silent is given up after 30
 
 
 def test_a_job_survives_that_its_server_is_killed_and_started_again(outage: Outage, servers: Servers) -> None:
@@ -480,7 +480,7 @@ def test_a_server_that_is_stopped_cuts_no_response(outage: Outage) -> None:
 
 def test_patience_ends_while_no_server_answers(outage: Outage, servers: Servers) -> None:
     assert re.fullmatch(
-        rf"no server has answered for 1 s: found .+ \(in {servers.two.url}\)\. "
+        rf"no server has answered for 3 s: found .+ \(in {servers.two.url}\)\. "
         "Committed shards are kept: start the servers, and the same command goes on",
         str(outage.given_up),
     )
@@ -491,7 +491,7 @@ def test_patience_ends_while_no_server_answers(outage: Outage, servers: Servers)
 
 def refused(match: str, model: ModelSource, *urls: str, **changes: object) -> None:
     with pytest.raises(UserError, match=match):
-        connect(model, *urls, options=replace(OPTIONS, **changes), patience_s=1.0).close()  # type: ignore[arg-type]
+        connect(model, *urls, options=replace(OPTIONS, **changes), patience_s=20.0).close()  # type: ignore[arg-type]
 
 
 def test_no_address_is_an_error(teacher: ModelSource) -> None:
@@ -511,7 +511,7 @@ def test_addresses_are_taken_with_and_without_v1() -> None:
 
 def test_nobody_there_is_an_error(teacher: ModelSource, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    refused(rf"no server has answered for 1 s: found ConnectError.* \(in {url}\)", teacher, url)
+    refused(rf"no server has answered for 3 s: found ConnectError.* \(in {url}\)", teacher, url)
     assert capsys.readouterr().err.count(f"{url} does not answer") == 1
 
 
