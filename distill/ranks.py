@@ -27,6 +27,7 @@ from accelerate.utils import (
 
 from dpkd.distill.config import TrainConfig
 from dpkd.distill.trackers import TRACKER_DIR
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.errors import UserError
 
 #: longest wait for another rank: one may score answers, or wait for rows, while the others stand still
@@ -48,8 +49,7 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
     How many processes there are, and on which devices, is said by what started this one (`accelerate launch`,
     `torchrun`); so is sharding, unless the option asks for it.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
+    choose_device(config.device)
     cpu = config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
     if config.dtype == "bfloat16" and not cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError(

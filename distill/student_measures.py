@@ -18,12 +18,12 @@ from dpkd.distill.readings import distribution_fields, measured
 from dpkd.distill.scoring import Positions, StudentScorer, check_head
 from dpkd.distill.sources import CacheRows, check_positions
 from dpkd.distill.vocabulary import narrowed
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import Progress
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.templates import PromptEncoder
-from dpkd.teacher_cache.transformers_engine import choose_device
 
 _BATCH_SIZE = 8
 _LOGITS_CHUNK = 1024

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dpkd.distill.student_config import InitStudentConfig
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.errors import UserError, first_line
 from dpkd.teacher_cache.files import write_atomic
-from dpkd.teacher_cache.identity import canonical_json, differences, fingerprint
+from dpkd.teacher_cache.identity import canonical_json, fingerprint, is_made
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import TeacherCache
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 #: what the student is made of, by which it is known again
@@ -64,8 +64,8 @@ def init_student(config: InitStudentConfig) -> Path:
         plan = _copied(config.from_checkpoint, teacher)
     else:
         plan = _pruned(config, teacher, cache)
-    _device(config.device)
-    if _is_made(config.out, plan.made_of):
+    choose_device(config.device)
+    if is_made(config.out, _MARKER, plan.made_of, "student"):
         say(f"the student {config.out} is complete")
     else:
         _write(config, teacher, plan)
@@ -96,7 +96,7 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, cache: TeacherCache
             from dpkd.distill.student_measures import batches_of, sample_rows
 
             assert cache is not None
-            device = _device(config.device)
+            device = choose_device(config.device)
             rows = sample_rows(cache, config.cache_rows)
             say(f"measuring the teacher's neurons on {len(rows)} rows of {cache.folder}")
             sizes_LW = neuron_sizes(cast(Any, model).to(device), batches_of(rows, device)).cpu()
@@ -192,7 +192,7 @@ def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None
         (temporary / _MARKER).write_bytes(canonical_json(plan.made_of))
         (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
         if config.out.is_dir():
-            config.out.rmdir()  # empty, as `_is_made` found it
+            config.out.rmdir()  # empty, as `is_made` found it
         temporary.replace(config.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -211,7 +211,9 @@ def _measure(config: InitStudentConfig, cache: TeacherCache) -> None:
     if report.get("measured_on") != measured_on:
         from dpkd.distill.student_measures import measure_student
 
-        measures = measure_student(student, student.load("float32"), cache, config.cache_rows, _device(config.device))
+        measures = measure_student(
+            student, student.load("float32"), cache, config.cache_rows, choose_device(config.device)
+        )
         report |= {"measured_on": measured_on, "before_training": measures}
         write_atomic(report_path, canonical_json(report))
     measures = report["before_training"]
@@ -234,30 +236,6 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
 def _count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of `config`, tied ones counted once."""
     return sum(parameter.numel() for parameter in _skeleton(config).parameters())
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
-
-
-def _is_made(out: Path, made_of: dict[str, object]) -> bool:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / _MARKER).is_file():
-        raise UserError("the output holds something else than a student", where=out, advice="Choose another --out")
-    held = json.loads((out / _MARKER).read_bytes())
-    if canonical_json(held) != canonical_json(made_of):
-        raise UserError(
-            f"the output holds another student; differing: {'; '.join(differences(held, made_of))}",
-            where=out,
-            advice="Choose another --out",
-        )
-    return True
 
 
 def copy_tokenizer(source: ModelSource, directory: Path) -> None:

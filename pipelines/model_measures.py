@@ -76,7 +76,7 @@ class MeasuredModel:
 
     @cached_property
     def _device(self) -> torch.device:
-        from dpkd.teacher_cache.transformers_engine import choose_device
+        from dpkd.teacher_cache.devices import choose_device
 
         return choose_device(self._config.device)
 

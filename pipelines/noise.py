@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpkd.pipelines.noise_config import NoiseConfig
 from dpkd.teacher_cache.errors import UserError
 from dpkd.teacher_cache.files import write_atomic, write_text
-from dpkd.teacher_cache.identity import canonical_json, differences, software_versions
+from dpkd.teacher_cache.identity import canonical_json, is_made, software_versions
 from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import say
 from dpkd.teacher_cache.reader import TeacherCache
@@ -49,7 +49,7 @@ def add_noise(config: NoiseConfig) -> Path:
     copies = []
     for (scale, seed), directory in config.copies().items():
         made_of = {"model": base, "scale": scale, "seed": seed}
-        if not _is_made(directory, made_of):
+        if not is_made(directory, _MARKER, made_of, "copy"):
             _write_copy(source, directory, made_of)
         held = _read(directory / _MEASURES)
         if held.get("measured_on") != measured_on:
@@ -73,19 +73,6 @@ def add_noise(config: NoiseConfig) -> Path:
     }
     write_text(config.out / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return config.out / REPORT
-
-
-def _is_made(directory: Path, made_of: dict[str, Any]) -> bool:
-    if not directory.exists():
-        return False
-    held = _read(directory / _MARKER)
-    if canonical_json(held) != canonical_json(made_of):
-        raise UserError(
-            f"the directory holds something else than this copy; differing: {'; '.join(differences(held, made_of))}",
-            where=directory,
-            advice="Choose another --out",
-        )
-    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpkd.teacher_cache.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.engine import (
     Distributions,
     Engine,
@@ -31,7 +32,6 @@ from dpkd.teacher_cache.models import ModelSource, locate_model
 from dpkd.teacher_cache.progress import Progress, say
 from dpkd.teacher_cache.reader import TeacherCache
 from dpkd.teacher_cache.schema import CachedRow
-from dpkd.teacher_cache.transformers_engine import choose_device
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.fidelity_config import FidelityConfig

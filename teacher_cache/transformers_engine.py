@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dpkd.teacher_cache.decoding_inputs import left_padded, next_inputs
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.distributions import from_top_k
 from dpkd.teacher_cache.engine import (
     EngineOptions,
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
 
 _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # the reference builds full logits over the response: [4, T, V] float32
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; raises `UserError` when CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 class TransformersEngine:

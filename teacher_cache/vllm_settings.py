@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from dpkd.teacher_cache.devices import choose_device
 from dpkd.teacher_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,19 +19,14 @@ _LEAST_GIB, _MOST_GIB = 1, 8  # of a KV cache in memory
 
 def runs_on_cpu(device: str) -> bool:
     """Whether vLLM computes on the CPU; raises `UserError` where `device` (auto, cpu, cuda) asks for what is not so."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
-    if device == "cpu" and has_cuda:
+    if device == "cpu" and choose_device("auto").type == "cuda":
         raise UserError(
             "vLLM runs on the device it was built for",
             found="--device cpu",
             expected="cuda",
             advice="Leave --device out; `dpkd cache-teacher --engine transformers` stays on the CPU",
         )
-    return not has_cuda
+    return choose_device(device).type == "cpu"
 
 
 def cpu_environment(model: ModelSource, max_length: int, num_sequences: int) -> dict[str, str]:

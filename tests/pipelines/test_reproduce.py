@@ -235,7 +235,7 @@ def test_noise_is_measured_once_and_stays_what_it_is(
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "n").glob("scale-*/*")}
     add_noise(config)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "n").glob("scale-*/*")} == before
-    with pytest.raises(UserError, match="holds something else than this copy; differing: model"):
+    with pytest.raises(UserError, match="holds another copy; differing: model"):
         add_noise(config.model_copy(update={"model": str(toy_student)}))
 
 
