@@ -248,6 +248,22 @@ def verify_command(
     print(f"{location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"dpkd {version('dpkd')}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Distil a large language model into a small one without keeping the large one in memory."""
+
+
 def _add(app: typer.Typer, command: ConfigCommand, *, with_flags: bool) -> None:
     if not with_flags:
         app.command(command.name, short_help=command.about)(_never_called)
@@ -268,7 +284,6 @@ def make_app(arguments: Sequence[str] | None = None) -> typer.Typer:
     named = None if arguments is None else next((text for text in arguments if not text.startswith("-")), "")
     app = typer.Typer(
         name="dpkd",
-        help="Distil a large language model into a small one without keeping the large one in memory.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -277,6 +292,7 @@ def make_app(arguments: Sequence[str] | None = None) -> typer.Typer:
     cache_app = typer.Typer(
         help="Look at, verify and measure a teacher cache.", no_args_is_help=True, rich_markup_mode=None
     )
+    app.callback()(_root)
     app.add_typer(cache_app, name="cache")
     for command in COMMANDS:
         _add(app, command, with_flags=named in (None, command.name))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_help_names_every_command_and_is_quick() -> None:
     for command in names:
         assert command in result.stdout
     assert min(times) < 0.5
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = dpkd("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"dpkd {version('dpkd')}\n", "")
 
 
 def test_help_and_configs_import_no_heavy_library() -> None:
