@@ -298,8 +298,8 @@ def make_app(arguments: Sequence[str] | None = None) -> typer.Typer:
         _add(app, command, with_flags=named in (None, command.name))
     for command in CACHE_COMMANDS:
         _add(cache_app, command, with_flags=named in (None, "cache"))
-    app.command("run")(run_command)
-    app.command("reproduce")(reproduce_command)
+    app.command("run", short_help="Run a recipe, step by step.")(run_command)
+    app.command("reproduce", short_help="Make a table or figure of the paper from its recipe.")(reproduce_command)
     cache_app.command("info")(info_command)
     cache_app.command("verify")(verify_command)
     return app
