@@ -511,7 +511,8 @@ def test_addresses_are_taken_with_and_without_v1() -> None:
 
 def test_nobody_there_is_an_error(teacher: ModelSource, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    refused(rf"no server has answered for 3 s: found ConnectError.* \(in {url}\)", teacher, url)
+    with pytest.raises(UserError, match=rf"no server has answered for 1 s: found ConnectError.* \(in {url}\)"):
+        connect(teacher, url, patience_s=1.0)
     assert capsys.readouterr().err.count(f"{url} does not answer") == 1
 
 
