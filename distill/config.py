@@ -257,7 +257,10 @@ class TrainConfig(Settings):
     )
     logits_chunk: int = Field(1024, ge=1, description="positions whose logits exist at one time")
 
-    _several = field_validator("lora_target_modules", "teacher_url", mode="before")(split_commas)
+    @field_validator("lora_target_modules", "teacher_url", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [part for part in split_commas(value) if part] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

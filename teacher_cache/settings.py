@@ -23,7 +23,7 @@ Location = Annotated[str, BeforeValidator(_as_text)]
 def split_commas(value: Any) -> Any:
     """The parts of a text with commas, and one number as a list of it: what an option of several values is given as."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, (int, float)) else value
 
 
@@ -46,7 +46,7 @@ def named_values(value: Any, form: str, example: str) -> Any:
 class Settings(BaseModel):
     """Base of every command's options. Values may come as text (`"8"`, `"10,20"`, `"none"`)."""
 
-    # validators are built when the first config is: `--help` and a command's own start need none of the others'
+    # validators are built when the first config is: a page of help, or a recipe's read without running it, needs few
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
     )

@@ -71,6 +71,7 @@ def test_buckets_come_as_text() -> None:
         ({"data": {}}, r"option 'data' cannot be used"),
         ({"temperature": 0, "seeds": "1,2"}, r"temperature 0 gives one answer for all 2 seeds"),
         ({"seeds": "1,1"}, r"a seed is given twice in 1,1"),
+        ({"seeds": "1,,2"}, r"option .seeds.1. cannot be used: found .., expected input should be a valid integer"),
         ({"seeds": "1,x"}, r"option 'seeds.1' cannot be used: found 'x'"),
         ({"seeds": []}, r"no seed is given"),
         ({"seeds": "-1"}, r"option 'seeds.0' cannot be used"),
