@@ -64,9 +64,9 @@ def main() -> None:
     given = parser.parse_args()
     num_rows = given.rows or 100 * given.kills
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from dpkd.teacher_cache.errors import UserError
-    from dpkd.teacher_cache.reader import TeacherCache
-    from dpkd.teacher_cache.verify import verify_cache
+    from dpkd.core.errors import UserError
+    from dpkd.teacher_cache.audit.verify import verify_cache
+    from dpkd.teacher_cache.store.reader import TeacherCache
 
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as directory:

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dpkd.teacher_cache.assembling import ShardLayout
-from dpkd.teacher_cache.distributions import from_top_k
-from dpkd.teacher_cache.engine import EngineResult
-from dpkd.teacher_cache.folders import open_folder
-from dpkd.teacher_cache.job import Job
-from dpkd.teacher_cache.reader import CACHE_KIND, TeacherCache
-from dpkd.teacher_cache.schema import PlannedRow, to_table
-from dpkd.teacher_cache.shards import encode_shard
+from dpkd.teacher_cache.build.assembling import ShardLayout
+from dpkd.teacher_cache.engines.engine import EngineResult
+from dpkd.teacher_cache.engines.top_k import from_top_k
+from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.job import Job
+from dpkd.teacher_cache.store.reader import CACHE_KIND, TeacherCache
+from dpkd.teacher_cache.store.schema import PlannedRow, to_table
+from dpkd.teacher_cache.store.shards import encode_shard
 
 _VOCAB, _TOP_K = 49152, 64
 

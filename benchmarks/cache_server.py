@@ -39,13 +39,13 @@ def main() -> None:
     import psutil
     from vllm_servers import VllmServer
 
-    from dpkd.teacher_cache.build import engine_options, sampling
-    from dpkd.teacher_cache.config import CacheConfig
-    from dpkd.teacher_cache.engine import open_engine
-    from dpkd.teacher_cache.examples import open_examples
-    from dpkd.teacher_cache.models import locate_model
-    from dpkd.teacher_cache.plan import RowPlan
-    from dpkd.teacher_cache.templates import PromptEncoder
+    from dpkd.core.models import locate_model
+    from dpkd.core.prompts.examples import open_examples
+    from dpkd.core.prompts.templates import PromptEncoder
+    from dpkd.teacher_cache.build.cache import engine_options, sampling
+    from dpkd.teacher_cache.build.plan import RowPlan
+    from dpkd.teacher_cache.engines.engine import open_engine
+    from dpkd.teacher_cache.options.cache import CacheConfig
 
     with tempfile.TemporaryDirectory() as directory, ExitStack() as running:
         scratch = Path(directory)

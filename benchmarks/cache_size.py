@@ -22,23 +22,23 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow.parquet as pq
 
-from dpkd.teacher_cache.codec import decode_logprobs, encode_logprobs
-from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.distributions import from_top_k
-from dpkd.teacher_cache.engine import Distributions, EngineResult
-from dpkd.teacher_cache.examples import open_examples
-from dpkd.teacher_cache.fidelity_measures import (
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import Progress, say
+from dpkd.core.prompts.examples import open_examples
+from dpkd.core.prompts.templates import PromptEncoder, TemplateName
+from dpkd.teacher_cache.audit.fidelity_measures import (
     CutLoss,
     FullDistributions,
     Scores,
     full_distributions,
 )
-from dpkd.teacher_cache.models import ModelSource, locate_model
-from dpkd.teacher_cache.plan import RowPlan
-from dpkd.teacher_cache.progress import Progress, say
-from dpkd.teacher_cache.schema import PlannedRow, to_table
-from dpkd.teacher_cache.shards import encode_shard
-from dpkd.teacher_cache.templates import PromptEncoder, TemplateName
+from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
+from dpkd.teacher_cache.engines.top_k import from_top_k
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
+from dpkd.teacher_cache.store.schema import PlannedRow, to_table
+from dpkd.teacher_cache.store.shards import encode_shard
 
 FIXED = (8, 16, 32, 64, 128, 256)
 MASSES = (0.80, 0.90, 0.95, 0.98)

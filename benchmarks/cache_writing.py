@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "dolly" / "train.jsonl"
 
 if TYPE_CHECKING:
-    from dpkd.teacher_cache.config import CacheConfig
+    from dpkd.teacher_cache.options.cache import CacheConfig
 
 
 def make_toy(directory: Path) -> Path:
@@ -52,13 +52,13 @@ def write_prompts(path: Path, rows: int) -> Path:
 
 
 def speed(arguments: argparse.Namespace, scratch: Path) -> None:
-    from dpkd.teacher_cache.build import engine_options, sampling
-    from dpkd.teacher_cache.config import CacheConfig
-    from dpkd.teacher_cache.examples import open_examples
-    from dpkd.teacher_cache.models import locate_model
-    from dpkd.teacher_cache.plan import RowPlan
-    from dpkd.teacher_cache.templates import PromptEncoder
-    from dpkd.teacher_cache.vllm_engine import VllmEngine
+    from dpkd.core.models import locate_model
+    from dpkd.core.prompts.examples import open_examples
+    from dpkd.core.prompts.templates import PromptEncoder
+    from dpkd.teacher_cache.build.cache import engine_options, sampling
+    from dpkd.teacher_cache.build.plan import RowPlan
+    from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
+    from dpkd.teacher_cache.options.cache import CacheConfig
 
     teacher = make_toy(scratch) if arguments.teacher == "toy" else Path(arguments.teacher)
     config = CacheConfig(
@@ -133,11 +133,11 @@ def cached_generate(
     engine: Any, model: Any, rows: list[Any], drawn: Any, config: CacheConfig, out: Path
 ) -> tuple[float, int]:
     """Seconds and response tokens of the same rows on their way to a finished cache."""
-    from dpkd.teacher_cache.assembling import ShardLayout
-    from dpkd.teacher_cache.filling import EngineFiller
-    from dpkd.teacher_cache.folders import open_folder
-    from dpkd.teacher_cache.job import Job
-    from dpkd.teacher_cache.progress import Progress
+    from dpkd.core.progress import Progress
+    from dpkd.teacher_cache.build.assembling import ShardLayout
+    from dpkd.teacher_cache.build.filling import EngineFiller
+    from dpkd.teacher_cache.store.folders import open_folder
+    from dpkd.teacher_cache.store.job import Job
 
     started_s = time.perf_counter()
     job = Job(open_folder(out), "teacher-cache", {"benchmark": out.name})

@@ -22,8 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-from dpkd.evaluate.score_pool import num_cores, score_pairs
-from dpkd.teacher_cache.progress import Progress
+from dpkd.core.progress import Progress
+from dpkd.evaluate.answers.score_pool import num_cores, score_pairs
 
 Pairs = list[tuple[str, tuple[str, ...]]]
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.student_config import InitStudentConfig
-from dpkd.distill.student_measures import measure_student
-from dpkd.distill.students import init_student
+from dpkd.core.models import locate_model
+from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.student.init import init_student
+from dpkd.distill.student.measures import measure_student
 from dpkd.distill.training import train
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 _LAYERS = 8
 _TRAINING: dict[str, Any] = {

@@ -33,16 +33,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dpkd.distill.batches import Batch, BatchOrder, StepPart, TrainingRow, collate
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.objective import Objective
-from dpkd.distill.run_logs import peak_memory_bytes
-from dpkd.distill.scoring import StudentScorer
-from dpkd.distill.shared_prompts import share_prompts
-from dpkd.distill.sources import CacheRows
+from dpkd.core.models import locate_model
+from dpkd.distill.batches.batch import Batch, BatchOrder, StepPart, TrainingRow, collate
+from dpkd.distill.batches.shared_prompts import share_prompts
+from dpkd.distill.objectives.objective import Objective
+from dpkd.distill.objectives.student_forward import StudentScorer
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.sources import CacheRows
+from dpkd.distill.run.logs import peak_memory_bytes
 from dpkd.distill.training import decayed_groups
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 PADDED = 512  # the length to which the authors' code pads every row
 Step = Callable[[list[TrainingRow]], int]
@@ -246,8 +246,8 @@ class _Head:
 def random_batch(rows: int, tokens: int, vocabulary: int) -> Batch:
     import numpy as np
 
-    from dpkd.teacher_cache.distributions import from_top_k
-    from dpkd.teacher_cache.schema import CachedRow
+    from dpkd.teacher_cache.engines.top_k import from_top_k
+    from dpkd.teacher_cache.store.schema import CachedRow
 
     random = np.random.default_rng(0)
     made = []

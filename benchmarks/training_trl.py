@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import training_step
 
-from dpkd.distill.batches import BatchOrder
-from dpkd.distill.run_logs import peak_memory_bytes
-from dpkd.distill.sources import CacheRows
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.core.models import locate_model
+from dpkd.distill.batches.batch import BatchOrder
+from dpkd.distill.rows.sources import CacheRows
+from dpkd.distill.run.logs import peak_memory_bytes
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 Block = Callable[[int, int], list[float]]
 

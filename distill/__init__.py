@@ -1,30 +1,23 @@
-"""Learn from the cached teacher.
-
-The names below are imported when they are first used, so that the room itself costs nothing to import.
-"""
+"""Learn from the cached teacher."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpkd.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from dpkd.distill.config import TrainConfig
-    from dpkd.distill.student_config import InitStudentConfig
-    from dpkd.distill.students import init_student
-    from dpkd.distill.training import train
+    from dpkd.distill.options.student import InitStudentConfig as InitStudentConfig
+    from dpkd.distill.options.train import TrainConfig as TrainConfig
+    from dpkd.distill.student.init import init_student as init_student
+    from dpkd.distill.training import train as train
 
-__all__ = ["InitStudentConfig", "TrainConfig", "init_student", "train"]
-
-_HOME = {
-    "train": "training",
-    "TrainConfig": "config",
-    "init_student": "students",
-    "InitStudentConfig": "student_config",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "train": "dpkd.distill.training",
+        "TrainConfig": "dpkd.distill.options.train",
+        "init_student": "dpkd.distill.student.init",
+        "InitStudentConfig": "dpkd.distill.options.student",
+    },
+)

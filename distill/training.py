@@ -12,29 +12,29 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import get_cosine_schedule_with_warmup
 
-from dpkd.distill.adapters import add_adapters, check_adapters
-from dpkd.distill.best import EvaluateFn
-from dpkd.distill.checkpoints import (
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.core.progress import say
+from dpkd.distill.batches.shared_prompts import check_sharing
+from dpkd.distill.objectives.objective import Objective
+from dpkd.distill.objectives.student_forward import StudentScorer, check_head
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.run.adapters import add_adapters, check_adapters
+from dpkd.distill.run.best import EvaluateFn
+from dpkd.distill.run.checkpoints import (
     StudentFiles,
     finish_run,
     latest_checkpoint,
     load_optimizer,
 )
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.feed import Feed
-from dpkd.distill.following import FollowedRows
-from dpkd.distill.gathering import gather_weights
-from dpkd.distill.keeping import Keeper
-from dpkd.distill.loop import Loop
-from dpkd.distill.objective import Objective
-from dpkd.distill.ranks import is_sharded, leave_group, on_main, open_accelerator, together
-from dpkd.distill.runs import open_run, plan_steps, take_up
-from dpkd.distill.scoring import StudentScorer, check_head
-from dpkd.distill.shared_prompts import check_sharing
-from dpkd.distill.trackers import choose_tracker, start_tracker
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.progress import say
+from dpkd.distill.run.feed import Feed
+from dpkd.distill.run.gathering import gather_weights
+from dpkd.distill.run.keeping import Keeper
+from dpkd.distill.run.loop import Loop
+from dpkd.distill.run.ranks import is_sharded, leave_group, on_main, open_accelerator, together
+from dpkd.distill.run.setup import open_run, plan_steps, take_up
+from dpkd.distill.run.trackers import choose_tracker, start_tracker
 
 
 def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:

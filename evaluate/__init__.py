@@ -1,23 +1,19 @@
-"""Text in, scores and reports out; knows no loss and no cache.
-
-The names below are imported when they are first used, so that the room itself costs nothing to import.
-"""
+"""Text in, scores and reports out. Knows no loss and no cache."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpkd.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from dpkd.evaluate.config import EvalConfig
-    from dpkd.evaluate.evaluation import evaluate
+    from dpkd.evaluate.evaluation import evaluate as evaluate
+    from dpkd.evaluate.options.eval import EvalConfig as EvalConfig
 
-__all__ = ["EvalConfig", "evaluate"]
-
-_HOME = {"evaluate": "evaluation", "EvalConfig": "config"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "evaluate": "dpkd.evaluate.evaluation",
+        "EvalConfig": "dpkd.evaluate.options.eval",
+    },
+)

@@ -6,23 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.evaluate.candidates import Candidate, open_candidates
-from dpkd.evaluate.config import EvalConfig
-from dpkd.evaluate.curves import read_run, run_identity, run_places
-from dpkd.evaluate.duplicates import count_duplicates
-from dpkd.evaluate.eval_sets import EvalSet, read_eval_sets
-from dpkd.evaluate.generation import generate_answers
-from dpkd.evaluate.measures import ModelMeasures, OpenModel, measure_models
-from dpkd.evaluate.named_sets import resolve_sets
-from dpkd.evaluate.output import REPORT, check_options, is_complete, save_options, write_all
-from dpkd.evaluate.plot import require_matplotlib
-from dpkd.evaluate.predictions import Predictions, read_predictions
-from dpkd.evaluate.report import FORMAT_VERSION, build_report
-from dpkd.evaluate.scoring import score_sets
-from dpkd.teacher_cache.engine import resolve_engine
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.identity import fingerprint
-from dpkd.teacher_cache.progress import Progress, say
+from dpkd.core.errors import UserError
+from dpkd.core.identity import fingerprint
+from dpkd.core.progress import Progress, say
+from dpkd.evaluate.answers.generation import generate_answers
+from dpkd.evaluate.answers.perplexity import ModelMeasures, OpenModel, measure_models
+from dpkd.evaluate.answers.predictions import Predictions, read_predictions
+from dpkd.evaluate.answers.scoring import score_sets
+from dpkd.evaluate.inputs.contamination import count_duplicates
+from dpkd.evaluate.inputs.eval_sets import EvalSet, read_eval_sets
+from dpkd.evaluate.inputs.models import Candidate, open_candidates
+from dpkd.evaluate.inputs.named_sets import resolve_sets
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.report.build import FORMAT_VERSION, build_report
+from dpkd.evaluate.report.curves import read_run, run_identity, run_places
+from dpkd.evaluate.views.output import REPORT, check_options, is_complete, save_options, write_all
+from dpkd.evaluate.views.plots import require_matplotlib
+from dpkd.teacher_cache.engines.engine import resolve_engine
 
 # options that change no number: where results go (a folder may move), and how much memory is used
 _FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "scoring_processes", "data_dir"})

@@ -1,1 +1,1 @@
-"""Put the parts together for a person: the command line, recipes, run directories."""
+"""The command line, recipes, and what joins two packages."""

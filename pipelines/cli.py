@@ -18,26 +18,26 @@ import typer
 from dpkd.pipelines.process import EXIT_SET_ASIDE, run_process
 
 if TYPE_CHECKING:
-    from dpkd.distill.config import TrainConfig
-    from dpkd.distill.student_config import InitStudentConfig
-    from dpkd.evaluate.config import EvalConfig
-    from dpkd.evaluate.judge_config import JudgeConfig
-    from dpkd.evaluate.merge_config import MergeConfig
-    from dpkd.pipelines.noise_config import NoiseConfig
-    from dpkd.pipelines.prepare_config import PrepareConfig
-    from dpkd.teacher_cache.config import CacheConfig
-    from dpkd.teacher_cache.fidelity_config import FidelityConfig
-    from dpkd.teacher_cache.serving_config import ServeConfig
+    from dpkd.distill.options.student import InitStudentConfig
+    from dpkd.distill.options.train import TrainConfig
+    from dpkd.evaluate.options.eval import EvalConfig
+    from dpkd.evaluate.options.judge import JudgeConfig
+    from dpkd.evaluate.options.merge import MergeConfig
+    from dpkd.pipelines.commands.noise_options import NoiseConfig
+    from dpkd.pipelines.commands.prepare_options import PrepareConfig
+    from dpkd.teacher_cache.options.cache import CacheConfig
+    from dpkd.teacher_cache.options.fidelity import FidelityConfig
+    from dpkd.teacher_cache.options.serve import ServeConfig
 
 
 def _prepare_data(config: PrepareConfig) -> None:
-    from dpkd.pipelines.prepare import prepare_data
+    from dpkd.pipelines.commands.prepare import prepare_data
 
     print(prepare_data(config))
 
 
 def _build_cache(config: CacheConfig) -> None:
-    from dpkd.teacher_cache.build import build_cache
+    from dpkd.teacher_cache.build.cache import build_cache
 
     manifest = build_cache(config)
     print(config.out)
@@ -46,13 +46,13 @@ def _build_cache(config: CacheConfig) -> None:
 
 
 def _init_student(config: InitStudentConfig) -> None:
-    from dpkd.distill.students import init_student
+    from dpkd.distill.student.init import init_student
 
     print(init_student(config))
 
 
 def _add_noise(config: NoiseConfig) -> None:
-    from dpkd.pipelines.noise import add_noise
+    from dpkd.pipelines.commands.noise import add_noise
 
     print(add_noise(config))
 
@@ -62,7 +62,7 @@ def _train(config: TrainConfig) -> None:
 
     evaluate_fn = None
     if config.best_metric == "rouge_l":
-        from dpkd.pipelines.validation_scores import rouge_l_of
+        from dpkd.pipelines.bridges.rouge_validation import rouge_l_of
 
         evaluate_fn = rouge_l_of(config)
     run = train(config, evaluate_fn)
@@ -71,16 +71,16 @@ def _train(config: TrainConfig) -> None:
 
 
 def _serve_teacher(config: ServeConfig) -> None:
-    from dpkd.teacher_cache.serving import serve_teacher
+    from dpkd.teacher_cache.serve import serve_teacher
 
     serve_teacher(config)
 
 
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
-    from dpkd.evaluate.terminal import print_report
-    from dpkd.pipelines.model_measures import open_model
-    from dpkd.pipelines.overlap import count_overlap
+    from dpkd.evaluate.views.terminal import print_report
+    from dpkd.pipelines.bridges.contamination import count_overlap
+    from dpkd.pipelines.bridges.gold_measures import open_model
 
     path = evaluate(config, count_overlap, open_model)
     print_report(json.loads(path.read_text(encoding="utf-8")))
@@ -88,8 +88,8 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _report(config: MergeConfig) -> None:
-    from dpkd.evaluate.merging import merge
-    from dpkd.evaluate.terminal import print_report
+    from dpkd.evaluate.merge.merge import merge
+    from dpkd.evaluate.views.terminal import print_report
 
     path = merge(config)
     print_report(json.loads(path.read_text(encoding="utf-8")))
@@ -97,9 +97,9 @@ def _report(config: MergeConfig) -> None:
 
 
 def _judge(config: JudgeConfig) -> None:
-    from dpkd.evaluate.judge import estimate, judge
-    from dpkd.evaluate.judge_markdown import judge_markdown
-    from dpkd.evaluate.judge_tokens import estimate_text
+    from dpkd.evaluate.judge.judge import estimate, judge
+    from dpkd.evaluate.judge.markdown import judge_markdown
+    from dpkd.evaluate.judge.tokens import estimate_text
 
     if config.estimate:
         print(estimate_text(estimate(config)))
@@ -113,7 +113,7 @@ def _judge(config: JudgeConfig) -> None:
 
 
 def _measure_fidelity(config: FidelityConfig) -> None:
-    from dpkd.teacher_cache.fidelity import fidelity_table, measure_fidelity
+    from dpkd.teacher_cache.audit.fidelity import fidelity_table, measure_fidelity
 
     report = measure_fidelity(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
@@ -131,35 +131,35 @@ class ConfigCommand(NamedTuple):
 COMMANDS = (
     ConfigCommand(
         "prepare-data",
-        "dpkd.pipelines.prepare_config:PrepareConfig",
+        "dpkd.pipelines.commands.prepare_options:PrepareConfig",
         _prepare_data,
         "Keep rows by the length of their response.",
     ),
     ConfigCommand(
         "cache-teacher",
-        "dpkd.teacher_cache.config:CacheConfig",
+        "dpkd.teacher_cache.options.cache:CacheConfig",
         _build_cache,
         "Ask the teacher once and keep the answer.",
     ),
-    ConfigCommand("init-student", "dpkd.distill.student_config:InitStudentConfig", _init_student, "Make a student."),
+    ConfigCommand("init-student", "dpkd.distill.options.student:InitStudentConfig", _init_student, "Make a student."),
     ConfigCommand(
         "add-noise",
-        "dpkd.pipelines.noise_config:NoiseConfig",
+        "dpkd.pipelines.commands.noise_options:NoiseConfig",
         _add_noise,
         "Copy a model with noise on its weights (Fig. 2).",
     ),
-    ConfigCommand("train", "dpkd.distill.config:TrainConfig", _train, "Train a student from a cache."),
+    ConfigCommand("train", "dpkd.distill.options.train:TrainConfig", _train, "Train a student from a cache."),
     ConfigCommand(
         "serve-teacher",
-        "dpkd.teacher_cache.serving_config:ServeConfig",
+        "dpkd.teacher_cache.options.serve:ServeConfig",
         _serve_teacher,
         "Serve a cache's teacher by vLLM, for live runs.",
     ),
-    ConfigCommand("eval", "dpkd.evaluate.config:EvalConfig", _evaluate, "Score models by length bucket."),
-    ConfigCommand("report", "dpkd.evaluate.merge_config:MergeConfig", _report, "Merge evaluations into one report."),
+    ConfigCommand("eval", "dpkd.evaluate.options.eval:EvalConfig", _evaluate, "Score models by length bucket."),
+    ConfigCommand("report", "dpkd.evaluate.options.merge:MergeConfig", _report, "Merge evaluations into one report."),
     ConfigCommand(
         "judge",
-        "dpkd.evaluate.judge_config:JudgeConfig",
+        "dpkd.evaluate.options.judge:JudgeConfig",
         _judge,
         "Have a judge model grade answers, or compare them.",
     ),
@@ -167,7 +167,7 @@ COMMANDS = (
 CACHE_COMMANDS = (
     ConfigCommand(
         "fidelity",
-        "dpkd.teacher_cache.fidelity_config:FidelityConfig",
+        "dpkd.teacher_cache.options.fidelity:FidelityConfig",
         _measure_fidelity,
         "Hold a cache against its live teacher.",
     ),
@@ -179,7 +179,7 @@ def run_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Run a recipe: its steps in order, each its own process, each skipped when already complete."""
-    from dpkd.pipelines.recipe import run_recipe
+    from dpkd.pipelines.recipe.run import run_recipe
 
     run_recipe(recipe, dry_run=dry_run)
 
@@ -190,7 +190,7 @@ def reproduce_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost and stop")] = False,
 ) -> None:
     """Make a table or figure of the paper: the steps of its recipe that are missing, then the artefact."""
-    from dpkd.pipelines.reproduce import reproduce
+    from dpkd.pipelines.reproduce.reproduce import reproduce
 
     for path in reproduce(artefact, recipe, dry_run=dry_run):
         print(path)
@@ -202,7 +202,7 @@ def info_command(
     samples: Annotated[int, typer.Option("--samples", min=0, help="rows of each origin to show")] = 3,
 ) -> None:
     """Say what a cache holds."""
-    from dpkd.teacher_cache.describe import describe_cache
+    from dpkd.teacher_cache.audit.info import describe_cache
 
     facts = describe_cache(location, samples)
     if as_json:
@@ -242,7 +242,7 @@ def verify_command(
     location: Annotated[str, typer.Argument(help="directory or URL of a finished cache", metavar="CACHE")],
 ) -> None:
     """Check checksums and every value of a cache and its rounds."""
-    from dpkd.teacher_cache.verify import verify_cache
+    from dpkd.teacher_cache.audit.verify import verify_cache
 
     counts = verify_cache(location)
     print(f"{location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
@@ -268,7 +268,7 @@ def _add(app: typer.Typer, command: ConfigCommand, *, with_flags: bool) -> None:
     if not with_flags:
         app.command(command.name, short_help=command.about)(_never_called)
         return
-    from dpkd.pipelines.options import config_command
+    from dpkd.pipelines.flags import config_command
 
     module, _, name = command.config.partition(":")
     config_type = getattr(importlib.import_module(module), name)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.progress import say
+from dpkd.core.errors import UserError
+from dpkd.core.progress import say
 
 EXIT_USER_ERROR = 2
 EXIT_OWN_FAULT = 1

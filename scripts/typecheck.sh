@@ -5,5 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/dpkd"
-for room in teacher_cache distill evaluate pipelines; do ln -s "$PWD/$room" "$tree/dpkd/$room"; done
+for room in core teacher_cache distill evaluate pipelines; do ln -s "$PWD/$room" "$tree/dpkd/$room"; done
 MYPYPATH="$tree" mypy --namespace-packages --explicit-package-bases -p dpkd

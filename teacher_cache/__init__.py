@@ -1,32 +1,25 @@
-"""Ask the teacher once and keep the answer in a form that cannot be mistaken.
-
-The names below are imported when they are first used, so that the room itself costs nothing to import.
-"""
+"""Ask the teacher once and keep the answer."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpkd.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from dpkd.teacher_cache.build import build_cache
-    from dpkd.teacher_cache.config import CacheConfig
-    from dpkd.teacher_cache.errors import UserError
-    from dpkd.teacher_cache.reader import TeacherCache
-    from dpkd.teacher_cache.verify import verify_cache
+    from dpkd.core.errors import UserError as UserError
+    from dpkd.teacher_cache.audit.verify import verify_cache as verify_cache
+    from dpkd.teacher_cache.build.cache import build_cache as build_cache
+    from dpkd.teacher_cache.options.cache import CacheConfig as CacheConfig
+    from dpkd.teacher_cache.store.reader import TeacherCache as TeacherCache
 
-__all__ = ["CacheConfig", "TeacherCache", "UserError", "build_cache", "verify_cache"]
-
-_HOME = {
-    "build_cache": "build",
-    "CacheConfig": "config",
-    "TeacherCache": "reader",
-    "UserError": "errors",
-    "verify_cache": "verify",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "build_cache": "dpkd.teacher_cache.build.cache",
+        "CacheConfig": "dpkd.teacher_cache.options.cache",
+        "TeacherCache": "dpkd.teacher_cache.store.reader",
+        "UserError": "dpkd.core.errors",
+        "verify_cache": "dpkd.teacher_cache.audit.verify",
+    },
+)

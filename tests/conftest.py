@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write_toy_data
+from support.toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write_toy_data
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # toy models are too small for several threads, and threads that wait for each other stall on a busy machine
@@ -88,8 +88,8 @@ def repeat_rows(toy_data: Path) -> Callable[[Path, int], Path]:
 @pytest.fixture(scope="session")
 def toy_cache(tmp_path_factory: pytest.TempPathFactory, toy_teacher: Path, toy_student: Path, toy_data: Path) -> Path:
     """A finished cache of teacher and reference rows (6 rows a shard) with the round `r0`; never written to."""
-    from dpkd.teacher_cache.build import build_cache
-    from dpkd.teacher_cache.config import CacheConfig
+    from dpkd.teacher_cache.build.cache import build_cache
+    from dpkd.teacher_cache.options.cache import CacheConfig
 
     out = tmp_path_factory.mktemp("caches") / "toy"
     options = {

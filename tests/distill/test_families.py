@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import largest_gap_to_teacher, step_losses
+from support.reference import largest_gap_to_teacher, step_losses
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -28,16 +28,16 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from dpkd.distill.batches import Batch
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.scoring import check_head
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.distill.batches.batch import Batch
+from dpkd.distill.objectives.student_forward import check_head
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.vocabulary import narrowed
 from dpkd.distill.training import train
-from dpkd.distill.vocabulary import narrowed
 from dpkd.pipelines.cli import make_app
-from dpkd.teacher_cache.codec import MAX_ERROR_NATS
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 NUM_TOKENS = 600  # of the toy tokenizer
 NO_DROPOUT = {"attention_dropout": 0.0}

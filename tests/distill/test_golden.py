@@ -24,9 +24,9 @@ SHOWN = ("loss", "grad_norm", "reward_margin", "kld")
 
 def curve(directory: Path, cache: Path, student: Path, name: str) -> list[dict[str, float]]:
     """30 steps of the preset, in figures of a width that another CPU gives too."""
-    from toys import dolly_texts
+    from support.toys import dolly_texts
 
-    from dpkd.distill.config import TrainConfig
+    from dpkd.distill.options.train import TrainConfig
     from dpkd.distill.training import train
 
     corpus = directory / "corpus.jsonl"
@@ -64,8 +64,8 @@ def test_the_loss_curve_of_a_preset_is_the_golden_one(
 
 def build(directory: Path, teacher: Path, student: Path, data: Path) -> Path:
     """The cache of the curves. It is made by transformers: vLLM may round otherwise from version to version."""
-    from dpkd.teacher_cache.build import build_cache
-    from dpkd.teacher_cache.config import CacheConfig
+    from dpkd.teacher_cache.build.cache import build_cache
+    from dpkd.teacher_cache.options.cache import CacheConfig
 
     options: dict[str, Any] = {
         "out": directory / "cache", "teacher": str(teacher), "engine": "transformers", "top_k": 32,
@@ -85,7 +85,7 @@ def golden_cache(
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import toys
+    from support import toys
 
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpkd.distill.config import TrainConfig
+from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
-from dpkd.teacher_cache.build import build_cache
-from dpkd.teacher_cache.config import CacheConfig
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "cow", "fox", "bear")
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
@@ -40,7 +40,7 @@ def rows() -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> dict[str, Path]:
     """Teacher, student and cache (with the student's round r0) of the toy world."""
-    from toys import make_toy
+    from support.toys import make_toy
 
     directory = tmp_path_factory.mktemp("world")
     data = directory / "rows.jsonl"

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpkd.distill.config import TrainConfig
-from dpkd.distill.objective import METRICS
+from dpkd.core.errors import UserError
+from dpkd.distill.objectives.objective import METRICS
+from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
-from dpkd.teacher_cache.build import build_cache
-from dpkd.teacher_cache.config import CacheConfig
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.reader import TeacherCache
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 
 def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:

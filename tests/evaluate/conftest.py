@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.options.eval import EvalConfig
 
 MakeConfig = Callable[..., EvalConfig]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dpkd.evaluate.config import EvalConfig
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.settings import read_toml
+from dpkd.core.errors import UserError
+from dpkd.core.settings import read_toml
+from dpkd.evaluate.options.eval import EvalConfig
 
 
 def _parse(**options: Any) -> EvalConfig:
@@ -104,7 +104,7 @@ def test_toml_gives_the_same_options_back(tmp_path: Any) -> None:
 
 def test_the_options_import_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib', 'datasets', 'rouge_score'}"
-    code = f"import sys, dpkd.evaluate.config; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, dpkd.evaluate.options.eval; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

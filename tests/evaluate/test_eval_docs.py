@@ -9,12 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.toys import ROOT
 
-from dpkd.evaluate.config import KNOWN_SETS, EvalConfig
 from dpkd.evaluate.evaluation import evaluate
-from dpkd.evaluate.report import FORMAT_VERSION
+from dpkd.evaluate.options.eval import KNOWN_SETS, EvalConfig
+from dpkd.evaluate.report.build import FORMAT_VERSION
 
-_DOCS = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+_DOCS = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

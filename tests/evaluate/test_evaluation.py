@@ -18,11 +18,11 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpkd.evaluate.config import EvalConfig
+from dpkd.core.errors import UserError
+from dpkd.core.settings import read_toml
 from dpkd.evaluate.evaluation import evaluate
-from dpkd.evaluate.markdown import markdown_table
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.settings import read_toml
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.views.markdown import markdown_table
 
 MakeConfig = Callable[..., EvalConfig]
 WriteRows = Callable[[list[dict[str, Any]], str], Path]
@@ -304,9 +304,9 @@ def test_shared_answers_of_other_inputs_are_not_overwritten(config: EvalConfig, 
 
 _RUN = """
 import sys
-from dpkd.evaluate.config import EvalConfig
+from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.evaluation import evaluate
-from dpkd.teacher_cache.settings import read_toml
+from dpkd.core.settings import read_toml
 from pathlib import Path
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The command line: what it costs to ask for help, how it fails, and that it only imports what it should."""
+"""The command line: what it costs to ask for help, and how it fails."""
 
 from __future__ import annotations
 
-import ast
 import signal
 import subprocess
 import sys
@@ -12,9 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("teacher_cache", "distill", "evaluate", "pipelines")
 
 
 def dpkd(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -63,37 +59,12 @@ def test_help_and_configs_import_no_heavy_library() -> None:
 
 def test_data_order_and_metrics_import_no_torch() -> None:
     code = (
-        "import sys, dpkd.teacher_cache.order, dpkd.teacher_cache.schema, dpkd.evaluate.metrics\n"
+        "import sys, dpkd.teacher_cache.store.order, dpkd.teacher_cache.store.schema\n"
+        "import dpkd.evaluate.metrics.exact_match\n"
         "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
-
-
-def test_imports_run_one_way() -> None:
-    allowed = {
-        "teacher_cache": {"teacher_cache"},
-        "distill": {"distill", "teacher_cache"},
-        "evaluate": {"evaluate", "teacher_cache"},
-        "pipelines": set(ROOMS),
-    }
-    for room in ROOMS:
-        for file in (ROOT / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    assert node.level == 0, f"{file}: relative import"
-                    names.append(node.module or "")
-                for name in names:
-                    if name.startswith("dpkd."):
-                        assert name.split(".")[1] in allowed[room], f"{file} imports {name}"
-
-
-def test_evaluate_knows_no_cache() -> None:
-    for file in (ROOT / "evaluate").glob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        for module in ("shards", "manifest", "reader", "schema", "codec"):
-            assert f"dpkd.teacher_cache.{module}" not in text, file
 
 
 def test_bad_input_is_one_line_and_status_2(
@@ -231,11 +202,3 @@ def test_info_as_json_says_what_a_person_wants_to_know(toy_cache: Path) -> None:
     assert facts["rounds"]["r0"]["rows"] == 40
     assert "rows: 40" in dpkd("cache", "info", toy_cache).stdout
     assert "sound: 80 rows" in dpkd("cache", "verify", toy_cache).stdout
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_pickle_and_no_remote_code(room: str) -> None:
-    for file in (ROOT / room).glob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        for danger in ("import pickle", "torch.load(", "torch.save(", "trust_remote_code=True", "shell=True"):
-            assert danger not in text, f"{file}: {danger}"

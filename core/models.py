@@ -1,0 +1,156 @@
+"""Find a causal language model by directory or hub name, and say what it is without loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.errors import UserError, first_line
+from dpkd.core.identity import fingerprint, tokenizer_sha256, weights_sha256
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint directory in Hugging Face's layout: `name` as asked for, `revision` for one from a hub."""
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(f"the model's config cannot be read: {error}", where=self.path) from None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(f"the tokenizer cannot be read: {error}", where=self.path) from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits (a padded vocabulary counts its padding)."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the positions reach, in tokens; None where the config sets no limit."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a response: the generation config's EOS ids and the tokenizer's, sorted.
+
+        Without a generation config the model's own config stands for it, as in transformers.
+        """
+        ids: set[int] = set()
+        path = self.path / "generation_config.json"
+        if path.exists():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        else:
+            value = getattr(self.config.get_text_config(), "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(int(self.tokenizer.eos_token_id))
+        if not ids:
+            raise UserError("the model has no EOS token", where=self.path)
+        return sorted(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """The model itself, from safetensors alone, on the CPU."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
+
+    def identity(self, dtype: str) -> dict[str, Any]:
+        """Name, revision, dtype, vocabulary width and content hashes of this model."""
+        config = {
+            key: value
+            for key, value in self.config.to_dict().items()
+            if key not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+        }
+        return {
+            "name": self.path.resolve().name if self.revision is None else self.name,
+            "revision": self.revision,
+            "dtype": dtype,
+            "vocab_size": self.vocab_size,
+            "config_sha256": fingerprint(config),
+            # None where a server holds the weights and this machine does not
+            "weights_sha256": weights_sha256(self.path) if any(self.path.glob("*.safetensors")) else None,
+        }
+
+    def tokenizer_identity(self) -> dict[str, Any]:
+        """Content hash and size of this model's tokenizer."""
+        return {"sha256": tokenizer_sha256(self.tokenizer), "num_tokens": len(self.tokenizer)}
+
+
+def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSource:
+    """The model `name`: a local directory, or a name on the Hugging Face hub (fetched once, safetensors only).
+
+    Without `needs_weights` config and tokenizer are enough, as for a model that a server runs. Raises `UserError`
+    (naming `role`: teacher, student, model) when it is not there or holds no safetensors.
+    """
+    path = Path(name)
+    revision = None
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.exists():
+            raise UserError(
+                f"the {role} is not found",
+                found=f"no directory {name!r}",
+                expected="a checkpoint directory or a hub name OWNER/MODEL",
+            )
+        path, revision = _fetch(name, role, needs_weights)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"the {role}'s directory holds no config.json",
+            where=path,
+            advice="Give a Hugging Face checkpoint",
+        )
+    if needs_weights and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"the {role}'s directory holds no *.safetensors",
+            where=path,
+            advice="Pickled weights are not read; save the model with `save_pretrained`",
+        )
+    return ModelSource(name, path, revision)
+
+
+def _fetch(name: str, role: str, with_weights: bool) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if with_weights else [])]
+    try:
+        path = Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(
+            f"the {role} is not found: neither a directory nor a model that can be fetched",
+            found=repr(name),
+            advice=f"Check the name; the hub said: {reason}",
+        ) from None
+    return path, path.name

@@ -1,0 +1,1 @@
+"""Data rows and the prompts made of them."""

@@ -1,0 +1,260 @@
+"""Instruction data as examples: three row forms, four kinds of source, every row left out named by line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd.core.errors import UserError
+
+_FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of instruction data. Exactly one of `instruction`, `messages`, `prompt` is set.
+
+    `references` holds the accepted answers (none, one or several); `line` counts from 1.
+    """
+
+    example_id: str
+    line: int
+    references: tuple[str, ...]
+    instruction: str | None = None
+    input: str = ""
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    category: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRow:
+    """A row that is left out, with its line (from 1) and the reason."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExampleSource:
+    """Where rows come from: a file, or a name (or directory) that the `datasets` library loads, `NAME[:SPLIT]`.
+
+    `identity` is the content's hash.
+    """
+
+    name: str
+    identity: dict[str, str]
+    path: Path | None = None
+    dataset: Any = None
+
+    def __iter__(self) -> Iterator[Example | SkippedRow]:
+        return iter_examples(self)
+
+
+def open_examples(data: str) -> ExampleSource:
+    """Find the source named `data`; raises `UserError` when there is none."""
+    path = Path(data)
+    if path.suffix in _FILE_SUFFIXES or path.is_file():
+        if not path.is_file():
+            raise UserError("the data file is missing", where=path, advice="Give a .json, .jsonl or .parquet file")
+        if path.suffix not in _FILE_SUFFIXES:
+            raise UserError(
+                "the data file has a suffix that is not known",
+                found=repr(path.suffix),
+                expected=" or ".join(_FILE_SUFFIXES),
+                where=path,
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return ExampleSource(data, {"name": path.name, "sha256": digest}, path=path)
+    return _open_dataset(data)
+
+
+def _open_dataset(data: str) -> ExampleSource:
+    import datasets
+
+    name, _, split = data.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise UserError(
+            "the data is neither a file nor a dataset that the `datasets` library can load",
+            found=repr(data),
+            advice=f"Give a .json, .jsonl or .parquet file, or NAME[:SPLIT]; the library said: {error}",
+        ) from None
+    # by content: the library's own fingerprint changes with the place of its cache
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
+    return ExampleSource(data, {"name": _directory_name(data), "sha256": digest.hexdigest()}, dataset=dataset)
+
+
+def _directory_name(data: str) -> str:
+    """Last part of a directory's name (a copy elsewhere is the same data); other names as they are."""
+    return Path(data).name if Path(data).is_dir() else data
+
+
+def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example | SkippedRow]:
+    """Rows in file order, the first `limit` of them.
+
+    Rows whose *values* cannot be used come out as `SkippedRow`. A line that is not JSON, a row without any of
+    `instruction`, `messages`, `prompt`, and a source without rows raise `UserError`: the file is then not what
+    the caller thinks it is.
+    """
+    seen: set[str] = set()
+    num_rows = 0
+    for line, row in _rows(source):
+        if limit is not None and num_rows >= limit:
+            break
+        num_rows += 1
+        item = _to_example(row, line, source.name)
+        if isinstance(item, Example) and not _is_unicode(item):
+            item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
+        if isinstance(item, Example):
+            if item.example_id in seen:
+                item = SkippedRow(line, f"id {item.example_id!r} stands on an earlier line")
+            else:
+                seen.add(item.example_id)
+        yield item
+    if num_rows == 0:
+        raise UserError("the data holds no row", where=source.name, advice="Give a file with at least one row")
+
+
+def _rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
+    path = source.path
+    if path is None:
+        yield from enumerate(source.dataset, start=1)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="strict") as file:
+            line = 0
+            try:
+                for line, text in enumerate(file, start=1):
+                    if text.strip():
+                        yield line, json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(f"line {line} is not JSON: {error.msg} at column {error.colno}", where=path) from None
+            except UnicodeDecodeError as error:
+                raise UserError(f"line {line + 1} is not UTF-8: {error.reason}", where=path) from None
+    else:
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {error.lineno} is not JSON: {error.msg}", where=path) from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"the file is not UTF-8: {error.reason}", where=path) from None
+        if not isinstance(rows, list):
+            raise UserError("the file holds no list of rows", found=type(rows).__name__, expected="list", where=path)
+        yield from enumerate(rows, start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        line = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"the file is not Parquet: {error}", where=path) from None
+
+
+def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
+    if not isinstance(row, dict):
+        raise UserError(f"line {line} holds no object", found=type(row).__name__, expected="object", where=name)
+    forms = [key for key in ("instruction", "messages", "prompt") if row.get(key) is not None]
+    if not forms:
+        raise UserError(
+            f"line {line} is without `instruction`",
+            found=f"keys {', '.join(map(str, row)) or '(none)'}",
+            expected="`instruction`, `messages` or `prompt`",
+            where=name,
+        )
+    form = forms[0]
+    example_id = str(row["id"]) if row.get("id") not in (None, "") else f"line-{line:08d}"
+    category = str(row.get("category") or row.get("task") or "")
+    try:
+        if form == "messages":
+            messages, references = _read_messages(row["messages"])
+            return Example(example_id, line, references, messages=messages, category=category)
+        references = _read_references(row)
+        text = _read_text(row, form)
+        if form == "prompt":
+            return Example(example_id, line, references, prompt=text, category=category)
+        extra = row.get("input")
+        if extra is not None and not isinstance(extra, str):
+            return SkippedRow(line, f"`input` is {type(extra).__name__}, not text")
+        return Example(example_id, line, references, instruction=text, input=(extra or "").strip(), category=category)
+    except _UnusableValueError as error:
+        return SkippedRow(line, str(error))
+
+
+def _is_unicode(example: Example) -> bool:
+    turns = [turn.content for turn in example.messages or ()]
+    try:
+        for text in (*turns, *example.references, example.instruction, example.input, example.prompt):
+            (text or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _UnusableValueError(ValueError):
+    pass
+
+
+def _read_text(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise _UnusableValueError(f"`{key}` is {type(value).__name__}, not text")
+    if not value.strip():
+        raise _UnusableValueError(f"`{key}` is empty")
+    return value
+
+
+def _read_references(row: dict[str, Any]) -> tuple[str, ...]:
+    value = row.get("output")
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        raise _UnusableValueError("`output` is neither text nor a list of texts")
+    return tuple(item for item in values if item.strip())
+
+
+def _read_messages(value: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    if not isinstance(value, list) or not value:
+        raise _UnusableValueError("`messages` is not a list of turns")
+    messages = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in _ROLES:
+            raise _UnusableValueError(
+                f"a turn of `messages` is no object with role {'/'.join(_ROLES)} and text content"
+            )
+        messages.append(Message(turn["role"], turn["content"]))
+    references: tuple[str, ...] = ()
+    if messages[-1].role == "assistant":
+        answer = messages.pop().content
+        references = (answer,) if answer.strip() else ()
+    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        raise _UnusableValueError("`messages` has no user turn to answer")
+    return tuple(messages), references

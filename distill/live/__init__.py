@@ -1,0 +1,1 @@
+"""Student responses drawn during training and scored by a teacher server."""

@@ -1,0 +1,216 @@
+"""What draws the student's responses while it trains.
+
+A draw is a pure function of weights, prompt and seed: every row has random numbers of its own, so that neither its
+neighbours in a batch nor the trainer's generator matter, and the trainer's is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpkd.core.errors import UserError, first_line
+from dpkd.teacher_cache.engines.decoding import left_padded, next_inputs
+from dpkd.teacher_cache.engines.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory, resolve_engine
+
+if TYPE_CHECKING:
+    from dpkd.core.models import ModelSource
+    from dpkd.distill.options.train import TrainConfig
+
+#: sequences that are drawn together
+DRAW_BATCH = 32
+
+
+class DrawCancelledError(Exception):
+    """The draw was given up because the run ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A response of the student: ids with their EOS. `index` is that of its request."""
+
+    index: int
+    response_ids: np.ndarray
+    finish_reason: FinishReason
+
+
+class Sampler(Protocol):
+    """Draws with the weights that it was given last."""
+
+    def refresh(self, model: nn.Module) -> None:
+        """Take over the weights of `model` as they are now; no draw may be under way."""
+        ...
+
+    def draw(self, requests: Sequence[GenerateRequest], cancelled: threading.Event) -> Iterator[Drawn]:
+        """A response to each request, in any order, batch by batch.
+
+        Raises `DrawCancelledError` soon after `cancelled` is set.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+def sampling_of(config: TrainConfig, stop_token_ids: Sequence[int], max_new_tokens: int) -> Sampling:
+    """How `config` has responses drawn."""
+    return Sampling(config.sample_temperature, config.sample_top_p, max_new_tokens, tuple(stop_token_ids))
+
+
+class TransformersSampler:
+    """Draws with the trained model itself, or (with `copies`) with a copy of it that `refresh` brings up to date.
+
+    Args:
+        num_tokens: ids from here on pad the vocabulary and are never drawn.
+        autocast: the number type of the forward pass, as in training; None leaves it to the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: Sampling,
+        *,
+        num_tokens: int,
+        device: torch.device,
+        copies: bool,
+        autocast: torch.dtype | None = None,
+        batch_size: int = DRAW_BATCH,
+    ) -> None:
+        self._model: Any = copy.deepcopy(model).eval() if copies else model
+        self._copies = copies
+        self._sampling, self._num_tokens, self._device = sampling, num_tokens, device
+        self._autocast, self._batch_size = autocast, batch_size
+        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """See `Sampler.refresh`."""
+        if not self._copies:
+            return
+        held = self._model.state_dict()
+        for name, value in model.state_dict().items():
+            held[name].copy_(value)
+
+    def draw(self, requests: Sequence[GenerateRequest], cancelled: threading.Event) -> Iterator[Drawn]:
+        """See `Sampler.draw`."""
+        # prompts of like length together: less padding
+        ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
+        for start in range(0, len(ordered), self._batch_size):
+            yield from self._draw_batch(ordered[start : start + self._batch_size], cancelled)
+
+    def _draw_batch(self, batch: Sequence[GenerateRequest], cancelled: threading.Event) -> list[Drawn]:
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad(), self._in_autocast():
+                return self._decode(batch, cancelled)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"drawing the student's responses ran out of memory: {first_line(error)}",
+                found=f"{len(batch)} responses of up to {self._sampling.max_new_tokens} tokens",
+                advice="Lower sample_max_new_tokens, or the memory that training takes (--batch-size)",
+            ) from error
+        finally:
+            self._model.train(was_training)
+
+    def _in_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._autocast)
+
+    def _decode(self, batch: Sequence[GenerateRequest], cancelled: threading.Event) -> list[Drawn]:
+        streams = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
+        ids: list[list[int]] = [[] for _ in batch]
+        stopped: set[int] = set()
+        inputs = left_padded(
+            [request.prompt_ids for request in batch], self._device, takes_positions=self._takes_positions
+        )
+        running = list(range(len(batch)))  # the batch's rows, in the order of the tensors' rows
+        for _ in range(self._sampling.max_new_tokens):
+            if cancelled.is_set():
+                raise DrawCancelledError
+            output = self._model(**inputs, use_cache=True, logits_to_keep=1)
+            uniform = [streams[row].random() for row in running]
+            token_B = choose_tokens(output.logits[:, -1, : self._num_tokens], uniform, self._sampling)
+            for row, token in zip(running, token_B.tolist(), strict=True):
+                if row not in stopped:
+                    ids[row].append(token)
+                    if token in self._sampling.stop_token_ids:
+                        stopped.add(row)
+            if len(stopped) == len(batch):
+                break
+            inputs = next_inputs(inputs, token_B, output.past_key_values)
+            kept = [place for place, row in enumerate(running) if row not in stopped]
+            if 2 * len(kept) <= len(running):  # the finished half is dropped: the rest goes on in a smaller batch
+                running = [running[place] for place in kept]
+                inputs = _rows_of(inputs, torch.tensor(kept, device=self._device))
+        return [
+            Drawn(request.index, np.array(ids[row], np.int32), "stop" if row in stopped else "length")
+            for row, request in enumerate(batch)
+        ]
+
+    def close(self) -> None:
+        """See `Sampler.close`."""
+        self._model = None
+
+
+def _rows_of(inputs: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    inputs["past_key_values"].batch_select_indices(places)
+    return {name: value[places] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def choose_tokens(logits_BV: Tensor, uniform: Sequence[float], sampling: Sampling) -> Tensor:
+    """One token a row: the arg-max at temperature 0, else the inverse cumulative distribution at `uniform` in [0, 1).
+
+    The cumulative sum runs in vocabulary order: rank order would swap near-ties when another batching moves a logit by
+    a rounding, and with them the tokens that are drawn.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.float().argmax(dim=1)
+    probs_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=1)
+    if sampling.top_p < 1:
+        ranked_BV, order_BV = probs_BV.sort(dim=1, descending=True)
+        # nucleus: a token stays when the mass before it is below top_p; the first one always does
+        outside_BV = ranked_BV.cumsum(dim=1) - ranked_BV >= sampling.top_p
+        probs_BV = probs_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), 0.0)
+    cumulative_BV = probs_BV.cumsum(dim=1)
+    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=probs_BV.device)
+    token_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)[:, 0]
+    return token_B.clamp(max=probs_BV.shape[1] - 1)
+
+
+def open_sampler(
+    config: TrainConfig,
+    student: ModelSource,
+    model: nn.Module,
+    device: torch.device,
+    sampling: Sampling,
+    max_length: int,
+) -> Sampler:
+    """The sampler of `config`, with the weights of `model`. `max_length`: longest prompt and response, in tokens."""
+    if config.sampler == "vllm":
+        resolve_engine("vllm")
+        from dpkd.distill.live.vllm_sampler import VllmSampler, check_vllm_sampler
+
+        check_vllm_sampler(config)
+        return VllmSampler(student, sampling, max_length=max_length, dtype=config.dtype)
+    return TransformersSampler(
+        model,
+        sampling,
+        num_tokens=len(student.tokenizer),
+        device=device,
+        copies=config.staleness > 0,
+        autocast=torch.bfloat16 if config.dtype == "bfloat16" else None,
+    )

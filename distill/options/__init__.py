@@ -1,0 +1,1 @@
+"""Options of `dpkd train` and `dpkd init-student`."""

@@ -1,0 +1,1 @@
+"""Training rows from a cache, a round, plain data or a corpus."""

@@ -1,0 +1,163 @@
+"""Where the documents of a corpus come from: a file, or a dataset that is streamed; and what they are by content."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd.core.errors import UserError, first_line
+from dpkd.core.identity import file_sha256, fingerprint
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """Documents that can be walked through again and again, in one order.
+
+    `identity` holds name and content hash; a dataset of a hub has the hash that the library gives it, which is its
+    revision's. `documents` leaves out those that hold white space alone. `num_bytes` is the size of a local file.
+    """
+
+    name: str
+    identity: dict[str, str]
+    documents: Callable[[], Iterator[str]]
+    num_bytes: int | None = None
+
+
+def open_documents(location: str) -> DocumentSource:
+    """The documents at `location`, a file or a dataset's name (see `dpkd.distill.rows.corpus.Corpus`).
+
+    Raises `UserError` when there is none; a row that has no text, or a line that cannot be read, raises it where it is
+    met.
+    """
+    path = Path(location)
+    return _open_local(path) if path.suffix in _READERS or path.is_file() else _open_dataset(location)
+
+
+def _open_local(path: Path) -> DocumentSource:
+    if not path.is_file():
+        raise UserError("the corpus is missing", where=path, advice=f"Give a file ({_SUFFIXES}) or a datasets name")
+    if path.suffix not in _READERS:
+        raise UserError(
+            "the corpus has a suffix that is not known", found=repr(path.suffix), expected=_SUFFIXES, where=path
+        )
+    identity = {"name": path.name, "sha256": file_sha256(path)}
+    return DocumentSource(str(path), identity, lambda: _READERS[path.suffix](path), path.stat().st_size)
+
+
+def _open_dataset(location: str) -> DocumentSource:
+    import datasets
+
+    name, *rest = location.split(":")
+    config, split = ([None] * 2 + rest)[-2:]
+    split = split or "train"
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as error:
+        raise UserError(
+            "the corpus is neither a file nor a dataset that the `datasets` library can stream",
+            found=repr(location),
+            advice=f"Give a file ({_SUFFIXES}), NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the library said: "
+            f"{first_line(error)}",
+        ) from None
+
+    def documents() -> Iterator[str]:
+        walk = enumerate(rows, start=1)
+        while True:
+            try:
+                line, row = next(walk)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise UserError(
+                    f"the corpus cannot be read on: {first_line(error)}",
+                    where=location,
+                    advice="Run the same command again; it goes on from the last checkpoint",
+                ) from error
+            if text := _text(row, line, location):
+                yield text
+
+    files = (builder.config.data_files or {}).get(split, [])
+    if Path(name).is_dir():  # the library's hash of it changes with the place and time of the files
+        content = fingerprint([[Path(file).name, file_sha256(Path(file))] for file in files])
+        return DocumentSource(location, {"name": Path(name).name, "split": split, "sha256": content}, documents)
+    identity = {"name": name, "config": config or "", "split": split, "hash": str(builder.hash)}
+    return DocumentSource(location, identity, documents)
+
+
+def _text(row: Any, line: int, where: object) -> str:
+    """The text of a row as it stands; empty where it is white space alone."""
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        found = f"keys {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and "text" in row:
+            found = f"`text` of type {type(text).__name__}"
+        raise UserError(f"row {line} of the corpus has no text", found=found, expected="text in `text`", where=where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the text of row {line} holds half a surrogate pair, which no tokenizer takes", where=where
+        ) from None
+    return text if text.strip() else ""
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    for line, content in _lines(path):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {line} is not JSON: {error.msg} at column {error.colno}", where=path) from None
+        if text := _text(row, line, path):
+            yield text
+
+
+def _txt_documents(path: Path) -> Iterator[str]:
+    for has_text, lines in itertools.groupby(
+        (content for _, content in _lines(path)), key=lambda line: bool(line.strip())
+    ):
+        if has_text:
+            yield "".join(lines).rstrip("\n")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    line = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line, content in enumerate(file, start=1):
+                yield line, content
+    except UnicodeDecodeError as error:
+        raise UserError(f"line {line + 1} is not UTF-8: {error.reason}", where=path) from None
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if "text" not in names:
+            raise UserError(
+                "the corpus has no text", found=f"columns {', '.join(names)}", expected="a column `text`", where=path
+            )
+        rows = (row for part in file.iter_batches(batch_size=1024, columns=["text"]) for row in part.to_pylist())
+        for line, row in enumerate(rows, start=1):
+            if text := _text(row, line, path):
+                yield text
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"the file is not Parquet: {error}", where=path) from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".jsonl": _jsonl_documents,
+    ".parquet": _parquet_documents,
+    ".txt": _txt_documents,
+}
+_SUFFIXES = " or ".join(_READERS)

@@ -1,0 +1,1 @@
+"""What surrounds the training loop: set-up, checkpoints, validation, logs, ranks."""

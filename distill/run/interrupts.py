@@ -1,0 +1,47 @@
+"""Interrupts that let the step in hand end first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from dpkd.core.progress import say
+
+#: a launcher hands on the Ctrl-C that the terminal has sent to every process already: that is one wish, not two
+_ONE_WISH_S = 1.0
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM end the step first: `asked` turns true. A second one, a second later, interrupts at once.
+
+    `quiet` says nothing, as for all ranks but the main one.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.asked = False
+        self._quiet = quiet
+        self._asked_s = 0.0
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            if time.monotonic() - self._asked_s < _ONE_WISH_S:
+                return
+            raise KeyboardInterrupt
+        self.asked, self._asked_s = True, time.monotonic()
+        if not self._quiet:
+            say("interrupted: finishing this step and writing a checkpoint")
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,166 @@
+"""The processes of one run: what they are started as, and what they have to agree on.
+
+With one process every function here is the plain call it stands for.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+
+from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.trackers import TRACKER_DIR
+
+#: longest wait for another rank: one may score answers, or wait for rows, while the others stand still
+_TIMEOUT = timedelta(hours=2)
+
+_T = TypeVar("_T")
+
+
+class OtherRankFailed(SystemExit):
+    """Another rank has said what is wrong: this one ends with the same status and says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+
+def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accelerator:
+    """The accelerator of this process; raises `UserError` for a device, a number type or a sharding that is not there.
+
+    How many processes there are, and on which devices, is said by what started this one (`accelerate launch`,
+    `torchrun`); so is sharding, unless the option asks for it.
+    """
+    choose_device(config.device)
+    cpu = config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
+    if config.dtype == "bfloat16" and not cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            "this device does not compute in bfloat16",
+            found=torch.cuda.get_device_name(),
+            expected="a device with bfloat16",
+            where="option 'dtype'",
+            advice="Choose --set dtype=float32",
+        )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # its successor in newer versions of torch is not there in older ones
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated", category=FutureWarning)
+    if not torch.distributed.is_initialized():
+        # accelerate remembers the first run's device and precision; a notebook may start another
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = _sharding(config) if several else None
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        fsdp_plugin=plugin,
+        log_with=log_with,
+        project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / TRACKER_DIR)),
+        kwargs_handlers=[
+            # the corpus term calls the student a second time before the backward pass: buffers must stay as they are
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=_TIMEOUT),
+        ],
+    )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate passes the plugin over on CPUs, though all it calls works there (gloo)
+        if config.dtype == "bfloat16":
+            plugin.set_mixed_precision("bf16")
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # accelerate takes this from a data loader, of which there is none here
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    return accelerator
+
+
+def leave_group() -> None:
+    """End the process group of this process, if there is one; called when nothing of the run is left.
+
+    The last to let go of the group waits for gloo's threads, which need the interpreter's lock to end. Python's own
+    reference gives the lock up for that; the reducer of a `DistributedDataParallel` does not, and waits for ever.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:
+    asked_of_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if config.sharding is None and not asked_of_accelerate:
+        return None
+    # every rank reads the weights itself, so that a checkpoint is read in one way
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if config.sharding is not None:
+        return FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "only the second version of FSDP is supported",
+            found=f"fsdp_version {plugin.fsdp_version}",
+            expected="fsdp_version 2",
+            where="accelerate's config",
+            advice="Set `fsdp_version: 2` there, or leave FSDP out of it and give --set sharding=fsdp2",
+        )
+    return plugin
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each rank holds a part of every weight only."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def together(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
+    """Call `act` on every rank and wait for all; a `UserError` of one is raised by it, and ends the others in silence.
+
+    The first rank with an error is the one that says it.
+    """
+    error: UserError | None = None
+    result: Any = None
+    try:
+        result = act()
+    except UserError as raised:
+        error = raised
+    raise_first(accelerator, error)
+    return cast(_T, result)
+
+
+def raise_first(accelerator: Accelerator, error: UserError | None) -> None:
+    """Raise the error of the first rank that has one, on that rank; the others raise `OtherRankFailed`."""
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    failed = gather_object([error is not None])
+    if not any(failed):
+        return
+    if error is not None and failed.index(True) == accelerator.process_index:
+        raise error
+    raise OtherRankFailed
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
+    """Call `act` on the main process while the others wait; what it gives, on every rank."""
+    result = together(accelerator, lambda: act() if accelerator.is_main_process else None)
+    if accelerator.num_processes > 1:
+        result = broadcast_object_list([result])[0]
+    return cast(_T, result)

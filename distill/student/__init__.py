@@ -1,0 +1,1 @@
+"""Students made from a teacher's layers."""

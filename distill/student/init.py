@@ -1,0 +1,245 @@
+"""Make a student: of the teacher's layers and neurons, with random weights, or as a copy of another checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError, first_line
+from dpkd.core.files import write_atomic
+from dpkd.core.identity import canonical_json, fingerprint, is_made
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import say
+from dpkd.distill.options.student import InitStudentConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: what the student is made of, by which it is known again
+_MARKER = "dpkd-student.json"
+#: number of parameters, and what was measured before training
+REPORT = "student.json"
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A student before it is made: what it is made of, in words too, and what writes its model into a directory."""
+
+    made_of: dict[str, Any]
+    words: str
+    write: Callable[[Path], None]
+
+
+def init_student(config: InitStudentConfig) -> Path:
+    """Write the student that `config` describes to `config.out`; the directory.
+
+    With `config.cache` the student is then measured on it; the measures stand in student.json beside the number of
+    parameters. A student that was made of the same with the same options is left as it is, and so are its measures on
+    the same rows; other content is an error. Raises `UserError` when teacher, cache and options do not fit together.
+    """
+    teacher = locate_model(config.teacher, "teacher")
+    cache = None if config.cache is None else TeacherCache.open(config.cache)
+    if cache is not None:
+        cache.check_tokenizer(teacher, "teacher")
+    if config.from_config is not None:
+        plan = _random(config.from_config, config.seed, teacher)
+    elif config.from_checkpoint is not None:
+        plan = _copied(config.from_checkpoint, teacher)
+    else:
+        plan = _pruned(config, teacher, cache)
+    choose_device(config.device)
+    if is_made(config.out, _MARKER, plan.made_of, "student"):
+        say(f"the student {config.out} is complete")
+    else:
+        _write(config, teacher, plan)
+    if cache is not None:
+        _measure(config, cache)
+    return config.out
+
+
+def _pruned(config: InitStudentConfig, teacher: ModelSource, cache: TeacherCache | None) -> _Plan:
+    from dpkd.distill.student.pruning import check_mlp_width, choose_layers, keep_layers, neuron_sizes, prune_mlps
+
+    num_layers = int(teacher.config.get_text_config().num_hidden_layers)
+    kept = choose_layers(num_layers, config.layers, config.keep)
+    made_of: dict[str, Any] = {"teacher": teacher.identity("float32"), "layers": kept}
+    words = f"layers {', '.join(map(str, kept))} of {num_layers}" if len(kept) < num_layers else f"{num_layers} layers"
+    width = config.mlp_width
+    if width is not None:
+        assert cache is not None  # the config's own check
+        made_of |= {"mlp_width": width, "cache": cache.fingerprint, "cache_rows": config.cache_rows}
+        words += f", {width} neurons in every MLP"
+        check_mlp_width(_skeleton(teacher.config), width)
+
+    def write(directory: Path) -> None:
+        model = teacher.load("float32")
+        if width is None:
+            student = keep_layers(model, kept)
+        else:
+            from dpkd.distill.student.measures import batches_of, sample_rows
+
+            assert cache is not None
+            device = choose_device(config.device)
+            rows = sample_rows(cache, config.cache_rows)
+            say(f"measuring the teacher's neurons on {len(rows)} rows of {cache.folder}")
+            sizes_LW = neuron_sizes(cast(Any, model).to(device), batches_of(rows, device)).cpu()
+            student = prune_mlps(keep_layers(model.cpu(), kept), width, sizes_LW[kept])
+        student.save_pretrained(directory)
+
+    return _Plan(made_of, words, write)
+
+
+def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
+    student_config = _read_config(path)
+    num_tokens, vocab_size = len(teacher.tokenizer), int(student_config.get_text_config().vocab_size)
+    if vocab_size < num_tokens:
+        raise UserError(
+            "the config's vocabulary is smaller than the teacher's tokenizer",
+            found=f"vocab_size {vocab_size}",
+            expected=f"at least {num_tokens}",
+            where=path,
+            advice=f"Set its vocab_size to the teacher's {teacher.vocab_size}",
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # ids are the tokenizer's, which is the teacher's
+        setattr(student_config, name, getattr(teacher.config, name, None))
+
+    def write(directory: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = AutoModelForCausalLM.from_config(student_config, dtype=torch.float32)
+        if (teacher.path / "generation_config.json").is_file():
+            student.generation_config = GenerationConfig.from_pretrained(teacher.path)
+        student.save_pretrained(directory)
+
+    content = student_config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):  # say nothing of the student
+        content.pop(key, None)
+    made_of = {
+        "config": fingerprint(content),
+        "seed": seed,
+        "tokenizer": teacher.tokenizer_identity(),
+    }
+    return _Plan(made_of, f"random weights of {path}, seed {seed}", write)
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise UserError("the student's config is missing", where=path, advice="Give the path of a config.json")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"the student's config cannot be used: {first_line(error)}",
+            where=path,
+            advice="Give a config.json with the model_type of a model in transformers",
+        ) from None
+
+
+def _copied(name: str, teacher: ModelSource) -> _Plan:
+    from dpkd.distill.rows.vocabulary import check_width
+
+    source = locate_model(name, "checkpoint")
+    ours, theirs = source.tokenizer_identity(), teacher.tokenizer_identity()
+    if ours["sha256"] != theirs["sha256"]:
+        raise UserError(
+            "the checkpoint's tokenizer is not the teacher's",
+            found=f"{ours['sha256'][:12]} ({ours['num_tokens']} tokens) of {source.name}",
+            expected=f"{theirs['sha256'][:12]} ({theirs['num_tokens']} tokens) of {teacher.name}",
+            advice="Give a checkpoint with the teacher's tokenizer, such as a smaller model of its family",
+        )
+    check_width(source, teacher.vocab_size)
+
+    def write(directory: Path) -> None:
+        directory.mkdir(parents=True)
+        for pattern in _MODEL_FILES:
+            for file in source.path.glob(pattern):
+                shutil.copyfile(file, directory / file.name)
+
+    made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
+    return _Plan(made_of, f"a copy of {name}", write)
+
+
+def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None:
+    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        plan.write(temporary)
+        copy_tokenizer(teacher, temporary)
+        parameters = _count_parameters(ModelSource(str(config.out), temporary).config)
+        (temporary / REPORT).write_bytes(canonical_json({"parameters": parameters}))
+        (temporary / _MARKER).write_bytes(canonical_json(plan.made_of))
+        (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
+        if config.out.is_dir():
+            config.out.rmdir()  # empty, as `is_made` found it
+        temporary.replace(config.out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"the student {config.out}: {plan.words}; {parameters / 1e6:.1f}M parameters")
+
+
+def _measure(config: InitStudentConfig, cache: TeacherCache) -> None:
+    """Measure the student in `config.out` on `cache`, unless its report has it, and say what came out."""
+    report_path = config.out / REPORT
+    student = locate_model(str(config.out), "student")
+    if report_path.is_file():
+        report = json.loads(report_path.read_bytes())
+    else:
+        report = {"parameters": _count_parameters(student.config)}
+    measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows}
+    if report.get("measured_on") != measured_on:
+        from dpkd.distill.student.measures import measure_student
+
+        measures = measure_student(
+            student, student.load("float32"), cache, config.cache_rows, choose_device(config.device)
+        )
+        report |= {"measured_on": measured_on, "before_training": measures}
+        write_atomic(report_path, canonical_json(report))
+    measures = report["before_training"]
+    kl = "" if measures["kl"] is None else f", KL to the teacher {measures['kl']:.3f} nats a token"
+    say(
+        f"the student {config.out} before training: perplexity {measures['perplexity']:.5g}{kl} "
+        f"({measures['tokens']} response tokens of {measures['rows']} rows of {cache.folder})"
+    )
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of `config` whose weights have shapes and no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of a model of `config`, tied ones counted once."""
+    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
+
+
+def copy_tokenizer(source: ModelSource, directory: Path) -> None:
+    """The tokenizer's own files, byte for byte: saving it anew could change them."""
+    for pattern in _TOKENIZER_FILES:
+        for file in source.path.glob(pattern):
+            shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,177 @@
+"""A model held against a cache: perplexity of its responses, divergences from its distributions, implicit rewards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import Progress
+from dpkd.core.prompts.templates import PromptEncoder
+from dpkd.distill.batches.batch import Batch, BatchOrder, TrainingRow, collate
+from dpkd.distill.objectives.preference import sum_by_row
+from dpkd.distill.objectives.readings import distribution_fields, measured
+from dpkd.distill.objectives.student_forward import Positions, StudentScorer, check_head
+from dpkd.distill.rows.sources import CacheRows, check_positions
+from dpkd.distill.rows.vocabulary import narrowed
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+_BATCH_SIZE = 8
+_LOGITS_CHUNK = 1024
+_LARGEST_EXPONENT = 700.0  # exp of more is no float64; a model that far off is told apart by its log-probs
+
+
+def sample_rows(cache: TeacherCache, num_rows: int) -> list[TrainingRow]:
+    """`num_rows` rows of `cache`, or all where it has fewer: always the same ones, shuffled over shards."""
+    rows = CacheRows(cache, cache.shards(), None)
+    sizes = rows.group_sizes
+    places = BatchOrder(sizes, seed=0, global_batch_size=min(num_rows, sum(sizes))).rows_of(0)
+    return [rows.row(*place) for place in places]
+
+
+def batches_of(rows: list[TrainingRow], device: torch.device, *, with_distributions: bool = False) -> Iterator[Batch]:
+    """`rows` in batches on `device`, in order."""
+    for start in range(0, len(rows), _BATCH_SIZE):
+        yield collate(rows[start : start + _BATCH_SIZE], with_distributions=with_distributions).to(device)
+
+
+def measure_model(
+    path: str, cache: str | Path, *, num_rows: int, beta: float = 0.1, device: str = "auto", dtype: str = "float32"
+) -> dict[str, Any]:
+    """`measure_student` of the checkpoint `path` (directory or hub name) on the cache at `cache` (path or URL).
+
+    `device` is auto, cpu or cuda. Raises `UserError` for a model or a cache that cannot be read, and for a model with
+    another tokenizer, or another prompt template, than the cache's.
+    """
+    student, held = locate_model(path, "model"), TeacherCache.open(cache)
+    check_same_prompts(student, held)
+    return measure_student(student, student.load(dtype), held, num_rows, choose_device(device), beta)
+
+
+def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
+    """Raise `UserError` unless `model` reads the cache's rows as they were written.
+
+    Its tokenizer is the cache's, and so is the template that it says it was trained with; of a checkpoint without
+    `dpkd.json`, the one that its tokenizer holds.
+    """
+    cache.check_tokenizer(model, "model")
+    held = cache.identities["template"]
+    ours = _trained_with(model) or PromptEncoder(model.tokenizer, held["name"]).identity()
+    if (ours["name"], ours["sha256"]) != (held["name"], held["sha256"]):
+        raise UserError(
+            "the model's prompt template is not the cache's",
+            found=f"{ours['name']} (sha256 {ours['sha256'][:12]}) of {model.name}",
+            expected=f"{held['name']} (sha256 {held['sha256'][:12]})",
+            where=cache.folder,
+            advice="Give a model that was trained with the cache's template, or another cache",
+        )
+
+
+def _trained_with(model: ModelSource) -> dict[str, str] | None:
+    path = model.path / "dpkd.json"
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["template"]
+        return {key: str(told[key]) for key in ("name", "sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint's dpkd.json names no template: {type(error).__name__} {error}",
+            where=path,
+            advice="Delete the file to measure the model with the cache's template",
+        ) from None
+
+
+def measure_student(
+    student: ModelSource,
+    model: nn.Module,
+    cache: TeacherCache,
+    num_rows: int,
+    device: torch.device,
+    beta: float = 0.1,
+) -> dict[str, Any]:
+    """What `model` makes of at most `num_rows` rows of `cache`; values in nats.
+
+    Means over response tokens, EOS counted: `perplexity` of the cached responses; `kl` and `rkld`,
+    KL(teacher || student) and KL(student || teacher), with the tokens outside the kept entries as one bucket (lower
+    bounds of the true ones); `top1_agreement`, the share of tokens at which both find the same one likeliest.
+    `kld_first` and `rkld_first` are means over rows of the same at the first response token. Means over rows:
+    `reward`, beta/|y| log q(y)/p(y) of the cached response (Eq. 29 with Eq. 9's division), and `reward_sum` without
+    the division. What needs distributions is None where the cache keeps none.
+
+    Raises `UserError` for a student whose positions end before the rows do, or whose logits are not numbers.
+    """
+    sums = row_measures(student, model, cache, num_rows, device)
+    num_tokens_N = sums["tokens"]
+    log_ratio_N = sums["teacher_nll"] - sums["nll"]  # log q(y)/p(y)
+
+    def mean(name: str, weights_N: np.ndarray | None = None) -> float | None:
+        if name not in sums:
+            return None
+        return float(sums[name].sum() / (len(num_tokens_N) if weights_N is None else weights_N.sum()))
+
+    return {
+        "rows": len(num_tokens_N),
+        "tokens": int(num_tokens_N.sum()),
+        "perplexity": math.exp(min(sums["nll"].sum() / num_tokens_N.sum(), _LARGEST_EXPONENT)),
+        "kl": mean("kld", num_tokens_N),
+        "rkld": mean("rkld", num_tokens_N),
+        "kld_first": mean("kld_first"),
+        "rkld_first": mean("rkld_first"),
+        "top1_agreement": mean("agrees", num_tokens_N),
+        "beta": beta,
+        "reward": float((beta * log_ratio_N / num_tokens_N).mean()),  # Eq. 29 over |y|, as Eq. 9 has it
+        "reward_sum": float((beta * log_ratio_N).mean()),
+    }
+
+
+@torch.no_grad()
+def row_measures(
+    student: ModelSource, model: nn.Module, cache: TeacherCache, num_rows: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """What `measure_student` is made of, by name: one float64 a row, in the order of `sample_rows`.
+
+    `tokens` (EOS counted); sums over them: `nll` and `teacher_nll`, -log q(y) and -log p(y) of the cached response,
+    and with distributions `kld`, `rkld`, `agrees`; `kld_first`, `rkld_first` at the first one. Nats. Raises as
+    `measure_student`.
+    """
+    rows = sample_rows(cache, num_rows)
+    longest = max(len(row.chosen.prompt_ids) + len(row.chosen.response_ids) for row in rows)
+    check_positions(longest, student.max_positions, where=student.name)
+    model = model.to(device).eval()
+    check_head(model, student.name)
+    scorer = StudentScorer(model, num_tokens=len(student.tokenizer), logits_chunk=_LOGITS_CHUNK)
+    parts: list[dict[str, Tensor]] = []
+    with Progress("rows of the cache", len(rows), "rows") as progress:
+        for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
+            batch = narrowed(wide_batch, student.vocab_size)
+            fields = {"target": batch.target_T} | distribution_fields(batch)
+            values = scorer(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, _read)
+            parts.append(_of_rows(batch, values))
+            progress.advance(batch.num_rows)
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+def _read(at: Positions) -> dict[str, Tensor]:
+    return {"nll": -at.logprob(at.fields["target"])} | measured(at)
+
+
+def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert batch.teacher_logprob_T is not None  # the teacher has scored every row of a cache
+    values = values | {"teacher_nll": -batch.teacher_logprob_T}
+    # float64 on the CPU: some devices have none
+    row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}
+    found = {name: sum_by_row(value, row_T, batch.num_rows) for name, value in by_token.items() if name != "entropy"}
+    num_tokens_B = batch.num_tokens_B.cpu()
+    first_B = num_tokens_B.cumsum(0) - num_tokens_B
+    found |= {f"{name}_first": by_token[name][first_B] for name in ("kld", "rkld") if name in by_token}
+    return found | {"tokens": num_tokens_B.double()}

@@ -1,0 +1,234 @@
+"""A smaller model from the weights of a larger one of the same family: fewer layers, fewer neurons in each MLP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dpkd.core.errors import UserError
+from dpkd.distill.batches.batch import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedModel
+
+#: (projections into the neurons, projection out of them) by the names that families give them
+_MLP_NAMES = (
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen2, Gemma and most of today's
+    (("up_proj",), "down_proj"),
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("fc1",), "fc2"),  # OPT (on the layer itself), Phi
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+)
+#: the config's name of the number of neurons
+_WIDTH_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+#: lists of the config with one value a layer
+_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One layer's MLP: names of its modules in the model, and its width W in neurons."""
+
+    inputs: tuple[str, ...]
+    output: str
+    width: int
+
+
+def spread_layers(num_layers: int, num_kept: int) -> list[int]:
+    """`num_kept` of `num_layers` layers, evenly from the first to the last (the first alone for one)."""
+    if num_kept == 1:
+        return [0]
+    return [round(place * (num_layers - 1) / (num_kept - 1)) for place in range(num_kept)]
+
+
+def choose_layers(num_layers: int, num_kept: int | None, keep: str | Sequence[int]) -> list[int]:
+    """Numbers (from 0, ascending) of the layers that `keep` means: a list, or a way to choose `num_kept` (None: all).
+
+    Raises `UserError` when the model has not so many layers.
+    """
+    if not isinstance(keep, str):
+        if max(keep) >= num_layers:
+            raise UserError(
+                "the teacher has no such layer",
+                found=f"layer {max(keep)} in --keep",
+                expected=f"layers 0 to {num_layers - 1}",
+            )
+        return list(keep)
+    num_kept = num_layers if num_kept is None else num_kept
+    if num_kept > num_layers:
+        raise UserError(
+            "the student would have more layers than the teacher", found=num_kept, expected=f"at most {num_layers}"
+        )
+    ways: dict[str, Callable[[], list[int]]] = {
+        "spread": lambda: spread_layers(num_layers, num_kept),
+        "first": lambda: list(range(num_kept)),
+        "last": lambda: list(range(num_layers - num_kept, num_layers)),
+    }
+    return ways[keep]()
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of the same family with the layers `kept` and everything else copied."""
+    config = copy.deepcopy(model.config)
+    text_config = config.get_text_config()
+    prefix = f"{_layer_stack(model)}."
+    text_config.num_hidden_layers = len(kept)
+    for name in _LAYER_LISTS:
+        if getattr(text_config, name, None):
+            setattr(text_config, name, [getattr(text_config, name)[layer] for layer in kept])
+    place = {str(layer): str(index) for index, layer in enumerate(kept)}
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith(prefix):
+            layer, _, rest = name[len(prefix) :].partition(".")
+            if layer not in place:
+                continue
+            name = f"{prefix}{place[layer]}.{rest}"
+        weights[name] = value
+    return _rebuilt(model, config, weights)
+
+
+def mlps_of(model: PreTrainedModel) -> list[Mlp]:
+    """The MLP of every layer, in order; raises `UserError` for a family whose MLPs are not known here."""
+    prefix = f"{_layer_stack(model)}."
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    found: list[Mlp] = []
+    for name, module in model.named_modules():
+        if not name.startswith(prefix):
+            continue
+        children = {child_name: child for child_name, child in module.named_children() if hasattr(child, "weight")}
+        for inputs, output in _MLP_NAMES:
+            if {*inputs, output} <= set(children):
+                width = int(children[output].weight.shape[_neuron_axis(children[output], is_output=True)])
+                found.append(Mlp(tuple(f"{name}.{part}" for part in inputs), f"{name}.{output}", width))
+                break
+    known = _width_name(model.config.get_text_config()) is not None
+    if not known or len(found) != num_layers or len({mlp.width for mlp in found}) != 1:
+        raise UserError(
+            f"the MLPs of a {model.config.model_type} are not known here, so that neurons cannot be left out",
+            found=f"{len(found)} MLPs of widths {sorted({mlp.width for mlp in found})} in {num_layers} layers"
+            + ("" if known else ", and no width in the config"),
+            expected=f"one MLP a layer, all of one width that the config names ({', '.join(_WIDTH_NAMES)})",
+            advice="Leave out --mlp-width and keep fewer --layers",
+        )
+    return found
+
+
+def check_mlp_width(model: PreTrainedModel, width: int) -> None:
+    """Raise `UserError` unless `width` neurons can be kept in every MLP of `model`; its weights are not looked at."""
+    largest = mlps_of(model)[0].width
+    if width > largest:
+        raise UserError(
+            "the student's MLPs would have more neurons than the teacher's",
+            found=f"--mlp-width {width}",
+            expected=f"at most {largest}",
+        )
+
+
+@torch.no_grad()
+def neuron_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tensor, "L W"]:
+    """How much each neuron of each of the L layers writes: mean |activation| times the norm of its outgoing weights.
+
+    The mean is over every token of `batches`, prompts and responses alike; padding does not count. Batches must be on
+    the model's device.
+    """
+    mlps = mlps_of(model)
+    first = next(model.parameters())
+    sums_LW = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64, device=first.device)
+    num_tokens = 0
+    real_N = torch.zeros(0, dtype=torch.bool)
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            neurons_NW = arguments[0].flatten(end_dim=-2)
+            sums_LW[layer] += neurons_NW[real_N].abs().sum(dim=0, dtype=torch.float64)
+
+        return add
+
+    handles = [model.get_submodule(mlp.output).register_forward_pre_hook(hook(layer)) for layer, mlp in enumerate(mlps)]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            real_N = batch.attention_mask_BS.flatten().bool()
+            num_tokens += int(real_N.sum())
+            decoder = cast(Any, model).get_decoder()  # the head's logits are of no use here
+            decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    norms = []
+    for mlp in mlps:
+        output = model.get_submodule(mlp.output)
+        norms.append(cast(Tensor, output.weight).double().norm(dim=1 - _neuron_axis(output, is_output=True)))
+    return (sums_LW / num_tokens * torch.stack(norms)).float()
+
+
+def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"]) -> PreTrainedModel:
+    """A model of the same family whose MLPs have the `width` neurons of the largest `sizes_LW`, in their old order.
+
+    `sizes_LW` has one row a layer of `model`. Raises `UserError` when there are fewer neurons.
+    """
+    mlps = mlps_of(model)
+    check_mlp_width(model, width)
+    config = copy.deepcopy(model.config)
+    text_config = config.get_text_config()
+    setattr(text_config, str(_width_name(text_config)), width)
+    weights = dict(model.state_dict())
+    for mlp, sizes_W in zip(mlps, sizes_LW, strict=True):
+        kept = sizes_W.argsort(descending=True, stable=True)[:width].sort().values.to(next(model.parameters()).device)
+        for name in mlp.inputs:
+            axis = _neuron_axis(model.get_submodule(name), is_output=False)
+            weights[f"{name}.weight"] = _kept(weights[f"{name}.weight"], axis, kept)
+            if f"{name}.bias" in weights:
+                weights[f"{name}.bias"] = _kept(weights[f"{name}.bias"], 0, kept)
+        axis = _neuron_axis(model.get_submodule(mlp.output), is_output=True)
+        weights[f"{mlp.output}.weight"] = _kept(weights[f"{mlp.output}.weight"], axis, kept)
+    return _rebuilt(model, config, weights)
+
+
+def _width_name(text_config: Any) -> str | None:
+    return next((name for name in _WIDTH_NAMES if hasattr(text_config, name)), None)
+
+
+def _kept(weight: Tensor, axis: int, kept: Int[Tensor, " W"]) -> Tensor:
+    return weight.index_select(axis, kept)
+
+
+def _neuron_axis(module: nn.Module, *, is_output: bool) -> int:
+    """Axis of the weight along which neurons lie: `Linear` holds [out, in], GPT-2's `Conv1D` [in, out]."""
+    return int(is_output) if isinstance(module, nn.Linear) else int(not is_output)
+
+
+def _layer_stack(model: PreTrainedModel) -> str:
+    """Name of the one list of layers in `model`."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.count(".") <= 2
+    ]
+    if len(stacks) != 1:
+        raise UserError(
+            "the teacher's layers are not found: its modules hold not exactly one stack of them",
+            found=stacks,
+            expected=f"one list of {num_layers} layers",
+        )
+    return stacks[0]
+
+
+def _rebuilt(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A model of `config` with `weights`; heads stay tied or untied as the config says."""
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_config(config)
+    student.load_state_dict(weights)
+    student.generation_config = model.generation_config
+    return cast("PreTrainedModel", student)

@@ -1,0 +1,151 @@
+"""Answers that exist already: JSON lines with a `prediction` each, matched to a set by row order or by `example_id`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import file_sha256
+from dpkd.core.progress import say
+from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.inputs.eval_sets import EvalSet
+from dpkd.evaluate.options.eval import EvalConfig
+
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The given answers under one name: by (set, seed), in the order of the set's examples; `identity` by content."""
+
+    name: str
+    identity: dict[str, str]
+    answers: dict[tuple[str, int], list[Answer]]
+
+
+def read_predictions(config: EvalConfig, eval_sets: Sequence[EvalSet]) -> list[Predictions]:
+    """The predictions of `config`; raises `UserError` for a file that does not fit its set and a set without one."""
+    by_name: dict[str, dict[str, str]] = {}
+    names = [eval_set.name for eval_set in eval_sets]
+    for key, place in config.predictions.items():
+        name, _, data = key.partition(":")
+        if not data and len(names) > 1:
+            raise UserError(
+                f"it is not said which set the predictions {name!r} answer",
+                found=f"{len(names)} sets: {', '.join(names)}",
+                where="--predictions",
+                advice=f"Give --predictions {name}:{names[0]}=FILE for each set",
+            )
+        by_name.setdefault(name, {})[data or names[0]] = place
+    return [_read_name(name, places, eval_sets) for name, places in by_name.items()]
+
+
+def _read_name(name: str, places: dict[str, str], eval_sets: Sequence[EvalSet]) -> Predictions:
+    names = [eval_set.name for eval_set in eval_sets]
+    if unlike := sorted(set(places) ^ set(names)):
+        raise UserError(
+            f"the predictions {name!r} do not answer each set once",
+            found=", ".join(sorted(places)),
+            expected=", ".join(sorted(names)),
+            where="--predictions",
+            advice=f"Give one --predictions {name}:SET=FILE for each --data; the difference is {', '.join(unlike)}",
+        )
+    answers: dict[tuple[str, int], list[Answer]] = {}
+    for eval_set in eval_sets:
+        for seed, found in _read_file(Path(places[eval_set.name]), eval_set).items():
+            answers[eval_set.name, seed] = found
+    identity = {data: file_sha256(Path(place)) for data, place in places.items()}
+    return Predictions(name, identity, answers)
+
+
+def _read_file(path: Path, eval_set: EvalSet) -> dict[int, list[Answer]]:
+    by_seed: dict[int, list[tuple[str | None, str]]] = {}
+    for line, row in _lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
+            found = f"keys {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
+            raise UserError(
+                f"line {line} has no text `prediction`", found=found, where=path,
+                advice='Write {"prediction": "the answer"} a line',
+            )  # fmt: skip
+        seed = row.get("seed", DEFAULT_SEED)
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"line {line} has a `seed` that is no number from 0", found=repr(seed), where=path)
+        example_id = row.get("example_id")
+        by_seed.setdefault(seed, []).append((None if example_id is None else str(example_id), row["prediction"]))
+    if not by_seed:
+        raise UserError("the file of predictions is empty", where=path, advice="Give a line for each row of the set")
+    return {seed: _match(by_seed[seed], seed, path, eval_set) for seed in sorted(by_seed)}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("the file of predictions is missing", where=path, advice="Give a file of JSON lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the file of predictions cannot be read: {error}", where=path) from None
+    # not splitlines: it also splits at characters that JSON lets stand within a text
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            try:
+                yield line, json.loads(content)
+            except json.JSONDecodeError as error:
+                raise UserError(f"line {line} is not JSON: {error.msg}", where=path) from None
+
+
+def _match(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set: EvalSet) -> list[Answer]:
+    with_id = sum(example_id is not None for example_id, _ in given)
+    if with_id not in (0, len(given)):
+        raise UserError(
+            "some lines have an `example_id` and some have none",
+            found=f"{with_id} of {len(given)} with one",
+            where=path,
+            advice="Give every line one, or none",
+        )
+    texts = _by_id(given, seed, path, eval_set) if with_id else _by_order(given, seed, path, eval_set)
+    return [Answer(example.example_id, text, [], None) for example, text in zip(eval_set.examples, texts, strict=True)]
+
+
+def _by_order(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set: EvalSet) -> list[str]:
+    texts = [text for _, text in given]
+    num_examples = len(eval_set.examples)
+    if len(texts) == eval_set.num_rows:
+        return [texts[place] for place in eval_set.places]
+    if len(texts) == num_examples:
+        say(f"{path}: a prediction for each of the {num_examples} rows that are evaluated, none for those left out")
+        return texts
+    left_out = f" ({num_examples} without those left out)" if num_examples != eval_set.num_rows else ""
+    raise UserError(
+        f"the predictions do not have a line for each row of data {eval_set.name}",
+        found=f"{len(texts)} of seed {seed}",
+        expected=f"{eval_set.num_rows}{left_out}",
+        where=path,
+        advice="Write one line a row in the set's order, or give each line its `example_id`",
+    )
+
+
+def _by_id(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set: EvalSet) -> list[str]:
+    texts: dict[str | None, str] = {}
+    for example_id, text in given:
+        if example_id in texts:
+            raise UserError(
+                f"the example_id {example_id!r} stands on two lines of seed {seed}", where=path,
+                advice="Give each sample of an example a `seed` of its own",
+            )  # fmt: skip
+        texts[example_id] = text
+    wanted = [example.example_id for example in eval_set.examples]
+    if missing := [example_id for example_id in wanted if example_id not in texts]:
+        raise UserError(
+            f"{len(missing)} rows of data {eval_set.name} have no prediction of seed {seed}",
+            found=f"none for example_id {missing[0]!r}",
+            expected=f"all {len(wanted)}, such as {wanted[0]!r}",
+            where=path,
+            advice="A row without an `id` has the example_id line-00000001, counted from 1",
+        )
+    if extra := len(texts) - len(wanted):
+        say(f"{path}: {extra} predictions are of rows that are not evaluated, and are not used")
+    return [texts[example_id] for example_id in wanted]

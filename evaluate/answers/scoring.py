@@ -1,0 +1,157 @@
+"""Scores of every answer, by model and data set, and the table that holds them one row an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpkd.core.errors import UserError
+from dpkd.core.files import replacing
+from dpkd.core.progress import Progress
+from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.perplexity import ModelMeasures, References
+from dpkd.evaluate.answers.score_pool import score_pairs
+from dpkd.evaluate.inputs.eval_sets import EvalSet
+from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
+from dpkd.evaluate.metrics.exact_match import Scores
+from dpkd.evaluate.options.eval import EvalConfig
+
+_SCHEMA = pa.schema(
+    [
+        ("model", pa.dictionary(pa.int32(), pa.string())),
+        ("data", pa.dictionary(pa.int32(), pa.string())),
+        ("seed", pa.int64()),
+        ("example_id", pa.string()),
+        ("category", pa.string()),
+        ("bucket", pa.string()),
+        ("question", pa.string()),
+        ("prompt", pa.string()),
+        ("references", pa.list_(pa.field("element", pa.string()))),
+        ("response", pa.string()),
+        *((name, pa.float64()) for name in Scores._fields),
+        ("finish_reason", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("reference_nll", pa.float64()),
+        ("reference_tokens", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """One model's answers to one data set: S seeds by N examples.
+
+    `scores` holds the arrays [S, N] of `metrics.Scores` by name, `bucket_SN` each answer's length bucket: that of its
+    example, or its own. `references` is what the model makes of the gold responses; None where it was not measured.
+    """
+
+    model: str
+    eval_set: EvalSet
+    seeds: tuple[int, ...]
+    answers_SN: list[list[Answer]]
+    scores: dict[str, np.ndarray]
+    bucket_SN: np.ndarray
+    references: References | None = None
+
+
+def score_sets(
+    config: EvalConfig,
+    eval_sets: Sequence[EvalSet],
+    answers: Mapping[str, Mapping[tuple[str, int], list[Answer]]],
+    progress: Progress,
+    measures: Mapping[str, ModelMeasures] | None = None,
+) -> list[ScoredSet]:
+    """All scores of every answer, in one go on all cores; `answers[model][set, seed]` is in the set's order.
+
+    `measures` are those of the models themselves, to be kept beside their scores.
+    """
+    parts = [
+        (model, eval_set, {seed: found for (data, seed), found in answers_of.items() if data == eval_set.name})
+        for model, answers_of in answers.items()
+        for eval_set in eval_sets
+    ]
+    pairs = [
+        (answer.response, example.references)
+        for _, eval_set, by_seed in parts
+        for found in by_seed.values()
+        for answer, example in zip(found, eval_set.examples, strict=True)
+    ]
+    rows = iter(score_pairs(pairs, config.rouge_tokenizer, config.scoring_processes, progress))
+    scored_sets = []
+    for model, eval_set, by_seed in parts:
+        shape = (len(by_seed), len(eval_set.examples))
+        values = np.array([next(rows) for _ in range(shape[0] * shape[1])], dtype=np.float64).reshape(*shape, -1)
+        scores = {name: values[:, :, place] for place, name in enumerate(Scores._fields)}
+        found = list(by_seed.values())
+        bucket_SN = bucket_indices(eval_set, found, scores["num_words"], config)
+        measured = (measures or {}).get(model)
+        references = None if measured is None else measured.references.get(eval_set.name)
+        scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), found, scores, bucket_SN, references))
+    return scored_sets
+
+
+def bucket_indices(
+    eval_set: EvalSet, answers_SN: Sequence[Sequence[Answer]], num_words_SN: np.ndarray, config: EvalConfig
+) -> np.ndarray:
+    """The length bucket of each answer [S, N], as an index into `buckets_of(eval_set.edges)`."""
+    if config.bucket_of == "reference":
+        lengths_SN = np.tile(np.array(eval_set.lengths, dtype=int), (len(answers_SN), 1))
+    elif config.bucket_by == "words":
+        lengths_SN = num_words_SN.astype(int)
+    else:
+        counts = [[answer.num_tokens for answer in answers] for answers in answers_SN]
+        if any(count is None for row in counts for count in row):
+            raise UserError(
+                "buckets by the answers' tokens need answers whose tokens are known",
+                found="predictions, which are text alone",
+                where="--bucket-by",
+                advice="Give --bucket-by words, or --bucket-of reference",
+            )
+        lengths_SN = np.array(counts, dtype=int)
+    return np.vectorize(lambda length: bucket_index(length, eval_set.edges), otypes=[int])(lengths_SN)
+
+
+def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
+    """Write one row a model, data set, seed and example to `path` (Parquet), one row group a set and seed."""
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+        for scored in scored_sets:
+            for place in range(len(scored.seeds)):
+                writer.write_table(pa.Table.from_pylist(_rows(scored, place), schema=_SCHEMA))
+
+
+def _rows(scored: ScoredSet, place: int) -> list[dict[str, Any]]:
+    eval_set = scored.eval_set
+    buckets = buckets_of(eval_set.edges)
+    return [
+        {
+            "model": scored.model,
+            "data": eval_set.name,
+            "seed": scored.seeds[place],
+            "example_id": example.example_id,
+            "category": example.category,
+            "bucket": buckets[scored.bucket_SN[place, row]].label,
+            "question": eval_set.question(row),
+            "prompt": eval_set.prompt_text(scored.model, row),
+            "references": list(example.references),
+            "response": answer.response,
+            **{name: values_SN[place, row] for name, values_SN in scored.scores.items()},
+            "finish_reason": answer.finish_reason,
+            "num_tokens": answer.num_tokens,
+            **_of_reference(scored.references, row),
+        }
+        for row, (example, answer) in enumerate(zip(eval_set.examples, scored.answers_SN[place], strict=True))
+    ]
+
+
+def _of_reference(references: References | None, row: int) -> dict[str, float | int | None]:
+    """Nats a token of the gold response, and its tokens with EOS; null where it was not measured."""
+    if references is None or np.isnan(references.nll_N[row]):
+        return {"reference_nll": None, "reference_tokens": None}
+    num_tokens = int(references.num_tokens_N[row])
+    return {"reference_nll": float(references.nll_N[row]) / num_tokens, "reference_tokens": num_tokens}

@@ -1,0 +1,157 @@
+"""The rows to evaluate: one set of examples for every model, and each row left out named by line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dpkd.core.errors import UserError
+from dpkd.core.progress import say
+from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples
+from dpkd.core.prompts.templates import EncodedPrompt, TemplateMismatchError
+from dpkd.evaluate.inputs.models import Candidate
+from dpkd.evaluate.inputs.named_sets import open_set
+from dpkd.evaluate.metrics.buckets import num_words, resolve_edges
+from dpkd.evaluate.metrics.scripts import LostText, find_lost_text
+from dpkd.evaluate.options.eval import EvalConfig
+
+_NUM_SAID = 3
+_NOTHING_LOST = LostText(0, 0, 0)
+_NO_REFERENCE = "no reference to score against"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One data set: `examples` in file order, `prompts[model][i]` the prompt of `examples[i]` for a model.
+
+    `places[i]` is the place of `examples[i]` among the `num_rows` rows read, `lengths[i]` the length of its gold
+    response, which the bucket `edges` cut; `lost` says what Rouge's tokens lose of the references.
+    """
+
+    name: str
+    identity: dict[str, str]
+    examples: list[Example]
+    prompts: dict[str, list[EncodedPrompt]]
+    skipped: list[SkippedRow]
+    num_rows: int = 0
+    places: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    edges: tuple[int, ...] = ()
+    lost: LostText = _NOTHING_LOST
+
+    @property
+    def num_without_reference(self) -> int:
+        """Rows left out because there is nothing to score against."""
+        return sum(row.reason == _NO_REFERENCE for row in self.skipped)
+
+    def prompt_text(self, model: str, index: int) -> str:
+        """The prompt of `examples[index]` as `model` was asked; the row's own words where the model was not asked."""
+        return self.prompts[model][index].text if model in self.prompts else self.question(index)
+
+    def question(self, index: int) -> str:
+        """The own words of `examples[index]`, without a template."""
+        example = self.examples[index]
+        if example.messages is not None:
+            return "\n\n".join(turn.content for turn in example.messages)
+        return "\n\n".join(part for part in (example.instruction or example.prompt, example.input) if part)
+
+
+def read_eval_sets(config: EvalConfig, candidates: Sequence[Candidate]) -> list[EvalSet]:
+    """The data sets of `config`, in its order, with prompts encoded by every candidate's own tokenizer.
+
+    A row that one model cannot take is left out for all, so that means over a set compare like with like.
+    Raises `UserError` for a file that is missing or malformed, and for a set of which no row is left.
+    """
+    if config.bucket_by == "tokens" and not candidates:
+        raise UserError(
+            "buckets by tokens need a model's tokenizer",
+            where="--bucket-by",
+            advice="Give --model beside --predictions, or --bucket-by words",
+        )
+    sets = [_read_eval_set(name, path, config, candidates) for name, path in config.data.items()]
+    for eval_set in sets:
+        _say_skipped(eval_set)
+        if eval_set.lost.message:
+            say(f"data {eval_set.name}: {eval_set.lost.message}")
+        if not eval_set.examples:
+            first = eval_set.skipped[0]
+            raise UserError(
+                f"no row of data {eval_set.name} can be evaluated",
+                found=f"line {first.line}: {first.reason}",
+                where=config.data[eval_set.name],
+                advice="Give rows with a reference (`output`) and prompts within --max-prompt-tokens",
+            )
+    return sets
+
+
+def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequence[Candidate]) -> EvalSet:
+    source = open_set(path, config.field)
+    examples: list[Example] = []
+    prompts: dict[str, list[EncodedPrompt]] = {candidate.name: [] for candidate in candidates}
+    skipped: list[SkippedRow] = []
+    places: list[int] = []
+    num_rows = 0
+    for num_rows, item in enumerate(iter_examples(source, config.limit), start=1):
+        encoded = item if isinstance(item, SkippedRow) else _encode(item, config.max_prompt_tokens, candidates)
+        if isinstance(encoded, SkippedRow):
+            skipped.append(encoded)
+            continue
+        assert isinstance(item, Example)
+        examples.append(item)
+        places.append(num_rows - 1)
+        for candidate, prompt in zip(candidates, encoded, strict=True):
+            prompts[candidate.name].append(prompt)
+    identity = source.identity | {f"field {ours}": theirs for ours, theirs in config.field.items()}
+    lengths = [_gold_length(example, config, candidates) for example in examples]
+    return EvalSet(
+        name,
+        identity,
+        examples,
+        prompts,
+        skipped,
+        num_rows,
+        places,
+        lengths,
+        resolve_edges(config.buckets, lengths) if lengths else (),
+        find_lost_text([example.references for example in examples], config.rouge_tokenizer),
+    )
+
+
+def _gold_length(example: Example, config: EvalConfig, candidates: Sequence[Candidate]) -> int:
+    if config.bucket_by == "words":
+        return num_words(example.references)
+    return len(candidates[0].source.tokenizer.encode(example.references[0], add_special_tokens=False))
+
+
+def _encode(
+    example: Example, max_prompt_tokens: int, candidates: Sequence[Candidate]
+) -> list[EncodedPrompt] | SkippedRow:
+    if not example.references:
+        return SkippedRow(example.line, _NO_REFERENCE)
+    prompts = []
+    for candidate in candidates:
+        try:
+            prompt = candidate.encoder.prompt(example)
+        except TemplateMismatchError as error:
+            return SkippedRow(example.line, str(error))
+        if len(prompt.ids) > max_prompt_tokens:
+            return SkippedRow(
+                example.line,
+                f"prompt of {len(prompt.ids)} tokens for model {candidate.name}, over {max_prompt_tokens}",
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _say_skipped(eval_set: EvalSet) -> None:
+    if not eval_set.skipped:
+        return
+    without = eval_set.num_without_reference
+    say(
+        f"data {eval_set.name}: {len(eval_set.examples)} rows evaluated, {len(eval_set.skipped)} left out"
+        + (f", {without} of them without a reference:" if without else ":")
+    )
+    for row in eval_set.skipped[:_NUM_SAID]:
+        say(f"  line {row.line}: {row.reason}")
+    if len(eval_set.skipped) > _NUM_SAID:
+        say(f"  and {len(eval_set.skipped) - _NUM_SAID} more; all are in report.json under `skipped`")

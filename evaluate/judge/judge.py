@@ -1,0 +1,200 @@
+"""One judging from options to report: check what is cheap, ask what is missing, count, write."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.files import write_text
+from dpkd.core.progress import Progress, say
+from dpkd.evaluate.judge.client import JudgeClient, read_key
+from dpkd.evaluate.judge.markdown import judge_markdown
+from dpkd.evaluate.judge.plot import plot_judge
+from dpkd.evaluate.judge.questions import Form, JudgePrompt, read_prompt
+from dpkd.evaluate.judge.report import FORMAT_VERSION, build_judge_report, write_per_verdict
+from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, choose, make_questions, read_answers
+from dpkd.evaluate.judge.tokens import estimate_tokens
+from dpkd.evaluate.judge.verdicts import Answered, Reply, Verdicts
+from dpkd.evaluate.options.judge import FREE_OPTIONS, JudgeConfig
+from dpkd.evaluate.views.output import check_options, is_complete, save_options
+from dpkd.evaluate.views.plots import require_matplotlib
+from dpkd.teacher_cache.engines.server.http import RequestRefusedError
+from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.locks import hold
+
+_ADVICE = "Give another --out (with --verdicts its verdicts are used again); nothing was overwritten"
+# refusals without a single reply after which the fault is not the questions'
+_MOST_REFUSALS = 5
+
+
+class _Plan:
+    """What a judging is made of before anything is asked."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self.prompt = read_prompt(config.prompt, _form(config))
+        self.answers: Answers = read_answers(config)
+        self.sets: list[JudgedSet] = choose(self.answers, config)
+        self.questions: list[Question] = list(make_questions(self.sets, config, self.prompt))
+        self.judge = _judge_identity(config, self.prompt)
+        self.verdicts = Verdicts(config.verdicts_path(), self.judge)
+
+    def missing(self, answered: Mapping[str, Answered]) -> list[Question]:
+        """The questions without an answer, each text once."""
+        return list({q.key: q for q in self.questions if q.key not in answered}.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What the report is a function of, beside the verdicts."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "settings": self.config.model_dump(mode="json", exclude=set(FREE_OPTIONS)),
+            "answers": self.answers.identity,
+            "prompt": {"sha256": self.prompt.sha256},
+        }
+
+
+def judge(config: JudgeConfig) -> Path:
+    """Have the answers of `config` judged; returns the path of `judge.json`.
+
+    Each verdict is kept as it comes in: called again after a kill this asks only what is missing, called again after
+    the end it says so. Raises `UserError` before the first question for whatever in the options cannot be used, and
+    when the judge stops answering.
+    """
+    require_matplotlib()
+    key = read_key(config)
+    plan = _Plan(config)
+    identity = plan.identity()
+    path = config.out / "judge.json"
+    check_options(config, config.out, FREE_OPTIONS, _ADVICE)
+    if is_complete(path, identity, _ADVICE):
+        say(f"the judging in {config.out} is complete already")
+        return path
+    with hold(LocalFolder(config.verdicts_path().parent)):
+        answered = plan.verdicts.read()
+        save_options(config, config.out)
+        _ask(plan, answered, key)
+    report = build_judge_report(config, plan.prompt, identity, plan.answers, plan.sets, plan.questions, answered)
+    write_per_verdict(config.out / "per_verdict.parquet", plan.questions, answered)
+    write_text(config.out / "judge.md", judge_markdown(report))
+    plot_judge(report, config.out / "judge")
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def estimate(config: JudgeConfig) -> dict[str, Any]:
+    """How many questions `judge` would ask now, and about how many tokens they take; asks nothing, writes nothing."""
+    plan = _Plan(config)
+    answered = plan.verdicts.read()
+    return estimate_tokens(config, plan.questions, plan.missing(answered), answered)
+
+
+def _form(config: JudgeConfig) -> Form:
+    if config.mode == "pairwise":
+        return "verdict"
+    return "scores" if config.grade_reference else "score"
+
+
+def _judge_identity(config: JudgeConfig, prompt: JudgePrompt) -> dict[str, Any]:
+    """Who is asked and how: verdicts with another one are not mixed. The prompt is part of each question's key."""
+    return {
+        "url": config.judge_url,
+        "body": config.request_body(),
+        "reask": prompt.reask if config.reask else None,
+    }
+
+
+def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:
+    """Ask every question that is missing; each answer goes to the file and to `answered`."""
+    missing = plan.missing(answered)
+    num_total = len({question.key for question in plan.questions})
+    if not missing:
+        say(f"all {num_total} verdicts are there already")
+        return
+    say(f"asking {plan.config.judge_model} at {plan.config.judge_url}: {len(missing)} of {num_total} questions")
+    with Progress("judging", num_total, "verdicts", done=num_total - len(missing)) as progress:
+        asyncio.run(_Asking(plan, answered, progress).run(missing, key))
+
+
+class _Asking:
+    """Questions under way: as many at once as `concurrency` allows."""
+
+    def __init__(self, plan: _Plan, answered: dict[str, Answered], progress: Progress) -> None:
+        self._plan, self._answered, self._progress = plan, answered, progress
+        self._refused: list[Answered] = []  # held back until the judge has replied to anything
+        keys = {question.key for question in plan.questions}
+        self._heard = any(found.replies for name, found in answered.items() if name in keys)
+        self._num_asked = self._num_unread = 0
+
+    async def run(self, questions: Sequence[Question], key: str) -> None:
+        """Return when all are answered; the first error ends all of them."""
+        waiting = iter(questions)
+        asyncio.get_running_loop().set_exception_handler(_say_unless_interrupted)
+        async with JudgeClient(self._plan.config, key) as client:
+            workers = [
+                asyncio.create_task(self._work(client, waiting))
+                for _ in range(min(self._plan.config.concurrency, len(questions)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        if self._refused:
+            raise self._all_refused()
+
+    async def _work(self, client: JudgeClient, waiting: Iterator[Question]) -> None:
+        for question in waiting:
+            try:
+                found = Answered(question.key, await self._replies(client, question))
+            except RequestRefusedError as refusal:
+                found = Answered(question.key, refused=str(refusal))
+            self._take(found)
+
+    async def _replies(self, client: JudgeClient, question: Question) -> tuple[Reply, ...]:
+        """The reply, and a second one where the first cannot be read and that is wished."""
+        messages = [{"role": "user", "content": question.text()}]
+        first = await client.ask(messages)
+        if not self._plan.config.reask or Answered("", (first,)).parsed(question.prompt.form) is not None:
+            return (first,)
+        messages += [
+            {"role": "assistant", "content": first.content or "(nothing)"},
+            {"role": "user", "content": question.prompt.reask},
+        ]
+        try:
+            return first, await client.ask(messages)
+        except RequestRefusedError:
+            return (first,)  # too long by now, say: it stays a reply that cannot be read
+
+    def _take(self, found: Answered) -> None:
+        if found.refused is not None and not self._heard:
+            self._refused.append(found)
+            if len(self._refused) >= _MOST_REFUSALS:
+                raise self._all_refused()
+            return
+        self._heard = True
+        for one in (*self._refused, found):
+            self._plan.verdicts.append(one)
+            self._answered[one.question] = one
+            self._num_asked += 1
+            self._num_unread += one.parsed(self._plan.prompt.form) is None
+            self._progress.advance(unparsable_or_refused=f"{self._num_unread / self._num_asked:.1%}")
+        self._refused.clear()
+
+    def _all_refused(self) -> UserError:
+        return UserError(
+            f"the judge has refused all of the first {len(self._refused)} questions",
+            found=self._refused[0].refused,
+            where=self._plan.config.judge_url,
+            advice="See what it says; fields of a request are taken out by --extra-body NAME=null",
+        )
+
+
+def _say_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A signal is raised in whichever task runs: it ends all of them, and is not reported as that task's fault."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)

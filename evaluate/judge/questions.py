@@ -1,0 +1,160 @@
+"""What a judge is asked and how its replies are read: prompts from files, answers fenced in, one exact last line."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import fingerprint
+
+Form = Literal["score", "scores", "verdict"]
+
+_FOLDER = Path(__file__).with_name("prompts")
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_LABELS = {"instruction": "task", "answer": "answer", "answer_a": "answer A", "answer_b": "answer B"}
+_OPTIONAL = ("instruction", "reference", "mark")
+
+#: words with which chat templates mark turns, which some servers also read inside of a message
+_CONTROL = re.compile(r"<[|\uff5c]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
+
+
+class _Shape(NamedTuple):
+    file: str
+    needed: tuple[str, ...]
+    word: str
+    line: re.Pattern[str]
+    text: str
+
+
+_SHAPES: dict[Form, _Shape] = {
+    "score": _Shape("pointwise.txt", ("answer",), "Score:", re.compile(r"Score: (10|[1-9])"), "Score: N"),
+    "scores": _Shape(
+        "with-reference.txt",
+        ("answer_a", "answer_b"),
+        "Scores:",
+        re.compile(r"Scores: (10|[1-9]) (10|[1-9])"),
+        "Scores: N M",
+    ),
+    "verdict": _Shape(
+        "pairwise.txt",
+        ("answer_a", "answer_b"),
+        "Verdict:",
+        re.compile(r"Verdict: (A|B|tie)"),
+        "Verdict: A\nVerdict: B\nVerdict: tie",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A prompt with placeholders, the form of reply that it asks for, and the text that asks once more."""
+
+    form: Form
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompt's text, as hexadecimal text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def reask(self) -> str:
+        """What a judge is told whose reply cannot be read."""
+        return _read(_FOLDER / "reask.txt").replace("{form}", _SHAPES[self.form].text).strip()
+
+    def render(self, parts: Mapping[str, str], references: Sequence[str]) -> str:
+        """The question: each of `parts` (`instruction` and answers by placeholder) and each reference in its fence.
+
+        A fence carries a mark that none of the texts holds, so no text can close it.
+        """
+        mark = _mark([*parts.values(), *references])
+        blocks = {name: _fence(_LABELS[name], text, mark) for name, text in parts.items()}
+        blocks["reference"] = "\n\n".join(_fence("reference", text, mark) for text in references)
+        blocks["mark"] = mark
+        # one pass: braces within a text are no placeholders
+        return _PLACEHOLDER.sub(lambda match: blocks[match[1]], self.text)
+
+
+def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
+    """The prompt in the file `path`, or the shipped one of `form`.
+
+    Raises `UserError` for a file that is missing, lacks a placeholder, has one that is not known, or does not ask for
+    the line that is read.
+    """
+    shape = _SHAPES[form]
+    if path is None:
+        return JudgePrompt(form, shape.file, _read(_FOLDER / shape.file))
+    text = _read(path)
+    known = (*shape.needed, *_OPTIONAL)
+    found = _PLACEHOLDER.findall(text)
+    if unknown := [name for name in found if name not in known]:
+        raise UserError(
+            "the prompt has a placeholder that is not known",
+            found=f"{{{unknown[0]}}}",
+            expected=", ".join(f"{{{name}}}" for name in known),
+            where=path,
+            advice="A word of small letters in braces is always taken for a placeholder",
+        )
+    if missing := [name for name in shape.needed if name not in found]:
+        raise UserError(
+            "the prompt lacks a placeholder",
+            found=", ".join(f"{{{name}}}" for name in dict.fromkeys(found)) or "none",
+            expected=f"{{{missing[0]}}}",
+            where=path,
+            advice="Put it where the text is to stand",
+        )
+    if shape.word not in text:
+        raise UserError(
+            "the prompt does not ask for the line that is read",
+            expected=repr(shape.text),
+            where=path,
+            advice=f"Ask for a last line of exactly that form, with the word {shape.word!r}",
+        )
+    return JudgePrompt(form, path.name, text)
+
+
+def parse_reply(form: Form, reply: str) -> tuple[str, ...] | None:
+    """What the last line of a reply says: a grade, two grades, or a verdict; None for any other form.
+
+    White space at the end of the reply does not count; nothing else is forgiven and nothing is searched for.
+    """
+    last = reply.rstrip().rpartition("\n")[2]
+    match = _SHAPES[form].line.fullmatch(last)
+    return None if match is None else match.groups()
+
+
+def question_key(form: Form, text: str) -> str:
+    """The name of a question by content: equal questions have equal answers, whoever they are about."""
+    return fingerprint({"form": form, "text": text})
+
+
+def defuse(text: str) -> str:
+    """`text` with a space in each word that a chat template could take for the end of a turn."""
+    return _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+
+def _fence(label: str, text: str, mark: str) -> str:
+    return f"[{label} {mark}]\n{defuse(text)}\n[end of {label} {mark}]"
+
+
+def _mark(texts: Sequence[str]) -> str:
+    """Twelve hexadecimal digits that stand in none of `texts`; a function of them, so that a question keeps its key."""
+    digest = fingerprint(list(texts))
+    while any(digest[:12] in text for text in texts):
+        digest = hashlib.sha256(digest.encode()).hexdigest()
+    return digest[:12]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("the prompt is missing", where=path, advice="Give a text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt cannot be read: {error}", where=path) from None

@@ -1,0 +1,319 @@
+"""What a judge's verdicts say: grades, ratios and wins with intervals by model, data set and length bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpkd.core.files import replacing
+from dpkd.core.identity import fingerprint, software_versions
+from dpkd.evaluate.judge.questions import JudgePrompt
+from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, compared
+from dpkd.evaluate.judge.tokens import count_tokens
+from dpkd.evaluate.judge.verdicts import Answered
+from dpkd.evaluate.metrics.bootstrap import differences_of, holm, mean_intervals, ratio_interval
+from dpkd.evaluate.metrics.buckets import buckets_of
+from dpkd.evaluate.options.judge import JudgeConfig
+from dpkd.evaluate.report.provenance import command_text
+
+#: of `judge.json`; what each version holds is in docs/judge.md
+FORMAT_VERSION = 1
+
+_Place = tuple[str, str, str, int, str | None, bool]
+_Outcomes = dict[_Place, tuple[str, ...] | None]
+
+
+def build_judge_report(
+    config: JudgeConfig,
+    prompt: JudgePrompt,
+    identity: dict[str, Any],
+    answers: Answers,
+    sets: Sequence[JudgedSet],
+    questions: Sequence[Question],
+    answered: Mapping[str, Answered],
+) -> dict[str, Any]:
+    """Everything that `judge.json` holds; each of `questions` has its answer in `answered`, by key."""
+    outcomes = {_place(question): _read(question, answered) for question in questions}
+    report: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(identity),
+        "command": command_text(config, "judge"),
+        "mode": config.mode,
+        "settings": identity["settings"],
+        "identities": {key: identity[key] for key in ("answers", "prompt")},
+        "judged": {name: answers.about[name] for judged in sets for name in judged.models},
+        "judge": _about_judge(config, prompt, questions, answered),
+        "data": {judged.name: {"n": len(judged.rows), "num_rows": judged.num_rows} for judged in sets},
+        "unparsable": _unparsable(questions, answered),
+        "refused": [
+            {"data": q.data, "example_id": q.row.example_id, "model": q.model, "other": q.other, "reason": reason}
+            for q in questions
+            if (reason := answered[q.key].refused) is not None
+        ],
+        "tokens": count_tokens(config, [answered[key] for key in dict.fromkeys(q.key for q in questions)]),
+        "software": software_versions(),
+    }
+    if config.mode == "pairwise":
+        pairs = {judged.name: _pairs(judged, outcomes, config, answers.by_prediction) for judged in sets}
+        return report | {"pairs": pairs}
+    models: dict[str, Any] = {}
+    comparisons = {}
+    for judged in sets:
+        graded = {model: _Graded(judged, model, outcomes, answers.by_prediction) for model in judged.models}
+        for model, found in graded.items():
+            models.setdefault(model, {"data": {}})["data"][judged.name] = found.summary(config)
+        comparisons[judged.name] = _comparisons(graded, config, answers.by_prediction)
+    return report | {"models": models, "comparisons": comparisons}
+
+
+def write_per_verdict(path: Path, questions: Sequence[Question], answered: Mapping[str, Answered]) -> None:
+    """Write one row a question to `path` (Parquet): what it is about, what was replied, what was read of it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("data", "example_id", "model", "seed", "other", "other_seed", "swapped", "question", "reply", "read")
+    kinds = [pa.string(), pa.string(), pa.string(), pa.int64(), pa.string(), pa.int64(), pa.bool_(), *[pa.string()] * 5]
+    schema = pa.schema(list(zip((*names, "finish_reason", "refused"), kinds, strict=True)))
+    rows = []
+    for q in questions:
+        found = answered[q.key]
+        read = found.parsed(q.prompt.form)
+        last = found.replies[-1] if found.replies else None
+        values = (q.data, q.row.example_id, q.model, q.seed, q.other, q.other_seed, q.swapped, q.key)
+        rows.append(
+            {
+                **dict(zip(names, (*values, last and last.content, read and " ".join(read)), strict=True)),
+                "finish_reason": last and last.finish_reason,
+                "refused": found.refused,
+            }
+        )
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
+
+
+def _place(question: Question) -> _Place:
+    q = question
+    return q.data, q.row.example_id, q.model, q.seed, q.other, q.swapped and q.other is not None
+
+
+def _read(question: Question, answered: Mapping[str, Answered]) -> tuple[str, ...] | None:
+    """What was read of the reply; of two grades that of the answer comes first, wherever it stood."""
+    found = answered[question.key].parsed(question.prompt.form)
+    return found[::-1] if found is not None and question.prompt.form == "scores" and question.swapped else found
+
+
+def _about_judge(
+    config: JudgeConfig, prompt: JudgePrompt, questions: Sequence[Question], answered: Mapping[str, Answered]
+) -> dict[str, Any]:
+    said = Counter(reply.model for key in {q.key for q in questions} for reply in answered[key].replies)
+    return {
+        "url": config.judge_url,
+        "model": config.judge_model,
+        "models_said": {str(name): count for name, count in sorted(said.items(), key=str)},
+        "body": config.request_body(),
+        "prompt": {"name": prompt.name, "sha256": prompt.sha256},
+        "reask": config.reask,
+    }
+
+
+def _unparsable(questions: Sequence[Question], answered: Mapping[str, Answered]) -> dict[str, Any]:
+    """By model: questions about it, and those whose reply says nothing that can be read."""
+    counts: dict[str, Counter[str]] = {}
+    for question in questions:
+        found = answered[question.key]
+        unread = found.refused is None and found.parsed(question.prompt.form) is None
+        for model in filter(None, (question.model, question.other)):
+            count = counts.setdefault(model, Counter())
+            count["num_questions"] += 1
+            count["num_refused"] += found.refused is not None
+            count["num_unparsable"] += unread
+            count["num_cut_off"] += unread and found.replies[-1].finish_reason == "length"
+            count["num_asked_again"] += len(found.replies) > 1
+    return {
+        model: {**dict(count), "share": count["num_unparsable"] / count["num_questions"]}
+        for model, count in counts.items()
+    }
+
+
+class _Graded:
+    """The grades [S, N] of one model's answers to one set, NaN where a reply could not be read."""
+
+    def __init__(self, judged: JudgedSet, model: str, outcomes: _Outcomes, by_prediction: bool) -> None:
+        self.judged, self.model, self.by_prediction = judged, model, by_prediction
+        self.seeds = judged.seeds(model)
+        shape = (len(self.seeds), len(judged.rows))
+        self.grades_SN, self.references_SN = np.full(shape, np.nan), np.full(shape, np.nan)
+        self.bucket_SN = bucket_indices(judged, model)
+        for s, seed in enumerate(self.seeds):
+            for n, row in enumerate(judged.rows):
+                found = outcomes[judged.name, row.example_id, model, seed, None, False]
+                if found is not None:
+                    self.grades_SN[s, n] = float(found[0])
+                if found is not None and len(found) == 2:
+                    self.references_SN[s, n] = float(found[1])
+
+    def summary(self, config: JudgeConfig) -> dict[str, Any]:
+        """The part of the report about this model and set."""
+        everything = np.full(self.grades_SN.shape, True)
+        return {
+            **self._scores(everything, config),
+            "buckets": [
+                {"low": bucket.low, "high": bucket.high, **self._scores(self.bucket_SN == index, config)}
+                for index, bucket in enumerate(buckets_of(self.judged.edges))
+            ],
+            "seeds": [
+                {"seed": seed, "grade": _mean(grades_N), "num_grades": int(np.isfinite(grades_N).sum())}
+                for seed, grades_N in zip(self.seeds, self.grades_SN, strict=True)
+            ],
+        }
+
+    def _scores(self, chosen_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+        values = {"grade": np.where(chosen_SN, self.grades_SN, np.nan)}
+        if config.grade_reference:
+            values["reference_grade"] = np.where(chosen_SN, self.references_SN, np.nan)
+        found = mean_intervals(np.stack(list(values.values())), config.num_bootstrap, config.bootstrap_seed)
+        scores: dict[str, Any] = {
+            "n": int(chosen_SN.any(axis=0).sum()),
+            "num_answers": int(chosen_SN.sum()),
+            "num_grades": int(np.isfinite(values["grade"]).sum()),
+            **{name: interval.as_dict() for name, interval in zip(values, found, strict=True)},
+        }
+        if config.grade_reference:
+            counted_N = np.isfinite(values["grade"]).any(axis=0)
+            ours_N, theirs_N = (np.nansum(values[name], axis=0)[counted_N] for name in ("grade", "reference_grade"))
+            ratio = ratio_interval(ours_N, theirs_N, config.num_bootstrap, config.bootstrap_seed)
+            scores["ratio"] = {key: value and 100 * value for key, value in ratio.as_dict().items()}
+        return scores
+
+
+def bucket_indices(judged: JudgedSet, model: str) -> np.ndarray:
+    """The length bucket of each answer of `model` [S, N], as an index into `buckets_of(judged.edges)`."""
+    index = {bucket.label: place for place, bucket in enumerate(buckets_of(judged.edges))}
+    return np.array([[index[row.buckets[model][seed]] for row in judged.rows] for seed in judged.seeds(model)])
+
+
+def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_prediction: bool) -> list[dict[str, Any]]:
+    """Paired differences of grades, over the rows that have grades of both models."""
+    rows: list[dict[str, Any]] = []
+    for model, other in compared(list(graded), config.baseline):
+        ours, theirs = graded[model], graded[other]
+        differences_N = mean_over_seeds(ours.grades_SN) - mean_over_seeds(theirs.grades_SN)
+        row: dict[str, Any] = {"model": model, "baseline": other, **difference(differences_N, config)}
+        if not by_prediction:
+            row["buckets"] = _by_bucket(ours.judged, model, differences_N, config)
+        rows.append(row)
+    return _with_holm(rows)
+
+
+def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+    """The mean of the differences that are not NaN, with interval, p-value and counts; `n` is how many there are."""
+    known = differences_N[np.isfinite(differences_N)]
+    found = differences_of(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
+    return {"n": len(known), **found.as_dict()}
+
+
+def _by_bucket(judged: JudgedSet, model: str, differences_N: np.ndarray, config: JudgeConfig) -> list[dict[str, Any]]:
+    bucket_N = bucket_indices(judged, model)[0]
+    return [
+        {"low": bucket.low, "high": bucket.high, **difference(differences_N[bucket_N == index], config)}
+        for index, bucket in enumerate(buckets_of(judged.edges))
+    ]
+
+
+def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_holm"] = p_value
+    return rows
+
+
+def mean_over_seeds(values_SN: np.ndarray) -> np.ndarray:
+    """The mean of each example's values that are not NaN [N]; NaN where there is none."""
+    counts_N = np.isfinite(values_SN).sum(axis=0)
+    return np.where(counts_N > 0, np.nansum(values_SN, axis=0) / np.maximum(counts_N, 1), np.nan)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def both_orders(verdict: str | None, verdict_swapped: str | None) -> tuple[float, float]:
+    """The outcome of a pair and the judge's lean to the place, from its two verdicts.
+
+    Outcome: 1 where the first order's A won in both orders, -1 where it lost in both, 0 else. Lean: 1 where the answer
+    that stood first was preferred in both orders, -1 the second, halves where one of them was a tie, 0 where the orders
+    agree. NaN both where a verdict is missing.
+    """
+    if verdict is None or verdict_swapped is None:
+        return float("nan"), float("nan")
+    by_place = {"A": 1.0, "B": -1.0, "tie": 0.0}
+    first, second = by_place[verdict], by_place[verdict_swapped]
+    outcome = first if first == -second else 0.0
+    return outcome, (first + second) / 2
+
+
+def _pairs(judged: JudgedSet, outcomes: _Outcomes, config: JudgeConfig, by_prediction: bool) -> list[dict[str, Any]]:
+    """For each pair of models who won how often, and how far the order of the answers decided."""
+    rows: list[dict[str, Any]] = []
+    for model, other in compared(judged.models, config.baseline):
+        seeds = judged.seeds(model)
+        outcome_SN, lean_SN = np.empty((2, len(seeds), len(judged.rows)))
+        for s, seed in enumerate(seeds):
+            for n, example in enumerate(judged.rows):
+                read = [outcomes[judged.name, example.example_id, model, seed, other, swap] for swap in (False, True)]
+                outcome_SN[s, n], lean_SN[s, n] = both_orders(*(found[0] if found else None for found in read))
+        row: dict[str, Any] = {"model": model, "baseline": other, **_won(outcome_SN, config)}
+        row["position"] = _position(outcome_SN, lean_SN, config)
+        row["seeds"] = [
+            {"seed": seed, "other_seed": other_seed, **_counts(outcome_SN[s])}
+            for s, (seed, other_seed) in enumerate(zip(seeds, judged.seeds(other), strict=True))
+        ]
+        if not by_prediction:
+            bucket_N = bucket_indices(judged, model)[0]
+            row["buckets"] = [
+                {"low": bucket.low, "high": bucket.high, **_won(outcome_SN[:, bucket_N == index], config)}
+                for index, bucket in enumerate(buckets_of(judged.edges))
+            ]
+        rows.append(row)
+    return _with_holm(rows)
+
+
+def _counts(outcomes: np.ndarray) -> dict[str, int]:
+    return {
+        "num_wins": int((outcomes == 1).sum()),
+        "num_ties": int((outcomes == 0).sum()),
+        "num_losses": int((outcomes == -1).sum()),
+        "num_undecided": int(np.isnan(outcomes).sum()),
+    }
+
+
+def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+    """Counts of pairs, shares in per cent of the pairs with both verdicts, and the wins less the losses."""
+    known_SN = np.isfinite(outcome_SN)
+    shares = [np.where(known_SN, 100.0 * (outcome_SN == value), np.nan) for value in (1, 0, -1)]
+    intervals = mean_intervals(np.stack(shares), config.num_bootstrap, config.bootstrap_seed)
+    net = difference(100 * mean_over_seeds(outcome_SN), config)
+    return {
+        **_counts(outcome_SN),
+        **{name: interval.as_dict() for name, interval in zip(("win", "tie", "loss"), intervals, strict=True)},
+        "net": {key: net[key] for key in ("mean", "low", "high", "smallest_resolvable")},
+        "n": net["n"],
+        "p_value": net["p_value"],
+    }
+
+
+def _position(outcome_SN: np.ndarray, lean_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+    """How far the place of an answer decides: 0 for a judge that does not look at it."""
+    known = lean_SN[np.isfinite(lean_SN)]
+    lean = mean_intervals(100 * lean_SN[None], config.num_bootstrap, config.bootstrap_seed)[0]
+    return {
+        "num_pairs": len(known),
+        "share_agreeing": float((known == 0).mean()) if len(known) else None,
+        "num_first_twice": int((known == 1).sum()),
+        "num_second_twice": int((known == -1).sum()),
+        "first_less_second": lean.as_dict(),
+    }

@@ -1,0 +1,1 @@
+"""Several evaluations merged into one report."""

@@ -1,0 +1,208 @@
+"""A finished evaluation read back from its directory: its report, and each model's answers with their scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import file_sha256
+from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.templates import EncodedPrompt
+from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.perplexity import References
+from dpkd.evaluate.answers.scoring import ScoredSet
+from dpkd.evaluate.inputs.eval_sets import EvalSet
+from dpkd.evaluate.metrics.buckets import buckets_of
+from dpkd.evaluate.metrics.exact_match import Scores
+from dpkd.evaluate.metrics.rouge import RougeTokenizer
+from dpkd.evaluate.metrics.scripts import find_lost_text
+from dpkd.evaluate.options.eval import check_name
+from dpkd.evaluate.report.build import FORMAT_VERSION
+from dpkd.evaluate.views.output import REPORT, ROWS
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The directory `place`, with the name that was given to it, its report, and the sha256 of its rows."""
+
+    place: Path
+    name: str | None
+    report: dict[str, Any]
+    rows_sha256: str
+
+    def renamed(self, name: str) -> str:
+        """What the model or run `name` of this evaluation is called in the merged report."""
+        if self.name is None:
+            return name
+        alone = {*self.report["models"]} == {name}
+        return self.name if alone else f"{self.name}.{name}"
+
+    def rows(self, model: str, data: str) -> dict[int, dict[str, Row]]:
+        """The rows of one model and set: by seed, by the example's id, in the set's order."""
+        table = self._table
+        chosen = pc.and_(pc.equal(_texts(table, "model"), model), pc.equal(_texts(table, "data"), data))
+        found: dict[int, dict[str, Row]] = {}
+        for row in table.filter(chosen).to_pylist():
+            found.setdefault(row["seed"], {})[row["example_id"]] = row
+        return found
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return pq.read_table(self.place / ROWS)
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """Each (model, set) that was evaluated."""
+        for model, about in self.report["models"].items():
+            for data in about["data"]:
+                yield model, data
+
+
+def _texts(table: pa.Table, column: str) -> Any:
+    return pc.cast(table.column(column), pa.string())
+
+
+def open_evaluation(text: str) -> Evaluation:
+    """The evaluation at DIR or NAME=DIR; raises `UserError` for one that is not finished or of another format."""
+    name, equals, place = text.partition("=")
+    if not equals or Path(text).is_dir():
+        name, place = "", text
+    elif name:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise UserError(str(error), where=text, advice="Give DIR or NAME=DIR") from None
+    folder = Path(place)
+    report = _read_report(folder)
+    rows_path = folder / ROWS
+    if not rows_path.is_file():
+        raise UserError(f"the evaluation has no {ROWS}", where=folder, advice="Delete its report.json and run it again")
+    evaluation = Evaluation(folder, name or None, report, file_sha256(rows_path))
+    _check_rows(evaluation)
+    return evaluation
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT
+    if not path.is_file():
+        raise UserError(
+            "the directory holds no finished evaluation",
+            found="no such directory" if not folder.is_dir() else f"no {REPORT}",
+            where=folder,
+            advice="Give the --out of a `dpkd eval` that has ended",
+        )
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = report["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the report cannot be read: {type(error).__name__} {error}", where=path) from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            "the evaluation's report has another format",
+            found=version,
+            expected=FORMAT_VERSION,
+            where=path,
+            advice="Run its dpkd.toml again into a new --out; with --generations it generates nothing",
+        )
+    return report
+
+
+def _check_rows(evaluation: Evaluation) -> None:
+    """The rows must be those of the report."""
+    path = evaluation.place / ROWS
+    try:
+        table = pq.read_table(path, columns=["model", "data", "seed"])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"the evaluation's rows cannot be read: {error}", where=path) from None
+    models, sets = _texts(table, "model").to_pylist(), _texts(table, "data").to_pylist()
+    pairs = list(zip(models, sets, strict=True))
+    for model, data in evaluation.parts():
+        summary = evaluation.report["models"][model]["data"][data]
+        expected = summary["n"] * len(summary["seeds"])
+        if (found := pairs.count((model, data))) != expected:
+            raise UserError(
+                f"the evaluation's rows are not those of its report: model {model}, data {data}",
+                found=f"{found} rows",
+                expected=expected,
+                where=path,
+                advice=f"Delete its {REPORT} and run it again",
+            )
+
+
+def read_set(
+    rows: dict[int, dict[str, Row]],
+    name: str,
+    about: dict[str, Any],
+    identity: dict[str, str],
+    ids: list[str],
+    tokenizer: RougeTokenizer,
+) -> EvalSet:
+    """The set `name` as the rows of one model know it, of the examples `ids`; `about` is what its report says of it."""
+    first = next(iter(rows.values()))
+    examples = [
+        Example(
+            example_id,
+            line=0,  # which the rows do not say
+            references=tuple(first[example_id]["references"]),
+            prompt=first[example_id]["question"],
+            category=first[example_id]["category"],
+        )
+        for example_id in ids
+    ]
+    return EvalSet(
+        name,
+        identity,
+        examples,
+        prompts={},
+        skipped=[],
+        num_rows=about["num_rows"],
+        edges=tuple(about["edges"]),
+        lost=find_lost_text([example.references for example in examples], tokenizer),
+    )
+
+
+def scored_set(rows: dict[int, dict[str, Row]], model: str, eval_set: EvalSet) -> ScoredSet:
+    """One model's answers to the examples of `eval_set`, which gets the prompts as this model was asked."""
+    ids = [example.example_id for example in eval_set.examples]
+    rows_SN = [[by_id[example_id] for example_id in ids] for by_id in rows.values()]
+    labels = [bucket.label for bucket in buckets_of(eval_set.edges)]
+    eval_set.prompts[model] = [EncodedPrompt(row["prompt"], []) for row in rows_SN[0]]
+    return ScoredSet(
+        model,
+        eval_set,
+        tuple(rows),
+        [[_answer(row) for row in rows_N] for rows_N in rows_SN],
+        {name: np.array([[row[name] for row in rows_N] for rows_N in rows_SN]) for name in Scores._fields},
+        np.array([[labels.index(row["bucket"]) for row in rows_N] for rows_N in rows_SN]),
+        _references(rows_SN[0]),
+    )
+
+
+def _answer(row: Row) -> Answer:
+    # only how many ids there were is known, and nothing but their number is asked for from here on
+    return Answer(row["example_id"], row["response"], [0] * (row["num_tokens"] or 0), row["finish_reason"])
+
+
+def _references(rows_N: list[Row]) -> References | None:
+    if all(row["reference_nll"] is None for row in rows_N):
+        return None
+    nll_N = [
+        math.nan if row["reference_nll"] is None else row["reference_nll"] * row["reference_tokens"] for row in rows_N
+    ]
+    return References(
+        np.array(nll_N),
+        np.array([row["reference_tokens"] or 0 for row in rows_N]),
+        np.array([len(row["references"][0].encode()) for row in rows_N]),
+    )

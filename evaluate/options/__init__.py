@@ -1,0 +1,1 @@
+"""Options of `dpkd eval`, `dpkd report` and `dpkd judge`."""

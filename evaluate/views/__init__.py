@@ -1,0 +1,1 @@
+"""The report as Markdown, terminal text, plots and a web page."""

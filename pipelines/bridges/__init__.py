@@ -1,0 +1,1 @@
+"""What needs two packages that do not know each other."""

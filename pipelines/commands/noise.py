@@ -1,0 +1,113 @@
+"""Copies of a model with Gaussian noise on its weights, each held against a cache's teacher (the paper's Fig. 2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.files import write_atomic, write_text
+from dpkd.core.identity import canonical_json, is_made, software_versions
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import say
+from dpkd.pipelines.commands.noise_options import NoiseConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+if TYPE_CHECKING:
+    import torch
+
+#: what a copy is made of, by which it is known again
+_MARKER = "dpkd-noise.json"
+#: what was measured of a copy
+_MEASURES = "measures.json"
+#: of the whole; written last
+REPORT = "noise.json"
+
+
+def add_noise(config: NoiseConfig) -> Path:
+    """Write a copy for each scale and seed of `config`, measure each, and sum up in noise.json; its path.
+
+    A copy that is there and was made of the same is left as it is, and so are its measures on the same rows. Raises
+    `UserError` when model and cache do not fit together, and for a directory that holds something else.
+    """
+    from dpkd.distill.student.measures import check_same_prompts, measure_model
+
+    source = locate_model(config.model, "model")
+    cache = TeacherCache.open(config.cache)
+    check_same_prompts(source, cache)
+    if cache.top_k == 0:
+        raise UserError(
+            "the cache keeps no distributions, to which divergences are measured",
+            where=config.cache,
+            advice="Build a cache with --top-k 64",
+        )
+    base = source.identity("float32")
+    measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows, "beta": config.beta}
+    copies = []
+    for (scale, seed), directory in config.copies().items():
+        made_of = {"model": base, "scale": scale, "seed": seed}
+        if not is_made(directory, _MARKER, made_of, "copy"):
+            _write_copy(source, directory, made_of)
+        held = _read(directory / _MEASURES)
+        if held.get("measured_on") != measured_on:
+            measures = measure_model(
+                str(directory), config.cache, num_rows=config.cache_rows, beta=config.beta, device=config.device
+            )
+            held = {"measured_on": measured_on, "measures": measures}
+            write_atomic(directory / _MEASURES, canonical_json(held))
+        copies.append({"name": directory.name, "scale": scale, "seed": seed, **held["measures"]})
+        say(
+            f"{directory}: rKLD of the first token {copies[-1]['rkld_first']:.4f}, reward {copies[-1]['reward']:.4f} "
+            f"on {copies[-1]['rows']} rows"
+        )
+    report = {
+        "model": base,
+        "model_directory": config.model,
+        "cache_directory": config.cache,
+        **measured_on,
+        "copies": copies,
+        "software": software_versions(),
+    }
+    write_text(config.out / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return config.out / REPORT
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def _write_copy(source: ModelSource, directory: Path, made_of: dict[str, Any]) -> None:
+    from dpkd.distill.student.init import copy_tokenizer
+
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        model = source.load("float32")
+        add_gaussian_noise(model, made_of["scale"], made_of["seed"])
+        model.save_pretrained(temporary)
+        copy_tokenizer(source, temporary)
+        if (source.path / "dpkd.json").is_file():  # the template that it was trained with
+            shutil.copyfile(source.path / "dpkd.json", temporary / "dpkd.json")
+        (temporary / _MARKER).write_bytes(canonical_json(made_of))
+        temporary.replace(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def add_gaussian_noise(model: torch.nn.Module, scale: float, seed: int) -> None:
+    """Add noise to every weight matrix of `model` (embeddings too, tied ones once), in place.
+
+    Its standard deviation is `scale` times the root mean square of the matrix, so that one scale suits matrices of all
+    sizes. The draw is a function of `seed` alone: at another scale a copy lies in the same direction. Biases and norms
+    are left as they are. # differs from the paper: it does not say how its noise is scaled or drawn
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * parameter.square().mean().sqrt() * noise)

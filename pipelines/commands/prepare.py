@@ -1,0 +1,61 @@
+"""Choose rows of instruction data by the length of their gold response, or make a corpus of those responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpkd.core.errors import UserError
+from dpkd.core.files import write_atomic
+from dpkd.core.progress import say
+from dpkd.core.prompts.examples import Example, iter_examples, open_examples
+from dpkd.evaluate.metrics.buckets import num_words
+from dpkd.pipelines.commands.prepare_options import PrepareConfig
+
+
+def prepare_data(config: PrepareConfig) -> Path:
+    """Write the rows that `config` keeps to `config.out`; its path.
+
+    A file that holds just these rows is left as it is. Raises `UserError` for a file with other content, for data that
+    is no JSONL, and when no row is kept.
+    """
+    if config.data.suffix != ".jsonl":
+        raise UserError("only JSON lines can be prepared", found=config.data.name, expected="a .jsonl file")
+    if config.data.resolve() == config.out.resolve():
+        raise UserError("the output is the data itself", where=config.out, advice="Choose another --out")
+    kept = list(kept_rows(config))
+    if not kept:
+        raise UserError(
+            "no row of the data is kept",
+            expected=f"a gold response of {config.min_response_words} words or more",
+            where=config.data,
+        )
+    content = "".join(line + "\n" for line in kept).encode()
+    if config.out.exists():
+        if not config.out.is_file() or config.out.read_bytes() != content:
+            raise UserError(
+                "the output holds something else than these rows", where=config.out, advice="Choose another --out"
+            )
+        say(f"the data {config.out} is complete")
+        return config.out
+    write_atomic(config.out, content)
+    say(f"{config.out}: {len(kept)} rows of {config.data} with {config.min_response_words} words or more")
+    return config.out
+
+
+def kept_rows(config: PrepareConfig) -> Iterator[str]:
+    """The lines that `config` keeps, as they are to be written; raises `UserError` for data that cannot be read."""
+    # the rows come out as they stand in the file, with every field that they have
+    lines = config.data.read_text(encoding="utf-8").split("\n") if config.data.is_file() else []
+    num_kept = 0
+    for item in iter_examples(open_examples(str(config.data))):
+        if config.limit is not None and num_kept >= config.limit:
+            return
+        if not isinstance(item, Example) or not item.references:
+            continue
+        if num_words(item.references) < config.min_response_words:
+            continue
+        num_kept += 1
+        row = lines[item.line - 1].strip()
+        yield row if config.form == "rows" else json.dumps({"text": item.references[0]}, ensure_ascii=False)

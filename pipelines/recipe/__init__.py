@@ -1,0 +1,1 @@
+"""Recipes: the steps of a TOML file."""

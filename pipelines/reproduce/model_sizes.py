@@ -1,0 +1,80 @@
+"""How many parameters the models of a recipe have, told from configs alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.options.train import TrainConfig
+from dpkd.pipelines.recipe.format import Step
+
+
+class ModelSizes:
+    """Parameters by model name: of a directory with a config.json, or of a step's output by what it is made from.
+
+    `assumed` are those of models that are not here.
+    """
+
+    def __init__(self, steps: list[Step], assumed: dict[str, int]) -> None:
+        self._assumed = assumed
+        self._makers = {
+            str(step.config.out): step.config
+            for step in steps
+            if isinstance(step.config, (TrainConfig, InitStudentConfig))
+        }
+        self._known: dict[str, int | None] = {}
+
+    def of(self, name: str) -> int | None:
+        """Parameters of the model `name`, tied ones counted once; None where no config tells."""
+        if name not in self._known:
+            config = self._config(name)
+            self._known[name] = self._assume(name) if config is None else count_parameters(config)
+        return self._known[name]
+
+    def _assume(self, name: str) -> int | None:
+        maker = self._makers.get(name)
+        if isinstance(maker, TrainConfig):
+            return self._assume(maker.student)
+        return self._assumed.get(name)
+
+    def _config(self, name: str) -> dict[str, Any] | None:
+        path = Path(name) / "config.json"
+        if path.is_file():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        maker = self._makers.get(name)
+        if isinstance(maker, TrainConfig):
+            return self._config(maker.student)
+        if isinstance(maker, InitStudentConfig):
+            return self._student_config(maker)
+        return None
+
+    def _student_config(self, maker: InitStudentConfig) -> dict[str, Any] | None:
+        if maker.from_config is not None:
+            path = maker.from_config
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if maker.from_checkpoint is not None:
+            return self._config(maker.from_checkpoint)
+        config = self._config(maker.teacher)
+        if config is None or maker.mlp_width is not None:  # whose name differs between architectures
+            return None
+        layers = len(maker.keep) if isinstance(maker.keep, tuple) else maker.layers
+        key = next((key for key in ("num_hidden_layers", "n_layer") if key in config), None)
+        return None if key is None or layers is None else config | {key: layers}
+
+
+def count_parameters(config: dict[str, Any]) -> int | None:
+    """Parameters of a model of this config.json; no memory is taken for them. None for an unknown architecture."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # settings of single layers do not fit another number of them, and change no size
+    content = {key: value for key, value in config.items() if key not in ("model_type", "layer_types", "auto_map")}
+    try:
+        model_config = AutoConfig.for_model(config["model_type"], **content)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (KeyError, ValueError):
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,230 @@
+"""The plan of a recipe and what it costs, told from its options and whatever is there already; needs no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.options.train import TrainConfig
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.options.judge import JudgeConfig
+from dpkd.evaluate.options.merge import MergeConfig
+from dpkd.pipelines.commands.noise_options import NoiseConfig
+from dpkd.pipelines.commands.prepare_options import PrepareConfig
+from dpkd.pipelines.recipe.format import Step
+from dpkd.pipelines.reproduce.model_sizes import ModelSizes
+from dpkd.teacher_cache.options.cache import CacheConfig
+
+# bytes that a cached position takes beside its entries, and each entry (docs/results/cache-size.md)
+_BYTES_A_POSITION, _BYTES_AN_ENTRY = 15.0, 2.4
+_BYTES_A_WEIGHT = 4
+_MODEL_AND_ADAM = 3  # a checkpoint: weights and two moments
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with what it costs; None where that cannot be told before data or config are at hand.
+
+    `generated` are tokens at most; `trained` is 1 for a training. `disk` is what stays, in bytes.
+    """
+
+    step: Step
+    finished: bool
+    trained: int = 0
+    steps: int | None = 0
+    rows: int | None = 0
+    generated: int | None = 0
+    cached: int | None = 0
+    disk: float | None = 0.0
+    words: str = ""
+
+
+@dataclass
+class _Knowledge:
+    """What earlier steps tell of later ones: rows of data files, rows of caches, sizes of models."""
+
+    sizes: ModelSizes
+    assumed: dict[str, int]
+    data_rows: dict[str, int | None] = field(default_factory=dict)
+    cache_rows: dict[str, int | None] = field(default_factory=dict)
+
+    def rows_of(self, data: str) -> int | None:
+        """Rows of a data file that is there or will be; None where neither tells."""
+        if data not in self.data_rows:
+            self.data_rows[data] = _count_lines(Path(data))
+        rows = self.data_rows[data]
+        return self.assumed.get(data) if rows is None else rows
+
+
+def plan_steps(steps: list[Step], assumed: dict[str, int]) -> list[PlannedStep]:
+    """Each step with its cost, in order; `assumed` are rows of data and parameters of models that are not here."""
+    known = _Knowledge(ModelSizes(steps, assumed), assumed)
+    return [_plan(step, known) for step in steps]
+
+
+def is_finished(step: Step) -> bool:
+    """Whether the step's last file is there; the step itself checks what the file was made of."""
+    out = str(step.config.out)  # type: ignore[attr-defined]
+    if "://" in out:
+        return False
+    if isinstance(step.config, CacheConfig):
+        return Path(out, *(("rounds", step.config.round) if step.config.round else ()), "manifest.json").is_file()
+    marker = {
+        "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
+        "eval": "report.json", "report": "report.json", "judge": "judge.json",
+    }[step.command]  # fmt: skip
+    return Path(out, marker).is_file()
+
+
+def _plan(step: Step, known: _Knowledge) -> PlannedStep:
+    config, finished = step.config, is_finished(step)
+    match config:
+        case PrepareConfig():
+            return _prepare(step, finished, config, known)
+        case CacheConfig():
+            return _cache(step, finished, config, known)
+        case InitStudentConfig():
+            size = known.sizes.of(str(config.out))
+            return PlannedStep(step, finished, disk=_times(size, _BYTES_A_WEIGHT), words=_size_text(size))
+        case TrainConfig():
+            return _train(step, finished, config, known)
+        case NoiseConfig():
+            size, copies = known.sizes.of(config.model), len(config.copies())
+            words = f"{copies} copies ({_size_text(size)}), each measured on {config.cache_rows} rows at most"
+            return PlannedStep(step, finished, disk=_times(size, copies * _BYTES_A_WEIGHT), words=words)
+        case EvalConfig():
+            return _evaluate(step, finished, config, known)
+        case MergeConfig():
+            return PlannedStep(step, finished, words=f"merges {len(config.evaluations)} evaluations")
+        case JudgeConfig():
+            return PlannedStep(step, finished, words=f"asks {config.judge_model} at {config.judge_url}")
+    raise TypeError(f"a step of {step.command} has no plan")
+
+
+def _prepare(step: Step, finished: bool, config: PrepareConfig, known: _Knowledge) -> PlannedStep:
+    from dpkd.pipelines.commands.prepare import kept_rows
+
+    try:
+        rows = sum(1 for _ in kept_rows(config))
+    except UserError:
+        rows = None  # missing, or no data: a real run says so
+    known.data_rows[str(config.out)] = rows
+    rows = known.rows_of(str(config.out))
+    return PlannedStep(step, finished, rows=rows, words=f"{_count(rows)} rows of {config.data}")
+
+
+def _cache(step: Step, finished: bool, config: CacheConfig, known: _Knowledge) -> PlannedStep:
+    if config.round is not None:
+        rows = generated_rows = known.cache_rows.get(config.out)
+    else:
+        data = known.rows_of(config.data or "")
+        rows_of_data = data if data is None or config.limit is None else min(data, config.limit)
+        generated_rows = 0 if config.responses == "reference" else _times(rows_of_data, config.num_samples)
+        rows = _sum([generated_rows, 0 if config.responses == "teacher" else rows_of_data])
+        known.cache_rows[config.out] = rows
+    generated = _times(generated_rows, config.max_new_tokens)
+    disk = _times(rows, config.max_new_tokens * (_BYTES_A_POSITION + _BYTES_AN_ENTRY * config.most_entries))
+    who = config.teacher if config.student is None else f"{config.student}, scored by {config.teacher}"
+    words = f"{_count(rows)} rows at most, up to {_count(generated)} tokens generated by {who}"
+    return PlannedStep(step, finished, cached=rows, generated=generated, disk=disk, words=words)
+
+
+def _train(step: Step, finished: bool, config: TrainConfig, known: _Knowledge) -> PlannedStep:
+    rows = known.rows_of(config.data) if config.data is not None else known.cache_rows.get(str(config.cache))
+    if rows is not None:
+        rows -= min(rows, config.validation_examples)
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = config.steps
+    if steps is None and rows is not None and config.batch_tokens is None:
+        steps = math.ceil((config.epochs or 1) * rows / per_step)
+    size = known.sizes.of(config.student)
+    kept = 1 if config.save_every is None else 1 + _MODEL_AND_ADAM * config.keep
+    words = f"{_count(steps)} steps of {per_step} rows, {config.objective}, student of {_size_text(size)}"
+    if config.lora_rank is not None:
+        kept, words = 1, f"{words}, adapters of rank {config.lora_rank}"
+    return PlannedStep(
+        step, finished, trained=1, steps=steps, rows=_times(steps, per_step),
+        disk=_times(size, kept * _BYTES_A_WEIGHT), words=words,
+    )  # fmt: skip
+
+
+def _evaluate(step: Step, finished: bool, config: EvalConfig, known: _Knowledge) -> PlannedStep:
+    from dpkd.evaluate.inputs.named_sets import resolve_sets
+
+    try:
+        places = resolve_sets(config)
+    except UserError:  # a set is not there: a real run says so
+        places = {name: name for name in config.data}
+    rows = _sum([known.rows_of(place) for place in places.values()])
+    if rows is not None and config.limit is not None:
+        rows = min(rows, config.limit * len(config.data))
+    answers = _times(rows, len(config.model) * len(config.resolved_seeds()))
+    generated = _times(answers, config.max_new_tokens)
+    words = (
+        f"{len(config.model)} models, {len(config.resolved_seeds())} seeds, {_count(rows)} rows of "
+        f"{', '.join(config.data)}: up to {_count(generated)} tokens"
+    )
+    return PlannedStep(step, finished, generated=generated, words=words)
+
+
+def plan_text(planned: list[PlannedStep]) -> str:
+    """The plan with a line a step, what is left to do in sum, and what the sums leave out."""
+    lines = []
+    for place, item in enumerate(planned, start=1):
+        state = "there" if item.finished else "to do"
+        lines.append(f"{place:>3}  {state}  {item.step.title} -> {item.step.config.out}")  # type: ignore[attr-defined]
+        lines.append(f"            {item.words}")
+    left = [item for item in planned if not item.finished]
+    lines += [
+        "",
+        f"{len(left)} of {len(planned)} steps to do (what is there is checked again before it is used):",
+        f"  models trained: {sum(item.trained for item in left)}",
+        f"  training steps: {_partial(item.steps for item in left)}, rows passed: "
+        f"{_partial(item.rows for item in left if item.trained)}",
+        f"  rows cached and scored: {_partial(item.cached for item in left)}",
+        f"  tokens generated, at most: {_partial(item.generated for item in left)}",
+        f"  disk, roughly: {_disk(left)}",
+    ]
+    return "\n".join(lines)
+
+
+def _partial(values: Any) -> str:
+    given = list(values)
+    known = [value for value in given if value is not None]
+    missing = len(given) - len(known)
+    return f"{sum(known):,}" + (f" and those of {missing} steps whose data are not here" if missing else "")
+
+
+def _disk(left: list[PlannedStep]) -> str:
+    known = [item.disk for item in left if item.disk is not None]
+    missing = len(left) - len(known)
+    text = f"{sum(known) / 1e9:.1f} GB"
+    return text + (f" and that of {missing} steps whose data or model config are not here" if missing else "")
+
+
+def _count(value: int | None) -> str:
+    return "an unknown number of" if value is None else f"{value:,}"
+
+
+def _size_text(size: int | None) -> str:
+    return "unknown size (its config is not here)" if size is None else f"{size / 1e6:,.1f}M parameters"
+
+
+def _times(value: Any, factor: Any) -> Any:
+    return None if value is None else value * factor
+
+
+def _sum(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _count_lines(path: Path) -> int | None:
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return sum(1 for line in file if line.strip())

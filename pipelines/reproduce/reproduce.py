@@ -1,0 +1,75 @@
+"""`dpkd reproduce`: a table or figure of the paper from its recipe: steps that are missing, then the artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpkd.core.errors import UserError
+from dpkd.core.progress import say
+from dpkd.pipelines.recipe.format import read_recipe
+from dpkd.pipelines.recipe.run import run_steps
+from dpkd.pipelines.reproduce.inputs import check_inputs, missing_data, missing_models
+from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
+from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
+
+
+def reproduce(artefact: str, recipe: Path, *, dry_run: bool = False) -> list[Path]:
+    """Run the steps of `recipe` that are not finished and write its table or figure; the files.
+
+    With `dry_run` the plan and its cost are printed and nothing is written. Raises `UserError` for a recipe that leads
+    elsewhere, and, before the first step, for all inputs that are missing.
+    """
+    steps = read_recipe(recipe)
+    config = read_reproduce(recipe, steps)
+    if config.artefact != artefact:
+        raise UserError(
+            "the recipe leads to another table or figure",
+            found=config.artefact,
+            expected=artefact,
+            where=recipe,
+            advice=f"Run: dpkd reproduce {config.artefact} --recipe {recipe}",
+        )
+    if dry_run:
+        print(plan_text(plan_steps(steps, config.assume)))
+        missing = [*missing_models(steps, config), *missing_data(steps)]
+        print(f"then {artefact} -> {config.out}")
+        print(f"missing: {', '.join(missing)}" if missing else "nothing that the steps read is missing")
+        if missing and config.assume:
+            print("rows and parameters of what is missing are the recipe's assumptions ([reproduce.assume])")
+        return []
+    check_inputs(steps, config)
+    _require_matplotlib(config)
+    run_steps(steps, str(recipe))
+    return build_artefact(config, f"dpkd reproduce {artefact} --recipe {recipe}")
+
+
+def _require_matplotlib(config: ReproduceConfig) -> None:
+    from dpkd.evaluate.views.plots import require_matplotlib
+
+    if config.artefact.startswith("fig"):
+        require_matplotlib()
+
+
+def build_artefact(config: ReproduceConfig, command: str) -> list[Path]:
+    """Write the table or figure from outputs that are there; the files. `command` is what stands in it."""
+    from dpkd.pipelines.reproduce import figures as paper_figures
+    from dpkd.pipelines.reproduce.sources import how_made
+    from dpkd.pipelines.reproduce.tables import build_table, to_markdown, write_table
+
+    made = how_made(config, command)
+    if config.artefact.startswith("table"):
+        table = build_table(config, made)
+        paths = write_table(table, config.out)
+        print(to_markdown(table))
+    elif config.artefact == "fig5":
+        paths = paper_figures.draw_buckets(config, build_table(config, made))
+    else:
+        draw = {
+            "fig1": paper_figures.draw_judge,
+            "fig2": paper_figures.draw_noise,
+            "fig3": paper_figures.draw_trajectory,
+            "fig4": paper_figures.draw_curves,
+        }[config.artefact]
+        paths = draw(config, made)
+    say(f"{config.artefact}: {', '.join(map(str, paths))}")
+    return paths

@@ -1,0 +1,298 @@
+"""How close a cache is to its live teacher: rows scored again, and the whole distribution beside what was kept.
+
+Log-probs are natural logs of the full-vocabulary float32 log-softmax at temperature 1, errors and divergences in nats.
+Every error stands beside a control, the live teacher against itself: what is no larger than that is not the cache's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError, first_line
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import Progress, say
+from dpkd.teacher_cache.audit.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
+from dpkd.teacher_cache.engines.engine import (
+    Distributions,
+    Engine,
+    EngineOptions,
+    ResolvedEngine,
+    ScoreRequest,
+    check_engine,
+    is_out_of_memory,
+    open_engine,
+    resolve_engine,
+    results_only,
+)
+from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.schema import CachedRow
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.options.fidelity import FidelityConfig
+
+_SHORT = 12  # digits shown of a sha256
+_VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "cannot be told, the controls are above the grid"}
+
+
+def spread_rows(cache: TeacherCache, limit: int) -> list[CachedRow]:
+    """At most `limit` rows, spread evenly over the cache's rows in the order of its shards; always the same ones."""
+    num_rows = cache.manifest.counts["rows"]
+    if not num_rows:
+        raise UserError("the cache holds no row to score again", where=cache.folder)
+    number = min(limit, num_rows)
+    wanted = [place * num_rows // number for place in range(number)]
+    rows, begin = [], 0
+    for record in cache.shards():
+        inside = [place - begin for place in wanted if begin <= place < begin + record.rows]
+        rows += [cache.read(record).row(place) for place in inside]
+        begin += record.rows
+    return rows
+
+
+def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
+    """Score rows of the cache with its live teacher and say how far the cache is from it; the report is plain JSON.
+
+    Keys: `cache` (location, fingerprint, teacher, tokenizer, engine, top-K, top mass, rows); `live` (engine, dtype);
+    `rows`, `positions` and `entries` that were measured; three comparisons as `compare` makes them, the cache against
+    the `live` engine and against transformers, and two controls, the live engine against itself in other batches and
+    against transformers (`cached_vs_live`, `cached_vs_transformers`, `live_vs_itself`, `live_vs_transformers`);
+    `distributions` (None without), means over positions against transformers' full logits as `CutLoss` describes them,
+    with `kl_grid` = `kl - kl_cut`; `bound` (None without), whether the largest error of a kept entry against the live
+    engine is within half a step of the grid and the larger control (`holds`: None where the controls are too large to
+    tell); `size`, bytes of the whole cache.
+
+    Raises `UserError` when the teacher or its tokenizer is not the cache's.
+    """
+    cache = TeacherCache.open(config.cache)
+    teacher = locate_model(config.teacher, "teacher")
+    cache.check_teacher(teacher, advice="Give the teacher that the cache was built with")
+    cache.check_tokenizer(teacher, "teacher")
+    rows = spread_rows(cache, config.limit)
+    engine = _live_engine(cache, config)
+    options = _engine_options(cache, config, engine, rows)
+    check_engine(engine, teacher, options, scores=True)
+
+    say(f"starting {engine} with the teacher {config.teacher}")
+    with open_engine(engine, teacher, options) as running:
+        sorted_order, mixed_order = _two_orders([len(row.prompt_ids) + len(row.response_ids) for row in rows])
+        live = _score(running, rows, sorted_order, "live scores")
+        again = _score(running, rows, mixed_order, "live scores again")
+    cached = Scores.joined([Scores(row.response_logprobs, row.distributions) for row in rows])
+    with _memory_explained(teacher):
+        full, loss = _score_fully(teacher, rows, options)
+    passes = {
+        "cached_vs_live": (cached, live),
+        "cached_vs_transformers": (cached, full),
+        "live_vs_itself": (again, live),
+        "live_vs_transformers": (live, full),
+    }
+    compared = {name: compare(ours, theirs, cache.vocab_size) for name, (ours, theirs) in passes.items()}
+    return {
+        "cache": _cache_facts(cache),
+        "live": {"engine": engine, "dtype": options.dtype},
+        "rows": len(rows),
+        "positions": len(cached.logprobs_T),
+        "entries": 0 if cached.distributions is None else len(cached.distributions.ids_E),
+        **compared,
+        "distributions": loss and _loss_facts(loss),
+        "bound": _bound(compared),
+        "size": _size(cache),
+    }
+
+
+def _live_engine(cache: TeacherCache, config: FidelityConfig) -> ResolvedEngine:
+    if config.engine == "auto" and cache.manifest.identities["generation"]["engine"] == "transformers":
+        return "transformers"
+    return resolve_engine(config.engine)  # a server runs vLLM too
+
+
+def _engine_options(
+    cache: TeacherCache, config: FidelityConfig, engine: ResolvedEngine, rows: Sequence[CachedRow]
+) -> EngineOptions:
+    identities = cache.manifest.identities
+    return EngineOptions(
+        max_length=max(len(row.prompt_ids) + len(row.response_ids) for row in rows),
+        top_k=cache.top_k,
+        dtype=config.dtype or identities["teacher"]["dtype"],
+        device=config.device,
+        max_num_seqs=config.max_num_seqs,
+        top_mass=identities["logprobs"].get("top_mass"),
+        engine_args=identities["generation"].get("engine_args", {}) if engine == "vllm" else {},
+    )
+
+
+def _two_orders(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two orders of rows that share no batching (of five rows and more), so that padding and neighbours differ.
+
+    The longest first, as a cache is built; and every fourth of that, from the first, the second and so on.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return by_length, [i for first in range(4) for i in by_length[first::4]]
+
+
+def _score(engine: Engine, rows: Sequence[CachedRow], order: Iterable[int], label: str) -> Scores:
+    requests = (ScoreRequest(i, rows[i].prompt_ids.tolist(), rows[i].response_ids.tolist()) for i in order)
+    found = {}
+    with Progress(label, len(rows), "rows") as progress:
+        for result in results_only(engine.score(requests)):
+            found[result.index] = Scores(result.logprobs_T, result.distributions)
+            progress.advance()
+    return Scores.joined([found[i] for i in range(len(rows))])
+
+
+@contextmanager
+def _memory_explained(teacher: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"transformers ran out of memory: {first_line(error)}",
+            where=teacher.path,
+            advice="The whole distributions need the teacher in transformers: choose --device cpu",
+        ) from error
+
+
+def _score_fully(
+    teacher: ModelSource, rows: Sequence[CachedRow], options: EngineOptions
+) -> tuple[Scores, CutLoss | None]:
+    """Transformers' own scores of the rows, and what the rows' entries lose (None without entries)."""
+    model: Any = teacher.load(options.dtype).eval()
+    model.to(choose_device(options.device))
+    scores, losses = [], []
+    with Progress("full distributions", len(rows), "rows") as progress:
+        for row in rows:
+            for part, full in full_distributions(model, row.prompt_ids.tolist(), row.response_ids.tolist()):
+                scores.append(full.scores(row.response_ids[part], options.top_k, options.top_mass))
+                if row.distributions is not None:
+                    losses.append(full.loss_of(_positions(row.distributions, part)))
+            progress.advance()
+    return Scores.joined(scores), CutLoss.joined(losses) if losses else None
+
+
+def _positions(top: Distributions, part: slice) -> Distributions:
+    """The positions `part` of `top`."""
+    ends = np.cumsum([0, *top.counts_T])
+    entries = slice(ends[part.start], ends[part.stop])
+    return Distributions(top.counts_T[part], top.ids_E[entries], top.logprobs_E[entries], top.log_remainder_T[part])
+
+
+def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
+    identities = cache.manifest.identities
+    teacher, logprobs = identities["teacher"], identities["logprobs"]
+    return {
+        "location": str(cache.folder),
+        "fingerprint": cache.manifest.fingerprint[:_SHORT],
+        "teacher": teacher["name"],
+        "weights": teacher["weights_sha256"] and teacher["weights_sha256"][:_SHORT],
+        "dtype": teacher["dtype"],
+        "tokenizer": identities["tokenizer"]["sha256"][:_SHORT],
+        "vocab_size": cache.vocab_size,
+        "engine": identities["generation"]["engine"],
+        "top_k": logprobs["top_k"],
+        "top_mass": logprobs.get("top_mass"),
+        "rows": cache.manifest.counts["rows"],
+    }
+
+
+def _loss_facts(loss: CutLoss) -> dict[str, Any]:
+    kl, kl_cut = float(loss.kl_T.mean()), float(loss.kl_cut_T.mean())
+    return {
+        "kl": kl,
+        "kl_cut": kl_cut,
+        "kl_grid": kl - kl_cut,
+        "mass_kept": float(loss.mass_kept_T.mean()),
+        "remainder_error": spread(loss.remainder_error_T),
+        "total_error": spread(loss.total_error_T),
+    }
+
+
+def _bound(compared: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The grid's promise, with what the live teacher differs from itself on top.
+
+    That noise is the larger control: generation and scoring, say, differ by more than two scorings of one engine do.
+    Where it is above the grid it would cover any error of the codec, so the promise is neither kept nor broken.
+    """
+    found = {name: comparison["entries"] and comparison["entries"]["max"] for name, comparison in compared.items()}
+    if found["cached_vs_live"] is None:
+        return None
+    noise = max(found["live_vs_itself"], found["live_vs_transformers"])
+    error = found["cached_vs_live"]
+    within = error <= MAX_ERROR_NATS + noise
+    return {
+        "grid_nats": MAX_ERROR_NATS,
+        "noise_nats": noise,
+        "max_error_nats": error,
+        "holds": None if within and noise > MAX_ERROR_NATS else within,
+    }
+
+
+def _size(cache: TeacherCache) -> dict[str, Any]:
+    counts = cache.manifest.counts
+    return {key: counts[key] for key in ("bytes", "positions", "entries")} | cache.manifest.densities
+
+
+def fidelity_table(report: dict[str, Any]) -> str:
+    """The report as Markdown for a person. Ends with a line break."""
+    cache, live, size, kept = report["cache"], report["live"], report["size"], report["distributions"]
+    entries = f"top {cache['top_k']}" if cache["top_mass"] is None else f"top mass {cache['top_mass']:g}"
+    if cache["top_mass"] is not None:
+        entries += f", at most {cache['top_k']}"
+    lines = [
+        f"{report['rows']} of {cache['rows']} rows of `{cache['location']}` ({cache['fingerprint']}; {entries}), "
+        f"{report['positions']} positions, {report['entries']} entries. Teacher {cache['teacher']} "
+        f"({cache['weights'] or 'weights unknown'}), {cache['dtype']} by {cache['engine']}; "
+        f"live in {live['dtype']} by {live['engine']}.",
+        "",
+        "| log-prob distance (nats) | sampled max | mean | entries max | mean | by probability | other ids at |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    names = {
+        "cached_vs_live": f"cache against live {live['engine']}",
+        "cached_vs_transformers": "cache against transformers' full logits",
+        "live_vs_itself": f"control: live {live['engine']} against itself",
+        "live_vs_transformers": f"control: live {live['engine']} against transformers' full logits",
+    }
+    lines += [f"| {name} | {' | '.join(_comparison_cells(report[key]))} |" for key, name in names.items()]
+    facts = {"bytes a position": f"{size['bytes_per_position']:.2f}"}
+    if kept is not None:
+        facts |= {
+            "bytes a kept entry": f"{size['bytes_per_entry']:.3f}",
+            "entries a position": f"{size['entries_per_position']:.2f}",
+            "KL(teacher to cached), nats": f"{kept['kl']:.5f}",
+            "of it the cut": f"{kept['kl_cut']:.5f}",
+            "of it the grid": f"{kept['kl_grid']:.2e}",
+            "probability kept": f"{kept['mass_kept']:.4f}",
+            "stored remainder off by, max and mean": f"{_pair(kept['remainder_error'])}",
+            "stored total off 1 by, max and mean": f"{_pair(kept['total_error'])}",
+        }
+    lines += ["", "| measure | value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    if report["bound"] is not None:
+        bound = report["bound"]
+        lines += [
+            "",
+            f"Largest error of a kept entry: {bound['max_error_nats']:.6f} nats; promised: at most "
+            f"{bound['grid_nats']:.6f} (the grid) + {bound['noise_nats']:.6f} (the controls): "
+            f"{_VERDICTS[bound['holds']]}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_cells(comparison: dict[str, Any]) -> list[str]:
+    sampled, entries = comparison["sampled"], comparison["entries"]
+    cells = [f"{sampled['max']:.2e}", f"{sampled['mean']:.2e}"]
+    if entries is None:
+        return cells + ["-"] * 4
+    cells += [f"{entries[key]:.2e}" for key in ("max", "mean", "weighted_mean")]
+    return [*cells, str(entries["positions_with_other_ids"])]
+
+
+def _pair(values: dict[str, float]) -> str:
+    return f"{values['max']:.2e}, {values['mean']:.2e}"

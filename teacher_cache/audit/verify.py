@@ -1,0 +1,120 @@
+"""`dpkd cache verify`: is the cache what it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dpkd.core.errors import UserError
+from dpkd.core.progress import Progress
+from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.schema import CachedRow, ShardRows
+from dpkd.teacher_cache.store.shards import ShardRecord, read_shards
+
+
+def verify_cache(location: str | Path) -> dict[str, int]:
+    """Check manifests, checksums and every value of a cache and its rounds; the counts that were checked.
+
+    Raises `UserError` at the first thing that is wrong, naming shard and row.
+    """
+    cache = TeacherCache.open(location)
+    rounds = [cache.round(name) for name in cache.round_names]
+    parts = [(cache.folder, cache.manifest), *((held.folder, held.manifest) for held in rounds)]
+    num_rows = sum(manifest.counts["rows"] for _, manifest in parts)
+    with Progress("verify", num_rows, "rows") as progress:
+        for folder, manifest in parts:
+            seen: set[int] = set()
+            # a round's shards lie beside the cache's, as its opening has checked
+            for (record, shard), ours in zip(read_shards(folder, manifest.shards), cache.manifest.shards, strict=True):
+                _verify_shard(shard, record, folder.where(record.path), cache.vocab_size, progress)
+                _refuse_doubles(seen, shard, record, folder)
+                if manifest is not cache.manifest:
+                    _verify_beside(cache.read(ours), shard, folder.where(record.path))
+    return {
+        "rows": num_rows,
+        "shards": sum(len(manifest.shards) for _, manifest in parts),
+        "rounds": len(rounds),
+    }
+
+
+def _verify_shard(shard: ShardRows, record: ShardRecord, where: str, vocab_size: int, progress: Progress) -> None:
+    found = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
+    for index in range(len(shard)):
+        row = shard.row(index)
+        for problem in row_problems(row, vocab_size):
+            raise UserError(f"row {index} ({row.example_id}): {problem}", where=where)
+        found["positions"] += len(row.response_ids)
+        found["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
+        found["unfinished"] += row.finish_reason == "length"
+        found["longest"] = max(found["longest"], len(row.prompt_ids) + len(row.response_ids))
+        progress.advance()
+    found["rows"] = len(shard)
+    expected = {name: getattr(record, name) for name in found}
+    if found != expected:
+        raise UserError(
+            "what the shard holds is not what the manifest counts",
+            found=found,
+            expected=expected,
+            where=where,
+        )
+
+
+def _refuse_doubles(seen: set[int], shard: ShardRows, record: ShardRecord, folder: Folder) -> None:
+    """Raise `UserError` for a row that stands twice. Hashes are kept, as a large cache's ids would not fit."""
+    stem = record.path.rpartition("-")[0]
+    for index in range(len(shard)):
+        key = hash((stem, *shard.key(index)))
+        if key in seen:
+            example_id, sample = shard.key(index)
+            raise UserError(
+                f"row {index} ({example_id}, sample {sample}) stands a second time", where=folder.where(record.path)
+            )
+        seen.add(key)
+
+
+def _verify_beside(ours: ShardRows, theirs: ShardRows, where: str) -> None:
+    """Raise `UserError` unless a round's rows are the cache's, in the same order and with the same prompts."""
+    places = [ours.place_of.get(theirs.key(index), -1) for index in range(len(theirs))]
+    same_order = -1 not in places and places == sorted(places)
+    if not same_order or any(
+        not np.array_equal(ours.row(place).prompt_ids, theirs.row(index).prompt_ids)
+        for index, place in enumerate(places)
+    ):
+        raise UserError("the round's rows are not those of the cache", where=where)
+
+
+def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
+    """What is wrong with a row's values; nothing for a sound one."""
+    for name, ids in (("prompt", row.prompt_ids), ("response", row.response_ids)):
+        if not len(ids):
+            yield f"the {name} is empty"
+        elif ids.min() < 0 or ids.max() >= vocab_size:
+            yield f"a {name} id stands outside the vocabulary of {vocab_size}"
+    if len(row.response_logprobs) != len(row.response_ids):
+        yield f"{len(row.response_ids)} response ids have {len(row.response_logprobs)} log-probs"
+    elif not (np.isfinite(row.response_logprobs).all() and (row.response_logprobs <= 1e-5).all()):
+        yield "a response log-prob is not a finite number <= 0"
+    top = row.distributions
+    if top is None:
+        return
+    if len(top.counts_T) != len(row.response_ids) or len(top.log_remainder_T) != len(row.response_ids):
+        yield "the distributions do not cover every response token"
+        return
+    if top.counts_T.sum() != len(top.ids_E) or len(top.ids_E) != len(top.logprobs_E):
+        yield "the entry counts do not add up"
+        return
+    if len(top.ids_E) and (top.ids_E.min() < 0 or top.ids_E.max() >= vocab_size):
+        yield f"an entry id stands outside the vocabulary of {vocab_size}"
+    if np.isnan(top.log_remainder_T).any() or (top.log_remainder_T > 1e-6).any():
+        yield "a remainder is above 1 or not a number"
+    position_E = np.repeat(np.arange(len(top.counts_T)), top.counts_T)
+    rising = np.diff(top.logprobs_E) > 0
+    if (rising & (np.diff(position_E) == 0)).any():
+        yield "entries are not in rank order"
+    mass_T = np.bincount(position_E, np.exp(top.logprobs_E.astype(np.float64)), minlength=len(top.counts_T))
+    if (mass_T > np.exp(MAX_ERROR_NATS) + 1e-5).any():
+        yield "the entries of a position hold more mass than 1"

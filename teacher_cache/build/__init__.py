@@ -1,0 +1,1 @@
+"""Jobs that build a cache and its rounds."""

@@ -1,0 +1,155 @@
+"""Build a teacher cache: ask once, commit shard by shard, write the manifest last."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.progress import Progress, say
+from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
+from dpkd.core.prompts.templates import PromptEncoder
+from dpkd.teacher_cache.build.assembling import ShardLayout
+from dpkd.teacher_cache.build.filling import Filler, open_filler
+from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.engines.engine import EngineOptions, ResolvedEngine, Sampling, check_engine, resolve_engine
+from dpkd.teacher_cache.engines.vllm.engine_args import result_changing
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.codec import GRID_NATS
+from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.job import Job
+from dpkd.teacher_cache.store.reader import CACHE_KIND
+from dpkd.teacher_cache.store.schema import Origin
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.store.manifest import Manifest
+
+
+def build_cache(config: CacheConfig) -> Manifest:
+    """Build the cache (or, with `config.student`, the round) that `config` describes, or go on with it.
+
+    Returns the manifest; a finished cache of the same options is left as it is. Rows that the engine cannot answer are
+    set aside: `Manifest.failed` lists them. Raises `UserError` for options, data or models that cannot be used, before
+    anything is written, and when engine or disk cannot go on; what is committed is kept.
+    """
+    if config.student is not None:
+        from dpkd.teacher_cache.build.rounds import build_round
+
+        return build_round(config)
+    assert config.data is not None  # the config's own check
+    engine = resolve_engine(config.engine)
+    source = open_examples(config.data)
+    teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
+    check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
+    encoder = PromptEncoder(teacher.tokenizer, config.template)
+    plan = RowPlan(source, encoder, config)
+    survey = plan.survey()
+    _say_skipped(survey.skipped)
+
+    job = Job(open_folder(config.out), CACHE_KIND, _identities(config, engine, teacher, encoder, source))
+    with job.opened(config.to_toml(), survey.num_rows) as manifest:
+        if manifest is None:
+            if job.num_done() < sum(survey.num_rows.values()):
+                say(f"starting {engine} with the teacher {config.teacher}")
+                with open_filler(engine, teacher, engine_options(config), config) as filler:
+                    for origin in plan.origins:
+                        _fill(job, plan, origin, filler, config, survey.num_rows[origin])
+            manifest = job.finish([asdict(row) for row in survey.skipped])
+    say_complete(f"the cache {config.out}", manifest)
+    return manifest
+
+
+def _fill(job: Job, plan: RowPlan, origin: Origin, filler: Filler, config: CacheConfig, num_rows: int) -> None:
+    done = job.num_done(f"shards/{origin}-")
+    if done == num_rows:
+        return
+    drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if origin == "teacher" else None
+    label = "teacher responses" if origin == "teacher" else "teacher scores of references"
+    with Progress(label, num_rows, "rows", done) as progress:
+        filler(job, ShardLayout(origin, config.rows_per_shard, stem=origin), plan.rows(origin), drawn, progress)
+
+
+def say_complete(what: str, manifest: Manifest) -> None:
+    """One line for a complete cache or round, and one more for every kind of row that was set aside."""
+    counts = manifest.counts
+    say(f"{what} is complete: {counts['rows']} rows, {counts['positions']} tokens, {counts['bytes']} bytes")
+    if not manifest.failed:
+        return
+    say(f"{counts['failed']} rows are set aside, as the engine cannot answer them (all are listed in the manifest):")
+    for row in manifest.failed[:5]:
+        say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
+
+
+def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:
+    """The engine's options as `config` asks for them, with another `top_k` where given."""
+    return EngineOptions(
+        max_length=config.max_prompt_tokens + config.max_new_tokens,
+        top_k=config.most_entries if top_k is None else top_k,
+        dtype=config.dtype,
+        device=config.device,
+        max_num_seqs=config.max_num_seqs,
+        top_mass=config.top_mass,
+        engine_args=config.engine_arg,
+        server_urls=config.server_url,
+    )
+
+
+def sampling(config: CacheConfig, stop_token_ids: list[int]) -> Sampling:
+    """How responses are drawn as `config` asks for it."""
+    return Sampling(config.temperature, config.top_p, config.max_new_tokens, tuple(stop_token_ids))
+
+
+def logprobs_identity(config: CacheConfig) -> dict[str, Any]:
+    """How log-probs were taken and are kept. `top_mass` is there only where it picks the number of entries."""
+    picked = {} if config.top_mass is None else {"top_mass": config.top_mass}
+    return {
+        "mode": "raw_logprobs",
+        "temperature": 1.0,
+        "unit": "nats",
+        "top_k": config.most_entries,
+        "entry_grid_nats": GRID_NATS,
+        **picked,
+    }
+
+
+def engine_identity(engine: ResolvedEngine, config: CacheConfig) -> dict[str, Any]:
+    """What runs the model, as far as it can change a result; a Ray cluster runs vLLM."""
+    changing = result_changing(config.engine_arg)
+    return {"engine": "vllm" if engine == "ray" else engine} | ({"engine_args": changing} if changing else {})
+
+
+def _identities(
+    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, encoder: PromptEncoder, source: ExampleSource
+) -> dict[str, Any]:
+    return {
+        "teacher": teacher.identity(config.dtype),
+        "tokenizer": teacher.tokenizer_identity(),
+        "template": encoder.identity(),
+        "data": source.identity | {"limit": config.limit},
+        "generation": {
+            **engine_identity(engine, config),
+            "responses": config.responses,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "num_samples": config.num_samples,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_new_tokens": config.max_new_tokens,
+            "stop_token_ids": teacher.stop_token_ids(),
+            "seed": config.seed,
+        },
+        "logprobs": logprobs_identity(config),
+        "layout": {"rows_per_shard": config.rows_per_shard},
+    }
+
+
+def _say_skipped(skipped: list[SkippedRow]) -> None:
+    if not skipped:
+        return
+    say(f"{len(skipped)} rows of the data are left out (all are listed in the manifest):")
+    for row in skipped[:5]:
+        say(f"  line {row.line}: {row.reason}")
+    kinds = Counter(re.sub(r"\d+", "N", row.reason) for row in skipped[5:])
+    for kind, count in kinds.most_common(3):
+        say(f"  … {count} more: {kind}")

@@ -1,0 +1,1 @@
+"""A cache filled by replicas on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Engines that generate with the teacher and score text with it."""

@@ -1,0 +1,1 @@
+"""vLLM behind its HTTP server."""

@@ -1,0 +1,157 @@
+"""One exchange with one HTTP server: the request, and what its failure means."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import httpx
+
+from dpkd.core.errors import UserError
+
+#: Longest wait for one answer, in seconds. Long, because a full queue is slow; a dead server is noticed by its health.
+REQUEST_TIMEOUT_S = 1800.0
+
+KEY_VARIABLE = "VLLM_API_KEY"
+
+_CONNECT_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 10.0
+_CHECK_TIMEOUT_S = 300.0  # the first request to a server may compile kernels: 25 s on two cores
+
+_Trouble = Literal["unreachable", "broken", "busy", "failed"]
+
+
+class RequestRefusedError(Exception):
+    """An answer to one request that trying again would not change; its text is one line for a person."""
+
+
+class NoAnswerError(Exception):
+    """A try that came to nothing and may come to something later.
+
+    `unreachable`: no connection; `broken`: it ended, timed out or the work was aborted; `busy`: HTTP 429 or 503;
+    `failed`: another HTTP 5xx.
+    """
+
+    def __init__(self, kind: _Trouble, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(eq=False)
+class Server:
+    """One server: its address without `/v1`, the id of its model, and what is known of its state."""
+
+    url: str
+    model_id: str = ""
+    up: bool = False
+    tried: bool = False
+    answers: bool = False  # the last try of anything had an answer, so a check under way is no silence
+    told: bool = False  # the person knows that it does not answer
+    in_flight: int = 0
+    heard_s: float = 0.0  # when it last answered, or last was given work after a rest (monotonic clock)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def base_urls(urls: Sequence[str]) -> list[str]:
+    """Addresses without `/v1` and without doubles; raises `UserError` for one that is no HTTP address."""
+    bases = []
+    for text in urls:
+        try:
+            url = httpx.URL(text)
+        except httpx.InvalidURL as error:
+            raise UserError(f"a server's address cannot be read: {error}", found=repr(text)) from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise UserError("a server's address is not one", found=repr(text), expected="http://HOST:PORT")
+        if url.userinfo:
+            # an address is printed and logged, so it must not hold a secret
+            raise UserError(f"the address of the server {url.host} holds a password", advice=f"Set {KEY_VARIABLE}")
+        bases.append(str(url).rstrip("/").removesuffix("/v1").rstrip("/"))
+    return list(dict.fromkeys(bases))
+
+
+class ServerHttp:
+    """The connections to all servers, from one event loop.
+
+    Args:
+        timeout_s: longest wait for any answer, in seconds.
+    """
+
+    def __init__(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._client = httpx.AsyncClient(
+            headers=_authorization(),
+            follow_redirects=False,
+            # vLLM closes connections that rest for 5 s: ours go first, so that none is closed under a request
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+        )
+
+    async def ask(
+        self,
+        server: Server,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> bytes:
+        """The body of a 200 answer.
+
+        Raises `NoAnswerError`, `RequestRefusedError` (4xx) or `UserError` (the key, a redirect).
+        """
+        longest_s = timeout_s or (_HEALTH_TIMEOUT_S if method == "GET" else _CHECK_TIMEOUT_S)
+        timeout = httpx.Timeout(min(longest_s, self._timeout_s), connect=_CONNECT_TIMEOUT_S)
+        try:
+            response = await self._client.request(method, server.url + path, json=body, timeout=timeout)
+        except httpx.RequestError as error:
+            unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise NoAnswerError("unreachable" if unreachable else "broken", reason) from None
+        server.heard_s = time.monotonic()
+        status = response.status_code
+        if status == 200:
+            server.answers = True
+            return response.content
+        reason = f"HTTP {status}: {_message(response)}"
+        if status in (401, 403):
+            raise UserError(
+                "the server does not accept the key",
+                found=f"HTTP {status}, {KEY_VARIABLE} is {'set' if KEY_VARIABLE in os.environ else 'not set'}",
+                where=server.url,
+                advice=f"Set {KEY_VARIABLE} to the server's key",
+            )
+        if 300 <= status < 400:
+            raise UserError(
+                "the server redirects", found=reason, where=server.url + path, advice="Give its own address"
+            )
+        if status in (429, 503):
+            raise NoAnswerError("busy", reason)
+        if status >= 500:
+            raise NoAnswerError("failed", reason)
+        raise RequestRefusedError(reason)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # HTTP refuses it, with an error that shows it
+        raise UserError(f"the key in {KEY_VARIABLE} holds characters that no key has", expected="printable ASCII")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _message(response: httpx.Response) -> str:
+    """What the server says of an error, in one short line."""
+    try:
+        error = response.json()["error"]
+        text = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    return " ".join(str(text).split())[:200]

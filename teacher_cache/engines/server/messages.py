@@ -1,0 +1,121 @@
+"""What is sent to vLLM's completion endpoint and what comes back, as JSON (checked against vLLM 0.32)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dpkd.teacher_cache.engines.engine import Sampling
+from dpkd.teacher_cache.engines.server.http import NoAnswerError
+
+#: what reading an answer of another form raises
+MALFORMED = (ValueError, KeyError, TypeError, IndexError)
+
+_LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
+
+
+def generation_body(ids: list[int], seed: int, sampling: Sampling, top_k: int) -> dict[str, Any]:
+    """The request to go on from the prompt `ids`, with the `top_k` likeliest tokens of each new position."""
+    return {
+        "prompt": ids,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed if sampling.temperature > 0 else None,
+        # the stop ids say it all; a server adds those of its generation config otherwise
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,
+        "logprobs": top_k,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        # neutral: a server takes what is not named from the model's generation config
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+def scoring_body(ids: list[int], top_k: int) -> dict[str, Any]:
+    """The request for the log-probs of `ids` themselves, with the `top_k` likeliest tokens of each position."""
+    return {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}  # vLLM refuses 0 tokens
+
+
+def to_ints(ids: Sequence[int]) -> list[int]:
+    """Ids as JSON takes them: it knows no numpy integers."""
+    return [int(token) for token in ids]
+
+
+def first_choice(content: bytes) -> dict[str, Any]:
+    """The only answer of a response's body; raises `NoAnswerError` where the server gave the request up."""
+    choice = json.loads(content)["choices"][0]
+    if choice["finish_reason"] == "abort":
+        raise NoAnswerError("broken", "the server aborted the request")  # it is being stopped
+    return choice
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTable:
+    """What JSON says of T positions: each token's own log-prob, and `counts_T` entries each, concatenated.
+
+    A position has K entries, or K + 1 where its own token is outside the top K; the own token comes first.
+    """
+
+    own_T: np.ndarray
+    counts_T: np.ndarray
+    ids_E: np.ndarray
+    logprobs_E: np.ndarray
+
+    @classmethod
+    def of_generation(cls, choice: dict[str, Any]) -> LogprobTable:
+        """Of every new position of an answer to `generation_body`."""
+        rows = choice["logprobs"]["top_logprobs"]
+        return cls._of(
+            choice["logprobs"]["token_logprobs"],
+            rows,
+            [token.removeprefix("token_id:") for token in chain.from_iterable(rows)],
+            list(chain.from_iterable(row.values() for row in rows)),
+        )
+
+    @classmethod
+    def of_scoring(cls, choice: dict[str, Any], first_position: int, ids: list[int]) -> LogprobTable:
+        """Entries of `prompt_logprobs` from `first_position` on, where `ids` stand."""
+        rows = choice["prompt_logprobs"][first_position:]
+        return cls._of(
+            [row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True)],
+            rows,
+            list(chain.from_iterable(rows)),
+            [entry["logprob"] for row in rows for entry in row.values()],
+        )
+
+    @classmethod
+    def _of(cls, own: list[float], rows: list[dict[str, Any]], ids: list[str], logprobs: list[float]) -> LogprobTable:
+        return cls(
+            own_T=_to_logprobs(own),
+            counts_T=np.array([len(row) for row in rows], np.int64),
+            ids_E=np.array([int(token) for token in ids], np.int64),
+            logprobs_E=_to_logprobs(logprobs),
+        )
+
+    def ranked(self, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `top_k` likeliest ids of each position in rank order, [T, K], and their log-probs."""
+        if len(self.counts_T) and self.counts_T.min() < top_k:
+            raise ValueError(f"a position has {self.counts_T.min()} entries, {top_k} were asked for")
+        held_TW = np.arange(top_k + 1) < self.counts_T[:, None]
+        ids_TW = np.zeros(held_TW.shape, np.int64)
+        logprobs_TW = np.full(held_TW.shape, -np.inf, np.float32)
+        ids_TW[held_TW], logprobs_TW[held_TW] = self.ids_E, self.logprobs_E
+        order_TK = np.argsort(-logprobs_TW, axis=1, kind="stable")[:, :top_k]
+        return np.take_along_axis(ids_TW, order_TK, axis=1), np.take_along_axis(logprobs_TW, order_TK, axis=1)
+
+
+def _to_logprobs(values: list[float]) -> np.ndarray:
+    logprobs = np.array(values, np.float32)
+    logprobs[logprobs <= _LOWEST_LOGPROB] = -np.inf
+    return logprobs

@@ -1,0 +1,1 @@
+"""Options of the commands that build, check and serve a cache."""

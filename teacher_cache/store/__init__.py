@@ -1,0 +1,1 @@
+"""The cache on disk or in an object store: shards, ledger, manifest, locks, readers."""

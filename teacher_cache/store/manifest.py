@@ -1,0 +1,178 @@
+"""The manifest: written last, it makes a directory a cache and says what the cache is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.schema import FORMAT_VERSION
+from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord, record_from_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished cache (kind `teacher-cache`) or one round of it (kind `round`) holds.
+
+    `identities` decide whether two caches are the same; their hash is the fingerprint. `files` are checksums of the
+    other files in the directory. `software` and `skipped` stand outside the fingerprint.
+    """
+
+    kind: str
+    identities: dict[str, Any]
+    shards: list[ShardRecord]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identities."""
+        return fingerprint(self.identities)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows, positions, entries and bytes over all shards."""
+        return {
+            "shards": len(self.shards),
+            "rows": sum(shard.rows for shard in self.shards),
+            "positions": sum(shard.positions for shard in self.shards),
+            "entries": sum(shard.entries for shard in self.shards),
+            "bytes": sum(shard.num_bytes for shard in self.shards),
+            "unfinished": sum(shard.unfinished for shard in self.shards),
+            "failed": sum(len(shard.failed) for shard in self.shards),
+        }
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Rows that the engine could not answer: example id, sample, origin and reason."""
+        return [row for shard in self.shards for row in shard.failed]
+
+    @property
+    def densities(self) -> dict[str, float | None]:
+        """Bytes a position and a kept entry (None without entries), and entries a position."""
+        counts = self.counts
+        positions, entries = max(counts["positions"], 1), counts["entries"]
+        return {
+            "bytes_per_position": counts["bytes"] / positions,
+            "bytes_per_entry": counts["bytes"] / entries if entries else None,
+            "entries_per_position": entries / positions,
+        }
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and response."""
+        return max((shard.longest for shard in self.shards), default=0)
+
+    @property
+    def mass_kept(self) -> float | None:
+        """Mean probability inside the kept entries over positions; None without distributions."""
+        positions = sum(shard.positions for shard in self.shards)
+        if not positions or not sum(shard.entries for shard in self.shards):
+            return None
+        return sum(shard.mass_kept for shard in self.shards) / positions
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: canonical JSON that ends with its own checksum."""
+        body = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "counts": self.counts,
+            "mass_kept": self.mass_kept,
+            "skipped_by_reason": dict(sorted(Counter(row["reason"] for row in self.skipped).items())),
+        } | asdict(self)
+        body["manifest_sha256"] = fingerprint(body)
+        return canonical_json(body) + b"\n"
+
+    def write(self, folder: Folder) -> None:
+        """Finish the folder; nothing in it may change afterwards."""
+        folder.write(MANIFEST, self.to_bytes())
+
+
+def read_manifest(folder: Folder, kind: str) -> Manifest:
+    """The manifest of a finished folder; `UserError` when it is absent, altered, or of another format or kind."""
+    path = folder.where(MANIFEST)
+    try:
+        data = folder.read(MANIFEST)
+    except FileNotFoundError:
+        if not folder.sizes():
+            raise UserError(
+                "the cache directory is missing", where=folder, advice="Build it with `dpkd cache-teacher`"
+            ) from None
+        unfinished = folder.exists("job.json")
+        raise UserError(
+            "the cache is unfinished: it has no manifest"
+            if unfinished
+            else "the directory is no cache: it has no manifest",
+            where=folder,
+            advice="Run the same `dpkd cache-teacher` command again, it goes on where it stopped"
+            if unfinished
+            else "Give the --out of a finished `dpkd cache-teacher`",
+        ) from None
+    try:
+        body = json.loads(data)
+        version = body["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                "the cache has a newer format",
+                found=f"version {version}",
+                expected=f"at most {FORMAT_VERSION}",
+                where=path,
+                advice="Install a newer dpkd",
+            )
+        recorded = body.pop("manifest_sha256")
+        intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
+        if intact:
+            manifest = _from_body(body)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise UserError("the manifest is not what was written: its checksum does not fit", where=path, advice=REBUILD)
+    if manifest.kind != kind:
+        raise UserError("the directory holds another kind of thing", found=manifest.kind, expected=kind, where=path)
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _from_body(body: dict[str, Any]) -> Manifest:
+    return Manifest(
+        kind=body["kind"],
+        identities=body["identities"],
+        shards=[record_from_json(record) for record in body["shards"]],
+        skipped=body["skipped"],
+        files=body["files"],
+        software=body["software"],
+    )
+
+
+def _check_files(folder: Folder, manifest: Manifest) -> None:
+    """Sizes of shards and checksums of the small files: what can be known without reading the shards."""
+    sizes = folder.sizes("shards")
+    for shard in manifest.shards:
+        size = sizes.get(shard.path)
+        if size != shard.num_bytes:
+            raise UserError(
+                "a shard of the cache is missing or cut short",
+                found="no file" if size is None else f"{size} bytes",
+                expected=f"{shard.num_bytes} bytes",
+                where=folder.where(shard.path),
+                advice=REBUILD,
+            )
+    contents = folder.read_many(manifest.files)
+    for name, digest in manifest.files.items():
+        found = hashlib.sha256(contents[name]).hexdigest() if name in contents else "no file"
+        if found != digest:
+            raise UserError(
+                "a file of the cache is not what was written",
+                found=found[:16],
+                expected=digest[:16],
+                where=folder.where(name),
+                advice=REBUILD,
+            )

@@ -1,0 +1,176 @@
+"""Open a finished cache by path alone, and read it shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import fingerprint
+from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.job import JOB
+from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard, read_shards
+
+if TYPE_CHECKING:
+    from dpkd.core.models import ModelSource
+    from dpkd.teacher_cache.store.schema import ShardRows
+
+CACHE_KIND = "teacher-cache"
+ROUND_KIND = "round"
+_SHORT = 12  # digits shown of a sha256
+_DECODED_SHARDS = 16  # how many decoded shards a reader holds: two windows of the data order
+
+
+def round_folder(cache: Folder, name: str) -> Folder:
+    """Folder of the round `name` of the cache in `cache`."""
+    return cache.child(f"rounds/{name}")
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round: its folder and manifest. Its shards lie beside the cache's, rows in the same order.
+
+    A round has the cache's rows but for those that student or teacher could not answer (`Manifest.failed`).
+    """
+
+    name: str
+    folder: Folder
+    manifest: Manifest
+
+    @cached_property
+    def shards_by_path(self) -> dict[str, ShardRecord]:
+        """The round's shards by path, which is also the path of the cache's shard that each lies beside."""
+        return {shard.path: shard for shard in self.manifest.shards}
+
+
+class CacheReader:
+    """What a cache says of itself and how its shards are read, finished or not: each is checked as it is read."""
+
+    def __init__(self, folder: Folder, identities: dict[str, Any]) -> None:
+        self.folder, self.identities = folder, identities
+        self._read = lru_cache(maxsize=_DECODED_SHARDS)(read_shard)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identities; the manifest's, once there is one."""
+        return fingerprint(self.identities)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits."""
+        return int(self.identities["teacher"]["vocab_size"])
+
+    @property
+    def top_k(self) -> int:
+        """Most entries kept a position; 0 when the cache holds no distributions."""
+        return int(self.identities["logprobs"]["top_k"])
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of every shard but each origin's last."""
+        return int(self.identities["layout"]["rows_per_shard"])
+
+    def scan(self, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
+        """The decoded rows of `records` in order, each shard read while the one before it is used; none is kept."""
+        return read_shards(self.folder, records)
+
+    def read(self, record: ShardRecord) -> ShardRows:
+        """The decoded rows of one shard; the last few stay in memory."""
+        return self._read(self.folder, record)
+
+    def check_tokenizer(self, model: ModelSource, role: str) -> None:
+        """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
+        held, ours = self.identities["tokenizer"], model.tokenizer_identity()
+        if held["sha256"] != ours["sha256"]:
+            raise UserError(
+                f"the {role}'s tokenizer is not the cache's",
+                found=f"{_tokenizer(ours)} of {model.name}",
+                expected=f"{_tokenizer(held)} of {self.identities['teacher']['name']}",
+                where=self.folder,
+                advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
+            )
+
+    def check_teacher(self, model: ModelSource, *, advice: str) -> None:
+        """Raise `UserError` unless `model` is the teacher, by its weights (by its config, where only that is known)."""
+        held = self.identities["teacher"]
+        ours = model.identity(held["dtype"])
+        # a cache built through a server may not know the weights
+        key = "config_sha256" if held["weights_sha256"] is None else "weights_sha256"
+        if ours[key] != held[key]:
+            raise UserError(
+                "the teacher is not the one of the cache",
+                found=f"{key} {str(ours[key])[:_SHORT]} of {model.name}",
+                expected=f"{held[key][:_SHORT]} of {held['name']}",
+                where=self.folder,
+                advice=advice,
+            )
+
+
+class TeacherCache(CacheReader):
+    """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        super().__init__(folder, manifest.identities)
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, location: str | Path) -> TeacherCache:
+        """The cache at a path or URL; `UserError` when it is absent, unfinished, altered or of another format."""
+        folder = open_folder(location)
+        return cls(folder, read_manifest(folder, CACHE_KIND))
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins of the cache's rows, in the order of its shards."""
+        return sorted({shard.origin for shard in self.manifest.shards})
+
+    def shards(self, origin: str | None = None) -> list[ShardRecord]:
+        """Shards of `origin` (None: all), in order."""
+        return [shard for shard in self.manifest.shards if origin in (None, shard.origin)]
+
+    @cached_property
+    def round_names(self) -> list[str]:
+        """Names of the finished rounds."""
+        names = [name.split("/") for name in self.folder.sizes("rounds")]
+        return sorted(parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST)
+
+    def round(self, name: str) -> Round:
+        """The round `name`; raises `UserError` when it is absent, altered or of another cache."""
+        folder = round_folder(self.folder, name)
+        if name not in self.round_names and not folder.exists(JOB):
+            raise UserError(
+                "the cache has no such round",
+                found=repr(name),
+                expected=" or ".join(map(repr, self.round_names)) or "none is there",
+                where=self.folder,
+                advice=f"Build it with `dpkd cache-teacher --student DIR --round {name}`",
+            )
+        manifest = read_manifest(folder, ROUND_KIND)
+        if manifest.identities["cache"] != self.manifest.fingerprint:
+            raise UserError(
+                "the round belongs to another cache",
+                found=manifest.identities["cache"][:16],
+                expected=self.manifest.fingerprint[:16],
+                where=folder,
+            )
+        ours = [(shard.path, shard.rows) for shard in self.manifest.shards]
+        if [(shard.path, shard.num_settled) for shard in manifest.shards] != ours:
+            raise UserError("the round's shards do not lie beside the cache's", where=folder)
+        return Round(name, folder, manifest)
+
+    def read_round(self, held: Round, record: ShardRecord) -> ShardRows:
+        """The decoded rows of the round that lie beside those of the cache's shard `record`."""
+        return self._read(held.folder, held.shards_by_path[record.path])
+
+    def verify_shards(self) -> None:
+        """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
+        for record in self.manifest.shards:
+            check_shard(self.folder, record)
+
+
+def _tokenizer(identity: dict[str, Any]) -> str:
+    return f"{identity['sha256'][:12]} ({identity['num_tokens']} tokens)"

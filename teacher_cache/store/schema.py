@@ -1,0 +1,203 @@
+"""The row of the cache as an Arrow schema, and the way between engine results and Arrow tables.
+
+A row is one response to one prompt as the teacher sees it; docs/cache-format.md describes every column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
+from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
+
+FORMAT_VERSION = 1
+Origin = Literal["teacher", "reference", "student"]
+
+
+def _list(value_type: pa.DataType) -> pa.DataType:
+    # Parquet gives list items the name `element` back, so they carry it from the start
+    return pa.list_(pa.field("element", value_type, nullable=False))
+
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("prompt_ids", _list(pa.int32()), nullable=False),
+        pa.field("response_ids", _list(pa.int32()), nullable=False),
+        pa.field("response_logprobs", _list(pa.float32()), nullable=False),
+        pa.field("entry_counts", _list(pa.int32()), nullable=False),
+        pa.field("entry_ids", _list(pa.int32()), nullable=False),
+        pa.field("entry_logprob_steps", _list(pa.uint16()), nullable=False),
+        pa.field("log_remainder", _list(pa.float32()), nullable=False),
+    ]
+)
+_SPLIT = (
+    "prompt_ids",
+    "response_ids",
+    "response_logprobs",
+    "entry_ids",
+    "entry_logprob_steps",
+    "log_remainder",
+)
+#: encodings that any Parquet reader knows; 2.3 to 2.8 bytes a kept entry with zstd (docs/cache-format.md)
+COLUMN_ENCODINGS = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT}
+DICTIONARY_COLUMNS = ["origin", "finish_reason"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """A row before the engine has seen it; `index` is its place in the order of its origin.
+
+    `failed` is the reason why an earlier stage could not make it: it goes to no engine and is set aside.
+    """
+
+    index: int
+    example_id: str
+    sample: int
+    origin: Origin
+    prompt: str
+    prompt_ids: Sequence[int]
+    seed: int = 0
+    response_ids: Sequence[int] | None = None
+    finish_reason: Literal["stop", "length"] = "stop"
+    failed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRow:
+    """A row as it is read back. T response tokens (EOS counted), log-probs in nats, float32.
+
+    `distributions` is None in a cache that was written with top-K 0.
+    """
+
+    example_id: str
+    sample: int
+    origin: str
+    finish_reason: str
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    response_logprobs: np.ndarray
+    distributions: Distributions | None
+
+
+def unscored_row(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], example_id: str = "", sample: int = 0
+) -> CachedRow:
+    """A reference response that no teacher has seen: it has no log-probs."""
+    return CachedRow(
+        example_id=example_id,
+        sample=sample,
+        origin="reference",
+        finish_reason="stop",
+        prompt_ids=np.asarray(prompt_ids, np.int32),
+        response_ids=np.asarray(response_ids, np.int32),
+        response_logprobs=np.zeros(0, np.float32),
+        distributions=None,
+    )
+
+
+def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
+    """One shard's table from planned rows, their results and the response texts."""
+    columns: dict[str, list[object]] = {field.name: [] for field in ROW_SCHEMA}
+    nothing = np.zeros(0, np.int32)
+    for plan, result, text in rows:
+        given = plan.response_ids is not None
+        top = result.distributions
+        values: dict[str, object] = {
+            "example_id": plan.example_id,
+            "sample": plan.sample,
+            "origin": plan.origin,
+            "finish_reason": plan.finish_reason if given else result.finish_reason,
+            "prompt": plan.prompt,
+            "response": text,
+            "prompt_ids": np.asarray(plan.prompt_ids, np.int32),
+            "response_ids": result.response_ids,
+            "response_logprobs": result.logprobs_T,
+            "entry_counts": nothing if top is None else top.counts_T,
+            "entry_ids": nothing if top is None else top.ids_E,
+            "entry_logprob_steps": nothing if top is None else encode_logprobs(top.logprobs_E, top.counts_T),
+            "log_remainder": nothing if top is None else top.log_remainder_T,
+        }
+        for name, value in values.items():
+            columns[name].append(value)
+    return pa.table({field.name: _column(columns[field.name], field.type) for field in ROW_SCHEMA}, schema=ROW_SCHEMA)
+
+
+def _column(values: list[object], kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    arrays = [np.asarray(value) for value in values]
+    offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
+    flat = np.concatenate(arrays) if arrays else np.zeros(0)
+    items = pa.array(flat.astype(kind.value_type.to_pandas_dtype()), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=kind)
+
+
+class ShardRows:
+    """The rows of one shard. `row(i)` gives views, not copies, of all but the log-probs, which it decodes."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._text = {name: table[name].to_pylist() for name in ("example_id", "sample", "origin", "finish_reason")}
+        self._table = table
+        self._lists = {field.name: _flat(table[field.name]) for field in ROW_SCHEMA if pa.types.is_list(field.type)}
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def texts(self, index: int) -> tuple[str, str]:
+        """Prompt and response as text."""
+        return self._table["prompt"][index].as_py(), self._table["response"][index].as_py()
+
+    def key(self, index: int) -> tuple[str, int]:
+        """Example id and sample number of a row: what names it among those of its origin."""
+        return self._text["example_id"][index], self._text["sample"][index]
+
+    @cached_property
+    def place_of(self) -> dict[tuple[str, int], int]:
+        """Index of every row by its key."""
+        return {self.key(index): index for index in range(len(self))}
+
+    def row(self, index: int) -> CachedRow:
+        """Row `index` of the shard."""
+        counts = self._slice("entry_counts", index)
+        distributions = None
+        if len(counts):
+            distributions = Distributions(
+                counts,
+                self._slice("entry_ids", index),
+                decode_logprobs(self._slice("entry_logprob_steps", index), counts),
+                self._slice("log_remainder", index),
+            )
+        return CachedRow(
+            example_id=self._text["example_id"][index],
+            sample=self._text["sample"][index],
+            origin=self._text["origin"][index],
+            finish_reason=self._text["finish_reason"][index],
+            prompt_ids=self._slice("prompt_ids", index),
+            response_ids=self._slice("response_ids", index),
+            response_logprobs=self._slice("response_logprobs", index),
+            distributions=distributions,
+        )
+
+    def _slice(self, name: str, index: int) -> np.ndarray:
+        values, offsets = self._lists[name]
+        return values[offsets[index] : offsets[index + 1]]
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # a table without rows has no chunk to combine
+        array = pa.array([], column.type)
+    offsets = array.offsets.to_numpy()
+    return array.values.to_numpy(zero_copy_only=False)[offsets[0] :], offsets - offsets[0]

@@ -1,0 +1,186 @@
+"""Shards on disk: written whole or not at all, committed by a record of their checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpkd.core.errors import UserError
+from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.schema import COLUMN_ENCODINGS, DICTIONARY_COLUMNS, ROW_SCHEMA, ShardRows
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What the manifest knows of a shard. `path` is relative to the cache (or round) directory.
+
+    `positions` are response tokens, `entries` kept top-K entries, `num_bytes` the file's size; `mass_kept` is the
+    probability inside the entries summed over positions; `unfinished` counts rows that ended by length; `longest` is
+    the longest row, prompt and response, in tokens. `lengths` counts rows by response length, place i for lengths
+    from 2^i up to 2^(i+1) tokens. `failed` are the rows that the engine could not answer: they are not in the shard.
+    """
+
+    path: str
+    origin: str
+    sha256: str
+    num_bytes: int
+    rows: int
+    positions: int
+    entries: int
+    mass_kept: float
+    unfinished: int
+    longest: int = 0
+    lengths: Sequence[int] = ()
+    failed: Sequence[dict[str, Any]] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.sha256))
+
+    @property
+    def num_settled(self) -> int:
+        """Rows that are done with: those of the shard and those that are set aside."""
+        return self.rows + len(self.failed)
+
+
+def encode_shard(
+    table: pa.Table, path: str, origin: str, failed: Sequence[dict[str, Any]] = ()
+) -> tuple[bytes, ShardRecord]:
+    """The bytes of a shard and its record. Equal tables give equal bytes (with one pyarrow version)."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=DICTIONARY_COLUMNS,
+        column_encoding=COLUMN_ENCODINGS,
+        store_schema=False,
+        write_statistics=False,
+        row_group_size=max(table.num_rows, 1),
+    )
+    data = buffer.getvalue()
+    log_remainder = pc.list_flatten(table["log_remainder"]).to_numpy()
+    response_lengths = pc.list_value_length(table["response_ids"]).to_numpy()
+    prompt_lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    entries = int(pc.sum(pc.list_value_length(table["entry_ids"])).as_py() or 0)
+    record = ShardRecord(
+        path=path,
+        origin=origin,
+        sha256=hashlib.sha256(data).hexdigest(),
+        num_bytes=len(data),
+        rows=table.num_rows,
+        positions=int(response_lengths.sum()),
+        entries=entries,
+        mass_kept=float((1.0 - np.exp(log_remainder.astype(np.float64))).sum()) if entries else 0.0,
+        unfinished=sum(reason == "length" for reason in table["finish_reason"].to_pylist()),
+        longest=int((prompt_lengths + response_lengths).max(initial=0)),
+        lengths=np.bincount(np.log2(np.maximum(response_lengths, 1)).astype(np.int64)).tolist(),
+        failed=list(failed),
+    )
+    return data, record
+
+
+def read_shard(folder: Folder, record: ShardRecord) -> ShardRows:
+    """Read, check and decode a shard; raises `UserError` when it is missing or not what was written."""
+    return ShardRows(_parse(check_shard(folder, record), folder.where(record.path)))
+
+
+def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
+    """`read_shard` of every record in order; a thread reads the next shard while the caller uses this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
+        ahead = None
+        for record in records:
+            before, ahead = ahead, (record, pool.submit(read_shard, folder, record))
+            if before is not None:
+                yield before[0], before[1].result()
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
+
+
+def check_shard(folder: Folder, record: ShardRecord) -> bytes:
+    """The shard's bytes when they are the ones that were committed, else `UserError`."""
+    path = folder.where(record.path)
+    try:
+        data = folder.read(record.path)
+    except FileNotFoundError:
+        raise UserError("a shard of the cache is missing", where=path, advice=REBUILD) from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record.sha256:
+        raise UserError(
+            "a shard of the cache is not what was written",
+            found=f"sha256 {digest[:16]}… of {len(data)} bytes",
+            expected=f"{record.sha256[:16]}… of {record.num_bytes} bytes",
+            where=path,
+            advice=REBUILD,
+        )
+    return data
+
+
+LEDGER = "ledger"
+REBUILD = "Restore the file, or delete the directory and build it again with `dpkd cache-teacher`"
+
+
+def _parse(data: bytes, path: str) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"the shard is not Parquet: {error}", where=path) from None
+    if not table.schema.equals(ROW_SCHEMA):
+        raise UserError("the shard has another schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path)
+    return table
+
+
+def record_from_json(value: dict[str, Any]) -> ShardRecord:
+    """Inverse of `dataclasses.asdict` for a record."""
+    return ShardRecord(**value)
+
+
+def _record_name(shard_path: str) -> str:
+    return f"{LEDGER}/{shard_path.replace('/', '--').removesuffix('.parquet')}.json"
+
+
+class Ledger:
+    """Which shards of an unfinished directory are committed: one small file each, written after the shard.
+
+    A shard without a record was cut off by a kill and is written again. Records are files of their own rather than
+    lines of one, so that several writers need no lock and a torn write touches one shard alone.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
+        """Records by shard path, but for those of the `known` paths, which are not read again.
+
+        A record that cannot be read counts as absent: its shard is written again.
+        """
+        passed_over = {_record_name(path) for path in known}
+        contents = self._folder.read_many(sorted(set(self._folder.sizes(LEDGER)) - passed_over))
+        shards = self._folder.sizes("shards") if contents else {}
+        records = {}
+        for content in contents.values():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                record = record_from_json(json.loads(content))
+                if record.path in shards:
+                    records[record.path] = record
+        return records
+
+    def commit(self, data: bytes, record: ShardRecord) -> None:
+        """Write the shard, then the record that makes it count."""
+        self._folder.write(record.path, data)
+        self._folder.write(_record_name(record.path), json.dumps(asdict(record)).encode())
+
+    def discard(self) -> None:
+        """Remove the records, once the manifest holds them."""
+        self._folder.delete(LEDGER)

@@ -1,0 +1,173 @@
+"""MiniLLM's loss: its gradient by enumeration of a world of two tokens, its clipping and its returns by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpkd.distill.objectives.divergence import reverse_kl
+from dpkd.distill.objectives.policy_gradient import minillm_loss, returns
+from dpkd.distill.objectives.preference import sum_by_row
+
+STOP, GO = 0, 1
+#: Every response of the world: it ends at STOP or after three tokens.
+RESPONSES = [(STOP,), (GO, STOP), (GO, GO, STOP), (GO, GO, GO)]
+
+
+def world(seed: int) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits of the next token after 0, 1 and 2 GOs."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+    return student.float().requires_grad_(), teacher.float()
+
+
+def flat() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, place and token of every position of RESPONSES, and the tokens of each row."""
+    positions = [(row, place, token) for row, y in enumerate(RESPONSES) for place, token in enumerate(y)]
+    row, place, token = torch.tensor(positions).T
+    return row, place, token, torch.tensor([len(y) for y in RESPONSES])
+
+
+def expected_gradient(student: Tensor, teacher: Tensor, *, length_normalize: bool = False) -> Tensor:
+    """The mean gradient of the loss over responses that the student samples, exactly: all of them, weighed by q(y)."""
+    row, place, token, counts = flat()
+    log_q, log_p = student.log_softmax(1), teacher.log_softmax(1)
+    own = log_q[place, token]
+    loss = minillm_loss(
+        own,
+        own.detach(),
+        log_p[place, token],
+        row,
+        counts,
+        reverse_kl(log_p, log_q)[place],
+        length_normalize=length_normalize,
+    )
+    weight = sum_by_row(own, row, len(RESPONSES)).exp().detach()
+    (gradient,) = torch.autograd.grad((weight * sum_by_row(loss, row, len(RESPONSES))).sum(), student)
+    return gradient
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_the_expected_gradient_is_that_of_the_reverse_kl_of_responses(seed: int) -> None:
+    student, teacher = world(seed)
+    row, place, token, _ = flat()
+    log_q = sum_by_row(student.log_softmax(1)[place, token], row, len(RESPONSES))
+    log_p = sum_by_row(teacher.log_softmax(1)[place, token], row, len(RESPONSES))
+    assert math.isclose(float(log_q.exp().sum().detach()), 1.0, rel_tol=1e-5)  # RESPONSES are the whole world
+    (exact,) = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), student, retain_graph=True)
+    # REINFORCE with the whole response's reward, the textbook estimator of the same gradient
+    (reinforce,) = torch.autograd.grad((log_q.exp() * (log_q - log_p)).detach() @ log_q, student)
+    ours = expected_gradient(student, teacher)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, reinforce, rtol=1e-4, atol=1e-5)
+
+
+def test_length_normalisation_is_another_objective() -> None:
+    student, teacher = world(0)
+    plain, normalised = expected_gradient(student, teacher), expected_gradient(student, teacher, length_normalize=True)
+    # the last step sees one own reward and no return; the second to last one reward ahead, divided by 1
+    torch.testing.assert_close(plain[1:], normalised[1:])
+    assert not torch.allclose(plain[0], normalised[0])
+
+
+def test_the_reinforce_gradient_of_one_sample_by_hand() -> None:
+    # one row of two tokens at ratio 1: the first token carries the second's reward r = log p - log q, the second none
+    own = torch.tensor([-0.5, -1.5], requires_grad=True)
+    zero = torch.zeros(2)
+    loss = minillm_loss(own, own.detach(), torch.tensor([-1.0, -0.2]), torch.tensor([0, 0]), torch.tensor([2]), zero)
+    torch.testing.assert_close(loss, torch.tensor([-1.3, 0.0]))
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    torch.testing.assert_close(gradient, torch.tensor([-1.3, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "reward", "value", "moves"),
+    [
+        (1.5, 2.0, -2.4, False),  # good and already likelier than 1 + clip: no more gain
+        (1.5, -2.0, 3.0, True),  # bad and likelier: pushed back
+        (0.5, 2.0, -1.0, True),  # good and less likely: pulled up
+        (0.5, -2.0, 1.6, False),  # bad and already less likely than 1 - clip
+        (1.1, 2.0, -2.2, True),
+    ],
+)
+def test_the_ratio_is_clipped_where_it_would_gain(ratio: float, reward: float, value: float, moves: bool) -> None:
+    old = torch.tensor([-2.0, -1.0])
+    own = (old + torch.tensor([math.log(ratio), 0.0])).requires_grad_()
+    teacher = old + torch.tensor([7.0, reward])  # its own reward does not count in a token's return
+    loss = minillm_loss(own, old, teacher, torch.tensor([0, 0]), torch.tensor([2]), torch.zeros(2))
+    assert math.isclose(float(loss[0].detach()), value, rel_tol=1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    assert math.isclose(float(gradient[0]), -ratio * reward if moves else 0.0, rel_tol=1e-5)
+
+
+def test_the_single_step_part_is_added_and_differentiable() -> None:
+    own, step = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4], requires_grad=True)
+    arguments = (own, own, own, torch.tensor([0, 0]), torch.tensor([2]))
+    loss = minillm_loss(*arguments, step)
+    torch.testing.assert_close(loss, step)
+    (gradient,) = torch.autograd.grad(loss.sum(), step)
+    assert gradient.tolist() == [1.0, 1.0]
+
+
+def test_mixed_sampling_weighs_both_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, old, teacher, step, weight = torch.rand(5, 6, generator=generator)
+    row, counts = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([2, 3, 1])
+    plain = minillm_loss(-own, -old, -teacher, row, counts, step)
+    mixed = minillm_loss(-own, -old, -teacher, row, counts, step, mixed_weight_T=weight)
+    torch.testing.assert_close(mixed, weight * plain)
+
+
+def test_no_gradient_reaches_rewards_or_weights() -> None:
+    old, teacher, weight = (torch.tensor([-1.0, -0.5], requires_grad=True) for _ in range(3))
+    own = torch.tensor([-1.1, -0.7], requires_grad=True)
+    loss = minillm_loss(
+        own, old, teacher, torch.tensor([0, 0]), torch.tensor([2]), torch.zeros(2), mixed_weight_T=weight
+    )
+    loss.sum().backward()
+    assert own.grad is not None
+    assert old.grad is teacher.grad is weight.grad is None
+    assert loss.dtype == torch.float32
+
+
+def test_returns_by_hand() -> None:
+    rewards, row = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0, 0, 0, 2, 2])
+    assert returns(rewards, row, 4, length_normalize=False).tolist() == [6, 4, 0, 16, 0]
+    assert returns(rewards, row, 4, length_normalize=True).tolist() == [3, 4, 0, 16, 0]
+    assert returns(rewards[:0], row[:0], 0, length_normalize=True).tolist() == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(0, 1000), st.booleans())
+def test_returns_are_those_of_a_loop_even_where_rows_interleave(rows: list[int], seed: int, normalize: bool) -> None:
+    rewards = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed))
+    expected = []
+    for position, row in enumerate(rows):
+        ahead = [float(rewards[later]) for later in range(position + 1, len(rows)) if rows[later] == row]
+        expected.append(sum(ahead) / (max(len(ahead), 1) if normalize else 1))
+    ours = returns(rewards, torch.tensor(rows), 5, length_normalize=normalize)
+    torch.testing.assert_close(ours, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_an_infinite_reward_stays_in_its_row() -> None:
+    rewards = torch.tensor([1.0, -math.inf, 2.0, 3.0, 4.0])
+    ours = returns(rewards, torch.tensor([0, 0, 0, 1, 1]), 2, length_normalize=False)
+    assert ours.tolist() == [-math.inf, 2, 0, 4, 0]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    own, row = torch.tensor([-1.0, -2.0]), torch.tensor([0, 0])
+    with pytest.raises(ValueError, match="without tokens"):
+        minillm_loss(own, own, own, row, torch.tensor([2, 0]), own)
+    with pytest.raises(ValueError, match="does not count"):
+        minillm_loss(own, own, own, row, torch.tensor([3]), own)
+    with pytest.raises(ValueError, match="does not count"):
+        minillm_loss(own, own, own, row + 1, torch.tensor([2]), own)
+    with pytest.raises(ValueError, match="clip is 0"):
+        minillm_loss(own, own, own, row, torch.tensor([2]), own, clip=0)

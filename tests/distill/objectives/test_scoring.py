@@ -1,0 +1,133 @@
+"""The chunked scorer against full logits, for several families of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.distill.objectives.student_forward import Positions, StudentScorer, check_head, head_logits
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0),
+    "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.0),
+    "llama-untied": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=False),
+    "gemma2-softcapped": Gemma2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5
+    ),
+}
+
+
+def read(at: Positions) -> dict[str, torch.Tensor]:
+    own = at.own_token(at.fields.get("uniform"))
+    return {
+        "target": at.logprob(at.fields["target"]),
+        "chosen": at.logprob(at.fields["chosen"]),
+        "own": at.logprob(own),
+        "own_id": own,
+        "entropy": at.entropy(),
+    }
+
+
+def score(scorer: StudentScorer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
+    fields = {name.removesuffix("_T"): value for name, value in inputs.items() if name not in names}
+    return scorer(*(inputs[name] for name in names), fields, read)  # type: ignore[no-any-return]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 90, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    rows = torch.tensor([0] * 5 + [1] * 2 + [2] * 4)
+    predict = torch.tensor([6, 7, 8, 9, 10, 6, 7, 3, 4, 5, 6])
+    return {
+        "input_ids_BS": ids,
+        "attention_mask_BS": mask,
+        "row_T": rows,
+        "predict_T": predict,
+        "target_T": ids[rows, predict + 1],
+        "chosen_T": torch.randint(1, 90, (11,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 7, 31])
+def test_chunks_equal_full_logits_in_value_and_gradient(family: str, chunk: int) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    inputs = batch()
+    check_head(model, family)
+
+    full = torch.log_softmax(
+        model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits.float(), dim=-1
+    )[inputs["row_T"], inputs["predict_T"]]
+    own = full.argmax(dim=1)
+    expected = [full.gather(1, inputs[key][:, None])[:, 0] for key in ("target_T", "chosen_T")]
+    expected.append(full.gather(1, own[:, None])[:, 0])
+    weights = torch.linspace(-1, 1, 11)
+    sum((value * weights).sum() for value in expected).backward()  # type: ignore[union-attr]
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+    model.zero_grad()
+    scores = score(StudentScorer(model, num_tokens=97, logits_chunk=chunk), inputs)
+    found = [scores["target"], scores["chosen"], scores["own"]]
+    assert scores["own_id"].tolist() == own.tolist()
+    assert torch.allclose(scores["entropy"], -(full.exp() * full).sum(dim=1), atol=1e-5)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    sum((value * weights).sum() for value in found).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
+    inputs = batch()
+    one = {
+        key: value[:1] if key in ("row_T", "predict_T", "target_T", "chosen_T") else value
+        for key, value in inputs.items()
+    }
+    many = {key: value.expand(20_000) if value.dim() == 1 else value for key, value in one.items()}
+    with torch.no_grad():
+        many["uniform_T"] = torch.rand(20_000)
+        scores = score(StudentScorer(model, num_tokens=97, logits_chunk=4096), many)
+        logits = model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits[0, 6]
+    share = torch.bincount(scores["own_id"], minlength=97) / 20_000
+    assert float((share - torch.softmax(logits, dim=0)).abs().max()) < 0.01
+
+
+def test_padding_of_the_vocabulary_is_never_the_students_token() -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
+    scores = score(StudentScorer(model, num_tokens=3, logits_chunk=64), batch())
+    assert int(scores["own_id"].max()) < 3
+
+
+def test_an_unknown_change_of_the_logits_is_refused(toy_student: Path) -> None:
+    model = locate_model(str(toy_student), "student").load("float32")
+    forward = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = scaled  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="changes its logits in a way that is not known here"):
+        check_head(model, "toy")
+
+
+def test_soft_capping_is_applied() -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES["gemma2-softcapped"])
+    assert float(head_logits(model, 100 * torch.randn(2, 32)).detach().abs().max()) <= 0.5

@@ -1,0 +1,179 @@
+"""Training while the cache is written: both processes run, the order is kept, and a kill loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.following import FollowedRows, FollowOrder
+from dpkd.distill.training import train
+from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.growing import GrowingCache
+from dpkd.teacher_cache.store.job import Job
+from dpkd.teacher_cache.store.reader import CACHE_KIND, TeacherCache
+
+DPKD = [sys.executable, "-m", "dpkd.pipelines.cli"]
+
+
+def cache_command(out: Path, teacher: Path, data: Path) -> list[str]:
+    return [
+        *DPKD, "cache-teacher", "--teacher", str(teacher), "--data", str(data), "--out", str(out),
+        "--engine", "transformers", "--template", "chat", "--max-new-tokens", "200", "--top-k", "16",
+        "--set", "rows_per_shard=8",
+    ]  # fmt: skip
+
+
+def train_command(out: Path, cache: Path, student: Path, steps: int) -> list[str]:
+    return [
+        *DPKD, "train", "--cache", str(cache), "--student", str(student), "--out", str(out), "--follow",
+        "--steps", str(steps), "--batch-size", "8", "--device", "cpu", "--set", "save_every=5",
+    ]  # fmt: skip
+
+
+def config(out: Path, cache: Path, student: Path, **options: Any) -> TrainConfig:
+    return TrainConfig(out=out, cache=cache, student=str(student), follow=True, batch_size=8, device="cpu", **options)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.endswith(("_s", "_bytes"))}
+        for line in lines
+        if line.endswith("}")
+    ]
+
+
+def wait_until(ready: Any, *processes: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + 180
+    while not ready():
+        assert time.monotonic() < deadline_s
+        for process in processes:
+            assert process.poll() in (None, 0), process.stderr.read().decode() if process.stderr else ""
+        time.sleep(0.02)
+
+
+@pytest.mark.engine
+def test_both_processes_run_and_a_killed_trainer_goes_on(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, repeat_rows: Callable[[Path, int], Path]
+) -> None:
+    cache, run, steps = tmp_path / "cache", tmp_path / "run", 40
+    data = repeat_rows(tmp_path / "data.jsonl", 16)  # 320 rows: one pass is 40 steps of 8
+    trainer = subprocess.Popen(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE)
+    wait_until(lambda: True, trainer)
+    writer = subprocess.Popen(cache_command(cache, toy_teacher, data), stderr=subprocess.PIPE)
+    wait_until(lambda: len(list((cache / "ledger").glob("[!.]*.json"))) >= 9, trainer, writer)
+    writer.send_signal(signal.SIGSTOP)
+    wait_until(lambda: len(metrics(run)) >= 7, trainer, writer)
+    # it has learnt from shards of a cache that has no manifest yet
+    assert not (cache / "manifest.json").exists()
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    writer.send_signal(signal.SIGCONT)
+    order_at_kill = (run / "followed.jsonl").read_text().splitlines()
+
+    again = subprocess.run(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE, check=False)
+    assert again.returncode == 0, again.stderr.decode()
+    assert b"going on from step 5 of 40" in again.stderr
+    assert writer.wait(timeout=180) == 0
+    assert (cache / "manifest.json").exists()
+
+    order = [json.loads(line)["path"] for line in (run / "followed.jsonl").read_text().splitlines()]
+    assert (run / "followed.jsonl").read_text().splitlines()[: len(order_at_kill)] == order_at_kill
+    assert sorted(order) == [shard.path for shard in TeacherCache.open(cache).shards()]
+    # the same steps on the finished cache, without a kill or a wait: this engine commits its shards in order
+    assert order == sorted(order)
+    replay = train(config(tmp_path / "replay", cache, toy_student, steps=steps))
+    assert "| Teacher | `" in (replay / "README.md").read_text()
+    assert metrics(replay) == metrics(run)
+    assert (replay / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.engine
+def test_an_interrupt_while_it_waits_ends_the_trainer(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    cache = unfinished(tmp_path / "cache", toy_cache, 3)
+    trainer = subprocess.Popen(train_command(tmp_path / "run", cache, toy_student, 4), stderr=subprocess.PIPE)
+    wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, trainer)
+    time.sleep(1)
+    trainer.send_signal(signal.SIGINT)
+    _, errors = trainer.communicate(timeout=60)
+    assert trainer.returncode == 130, errors.decode()
+    assert b"caught up with the cache (18 of 40 rows are there); waiting for more" in errors
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def unfinished(out: Path, toy_cache: Path, num_shards: int) -> Path:
+    """The toy cache as a job leaves it that was killed after its first shards."""
+    whole = TeacherCache.open(toy_cache)
+    job = Job(open_folder(out), CACHE_KIND, whole.identities)
+    with job.opened("", {"teacher": 20, "reference": 20}):
+        for record in whole.shards()[:num_shards]:
+            job.commit(whole.folder.read(record.path), record)
+    return out
+
+
+def grow(out: Path, toy_cache: Path) -> None:
+    """Finish what `unfinished` began."""
+    whole = TeacherCache.open(toy_cache)
+    job = Job(open_folder(out), CACHE_KIND, whole.identities)
+    with job.opened("", {"teacher": 20, "reference": 20}):
+        for record in whole.shards():
+            if record.path not in job.committed:
+                job.commit(whole.folder.read(record.path), record)
+        job.finish([])
+
+
+def test_nothing_more_comes_is_an_error_that_keeps_what_is_learnt(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    cache = unfinished(tmp_path / "cache", toy_cache, 3)
+    settings = config(tmp_path / "run", cache, toy_student, epochs=1, follow_timeout_s=1)
+    with pytest.raises(UserError, match="no job has written to the cache for 1 s: found 18 rows, expected 40"):
+        train(settings)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    grow(cache, toy_cache)
+    train(settings)
+    # one epoch is known from the plan: 40 rows in steps of 8
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_the_first_epoch_is_in_order_of_commitment_and_later_ones_are_permutations(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    cache = GrowingCache.open(unfinished(tmp_path / "cache", toy_cache, 5))
+    assert cache is not None
+    rows = FollowedRows(cache, config(tmp_path / "run", tmp_path / "cache", toy_student, steps=1), None)
+    (tmp_path / "run").mkdir()
+    rows.start(tmp_path / "run", leader=True)
+    order = FollowOrder(rows, seed=3, global_batch_size=10)
+    first = order.rows_of(0) + order.rows_of(1)
+    assert [group for group, _ in first] == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 2
+    grow(tmp_path / "cache", toy_cache)
+    first += order.rows_of(2) + order.rows_of(3)
+    everything = {(group, row) for group, size in enumerate(rows.group_sizes) for row in range(size)}
+    assert len(first) == len(set(first)) == 40
+    assert set(first) == everything
+    second = [place for step in range(4, 8) for place in order.rows_of(step)]
+    assert set(second) == everything
+    assert second != first
+    assert [order.epoch_of(step) for step in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+    # another rank reads the same order from the run
+    follower = FollowedRows(cache, config(tmp_path / "run", tmp_path / "cache", toy_student, steps=1), None)
+    follower.start(tmp_path / "run", leader=False)
+    assert FollowOrder(follower, seed=3, global_batch_size=10).rows_of(2) == first[20:30]
+
+
+def test_a_cache_that_nobody_begins_is_an_error(tmp_path: Path, toy_student: Path) -> None:
+    with pytest.raises(UserError, match=r"no job has begun the cache in 0 s \(in .*nowhere\)"):
+        train(config(tmp_path / "run", tmp_path / "nowhere", toy_student, steps=1, follow_timeout_s=0.1))
+    assert not (tmp_path / "run").exists()

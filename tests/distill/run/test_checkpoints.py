@@ -1,0 +1,242 @@
+"""What is kept of a run: checkpoints that are what was written, the best student, and nothing lost to a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.trainer_processes import start
+from transformers import AutoModelForCausalLM
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.best import Best, HeldOutPrompt, NormSpikes
+from dpkd.distill.run.interrupts import Interrupts
+from dpkd.distill.training import train
+from dpkd.pipelines.bridges.rouge_validation import rouge_l_of
+
+COMMON: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "student_token": "sample",
+    "device": "cpu",
+    "save_every": 2,
+    "keep": 3,
+    "validation_examples": 4,
+    "validate_every": 2,
+    "best_metric": "kld",
+}
+
+
+def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
+    return TrainConfig(out=out, cache=str(cache), student=str(student), **(COMMON | options))
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith(("_s", "_bytes"))} for line in found]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Bit for bit, times and memory apart."""
+    for name in ("metrics", "validation"):
+        assert lines(run, name) == lines(reference, name)
+    for place in (".", "best"):
+        ours, theirs = (load_file(path / place / "model.safetensors") for path in (run, reference))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((run / "best" / "dpkd.json").read_text()) == json.loads(
+        (reference / "best" / "dpkd.json").read_text()
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path, toy_student: Path) -> Path:
+    """A run that nothing stopped."""
+    return train(config(tmp_path_factory.mktemp("runs") / "whole", toy_cache, toy_student))
+
+
+def as_killed(reference: Path, run: Path) -> Path:
+    """A copy of a finished run as a kill after its last checkpoint leaves it."""
+    shutil.copytree(reference, run)
+    for name in ("run.json", "model.safetensors", "config.json"):
+        (run / name).unlink()
+    return run
+
+
+def test_kills_at_random_steps_change_nothing(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
+) -> None:
+    """SIGKILL in steps, in validations and in writes; each time the same command goes on."""
+    run, chance = tmp_path / "run", random.Random(7)
+    options = {"out": run, "cache": toy_cache, "student": toy_student, **COMMON}
+    kills = 0
+    while not (run / "run.json").is_file():
+        process = start({}, options, tmp_path / "said.txt")
+        seen = len(lines_of(run))
+        until = seen + chance.randint(1, 3)
+        while process.is_alive() and (kills == 4 or len(lines_of(run)) < until):
+            time.sleep(0.005)
+        if process.is_alive():
+            time.sleep(chance.random() * 0.05)
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "said.txt").read_text()
+    assert kills >= 2
+    assert_same_run(run, reference)
+
+
+def lines_of(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path) -> None:
+    best = min(lines(reference, "validation"), key=lambda line: line["kld"])
+    assert json.loads((reference / "best" / "dpkd.json").read_text())["steps"] == best["step"]
+    AutoModelForCausalLM.from_pretrained(reference / "best")
+    assert (reference / "best" / "tokenizer.json").is_file()
+    # one checkpoint is kept, and it does not take the best student with it
+    run = train(config(tmp_path / "run", toy_cache, toy_student, keep=1))
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert_same_run(run, reference)
+
+
+def test_training_ends_when_nothing_gets_better(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A rate that drives the student away; a run that is killed after the last validation ends there too."""
+    changed = {"learning_rate": 0.3, "warmup_ratio": 0.0, "patience": 2, "steps": 40}
+    run = train(config(tmp_path / "run", toy_cache, toy_student, **changed))
+    found = lines(run, "validation")
+    best = min(found, key=lambda line: line["kld"])["step"]
+    assert f"no better kld since step {best}: training ends" in capfd.readouterr().err
+    assert found[-1]["step"] == best + 4 == json.loads((run / "run.json").read_text())["steps"] < 40
+    assert (run / f"checkpoint-{best + 4}").is_dir()
+    again = as_killed(run, tmp_path / "again")
+    train(config(again, toy_cache, toy_student, **changed))
+    assert_same_run(again, run)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "dpkd.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+    tmp_path: Path,
+    toy_cache: Path,
+    toy_student: Path,
+    reference: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    damage: str,
+) -> None:
+    run = as_killed(reference, tmp_path / "run")
+    path = run / "checkpoint-6" / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            data[:-40] if damage == "truncated" else data.replace(data[-9:-8], b"1" if data[-9] != 49 else b"2")
+        )
+    with pytest.raises(
+        UserError, match=rf"the checkpoint's {name} is not what was written: .*checkpoint-6\). Give --set "
+    ):
+        train(config(run, toy_cache, toy_student))
+    train(config(run, toy_cache, toy_student, checkpoint="previous"))
+    said = capfd.readouterr().err
+    assert f"set aside as checkpoint-6.damaged: the checkpoint's {name}" in said
+    assert "going on from step 4 of 8" in said
+    assert_same_run(run, reference)
+
+
+def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    seen: list[tuple[set[str], Sequence[HeldOutPrompt]]] = []
+
+    def evaluate(directory: Path, prompts: Sequence[HeldOutPrompt]) -> float:
+        AutoModelForCausalLM.from_pretrained(directory)
+        seen.append(({path.name for path in directory.iterdir()}, prompts))
+        return [10.0, 30.0, 20.0, 30.0][len(seen) - 1]
+
+    options = config(tmp_path / "run", toy_cache, toy_student, best_metric="rouge_l")
+    run = train(options, evaluate)
+    assert [line["rouge_l"] for line in lines(run, "validation")] == [10.0, 30.0, 20.0, 30.0]
+    assert json.loads((run / "best" / "dpkd.json").read_text())["steps"] == 4  # what is equal is not better
+    assert all("tokenizer.json" in names and len(prompts) == 4 for names, prompts in seen)
+    assert all(prompt.references and prompt.prompt_ids for prompt in seen[0][1])
+    assert not (run / ".candidate").exists()
+    with pytest.raises(UserError, match="best_metric rouge_l needs the function that measures it"):
+        train(config(tmp_path / "other", toy_cache, toy_student, best_metric="rouge_l"))
+    assert 0 <= rouge_l_of(options)(run, seen[0][1]) <= 100
+
+
+def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    changed = {"objective": "sft", "student_token": "argmax", "best_metric": "reward_margin"}
+    with pytest.raises(UserError, match="validation does not give the best_metric: found best_metric reward_margin"):
+        train(config(tmp_path / "run", toy_cache, toy_student, **changed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"best_metric": "kld"}, "best_metric kld needs validation_examples of 1 or more"),
+        ({"patience": 2}, "patience needs a best_metric"),
+        ({"steps": 0}, "option 'steps' cannot be used: found 0"),
+        ({"learning_rate": 0}, "option 'learning_rate' cannot be used: found 0, expected .*greater than 0"),
+        ({"batch_size": 0}, "option 'batch_size' cannot be used: found 0"),
+        ({"dtype": "float16"}, "option 'dtype' cannot be used: found 'float16', expected .*'float32' or 'bfloat16'"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig.parse({"cache": "c", "student": "s", "out": "o"} | options, where="here")
+
+
+def test_best_is_smaller_or_larger_by_the_metric() -> None:
+    kld, margin = Best("kld"), Best("reward_margin")
+    assert [kld.note({"step": step, "kld": value}) for step, value in enumerate([3.0, 2.0, 2.0, 2.5])] == [
+        *(True, True, False, False)
+    ]
+    assert [margin.note({"step": step, "reward_margin": value}) for step, value in enumerate([-1.0, 0.5, 0.4])] == [
+        *(True, True, False)
+    ]
+    assert kld.is_over(2)
+    assert not kld.is_over(3)
+    assert not kld.is_over(None)
+
+
+def test_a_norm_that_stands_out_is_said() -> None:
+    spikes = NormSpikes()
+    assert spikes.note(50.0) is None  # nothing to compare it with yet
+    assert not any(spikes.note(1.0) for _ in range(40))
+    assert spikes.note(9.9) is None
+    assert spikes.note(25.0) == "gradient norm 25, 25 times the median of 42 steps"
+
+
+def test_two_signals_at_once_are_one_wish(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A launcher hands on the Ctrl-C that the terminal has sent already; a person's second one comes later."""
+    now = [100.0]
+    monkeypatch.setattr("dpkd.distill.run.interrupts.time.monotonic", lambda: now[0])
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err.count("finishing this step") == 1

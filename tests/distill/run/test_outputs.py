@@ -1,0 +1,97 @@
+"""What a run shows of itself: the model card, trackers, memory; and what it may do to spare memory or time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run import trackers
+from dpkd.distill.training import train
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+
+def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
+    defaults: dict[str, Any] = {"steps": 3, "batch_size": 5, "learning_rate": 1e-3, "device": "cpu"}
+    return TrainConfig(out=out, cache=str(cache), student=str(student), **(defaults | options))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_model_card_says_what_the_student_is_made_of(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    run = train(
+        config(tmp_path / "run", toy_cache, toy_student, validation_examples=3, best_metric="kld", sft_weight=0.5)
+    )
+    for directory in (run, run / "best"):
+        _, front, text = (directory / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(front) == {
+            "library_name": "transformers",
+            "base_model": "toy-student",
+            "pipeline_tag": "text-generation",
+            "tags": ["dpkd", "knowledge-distillation"],
+        }
+        assert "`toy-teacher`, weights sha256 `" in text
+        assert TeacherCache.open(toy_cache).fingerprint in text
+        assert "terms: 1 dpkd + 0.5 sft" in text
+        assert "| Steps | 3 |" in text
+        assert f"| kld | {metrics(run)[-1]['kld']:.4f} |" in text
+        assert "dpkd train --config dpkd.toml" in text
+        assert str(tmp_path / "run") not in text
+
+
+def test_tensorboard_shows_the_steps_and_nothing_is_needed(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(config(tmp_path / "run", toy_cache, toy_student, validation_examples=3))
+    shown = EventAccumulator(str(run / "tracker" / "dpkd"))
+    shown.Reload()
+    values = [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    assert [step for step, _ in values] == [1, 2, 3]
+    assert all(
+        math.isclose(value, line["loss"], rel_tol=1e-6) for (_, value), line in zip(values, metrics(run), strict=True)
+    )
+    assert shown.Scalars("validation/kld")[0].step == 3
+    assert not (train(config(tmp_path / "none", toy_cache, toy_student, tracker="none")) / "tracker").exists()
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert trackers.choose_tracker("auto") is None
+    with pytest.raises(UserError, match="the tracker is not installed: found --tracker wandb"):
+        train(config(tmp_path / "asked", toy_cache, toy_student, tracker="wandb"))
+    assert not (tmp_path / "asked").exists()
+
+
+def test_memory_is_measured(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = metrics(train(config(tmp_path / "run", toy_cache, toy_student)))
+    assert all(10**8 < line["peak_memory_bytes"] < 10**12 for line in lines)
+    assert f"memory {lines[-1]['peak_memory_bytes'] / 1e9:.2f} GB" in capfd.readouterr().err
+
+
+def test_memory_is_this_process_s_and_not_that_of_the_one_that_started_it() -> None:
+    show = "import torch; from dpkd.distill.run.logs import peak_memory_bytes as f; print(f(torch.device('cpu')))"
+    start = f"import subprocess, sys; held = b'x' * 2**31; subprocess.run([sys.executable, '-c', {show!r}], check=True)"
+    said = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout
+    assert 10**8 < int(said) < 2**31
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_sparing_memory_or_time_changes_no_number(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, option: str
+) -> None:
+    plain = metrics(train(config(tmp_path / "plain", toy_cache, toy_student, steps=2)))
+    other = metrics(train(config(tmp_path / "other", toy_cache, toy_student, steps=2, **{option: True})))
+    for one, two in zip(plain, other, strict=True):
+        for key in ("loss", "grad_norm", "kld"):
+            assert math.isclose(one[key], two[key], rel_tol=1e-4), key

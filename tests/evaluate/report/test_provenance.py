@@ -1,0 +1,93 @@
+"""The command that a report names: it makes the same options again, and no secret stands in it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from dpkd.core.settings import Settings
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.options.merge import MergeConfig
+from dpkd.evaluate.report.provenance import command_text, redacted
+from dpkd.pipelines.cli import make_app
+from dpkd.pipelines.flags import resolve
+
+
+def _parsed(text: str, config_type: type[Settings]) -> Settings:
+    """The options that the command line makes of a command."""
+    program, name, *arguments = shlex.split(text)
+    assert program == "dpkd"
+    given = get_command(make_app()).commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    settings, path = given.pop("set"), given.pop("config")
+    assert given.pop("dry_run") is False
+    found: Settings = resolve(config_type, given, path, settings or [])
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "m=runs/m", "data": "d=d.jsonl", "out": "o"},
+        {
+            "model": ["a=runs/a b", "b=owner/model"],
+            "predictions": ["p:x=p's.jsonl", "p:y=q.jsonl"],
+            "data": ["x=x.jsonl", "y=org/set:test"],
+            "run": "r=runs/r",
+            "field": "output=answer",
+            "out": "o $HOME",
+            "seeds": "1,2",
+            "buckets": "median,mean",
+            "temperature": 0.7,
+            "limit": 3,
+            "cache": "s3://bucket/cache",
+            "num_bootstrap": 200,
+            "max_num_seqs": 3,
+            "dtype": "bfloat16",
+        },
+    ],
+)
+def test_the_command_of_an_evaluation_makes_its_options_again(options: dict[str, Any]) -> None:
+    config = EvalConfig.parse(options, where="a test")
+    assert _parsed(command_text(config, "eval"), EvalConfig) == config
+
+
+def test_every_option_that_is_not_the_default_is_named() -> None:
+    config = EvalConfig.parse({"model": "m=x", "data": "d=d.jsonl", "out": "o", "perplexity": False}, where="a test")
+    assert command_text(config, "eval") == "dpkd eval --model m=x --data d=d.jsonl --out o --no-perplexity"
+    assert _parsed(command_text(config, "eval"), EvalConfig) == config
+
+
+def test_the_command_of_a_merged_report_makes_its_options_again() -> None:
+    options = {"evaluations": ["a", "n=b c"], "out": "o", "common_rows": True, "bootstrap_seed": 4}
+    config = MergeConfig.parse(options, where="a test")
+    text = command_text(config, "report")
+    assert text == "dpkd report a 'n=b c' --out o --common-rows --set bootstrap_seed=4"
+    assert _parsed(text, MergeConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("s3://KEY:secret@bucket/cache", "s3://***@bucket/cache"),
+        ("https://host/cache?token=abc&part=2", "https://host/cache?token=***&part=***"),
+        ("name=hf_abcdefghijklmnopqrst", "name=***"),
+        ("sk-proj-0123456789abcdef", "***"),
+        ("runs/a?b=c", "runs/a?b=c"),
+        ("mail@host", "mail@host"),
+        ("s3://bucket/cache", "s3://bucket/cache"),
+    ],
+)
+def test_secrets_are_left_out(text: str, safe: str) -> None:
+    assert redacted(text) == safe
+
+
+def test_no_secret_stands_in_a_command() -> None:
+    config = EvalConfig.parse(
+        {"model": "m=x", "data": "d=d.jsonl", "out": "o", "cache": "s3://id:secret@bucket/c?key=secret"}, where="a test"
+    )
+    text = command_text(config, "eval")
+    assert "secret" not in text
+    assert shlex.split(text)[-3:] == ["o", "--cache", "s3://***@bucket/c?key=***"]

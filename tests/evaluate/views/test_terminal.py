@@ -1,0 +1,101 @@
+"""What stands on the terminal: drawn tables on a real one, the very `report.md` in a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dpkd.evaluate.evaluation import evaluate
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.views.terminal import draw_report
+
+_PRINT = (
+    "import json, sys; from dpkd.evaluate.views.terminal import print_report;"
+    "print_report(json.loads(open(sys.argv[1], encoding='utf-8').read()))"
+)
+
+
+@pytest.fixture
+def report_path(
+    make_config: Callable[..., EvalConfig], write_rows: Callable[..., Path], rows: list[dict[str, Any]]
+) -> Path:
+    """Model `good` is right throughout, `half` on rows 0, 2 and 4: one of each bucket."""
+    good = [{"prediction": row["output"]} for row in rows]
+    half = [{"prediction": row["output"] if i % 2 == 0 else "no"} for i, row in enumerate(rows)]
+    return evaluate(
+        make_config(
+            predictions=[f"half={write_rows(half, 'h.jsonl')}", f"good={write_rows(good, 'g.jsonl')}"],
+            data=f"d={write_rows(rows, 'd.jsonl')}",
+        )
+    )
+
+
+def _drawn(report: dict[str, Any], width: int) -> list[str]:
+    file = io.StringIO()
+    draw_report(report, Console(file=file, width=width))
+    return file.getvalue().splitlines()
+
+
+def test_tables_are_drawn_with_intervals_and_the_best_marked(report_path: Path) -> None:
+    lines = _drawn(json.loads(report_path.read_text()), 120)
+    start = next(place for place, line in enumerate(lines) if line.startswith("Exact match, overall and by length"))
+    header, half, ends, good = (lines[start + place] for place in (2, 4, 5, 6))
+    assert re.split(r"\s{2,}", header.strip()) == [
+        "Model",
+        "Exact match",
+        "[0,30) (n=2)",
+        "[30,70) (n=2)",
+        "[70,inf) (n=2)",
+    ]
+    assert re.split(r"\s{2,}", half.strip()) == ["half", "50.00", "50.00", "50.00", "50.00"]
+    assert len(re.findall(r"\[\d+\.\d\d, \d+\.\d\d\]", ends)) == 4
+    assert re.split(r"\s{2,}", good.strip()) == ["good", *["100.00 \u2605"] * 4]
+    (difference,) = [line for line in lines if "3 / 3 / 0" in line]
+    assert difference.startswith(" good - half ")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_is_kept_to(report_path: Path, width: int) -> None:
+    report = json.loads(report_path.read_text())
+    report["models"]["[bold]a-model-of-a-name-that-is-longer-than-many[/bold]"] = report["models"].pop("half")
+    report["comparisons"]["d"] = []
+    lines = _drawn(report, width)
+    assert max(map(len, lines)) <= width
+    text = "".join(re.split(r"\s+", " ".join(lines)))
+    assert "[bo" in text  # a name is no markup
+
+
+def test_a_real_terminal_gets_tables_and_a_pipe_gets_markdown(report_path: Path) -> None:
+    command = [sys.executable, "-c", _PRINT, str(report_path)]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert piped == (report_path.parent / "report.md").read_text() + "\n"
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # what Linux says when the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "| ---" not in text
+    assert re.search(r"\x1b\[1;36m *100\.00 \u2605", text)  # the best in bold colour
+    assert "[70,inf) (n=2)" in text

@@ -1,0 +1,358 @@
+"""Recipes: checked before they run, in order, skipping what is complete; and the shipped ones are sound."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.toys import ROOT
+from typer.main import get_command
+
+from dpkd.core.errors import UserError
+from dpkd.core.models import ModelSource
+from dpkd.pipelines.cli import make_app
+from dpkd.pipelines.recipe.run import read_recipe
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"the recipe has no \[\[steps\]\]"),
+        ('name = "x"\n', "unknown key 'name'"),
+        ('[[steps]]\ncommand = "dance"\n', "step 1|command is not known: found 'dance'"),
+        (
+            '[[steps]]\ncommand = "train"\nstudent = "s"\nout = "o"\ncache = "c"\nbeeta = 1\n',
+            "unknown option 'beeta'.*step 1",
+        ),
+    ],
+)
+def test_a_recipe_is_checked_before_its_first_step(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe(write(tmp_path / "r.toml", content))
+
+
+def test_every_shipped_recipe_parses_and_says_what_it_takes() -> None:
+    recipes = sorted((ROOT / "configs").rglob("*.toml"))
+    assert recipes
+    for path in recipes:
+        assert read_recipe(path)
+        header = path.read_text(encoding="utf-8").split("[[steps]]")[0]
+        for word in ("Command:", "Hardware:", "Time:", "You will see:"):
+            assert word in header, f"{path} promises no {word}"
+
+
+ROUNDS = """
+[rounds]
+count = 3
+student = "start"
+
+[[steps]]
+command = "init-student"
+teacher = "t"
+out = "{student}"
+layers = 1
+
+[[steps]]
+repeat = "rounds"
+command = "cache-teacher"
+teacher = "t"
+student = "{student}"
+out = "cache"
+round = "r{round}"
+engine_arg = ["speculative_config={\\"n\\": 1}"]
+
+[[steps]]
+repeat = "rounds"
+command = "train"
+cache = "cache"
+student = "{student}"
+level = "sequence"
+round = "r{round}"
+out = "runs/round-{next}"
+
+[[steps]]
+command = "eval"
+out = "report"
+
+[steps.model]
+first = "runs/round-1"
+last = "{student}"
+
+[steps.data]
+held = "heldout.jsonl"
+"""
+
+
+def test_rounds_are_written_out_step_by_step(tmp_path: Path) -> None:
+    steps = read_recipe(write(tmp_path / "r.toml", ROUNDS))
+    assert [step.title for step in steps] == [
+        "init-student",
+        "cache-teacher, round 0", "train, round 0",
+        "cache-teacher, round 1", "train, round 1",
+        "cache-teacher, round 2", "train, round 2",
+        "eval",
+    ]  # fmt: skip
+    options = [step.config.model_dump(mode="json") for step in steps]
+    assert options[0]["out"] == "start"
+    students = ["start", "runs/round-1", "runs/round-2"]
+    for number, student in enumerate(students):
+        asked, learnt = options[1 + 2 * number], options[2 + 2 * number]
+        assert (asked["student"], asked["round"], asked["out"]) == (student, f"r{number}", "cache")
+        assert (learnt["student"], learnt["round"]) == (student, f"r{number}")
+        assert learnt["out"] == f"runs/round-{number + 1}"
+        assert asked["engine_arg"] == {"speculative_config": '{"n": 1}'}  # braces that hold no placeholder
+    assert options[-1]["model"] == {"first": "runs/round-1", "last": "runs/round-3"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("count = 3", "count = 0", r"option 'count' cannot be used: found 0, .*\[rounds\]"),
+        ("count = 3", "cuont = 3", "unknown option 'cuont'|option 'count' is needed"),
+        ('[rounds]\ncount = 3\nstudent = "start"', "rounds = 3", r"`rounds` is no table: expected \[rounds\]"),
+        (
+            '[rounds]\ncount = 3\nstudent = "start"',
+            "",
+            r"a step is repeated, and the recipe has no \[rounds\] .*step 2",
+        ),
+        ('repeat = "rounds"\n', "", "no step is repeated .*Mark the steps of a round with repeat"),
+        ('repeat = "rounds"', 'repeat = "round"', "`repeat` is not known: found 'round', expected 'rounds' .*step 2"),
+        (
+            'command = "eval"',
+            'command = "eval"\nrepeat = "rounds"',
+            "the step writes the same output in rounds 0 and 1: ",
+        ),
+        ("runs/round-{next}", "runs/round", "the same output in rounds 0 and 1: found runs/round .*step 3, round 1"),
+        ('out = "cache"\nround = "r{round}"', 'out = "cache"\nround = "r"', "found cache, round r .*step 2, round 1"),
+        (
+            "runs/round-{next}",
+            "runs/{rounds}",
+            r"placeholder \{rounds\} has no value here: expected \{student\}, \{round\}",
+        ),
+        ('out = "report"', 'out = "report-{round}"', r"\{round\} has no value here: expected \{student\} .*step 4"),
+        ('last = "{student}"', 'last = "{studnt}"', r"\{studnt\} has no value here: expected \{student\} .*step 4"),
+        ('level = "sequence"', 'level = "token"\nbeeta = 1', "unknown option 'beeta'.*step 3, round 0"),
+    ],
+)
+def test_rounds_are_checked_before_the_first_step(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in ROUNDS
+    with pytest.raises(UserError, match=message):
+        read_recipe(write(tmp_path / "r.toml", ROUNDS.replace(old, new)))
+
+
+def test_the_steps_of_a_round_stand_together_and_train(tmp_path: Path) -> None:
+    train_only = ROUNDS.replace('repeat = "rounds"\ncommand = "cache-teacher"', 'command = "cache-teacher"')
+    apart = train_only.replace('command = "init-student"', 'command = "init-student"\nrepeat = "rounds"')
+    with pytest.raises(UserError, match=r"a step that runs once stands between the steps of a round .*step 2"):
+        read_recipe(write(tmp_path / "r.toml", apart))
+    idle = ROUNDS.replace('repeat = "rounds"\ncommand = "train"', 'command = "train"')
+    with pytest.raises(UserError, match="a round has no train step, so its student would stay the same"):
+        read_recipe(write(tmp_path / "r.toml", idle))
+
+
+def test_a_placeholder_without_rounds_is_refused(tmp_path: Path) -> None:
+    plain = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "{student}"\nlayers = 1\n'
+    with pytest.raises(UserError, match=r"\{student\} has no value here: expected none: the recipe has no \[rounds\]"):
+        read_recipe(write(tmp_path / "r.toml", plain))
+
+
+def weights_of(model: Path) -> str | None:
+    return ModelSource(str(model), model).identity("float32")["weights_sha256"]
+
+
+def test_rounds_go_on_after_a_kill_and_each_starts_from_the_one_before(
+    tmp_path: Path, cache_copy: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    text = f"""
+[rounds]
+count = 2
+student = "{toy_student}"
+
+[[steps]]
+repeat = "rounds"
+command = "cache-teacher"
+teacher = "{toy_teacher}"
+student = "{{student}}"
+out = "{cache_copy}"
+round = "live-{{round}}"
+engine = "transformers"
+max_new_tokens = 6
+top_k = 8
+
+[[steps]]
+repeat = "rounds"
+command = "train"
+cache = "{cache_copy}"
+student = "{{student}}"
+round = "live-{{round}}"
+out = "{tmp_path}/round-{{round}}"
+level = "sequence"
+steps = 2
+batch_size = 4
+learning_rate = 1e-2
+device = "cpu"
+"""
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(write(tmp_path / "r.toml", text))]
+    first = tmp_path / "round-0"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as killed:
+        assert killed.stderr is not None
+        lines = []
+        for line in killed.stderr:
+            lines.append(line)
+            if "step 3 of 4: dpkd cache-teacher, round 1" in line:
+                killed.terminate()
+    assert killed.returncode == 130, "".join(lines)
+    assert (first / "run.json").is_file()
+    assert not (tmp_path / "round-1").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    cache = TeacherCache.open(cache_copy)
+    students = [toy_student, first, tmp_path / "round-1"]
+    assert len({weights_of(student) for student in students}) == 3
+    for number in range(2):
+        held = cache.round(f"live-{number}").manifest.identities["student"]
+        run = json.loads((students[number + 1] / "dpkd-run.json").read_text())
+        assert held["weights_sha256"] == run["student"]["weights_sha256"] == weights_of(students[number])
+
+
+def recipe_of_toys(directory: Path, teacher: Path, student_out: Path, data: Path) -> str:
+    return f"""
+[[steps]]
+command = "init-student"
+teacher = "{teacher}"
+out = "{student_out}"
+layers = 1
+
+[[steps]]
+command = "cache-teacher"
+teacher = "{teacher}"
+data = "{data}"
+out = "{directory}/cache"
+engine = "transformers"
+template = "chat"
+max_new_tokens = 6
+top_k = 8
+limit = 6
+
+[[steps]]
+command = "train"
+cache = "{directory}/cache"
+student = "{student_out}"
+out = "{directory}/run"
+steps = 2
+batch_size = 3
+"""
+
+
+def test_a_recipe_runs_once_and_goes_on_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    text = recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data)
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(tmp_path / "r.toml")]
+    write(tmp_path / "r.toml", text.replace("batch_size = 3", "batch_size = 300"))
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "a step takes more rows than there are" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+    write(tmp_path / "r.toml", text)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "student is complete" in done.stderr.replace(str(tmp_path) + "/", "")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["complete"] is True
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "the recipe" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    recipe = write(tmp_path / "r.toml", recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data))
+    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(recipe), "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line for line in result.stdout.splitlines() if line.startswith("# ")] == [
+        "# init-student", "# cache-teacher", "# train",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+
+
+def test_scripts_are_sound_shell() -> None:
+    scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+    assert len(scripts) == 5
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_every_command_of_the_documents_is_one_that_exists() -> None:
+    """Each `dpkd ...` line in a shell block parses against the real command line; each script is there."""
+    group = get_command(make_app())
+    found = 0
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["bash"]:
+                    assert (ROOT / words[1]).is_file(), f"{document}: {line}"
+                    found += 1
+                if words[:1] != ["dpkd"]:
+                    continue
+                found += 1
+                command, arguments = group, words[1:]
+                while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
+                    assert arguments[0] in command.commands, f"{document}: {line}"
+                    command, arguments = command.commands[arguments[0]], arguments[1:]
+                options = {name for parameter in command.params for name in parameter.opts}
+                flags = [word for word in arguments if word.startswith("--")]
+                assert set(flags) <= options | {"--help"}, f"{document}: {line}"
+    assert found >= 10
+
+
+def test_the_shipped_data_are_apart_and_attributed() -> None:
+    rows = {
+        name: [json.loads(line) for line in (ROOT / "examples" / "dolly" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "heldout")
+    }
+    keys = {name: {(row["instruction"], row["input"]) for row in part} for name, part in rows.items()}
+    assert len(rows["train"]) == 320
+    assert len(rows["heldout"]) == 96
+    assert not keys["train"] & keys["heldout"]
+    readme = (ROOT / "examples" / "dolly" / "README.md").read_text()
+    assert "databricks-dolly-15k" in readme
+    assert "CC BY-SA 3.0" in readme
+
+
+def test_the_version_is_said_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_steps_are_forked_from_asks_for_no_device() -> None:
+    """A forked process cannot use a GPU that the one before it has so much as counted."""
+    code = (
+        "import importlib, torch\n"
+        "from dpkd.pipelines.recipe.step_process import READ_ONCE\n"
+        "asked = []\n"
+        "for name in ('is_available', 'device_count', 'init', '_lazy_init'):\n"
+        "    setattr(torch.cuda, name, lambda *_, name=name, **__: asked.append(name))\n"
+        "torch.accelerator.is_available = lambda: asked.append('accelerator')\n"
+        "torch.cuda.is_available()\n"
+        "for name in READ_ONCE:\n"
+        "    importlib.import_module(name)\n"
+        "print(asked)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "['is_available']"  # the test's own question

@@ -1,0 +1,315 @@
+"""The cache as a whole: what it holds, what it refuses, and that nothing in it can change unseen."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.teacher_cache.audit.info import describe_cache
+from dpkd.teacher_cache.audit.verify import row_problems, verify_cache
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.manifest import read_manifest
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.schema import CachedRow
+
+
+def config(out: Path, teacher: Path, data: Path, **options: object) -> CacheConfig:
+    defaults: dict[str, object] = {
+        "engine": "transformers",
+        "template": "chat",
+        "max_new_tokens": 8,
+        "top_k": 8,
+        "rows_per_shard": 3,
+    }
+    return CacheConfig(out=out, teacher=str(teacher), data=str(data), **(defaults | options))
+
+
+def all_rows(cache: TeacherCache) -> list[CachedRow]:
+    return [shard.row(i) for record in cache.shards() for shard in [cache.read(record)] for i in range(len(shard))]
+
+
+def test_every_row_stands_once_and_verifies(toy_cache: Path) -> None:
+    cache = TeacherCache.open(toy_cache)
+    rows = all_rows(cache)
+    keys = [(row.origin, row.example_id, row.sample) for row in rows]
+    assert len(keys) == len(set(keys)) == 40
+    assert {row.origin for row in rows} == {"teacher", "reference"}
+    assert verify_cache(toy_cache) == {"rows": 80, "shards": 16, "rounds": 1}
+
+
+def test_cached_logprobs_are_the_models_own(toy_cache: Path, toy_teacher: Path) -> None:
+    """Against the full logits of transformers, with the label shift written out again by hand."""
+    model = locate_model(str(toy_teacher), "teacher").load("float32").eval()
+    for row in all_rows(TeacherCache.open(toy_cache))[::7]:
+        ids = torch.tensor([*row.prompt_ids.tolist(), *row.response_ids.tolist()])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0], dim=-1)
+        for place, token in enumerate(row.response_ids.tolist()):
+            at = logprobs[len(row.prompt_ids) - 1 + place]
+            assert abs(float(at[token]) - float(row.response_logprobs[place])) < 1e-4
+            assert row.distributions is not None
+            kept = slice(16 * place, 16 * place + 16)
+            entry_ids = torch.tensor(row.distributions.ids_E[kept].astype(np.int64))
+            gap = at[entry_ids] - torch.tensor(row.distributions.logprobs_E[kept])
+            assert float(gap.abs().max()) <= MAX_ERROR_NATS + 1e-4
+            outside = 1 - float(at[entry_ids].exp().sum())
+            assert abs(outside - float(np.exp(row.distributions.log_remainder_T[place]))) < 1e-5
+
+
+def test_responses_end_in_eos_exactly_when_they_stop(toy_cache: Path) -> None:
+    for row in all_rows(TeacherCache.open(toy_cache)):
+        assert (row.response_ids[-1] == 0) == (row.finish_reason == "stop")
+        assert 0 not in row.response_ids[:-1]
+        assert len(row.response_ids) <= 12
+
+
+def test_a_round_lies_row_for_row_beside_the_cache(toy_cache: Path, toy_student: Path) -> None:
+    cache = TeacherCache.open(toy_cache)
+    held = cache.round("r0")
+    for record in cache.shards():
+        ours, theirs = cache.read(record), cache.read_round(held, record)
+        assert len(ours) == len(theirs)
+        for i in range(len(ours)):
+            assert ours.row(i).example_id == theirs.row(i).example_id
+            assert ours.row(i).prompt_ids.tolist() == theirs.row(i).prompt_ids.tolist()
+            assert theirs.row(i).origin == "student"
+    assert held.manifest.identities["student"]["name"] == toy_student.name
+    assert not (toy_cache / "rounds" / "r0" / "sampled").exists()
+
+
+def test_any_parquet_reader_opens_a_shard(toy_cache: Path) -> None:
+    table = pq.read_table(next((toy_cache / "shards").glob("teacher-*.parquet")))
+    row = table.slice(0, 1).to_pylist()[0]
+    # decoding by hand, as docs/cache-format.md says: a running sum of steps of 1/128 nat
+    first = row["entry_logprob_steps"][: row["entry_counts"][0]]
+    decoded = -np.cumsum(first) / 128
+    assert decoded[0] <= 0
+    assert (np.diff(decoded) <= 0).all()
+    assert len(row["response_ids"]) == len(row["response_logprobs"]) == len(row["entry_counts"])
+
+
+def test_results_do_not_depend_on_shards_or_neighbours(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    build_cache(config(tmp_path / "a", toy_teacher, toy_data, limit=7))
+    build_cache(config(tmp_path / "b", toy_teacher, toy_data, limit=7, rows_per_shard=50))
+    build_cache(config(tmp_path / "c", toy_teacher, toy_data, limit=5))
+    a, b, c = (all_rows(TeacherCache.open(tmp_path / name)) for name in "abc")
+    for other in (b, c):
+        for one, two in zip(a, other, strict=False):
+            assert one.response_ids.tolist() == two.response_ids.tolist()
+            assert np.allclose(one.response_logprobs, two.response_logprobs, atol=1e-4)
+
+
+def test_the_same_options_give_the_same_bytes(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    first = build_cache(config(tmp_path / "a", toy_teacher, toy_data, limit=7))
+    again = build_cache(config(tmp_path / "b", toy_teacher, toy_data, limit=7))
+    assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in again.shards]
+    assert first.fingerprint == again.fingerprint
+
+
+def test_samples_and_temperatures(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    build_cache(config(tmp_path / "a", toy_teacher, toy_data, limit=4, num_samples=3))
+    rows = all_rows(TeacherCache.open(tmp_path / "a"))
+    assert [row.sample for row in rows] == [0, 1, 2] * 4
+    assert len({tuple(row.response_ids.tolist()) for row in rows[:3]}) > 1
+    greedy = [
+        build_cache(config(tmp_path / name, toy_teacher, toy_data, limit=4, temperature=0, seed=seed))
+        for name, seed in (("b", 1), ("c", 2))
+    ]
+    assert [shard.sha256 for shard in greedy[0].shards] == [shard.sha256 for shard in greedy[1].shards]
+
+
+def test_a_finished_cache_is_left_alone_and_other_options_are_refused(
+    tmp_path: Path, toy_teacher: Path, toy_data: Path
+) -> None:
+    out = tmp_path / "a"
+    build_cache(config(out, toy_teacher, toy_data, limit=4))
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+    build_cache(config(out, toy_teacher, toy_data, limit=4))
+    with pytest.raises(UserError, match=r"differing: generation\.temperature: 1\.0 -> 0\.5"):
+        build_cache(config(out, toy_teacher, toy_data, limit=4, temperature=0.5))
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_left_out_rows_are_counted_and_listed(
+    tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows([{"instruction": "ok"}, {"instruction": ""}, {"instruction": "long " * 300}])
+    manifest = build_cache(config(tmp_path / "a", toy_teacher, data))
+    assert [row["line"] for row in manifest.skipped] == [2, 3]
+    assert "2 rows of the data are left out" in capfd.readouterr().err
+    assert describe_cache(tmp_path / "a")["skipped"] == 2
+    assert manifest.counts["rows"] == 1
+
+
+def test_nothing_usable_is_an_error_and_writes_nothing(
+    tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]
+) -> None:
+    with pytest.raises(
+        UserError, match="no row of the data can be used, 1 are left out; line 1: `instruction` is empty"
+    ):
+        build_cache(config(tmp_path / "a", toy_teacher, write_rows([{"instruction": " "}])))
+    assert not (tmp_path / "a").exists()
+
+
+def test_references_are_scored_and_cut(tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]) -> None:
+    rows = [
+        {"instruction": "a", "output": ["b", "a much longer answer than eight tokens can hold, by far"]},
+        {"instruction": "c"},
+    ]
+    manifest = build_cache(config(tmp_path / "a", toy_teacher, write_rows(rows), responses="reference"))
+    cached = all_rows(TeacherCache.open(tmp_path / "a"))
+    assert [(row.finish_reason, row.sample) for row in cached] == [("stop", 0), ("length", 1)]
+    assert manifest.skipped == [{"line": 2, "reason": "no reference response"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 601}, "top-k is above the vocabulary: found 601, expected at most 600"),
+        ({"teacher": "nowhere"}, "the teacher is not found: found no directory 'nowhere'"),
+        ({"max_new_tokens": 300}, "do not fit the model's positions: found 556 tokens, expected at most 512"),
+    ],
+)
+def test_bad_options_write_nothing(
+    tmp_path: Path, toy_teacher: Path, toy_data: Path, options: dict[str, object], message: str
+) -> None:
+    values = config(tmp_path / "a", toy_teacher, toy_data).model_dump() | options
+    with pytest.raises(UserError, match=message):
+        build_cache(CacheConfig(**values))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_directory_of_other_things_is_refused(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files: found thesis\.tex"):
+        build_cache(config(tmp_path, toy_teacher, toy_data))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_any_flipped_byte_is_found(cache_copy: Path) -> None:
+    random.seed(7)
+    files = sorted(path for path in cache_copy.rglob("*") if path.is_file())
+    for _ in range(120):
+        path = random.choice(files)
+        data = path.read_bytes()
+        place = random.randrange(len(data))
+        path.write_bytes(data[:place] + bytes([data[place] ^ (1 << random.randrange(8))]) + data[place + 1 :])
+        with pytest.raises(UserError):
+            verify_cache(cache_copy)
+        path.write_bytes(data)
+    verify_cache(cache_copy)
+
+
+def test_a_cut_or_missing_shard_is_found_at_opening(cache_copy: Path) -> None:
+    shard = sorted((cache_copy / "shards").iterdir())[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(UserError, match=f"missing or cut short: found {len(data) - 1} bytes, expected {len(data)}"):
+        TeacherCache.open(cache_copy)
+    shard.unlink()
+    with pytest.raises(UserError, match="missing or cut short: found no file"):
+        TeacherCache.open(cache_copy)
+
+
+def test_unfinished_absent_and_newer_caches_say_so(cache_copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the cache directory is missing"):
+        TeacherCache.open(tmp_path / "nowhere")
+    manifest = cache_copy / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format_version":1', b'"format_version":9'))
+    with pytest.raises(UserError, match="newer format: found version 9, expected at most 1"):
+        TeacherCache.open(cache_copy)
+    manifest.unlink()
+    with pytest.raises(UserError, match="the directory is no cache"):
+        TeacherCache.open(cache_copy)
+    (cache_copy / "job.json").write_text("{}")
+    with pytest.raises(UserError, match="the cache is unfinished"):
+        TeacherCache.open(cache_copy)
+
+
+def test_rounds_are_refused_by_name_teacher_and_tokenizer(
+    cache_copy: Path, toy_teacher: Path, toy_student: Path, other_student: Path
+) -> None:
+    with pytest.raises(UserError, match="no such round: found 'r9', expected 'r0'"):
+        TeacherCache.open(cache_copy).round("r9")
+    options = {"out": cache_copy, "engine": "transformers", "round": "r1", "max_new_tokens": 8, "top_k": 4}
+    with pytest.raises(UserError, match=r"the teacher is not the one of the cache; differing: .*weights_sha256"):
+        build_cache(CacheConfig(teacher=str(toy_student), student=str(toy_student), **options))
+    with pytest.raises(UserError, match="the student's tokenizer is not the cache's"):
+        build_cache(CacheConfig(teacher=str(toy_teacher), student=str(other_student), **options))
+    assert TeacherCache.open(cache_copy).round_names == ["r0"]
+
+
+def test_a_round_takes_the_caches_options(
+    cache_copy: Path, toy_teacher: Path, toy_student: Path, toy_data: Path, write_rows: Callable[..., Path]
+) -> None:
+    options = {
+        "teacher": str(toy_teacher),
+        "student": str(toy_student),
+        "out": cache_copy,
+        "engine": "transformers",
+        "round": "r1",
+        "max_new_tokens": 5,
+        "top_k": 4,
+    }
+    with pytest.raises(UserError, match="the data are not those of the cache"):
+        build_cache(CacheConfig(**options, data=str(write_rows([{"instruction": "other"}]))))
+    with pytest.raises(UserError, match="a round has the template of its cache: found raw, expected chat"):
+        build_cache(CacheConfig(**options, template="raw"))
+    build_cache(CacheConfig(**options, data=str(toy_data)))
+    assert 'template = "chat"' in (cache_copy / "rounds" / "r1" / "dpkd.toml").read_text()
+    assert TeacherCache.open(cache_copy).round_names == ["r0", "r1"]
+
+
+def test_a_round_of_another_cache_is_refused(
+    cache_copy: Path, tmp_path: Path, toy_teacher: Path, toy_data: Path
+) -> None:
+    build_cache(config(tmp_path / "a", toy_teacher, toy_data, limit=4))
+    shutil.copytree(cache_copy / "rounds", tmp_path / "a" / "rounds")
+    with pytest.raises(UserError, match="the round belongs to another cache"):
+        TeacherCache.open(tmp_path / "a").round("r0")
+
+
+def test_row_problems_names_each_fault(toy_cache: Path) -> None:
+    from dataclasses import replace
+
+    cache = TeacherCache.open(toy_cache)
+    row = cache.read(cache.shards()[0]).row(0)
+    assert list(row_problems(row, cache.vocab_size)) == []
+    assert row.distributions is not None
+    top = row.distributions
+    faults = {
+        "outside the vocabulary": replace(row, response_ids=row.response_ids + 600),
+        "have 0 log-probs": replace(row, response_logprobs=row.response_logprobs[:0]),
+        "not a finite number": replace(row, response_logprobs=row.response_logprobs * np.nan),
+        "rank order": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E[::-1].copy())),
+        "more mass than 1": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E * 0)),
+        "do not add up": replace(row, distributions=replace(top, ids_E=top.ids_E[1:])),
+        "remainder": replace(row, distributions=replace(top, log_remainder_T=top.log_remainder_T * 0 + 1)),
+    }
+    for message, faulty in faults.items():
+        assert any(message in problem for problem in row_problems(faulty, cache.vocab_size)), message
+
+
+def test_reading_by_path_alone_needs_no_teacher(cache_copy: Path) -> None:
+    manifest = read_manifest(open_folder(cache_copy), "teacher-cache")
+    assert manifest.identities["teacher"]["vocab_size"] == 600
+    assert manifest.identities["logprobs"] == {
+        "mode": "raw_logprobs",
+        "temperature": 1.0,
+        "unit": "nats",
+        "top_k": 16,
+        "entry_grid_nats": 1 / 128,
+    }
+    assert manifest.identities["generation"]["stop_token_ids"] == [0]

@@ -1,0 +1,71 @@
+"""A cache job killed in the middle goes on where it stopped, with the real engine and a real kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpkd.teacher_cache.audit.verify import verify_cache
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+pytestmark = pytest.mark.engine
+
+
+def command(out: Path, teacher: Path, data: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher",
+        "--teacher", str(teacher), "--data", str(data), "--out", str(out), "--engine", "vllm",
+        "--max-new-tokens", "160", "--top-k", "16", "--set", "rows_per_shard=4", "--set", "max_num_seqs=4",
+    ]  # fmt: skip
+
+
+def committed(out: Path) -> list[Path]:
+    return sorted((out / "ledger").glob("[!.]*.json"))
+
+
+def start_and_wait(arguments: list[str], out: Path, at_least: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    deadline_s = time.monotonic() + 180
+    while len(committed(out)) < at_least:
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    return process
+
+
+def test_killed_and_interrupted_jobs_go_on(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    out = tmp_path / "cache"
+    # enough rows that a kill falls into the middle
+    rows = [json.loads(line) for line in toy_data.read_text().splitlines()]
+    data = tmp_path / "many.jsonl"
+    data.write_text(
+        "".join(json.dumps(row | {"id": f"{copy}-{row['id']}"}) + "\n" for copy in range(6) for row in rows)
+    )
+    arguments = command(out, toy_teacher, data)
+
+    process = start_and_wait(arguments, out, 2)
+    process.kill()
+    process.wait()
+    kept = {path.name: path.read_bytes() for path in committed(out)}
+    assert not (out / "manifest.json").exists()
+
+    process = start_and_wait(arguments, out, len(kept) + 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors.decode()
+    assert b"run the same command again" in errors
+    for name, content in kept.items():
+        assert (out / "ledger" / name).read_bytes() == content  # nothing committed was made again
+
+    subprocess.run(arguments, check=True, timeout=300)
+    verify_cache(out)
+    cache = TeacherCache.open(out)
+    seen = [cache.read(record).row(i).example_id for record in cache.shards() for i in range(record.rows)]
+    assert sorted(seen) == sorted(f"{copy}-{row['id']}" for copy in range(6) for row in rows)
+    assert sorted(path.name for path in out.iterdir()) == ["dpkd.toml", "manifest.json", "shards"]

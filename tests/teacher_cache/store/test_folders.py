@@ -1,0 +1,232 @@
+"""Caches by URL, with the promises of a local one: against a real server that speaks S3, and fsspec's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.training import train
+from dpkd.teacher_cache.audit.verify import verify_cache
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store import locks
+from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+BUCKET = "teachers"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URL of an empty bucket on a server of our own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    endpoint = f"http://127.0.0.1:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(endpoint, timeout=1)
+                break
+            except OSError:
+                assert time.monotonic() < deadline_s
+                assert server.poll() is None
+                time.sleep(0.1)
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir(BUCKET)
+        yield f"s3://{BUCKET}"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def config(out: str, teacher: Path, data: Path, **options: object) -> CacheConfig:
+    defaults: dict[str, object] = {
+        "engine": "transformers",
+        "template": "chat",
+        "max_new_tokens": 8,
+        "top_k": 8,
+        "rows_per_shard": 3,
+        "limit": 8,
+    }
+    return CacheConfig(out=out, teacher=str(teacher), data=str(data), **(defaults | options))
+
+
+@pytest.fixture(params=["local", "file", "memory", "s3"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    name = request.node.name.replace("[", "-").replace("]", "")
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/{name}"
+    return {"local": f"{tmp_path}/{name}", "file": f"file://{tmp_path}/{name}", "memory": f"memory://{name}"}[
+        request.param
+    ]
+
+
+def test_a_folder_reads_what_was_written(location: str) -> None:
+    folder = open_folder(location)
+    assert folder.sizes() == {}
+    assert not folder.exists("a/b")
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/b")
+    folder.write("a/b", b"one")
+    folder.write("a/b", b"three")
+    folder.write("c", b"x" * 3_000_000)
+    assert folder.read("a/b") == b"three"
+    assert folder.read_many(["c", "a/b", "nothing"]) == {"c": b"x" * 3_000_000, "a/b": b"three"}
+    assert folder.sizes() == {"a/b": 5, "c": 3_000_000}
+    assert folder.sizes("a") == {"a/b": 5}
+    assert folder.child("a").sizes() == {"b": 5}
+    assert folder.child("a").read("b") == b"three"
+    folder.delete("a")
+    folder.delete("nothing")
+    assert folder.sizes() == {"c": 3_000_000}
+
+
+def test_a_cache_by_url_is_the_cache_of_a_directory(
+    location: str, tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+) -> None:
+    manifest = build_cache(config(location, toy_teacher, toy_data))
+    local = build_cache(config(str(tmp_path / "elsewhere"), toy_teacher, toy_data))
+    assert [shard.sha256 for shard in manifest.shards] == [shard.sha256 for shard in local.shards]
+    assert verify_cache(location) == {"rows": 8, "shards": 3, "rounds": 0}
+    folder = open_folder(location)
+    assert sorted(folder.sizes()) == ["dpkd.toml", "manifest.json", *(shard.path for shard in manifest.shards)]
+
+    build_cache(config(location, toy_teacher, toy_data, limit=None, student=str(toy_student), round="r0"))
+    assert TeacherCache.open(location).round_names == ["r0"]
+    run = train(
+        TrainConfig(
+            cache=location, student=str(toy_student), out=tmp_path / "run", steps=2, batch_size=4, device="cpu",
+            level="sequence", round="r0",
+        )
+    )  # fmt: skip
+    assert (run / "model.safetensors").is_file()
+
+    path = manifest.shards[1].path
+    data = bytearray(folder.read(path))
+    data[len(data) // 2] ^= 4
+    folder.write(path, bytes(data))
+    with pytest.raises(UserError, match="is not what was written"):
+        verify_cache(location)
+    with pytest.raises(UserError, match="finished cache of other options"):
+        build_cache(config(location, toy_teacher, toy_data, seed=5))
+    folder.delete(path)
+    with pytest.raises(UserError, match="missing or cut short: found no file"):
+        TeacherCache.open(location)
+
+
+@pytest.mark.engine
+def test_a_killed_job_goes_on_in_an_object_store(s3: str, toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+    out = f"{s3}/killed"
+    command = [
+        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher),
+        "--data", str(toy_data), "--out", out, "--engine", "transformers", "--template", "chat",
+        "--max-new-tokens", "300", "--max-prompt-tokens", "200", "--top-k", "16", "--set", "rows_per_shard=2",
+    ]  # fmt: skip
+    folder = open_folder(out)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline_s = time.monotonic() + 120
+    while len(folder.sizes("ledger")) < 2:
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # alive, and no further while the second one starts
+    second = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+    assert second.returncode == 2
+    assert f"another job is at work in the directory: found process {process.pid} on".encode() in second.stderr
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = folder.read_many(folder.sizes("ledger"))
+    assert kept
+    assert not folder.exists("manifest.json")
+
+    again = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+    assert again.returncode == 0, again.stderr.decode()
+    assert f"the lock of process {process.pid} on".encode() in again.stderr
+    assert b"is stale (that process no longer runs); taken over" in again.stderr
+    cache = TeacherCache.open(out)
+    shards = {shard.path: shard for shard in cache.manifest.shards}
+    for content in kept.values():
+        record = json.loads(content)
+        assert shards[record["path"]].sha256 == record["sha256"]  # nothing committed was lost or made again
+    verify_cache(out)
+    seen = [cache.read(record).row(i).example_id for record in cache.shards() for i in range(record.rows)]
+    assert len(seen) == len(set(seen)) == 20
+
+
+def test_a_lock_refuses_the_second_and_knows_a_stale_one(
+    location: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "_SETTLE_S", 0.1)
+    folder = open_folder(location)
+    assert locks.holder(folder) is None
+    with locks.hold(folder) as lock:
+        assert locks.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
+        message = rf"another job is at work in the directory: found process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(UserError, match=message), locks.hold(folder):
+            pass
+        lock.check()
+    assert not folder.exists(locks.LOCK)
+    # of a host that went away two minutes ago
+    held = {"host": "elsewhere", "pid": 7, "token": "t", "renewed": time.time() - 121}
+    folder.write(locks.LOCK, json.dumps(held).encode())
+    with locks.hold(folder):
+        pass
+    assert "the lock of process 7 on elsewhere" in capfd.readouterr().err
+    # of a host that is alive
+    folder.write(locks.LOCK, json.dumps(held | {"renewed": time.time()}).encode())
+    with pytest.raises(UserError, match="found process 7 on elsewhere"), locks.hold(folder):
+        pass
+
+
+def test_a_lost_lock_stops_the_job(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "RENEW_S", 0.1)
+    folder = open_folder(f"{s3}/lost")
+    with locks.hold(folder) as lock:
+        other = {"host": "elsewhere", "pid": 7, "token": "t", "renewed": time.time()}
+        folder.write(locks.LOCK, json.dumps(other).encode())
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="another job has taken the lock of the directory: found process 7"):
+            lock.check()
+    assert folder.exists(locks.LOCK)  # it is the other's now
+
+
+def test_urls_without_a_driver_and_stores_that_refuse_are_errors(s3: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the URL cannot be used"):
+        open_folder("carrierpigeon://coop/cache")
+    with pytest.raises(UserError, match=r"the storage refuses: .*nosuchbucket"):
+        open_folder("s3://nosuchbucket/cache").write("a", b"b")
+    assert isinstance(open_folder(f"file://{tmp_path}"), LocalFolder)
+    assert isinstance(open_folder(s3), RemoteFolder)
