@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all: temporary name, fsync, rename."""
+"""Files and directories that exist complete or not at all: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from dpkd.core.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error.
 
-    The folder is made. The bytes are on disk before the name is: a machine that dies leaves the old file or
-    the new one, never half of one. On an error the temporary file is removed and `path` stays as it was.
+    Missing folders are created. The bytes are on disk before the name is: a crash leaves the old file or the new
+    one, never half of one. On an error the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last: matplotlib picks its format by it
@@ -29,13 +30,41 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A new temporary directory beside `path`, which it replaces when the block ends without an error.
+
+    Everything in it is on disk before the name is. On an error it is removed and `path` stays as it was. Raises
+    `UserError` when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            _sync(entry)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"the directory cannot be written: {error.strerror or error}",
+            where=path,
+            advice="Free space and run the same command again: it resumes",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def is_temporary(name: str) -> bool:
     """Whether `name` is one of `replacing`'s temporary names."""
     return name.startswith(".") and ".tmp" in name
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all; a disk that refuses is a `UserError`."""
+    """Write `data` to `path`, completely or not at all; raises `UserError` when the disk refuses."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(data)
@@ -43,12 +72,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise UserError(
             f"the file cannot be written: {error.strerror}",
             where=path,
-            advice="Free space or choose another --out; what is committed is kept, the same command goes on",
+            advice="Free space and run the same command again: it resumes",
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -37,6 +37,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def derive_seed(*parts: int | str, bits: int = 63) -> int:
+    """A seed below 2**bits (at most 64) from `parts`: a pure function, the same in every process and Python."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - bits)
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, as hexadecimal text."""
     with path.open("rb") as file:

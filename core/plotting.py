@@ -1,0 +1,67 @@
+"""Figures of matplotlib: no global state, one palette, PNG and SVG from one drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpkd.core.errors import UserError
+from dpkd.core.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale on white)
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
+FORMATS = ("png", "svg")
+_DPI = 150
+
+
+def require_matplotlib() -> None:
+    """Raise `UserError` when matplotlib is missing; call it before long work whose end is a plot."""
+    if find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib, which is not installed", advice="pip install 'dpkd[report]'")
+
+
+def new_figure(
+    width: float,
+    height: float,
+    shape: tuple[int, int] = (1, 1),
+    *,
+    padding: tuple[float, float] = (0.1, 0.1),
+    rect: tuple[float, float, float, float] = (0, 0, 1, 1),
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches and its panels, row by row."""
+    # the object API keeps no global state: the caller's own figures and backend stay as they are
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(h_pad=padding[0], w_pad=padding[1], rect=rect)
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
+    return figure, panels
+
+
+def save_figure(figure: Figure, path: Path, description: str = "", formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write `figure` to `path` (without suffix) in each format; returns the paths. Equal figures give equal files."""
+    import matplotlib
+
+    figure.draw_without_rendering()  # lay out once, for all formats
+    figure.set_layout_engine("none")
+    described = {"Title": path.name} | ({"Description": description} if description else {})
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in formats]
+    # text stays text in the SVG
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpkd"}):
+        for file in paths:
+            with replacing(file) as temporary:
+                metadata = described | ({"Date": None} if file.suffix == ".svg" else {})
+                figure.savefig(temporary, dpi=_DPI, metadata=metadata)
+    return paths
