@@ -62,9 +62,9 @@ def _train(config: TrainConfig) -> None:
 
     evaluate_fn = None
     if config.best_metric == "rouge_l":
-        from dpkd.pipelines.bridges.rouge_validation import rouge_l_of
+        from dpkd.pipelines.bridges import rouge_l_evaluator
 
-        evaluate_fn = rouge_l_of(config)
+        evaluate_fn = rouge_l_evaluator(config)
     run = train(config, evaluate_fn)
     if os.environ.get("RANK", "0") == "0":  # one of several processes names the result
         print(run)
@@ -79,10 +79,9 @@ def _serve_teacher(config: ServeConfig) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
     from dpkd.evaluate.views.terminal import print_report
-    from dpkd.pipelines.bridges.contamination import count_overlap
-    from dpkd.pipelines.bridges.gold_measures import open_model
+    from dpkd.pipelines.bridges import find_contamination, open_measured_model
 
-    path = evaluate(config, count_overlap, open_model)
+    path = evaluate(config, find_contamination, open_measured_model)
     print_report(json.loads(path.read_text(encoding="utf-8")))
     print(f"report: {path}")
 

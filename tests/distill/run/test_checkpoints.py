@@ -23,7 +23,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.best import Best, HeldOutPrompt, NormSpikes
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.training import train
-from dpkd.pipelines.bridges.rouge_validation import rouge_l_of
+from dpkd.pipelines.bridges import rouge_l_evaluator
 
 COMMON: dict[str, Any] = {
     "steps": 8,
@@ -181,7 +181,7 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     assert not (run / ".candidate").exists()
     with pytest.raises(UserError, match="best_metric rouge_l needs the function that measures it"):
         train(config(tmp_path / "other", toy_cache, toy_student, best_metric="rouge_l"))
-    assert 0 <= rouge_l_of(options)(run, seen[0][1]) <= 100
+    assert 0 <= rouge_l_evaluator(options)(run, seen[0][1]) <= 100
 
 
 def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:

@@ -18,8 +18,7 @@ from dpkd.core.errors import UserError
 from dpkd.distill.student.measures import measure_model
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.pipelines.bridges.contamination import count_overlap
-from dpkd.pipelines.bridges.gold_measures import open_model
+from dpkd.pipelines.bridges import find_contamination, open_measured_model
 
 MakeConfig = Callable[..., EvalConfig]
 WriteRows = Callable[[list[dict[str, Any]], str], Path]
@@ -58,7 +57,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(evaluate(config, count_overlap, open_model).read_text())
+    report: dict[str, Any] = json.loads(evaluate(config, find_contamination, open_measured_model).read_text())
     return report
 
 
@@ -189,7 +188,7 @@ def test_weights_that_give_no_numbers_are_said(
         model.transformer.ln_f.weight[:] = math.inf
     model.save_pretrained(broken)
     with pytest.raises(UserError, match=r"logits are not numbers.*give --no-perplexity and --cache-rows 0"):
-        open_model(_candidate(broken, config), config).nll([([5], [6])])
+        open_measured_model(_candidate(broken, config), config).nll([([5], [6])])
 
 
 def _candidate(path: Path, config: EvalConfig) -> Any:

@@ -1,0 +1,165 @@
+"""What joins two packages that do not import each other: registered in pyproject.toml, called through `load_bridge`.
+
+`distill` measures Rouge-L while it trains; `evaluate` looks into a teacher cache and runs a model on gold responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
+from dpkd.core.progress import say
+from dpkd.core.prompts.templates import PromptEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from dpkd.distill.objectives.student_forward import StudentScorer
+    from dpkd.distill.options.train import TrainConfig
+    from dpkd.distill.run.best import EvaluateFn, HeldOutPrompt
+    from dpkd.evaluate.answers.perplexity import Pair
+    from dpkd.evaluate.inputs.eval_sets import EvalSet
+    from dpkd.evaluate.inputs.models import Candidate
+    from dpkd.evaluate.options.eval import EvalConfig
+
+_LOGITS_CHUNK = 1024
+
+
+def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
+    """The function that measures `best_metric` rouge_l: greedy answers to held-out prompts, scored as `dpkd eval` does.
+
+    It runs in the trainer's own process and returns the mean over the prompts, 0 to 100.
+    """
+    from dpkd.evaluate.metrics.exact_match import rouge_l
+    from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, open_engine, results_only
+
+    def evaluate(student_dir: Path, prompts: Sequence[HeldOutPrompt]) -> float:
+        student = locate_model(str(student_dir), "student")
+        longest = max(len(prompt.prompt_ids) for prompt in prompts)
+        free = config.max_new_tokens if student.max_positions is None else student.max_positions - longest
+        new_tokens = min(config.max_new_tokens, free)
+        sampling = Sampling(0.0, 1.0, new_tokens, tuple(student.stop_token_ids()))
+        options = EngineOptions(max_length=longest + new_tokens, top_k=0, dtype=config.dtype, device=config.device)
+        requests = [GenerateRequest(index, prompt.prompt_ids, seed=0) for index, prompt in enumerate(prompts)]
+        scores = []
+        with open_engine("transformers", student, options) as engine:
+            for result in results_only(engine.generate(iter(requests), sampling)):
+                answer = student.decode([int(token) for token in result.response_ids])
+                scores.append(rouge_l(answer, prompts[result.index].references))
+        return sum(scores) / len(scores)
+
+    return evaluate
+
+
+def find_contamination(location: str, candidates: Sequence[Candidate], eval_sets: Sequence[EvalSet]) -> dict[str, Any]:
+    """`cache`: the fingerprint of the cache at `location`; `rows`: by set, the ids of the rows whose prompt is in it.
+
+    Prompts are compared as texts in the cache's own template. Every shard's checksum is verified on the way. Raises
+    `UserError` for a cache that cannot be read, and for one whose template the first model's tokenizer does not make.
+    """
+    from dpkd.teacher_cache.store.reader import TeacherCache
+
+    cache = TeacherCache.open(location)
+    template = cache.identities["template"]
+    encoder = PromptEncoder(candidates[0].source.tokenizer, template["name"])
+    if encoder.identity() != template:
+        raise UserError(
+            "the cache was written with another prompt template, so its prompts cannot be compared",
+            found=f"{template['name']} (sha256 {template['sha256'][:12]})",
+            expected=f"sha256 {encoder.identity()['sha256'][:12]} of {candidates[0].source.name}",
+            where=cache.folder,
+            advice="Give a model with the cache's tokenizer first, or leave out --cache",
+        )
+    cached: set[str] = set()
+    for _, shard in cache.scan(cache.manifest.shards):
+        cached.update(shard.texts(index)[0] for index in range(len(shard)))
+    rows = {
+        eval_set.name: [example.example_id for example in eval_set.examples if encoder.prompt(example).text in cached]
+        for eval_set in eval_sets
+    }
+    for name, ids in rows.items():
+        if ids:
+            say(f"data {name}: {len(ids)} prompts are also in the cache {location} (report.json lists them)")
+    return {"cache": cache.fingerprint, "rows": rows}
+
+
+def open_measured_model(candidate: Candidate, config: EvalConfig) -> MeasuredModel:
+    """`candidate`, ready to be measured; its weights are loaded when they are first needed."""
+    return MeasuredModel(candidate, config)
+
+
+class MeasuredModel:
+    """See `dpkd.evaluate.answers.perplexity.OpenedModel`.
+
+    Its methods raise `UserError` for a model whose logits are not its LM head applied to its hidden states, or are NaN.
+    """
+
+    def __init__(self, candidate: Candidate, config: EvalConfig) -> None:
+        self._candidate, self._config = candidate, config
+
+    def nll(self, pairs: Sequence[Pair]) -> list[float]:
+        """-log q of each response after its prompt, summed over the response's tokens (nats)."""
+        import torch
+
+        from dpkd.distill.batches.batch import TrainingRow, collate
+        from dpkd.distill.objectives.preference import sum_by_row
+        from dpkd.distill.objectives.student_forward import read_target
+        from dpkd.teacher_cache.store.schema import unscored_row
+
+        batch = collate([TrainingRow(unscored_row(*pair)) for pair in pairs], with_distributions=False).to(self._device)
+        with torch.no_grad():
+            values = self._scorer(
+                batch.input_ids_BS,
+                batch.attention_mask_BS,
+                batch.row_T,
+                batch.predict_T,
+                {"target": batch.target_T},
+                read_target,
+            )
+        nll_B = -sum_by_row(values["target"].cpu().double(), batch.row_T.cpu(), batch.num_rows)
+        return [float(value) for value in nll_B]
+
+    def to_teacher(self, location: str, num_rows: int) -> dict[str, list[float]] | None:
+        """Values of each row of the cache at `location`; None, with the reason on standard error, if undefined."""
+        from dpkd.distill.student.measures import check_same_prompts, row_measures
+        from dpkd.teacher_cache.store.reader import TeacherCache
+
+        cache, name = TeacherCache.open(location), self._candidate.name
+        try:
+            if cache.top_k == 0:
+                raise UserError("the cache keeps no distributions", where=cache.folder)
+            check_same_prompts(self._candidate.source, cache)
+        except UserError as reason:
+            say(f"model {name}: no divergence from the cache's teacher: {reason}")
+            return None
+        values = row_measures(self._candidate.source, self._model, cache, num_rows, self._device)
+        return {name: values_N.tolist() for name, values_N in values.items()}
+
+    @cached_property
+    def _device(self) -> torch.device:
+        from dpkd.core.devices import choose_device
+
+        return choose_device(self._config.device)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        from dpkd.distill.objectives.student_forward import check_head
+
+        model = self._candidate.source.load(self._config.dtype).to(self._device).eval()  # type: ignore[arg-type]
+        try:
+            check_head(model, self._candidate.name)
+        except UserError as error:
+            raise UserError(f"{error}. To skip perplexity, give --no-perplexity and --cache-rows 0") from None
+        return model
+
+    @cached_property
+    def _scorer(self) -> StudentScorer:
+        from dpkd.distill.objectives.student_forward import StudentScorer
+
+        num_tokens = len(self._candidate.source.tokenizer)
+        return StudentScorer(self._model, num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)

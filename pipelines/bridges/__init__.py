@@ -1,1 +1,0 @@
-"""What needs two packages that do not know each other."""
