@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.core.errors import UserError, first_line
-from dpkd.teacher_cache.engines.decoding import left_padded, next_inputs
+from dpkd.teacher_cache.engines.decoding import decode, left_padded
 from dpkd.teacher_cache.engines.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory, resolve_engine
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ class TransformersSampler:
         self._copies = copies
         self._sampling, self._num_tokens, self._device = sampling, num_tokens, device
         self._autocast, self._batch_size = autocast, batch_size
-        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
@@ -131,64 +129,22 @@ class TransformersSampler:
         return torch.autocast(self._device.type, self._autocast)
 
     def _decode(self, batch: Sequence[GenerateRequest], cancelled: threading.Event) -> list[Drawn]:
-        streams = [np.random.Generator(np.random.PCG64(request.seed)) for request in batch]
-        ids: list[list[int]] = [[] for _ in batch]
-        stopped: set[int] = set()
-        inputs = left_padded(
-            [request.prompt_ids for request in batch], self._device, takes_positions=self._takes_positions
-        )
-        running = list(range(len(batch)))  # the batch's rows, in the order of the tensors' rows
-        for _ in range(self._sampling.max_new_tokens):
+        def forward(inputs: dict[str, Any]) -> tuple[Tensor, Any]:
             if cancelled.is_set():
                 raise DrawCancelledError
             output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-            uniform = [streams[row].random() for row in running]
-            token_B = choose_tokens(output.logits[:, -1, : self._num_tokens], uniform, self._sampling)
-            for row, token in zip(running, token_B.tolist(), strict=True):
-                if row not in stopped:
-                    ids[row].append(token)
-                    if token in self._sampling.stop_token_ids:
-                        stopped.add(row)
-            if len(stopped) == len(batch):
-                break
-            inputs = next_inputs(inputs, token_B, output.past_key_values)
-            kept = [place for place, row in enumerate(running) if row not in stopped]
-            if 2 * len(kept) <= len(running):  # the finished half is dropped: the rest goes on in a smaller batch
-                running = [running[place] for place in kept]
-                inputs = _rows_of(inputs, torch.tensor(kept, device=self._device))
+            return output.logits[:, -1, : self._num_tokens], output.past_key_values
+
+        prompts = left_padded([request.prompt_ids for request in batch], self._model, self._device)
+        responses = decode(forward, prompts, [request.seed for request in batch], self._sampling)
         return [
-            Drawn(request.index, np.array(ids[row], np.int32), "stop" if row in stopped else "length")
-            for row, request in enumerate(batch)
+            Drawn(request.index, np.array(ids, np.int32), reason)
+            for request, (ids, reason) in zip(batch, responses, strict=True)
         ]
 
     def close(self) -> None:
         """See `Sampler.close`."""
         self._model = None
-
-
-def _rows_of(inputs: dict[str, Any], places: Tensor) -> dict[str, Any]:
-    inputs["past_key_values"].batch_select_indices(places)
-    return {name: value[places] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-def choose_tokens(logits_BV: Tensor, uniform: Sequence[float], sampling: Sampling) -> Tensor:
-    """One token a row: the arg-max at temperature 0, else the inverse cumulative distribution at `uniform` in [0, 1).
-
-    The cumulative sum runs in vocabulary order: rank order would swap near-ties when another batching moves a logit by
-    a rounding, and with them the tokens that are drawn.
-    """
-    if sampling.temperature == 0:
-        return logits_BV.float().argmax(dim=1)
-    probs_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=1)
-    if sampling.top_p < 1:
-        ranked_BV, order_BV = probs_BV.sort(dim=1, descending=True)
-        # nucleus: a token stays when the mass before it is below top_p; the first one always does
-        outside_BV = ranked_BV.cumsum(dim=1) - ranked_BV >= sampling.top_p
-        probs_BV = probs_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), 0.0)
-    cumulative_BV = probs_BV.cumsum(dim=1)
-    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=probs_BV.device)
-    token_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)[:, 0]
-    return token_B.clamp(max=probs_BV.shape[1] - 1)
 
 
 def open_sampler(

@@ -1,18 +1,20 @@
-"""Inputs of a transformers model that decodes a batch: left padding, and the step after a token."""
+"""How a transformers model continues a batch of prompts: padding, drawing tokens, and the loop over steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dpkd.teacher_cache.engines.engine import FinishReason, Sampling
 
 
-def left_padded(
-    sequences: Sequence[Sequence[int]], device: torch.device | str, *, takes_positions: bool
-) -> dict[str, Any]:
-    """Ids and mask [B, longest], the ends lined up; with `takes_positions` also the places without the padding."""
+def left_padded(sequences: Sequence[Sequence[int]], model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Ids and mask [B, longest] with the ends aligned, and positions without the padding where `model` takes them."""
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -20,15 +22,85 @@ def left_padded(
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if takes_positions:
+    if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def next_inputs(inputs: dict[str, Any], token_B: Tensor, past: Any) -> dict[str, Any]:
-    """What follows `inputs` once `token_B` is chosen; `past` is the model's key-value cache."""
+def draw_tokens(scores_BV: Tensor, uniform: Sequence[float], sampling: Sampling) -> Tensor:
+    """One token per row: the arg-max at temperature 0, else the inverse cumulative distribution at `uniform`.
+
+    The cumulative sum runs in vocabulary order. In rank order, near-ties would swap when another batching moves a
+    logit by a rounding error, and the drawn tokens with them.
+
+    Args:
+        scores_BV: logits or log-probs.
+        uniform: one number in [0, 1) per row.
+    """
+    if sampling.temperature == 0:
+        return scores_BV.float().argmax(dim=1)
+    probs_BV = torch.softmax(scores_BV.double() / sampling.temperature, dim=1)
+    if sampling.top_p < 1:
+        ranked_BV, order_BV = probs_BV.sort(dim=1, descending=True)
+        # nucleus: a token stays when the mass before it is below top_p; the first one always does
+        outside_BV = ranked_BV.cumsum(dim=1) - ranked_BV >= sampling.top_p
+        probs_BV = probs_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), 0.0)
+    cumulative_BV = probs_BV.cumsum(dim=1)
+    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=probs_BV.device)
+    token_B = torch.searchsorted(cumulative_BV, (uniform_B * cumulative_BV[:, -1])[:, None], right=True)[:, 0]
+    return token_B.clamp(max=probs_BV.shape[1] - 1)
+
+
+def decode(
+    forward: Callable[[dict[str, Any]], tuple[Tensor, Any]],
+    inputs: dict[str, Any],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    on_step: Callable[[Tensor, Tensor], None] | None = None,
+) -> list[tuple[list[int], FinishReason]]:
+    """Draw a response for every row of `inputs`: its ids with their stop token, and how it ended.
+
+    Every row has its own random numbers, so what it draws depends on its seed and not on the other rows.
+
+    Args:
+        forward: from a model's inputs to the scores of the next token [B, V] and the key-value cache.
+        inputs: the prompts, as `left_padded` makes them.
+        seeds: one per row.
+        on_step: called with scores [B, V] and drawn tokens [B] of each step. Without it, finished rows leave the
+            batch once they are half of it.
+    """
+    streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+    ids: list[list[int]] = [[] for _ in seeds]
+    stopped: set[int] = set()
+    running = list(range(len(seeds)))  # rows of the batch, in the order of the tensors' rows
+    for _ in range(sampling.max_new_tokens):
+        scores_BV, past = forward(inputs)
+        token_B = draw_tokens(scores_BV, [streams[row].random() for row in running], sampling)
+        if on_step is not None:
+            on_step(scores_BV, token_B)
+        for row, token in zip(running, token_B.tolist(), strict=True):
+            if row not in stopped:
+                ids[row].append(token)
+                if token in sampling.stop_token_ids:
+                    stopped.add(row)
+        if len(stopped) == len(seeds):
+            break
+        inputs = _next_inputs(inputs, token_B, past)
+        kept = [index for index, row in enumerate(running) if row not in stopped]
+        if on_step is None and 2 * len(kept) <= len(running):
+            running = [running[index] for index in kept]
+            inputs = _select_rows(inputs, torch.tensor(kept, device=token_B.device))
+    return [(row_ids, "stop" if row in stopped else "length") for row, row_ids in enumerate(ids)]
+
+
+def _next_inputs(inputs: dict[str, Any], token_B: Tensor, past: Any) -> dict[str, Any]:
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token_B)[:, None]], dim=1)
     following = {"input_ids": token_B[:, None], "attention_mask": mask, "past_key_values": past}
     if "position_ids" in inputs:
         following["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
     return following
+
+
+def _select_rows(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    inputs["past_key_values"].batch_select_indices(rows)
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -18,7 +18,6 @@ from dpkd.distill.live.sampler import (
     Drawn,
     Sampler,
     TransformersSampler,
-    choose_tokens,
     open_sampler,
 )
 from dpkd.distill.live.vllm_sampler import VllmSampler
@@ -114,17 +113,6 @@ def test_first_tokens_come_as_often_as_the_distribution_says(
     freedom = len(wanted) - 1
     statistic = float(((observed - wanted) ** 2 / wanted).sum())
     assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
-
-
-def test_a_token_is_the_inverse_cumulative_distribution_at_its_number() -> None:
-    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]] * 5))
-    numbers = [0.0, 0.19, 0.21, 0.69, 0.999]
-    assert choose_tokens(logits, numbers, Sampling(1.0, 1.0, 1, ())).tolist() == [0, 0, 1, 1, 2]
-    # the nucleus of 0.6 is {1, 2}, which share 0.625 and 0.375 of it
-    assert choose_tokens(logits, numbers, Sampling(1.0, 0.6, 1, ())).tolist() == [1, 1, 1, 2, 2]
-    # temperature 0.5 squares the probabilities: 4, 25 and 9 of 38
-    assert choose_tokens(logits, numbers, Sampling(0.5, 1.0, 1, ())).tolist() == [0, 1, 1, 1, 2]
-    assert choose_tokens(logits, numbers, Sampling(0.0, 1.0, 1, ())).tolist() == [1] * 5
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(model: PreTrainedModel) -> None:
