@@ -34,7 +34,7 @@ import torch
 from torch.nn import functional
 
 from dpkd.core.models import locate_model
-from dpkd.distill.batches.batch import Batch, BatchOrder, StepPart, TrainingRow, collate
+from dpkd.distill.batches.batch import Batch, BatchOrder, MicroBatch, TrainingRow, collate
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.objectives.objective import Objective
 from dpkd.distill.objectives.student_forward import StudentScorer
@@ -74,7 +74,7 @@ def ours(arguments: argparse.Namespace, options: dict[str, Any], *, both: bool =
         elif not objective.needs_pairs:
             rows = [TrainingRow(row.chosen) for row in rows]
         shared = share_prompts(rows) if config.share_prompt else None
-        part = StepPart(collate(rows, with_distributions=objective.needs_distributions), shared=shared)
+        part = MicroBatch(collate(rows, with_distributions=objective.needs_distributions), shared=shared)
         sums = objective(scorer, part)
         update(model, optimizer, objective.total(sums, objective.term_counts(part)))
         return part.num_positions
@@ -215,7 +215,7 @@ def growth() -> None:
         scorer = StudentScorer(model, num_tokens=shape["vocabulary"], logits_chunk=1024)
         config = TrainConfig(cache="unused", student="unused", out=Path("unused"))
         objective = Objective(config, shape["vocabulary"])
-        part = StepPart(random_batch(**shape))
+        part = MicroBatch(random_batch(**shape))
         whole_s, head_s = [], []
         for repeat in range(6):
             started_s = time.perf_counter()

@@ -93,7 +93,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StepPart:
+class MicroBatch:
     """What one forward and backward pass of a step reads: rows, and text of the corpus where there is such a term.
 
     `shared` is how the student reads the rows of pairs where their prompts are shared.
@@ -109,7 +109,7 @@ class StepPart:
         return self.rows.num_positions + (0 if self.corpus is None else self.corpus.num_positions)
 
     def to(self, device: torch.device) -> Self:
-        """The same part on `device`."""
+        """The same micro-batch on `device`."""
         corpus = None if self.corpus is None else self.corpus.to(device)
         shared = None if self.shared is None else self.shared.to(device)
         return replace(self, rows=self.rows.to(device), corpus=corpus, shared=shared)

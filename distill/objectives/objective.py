@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dpkd.distill.batches.batch import Batch, StepPart
+from dpkd.distill.batches.batch import Batch, MicroBatch
 from dpkd.distill.objectives.policy_gradient import minillm_loss
 from dpkd.distill.objectives.preference import (
     PreferenceOptions,
@@ -98,7 +98,7 @@ class Objective:
             length_normalize=config.length_normalize,
         )
 
-    def term_counts(self, part: StepPart) -> dict[str, int]:
+    def term_counts(self, part: MicroBatch) -> dict[str, int]:
         """How many positions or pairs of `part` enter each term."""
         batch = part.rows
         positions = int(batch.num_tokens_B[: batch.num_chosen].sum())
@@ -113,7 +113,7 @@ class Objective:
         """The weighted loss: each term's sum over its count, which is the whole step's."""
         return torch.stack([self.weights[name] * sums.terms[name] / counts[name] for name in self.weights]).sum()
 
-    def __call__(self, score: Score, part: StepPart) -> StepSums:
+    def __call__(self, score: Score, part: MicroBatch) -> StepSums:
         """Sums of every term and metric over `part`."""
         batch = part.rows
         if batch.num_positions == 0:

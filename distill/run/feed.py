@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from dpkd.distill.batches.batch import RowOrder, StepPart, TrainingRow, collate
+from dpkd.distill.batches.batch import MicroBatch, RowOrder, TrainingRow, collate
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.run.setup import Run
@@ -65,7 +65,7 @@ class Feed:
         if self._live is not None:
             self._live.cancel()
 
-    def parts(self, step: int) -> list[StepPart]:
+    def parts(self, step: int) -> list[MicroBatch]:
         """What this rank's forward passes of `step` read."""
         parts = []
         for place, places in enumerate(self._places(step)):
@@ -77,7 +77,7 @@ class Feed:
                 block = step * self._config.gradient_accumulation_steps + place
                 start = (block * ranks + self._accelerator.process_index) * size
                 corpus = self._run.corpus.batch(start, size)
-            parts.append(StepPart(rows, corpus, share_prompts(found) if self._config.share_prompt else None))
+            parts.append(MicroBatch(rows, corpus, share_prompts(found) if self._config.share_prompt else None))
         return parts
 
     def _places(self, step: int) -> list[list[tuple[int, int]]]:

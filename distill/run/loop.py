@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
-from dpkd.distill.batches.batch import StepPart, prefetched
+from dpkd.distill.batches.batch import MicroBatch, prefetched
 from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.objectives.reduction import means, whole
 from dpkd.distill.rows.following import FollowedRows
@@ -105,7 +105,7 @@ class Loop:
             self._wait_for_the_rest(interrupts)
         return self._steps
 
-    def _take(self, batches: Iterator[list[StepPart]], step: int) -> tuple[list[StepPart] | None, UserError | None]:
+    def _take(self, batches: Iterator[list[MicroBatch]], step: int) -> tuple[list[MicroBatch] | None, UserError | None]:
         """The next step's parts; None when a wait for rows was interrupted or ended in an error."""
         try:
             self._feed.before_step(step)
@@ -136,7 +136,7 @@ class Loop:
             self._save(self._steps)
             together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
 
-    def _step(self, step: int, parts: list[StepPart]) -> dict[str, Any]:
+    def _step(self, step: int, parts: list[MicroBatch]) -> dict[str, Any]:
         accelerator = self._accelerator
         # everything random in a step follows from the seed and the step, so that resuming needs no generator state
         torch.manual_seed(hash((self._config.seed, step, accelerator.process_index)) % 2**63)
@@ -176,7 +176,7 @@ class Loop:
             norm = norm.full_tensor()
         return None if norm is None else float(norm)
 
-    def _not_a_number(self, value: float | None, what: str, step: int, parts: list[StepPart]) -> UserError | None:
+    def _not_a_number(self, value: float | None, what: str, step: int, parts: list[MicroBatch]) -> UserError | None:
         if value is None or math.isfinite(value):
             return None
         rows = [example_id for part in parts for example_id in dict.fromkeys(part.rows.example_ids)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dpkd.distill.batches.batch import RowSource, StepPart, collate
+from dpkd.distill.batches.batch import MicroBatch, RowSource, collate
 from dpkd.distill.objectives.objective import Objective, Score, StepSums
 from dpkd.distill.objectives.reduction import means, whole
 
@@ -42,7 +42,7 @@ class Validation:
             number = min(start + rank, len(batches) - 1)
             batch = batches[number]
             torch.manual_seed(number)
-            part = StepPart(
+            part = MicroBatch(
                 collate([self._rows.row(*place) for place in batch], with_distributions=self._distributions)
             )
             found = self._objective(_as_score(scorer), part.to(self._accelerator.device))
