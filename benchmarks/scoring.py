@@ -1,13 +1,11 @@
-"""Scoring: `rouge_score`, this package in one process, and on all cores, over the same pairs in turn.
+"""Scoring: `rouge_score` and this package over the same pairs, in one process.
 
-    python benchmarks/scoring.py [ROWS.jsonl] [--pairs 10000 50000 100000] [--words 0] [--runs 3]
+    python benchmarks/scoring.py [ROWS.jsonl] [--pairs 10000] [--words 0] [--runs 3]
 
 Pairs are answers and references drawn at random from a file's `output` (the shipped excerpt of Dolly by default), all
-different, with Rouge-1, -2, -L, exact match and repetition of each; `--words 190` takes rows of so many words and more
-alone, and cuts their answers there: about 256 tokens. `rouge_score` computes the three Rouge scores alone, on a tenth
-of the first number of pairs, and its time is multiplied. The others are the best of some runs, in turn, each in a
-process of its own, so that no stem is known: seconds from the call to the last score, starting the helpers included,
-and processor time of all processes.
+different. This package computes Rouge-1, -2 and -L, exact match and repetition of each; `rouge_score` computes the
+three Rouge scores alone, on a tenth of the pairs. `--words 190` takes rows of 190 words and more alone, and cuts their
+answers there: about 256 tokens. Each run is a process of its own, so that no stem is known before; the best one counts.
 """
 
 from __future__ import annotations
@@ -16,14 +14,12 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from dpkd.core.progress import Progress
-from dpkd.evaluate.answers.score_pool import num_cores, score_pairs
+from dpkd.evaluate.metrics.exact_match import score
 
 Pairs = list[tuple[str, tuple[str, ...]]]
 
@@ -51,57 +47,39 @@ def time_library(pairs: Pairs) -> float:
     return 10 * (time.perf_counter() - started_s)
 
 
-def processor_s() -> float:
-    """Processor time of this process and of its helpers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(item.ru_utime + item.ru_stime for item in used)
+def time_here(pairs: Pairs) -> float:
+    """Seconds from the first call to the last score, the import of the stemmer included."""
+    started_s = time.perf_counter()
+    for prediction, references in pairs:
+        score(prediction, references)
+    return time.perf_counter() - started_s
 
 
-def time_here(pairs: Pairs, num_processes: int) -> tuple[float, float]:
-    """Wall and processor seconds of scoring `pairs` in this process and its helpers."""
-    wall_s, cpu_s = time.perf_counter(), processor_s()
-    score_pairs(pairs, "default", num_processes, Progress("scoring", None, "pairs"))
-    return time.perf_counter() - wall_s, processor_s() - cpu_s
-
-
-def time_apart(given: argparse.Namespace, count: int, num_processes: int) -> tuple[float, float]:
+def time_apart(given: argparse.Namespace) -> float:
     """`time_here` in a process of its own."""
-    arguments = (given.path, "--words", given.words, "--pairs", count, "--arm", num_processes)
+    arguments = (given.path, "--words", given.words, "--pairs", given.pairs, "--only-here")
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    wall_s, cpu_s = json.loads(done.stdout.splitlines()[-1])
-    return wall_s, cpu_s
+    return float(done.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     default = Path(__file__).resolve().parents[1] / "examples" / "dolly" / "train.jsonl"
     parser.add_argument("path", nargs="?", type=Path, default=default)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--words", type=int, default=0, help="rows of so many words alone, answers cut there")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--arm", type=int, help="measure this many processes and print seconds alone")
+    parser.add_argument("--only-here", action="store_true", help="print the seconds of one run of this package")
     given = parser.parse_args()
-    if given.arm:
-        print(json.dumps(time_here(make_pairs(given.path, given.pairs[0], given.words), given.arm)))
+    pairs = make_pairs(given.path, given.pairs, given.words)
+    if given.only_here:
+        print(time_here(pairs))
         return
-    first = make_pairs(given.path, given.pairs[0], given.words)
-    words = sum(len(prediction.split()) for prediction, _ in first) / len(first)
-    print(f"{given.path.name}: {words:.0f} words an answer; {num_cores()} cores, load {os.getloadavg()[0]:.1f} before")
-    library_s = time_library(first) / len(first)
-    print(f"rouge_score, one process: {1e3 * library_s:.2f} ms a pair")
-    for count in given.pairs:
-        found: dict[int, list[tuple[float, float]]] = {1: [], num_cores(): []}
-        for _ in range(given.runs):
-            for num_processes, times in found.items():
-                times.append(time_apart(given, count, num_processes))
-        alone_s = min(found[1])[0]
-        for num_processes, times in found.items():
-            wall_s, cpu_s = min(times)
-            print(
-                f"{count} pairs, {num_processes} process(es): {wall_s:.2f} s, processor {cpu_s:.2f} s; "
-                f"{count * library_s / wall_s:.1f} times rouge_score, {alone_s / wall_s:.2f} times one process"
-            )
+    words = sum(len(prediction.split()) for prediction, _ in pairs) / len(pairs)
+    print(f"{given.path.name}: {len(pairs)} pairs, {words:.0f} words an answer; load {os.getloadavg()[0]:.1f} before")
+    library_s, here_s = time_library(pairs), min(time_apart(given) for _ in range(given.runs))
+    print(f"rouge_score {library_s:.2f} s, dpkd {here_s:.2f} s: {library_s / here_s:.1f} times as fast")
     print(f"load {os.getloadavg()[0]:.1f} after")
 
 

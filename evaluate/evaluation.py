@@ -25,7 +25,7 @@ from dpkd.evaluate.views.plots import require_matplotlib
 from dpkd.teacher_cache.engines.engine import resolve_engine
 
 # options that change no number: where results go (a folder may move), and how much memory is used
-_FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "scoring_processes", "data_dir"})
+_FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "data_dir"})
 
 
 CountOverlap = Callable[[str, Sequence[Candidate], Sequence[EvalSet]], dict[str, Any]]

@@ -16,10 +16,9 @@ from dpkd.core.files import replacing
 from dpkd.core.progress import Progress
 from dpkd.evaluate.answers.answers import Answer
 from dpkd.evaluate.answers.perplexity import ModelMeasures, References
-from dpkd.evaluate.answers.score_pool import score_pairs
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
-from dpkd.evaluate.metrics.exact_match import Scores
+from dpkd.evaluate.metrics.exact_match import Scores, score
 from dpkd.evaluate.options.eval import EvalConfig
 
 _SCHEMA = pa.schema(
@@ -67,32 +66,30 @@ def score_sets(
     progress: Progress,
     measures: Mapping[str, ModelMeasures] | None = None,
 ) -> list[ScoredSet]:
-    """All scores of every answer, in one go on all cores; `answers[model][set, seed]` is in the set's order.
+    """The scores of every answer; `answers[model][set, seed]` is in the set's order.
 
-    `measures` are those of the models themselves, to be kept beside their scores.
+    `measures` are those of the models themselves, to be kept with their scores.
     """
-    parts = [
-        (model, eval_set, {seed: found for (data, seed), found in answers_of.items() if data == eval_set.name})
-        for model, answers_of in answers.items()
-        for eval_set in eval_sets
-    ]
-    pairs = [
-        (answer.response, example.references)
-        for _, eval_set, by_seed in parts
-        for found in by_seed.values()
-        for answer, example in zip(found, eval_set.examples, strict=True)
-    ]
-    rows = iter(score_pairs(pairs, config.rouge_tokenizer, config.scoring_processes, progress))
     scored_sets = []
-    for model, eval_set, by_seed in parts:
-        shape = (len(by_seed), len(eval_set.examples))
-        values = np.array([next(rows) for _ in range(shape[0] * shape[1])], dtype=np.float64).reshape(*shape, -1)
-        scores = {name: values[:, :, place] for place, name in enumerate(Scores._fields)}
-        found = list(by_seed.values())
-        bucket_SN = bucket_indices(eval_set, found, scores["num_words"], config)
+    for model, answers_of in answers.items():
         measured = (measures or {}).get(model)
-        references = None if measured is None else measured.references.get(eval_set.name)
-        scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), found, scores, bucket_SN, references))
+        for eval_set in eval_sets:
+            by_seed = {seed: answers_N for (data, seed), answers_N in answers_of.items() if data == eval_set.name}
+            values = []
+            for answers_N in by_seed.values():
+                values.append(
+                    [
+                        score(answer.response, example.references, config.rouge_tokenizer)
+                        for answer, example in zip(answers_N, eval_set.examples, strict=True)
+                    ]
+                )
+                progress.advance(len(answers_N))
+            values_SNK = np.array(values, dtype=np.float64)
+            scores = {name: values_SNK[:, :, index] for index, name in enumerate(Scores._fields)}
+            answers_SN = list(by_seed.values())
+            bucket_SN = bucket_indices(eval_set, answers_SN, scores["num_words"], config)
+            references = None if measured is None else measured.references.get(eval_set.name)
+            scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), answers_SN, scores, bucket_SN, references))
     return scored_sets
 
 

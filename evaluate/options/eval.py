@@ -46,9 +46,7 @@ def _as_edge(value: Any) -> Edge:
 class EvalConfig(Settings):
     """Everything that `dpkd eval` can be told."""
 
-    set_only: ClassVar[frozenset[str]] = frozenset(
-        {"num_bootstrap", "bootstrap_seed", "max_num_seqs", "dtype", "scoring_processes"}
-    )
+    set_only: ClassVar[frozenset[str]] = frozenset({"num_bootstrap", "bootstrap_seed", "max_num_seqs", "dtype"})
 
     model: dict[str, str] = Field(
         {}, description="NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
@@ -129,7 +127,6 @@ class EvalConfig(Settings):
         10_000, ge=100, description="bootstrap resamples behind each 95% interval and each p-value"
     )
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
-    scoring_processes: int | None = Field(None, gt=0, description="processes that score; off: one a core")
     max_num_seqs: int = Field(64, gt=0, description="most answers generated at once")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="number type of the models' weights"
