@@ -20,19 +20,19 @@ from dpkd.distill.objectives.objective import Objective
 from dpkd.distill.objectives.student_forward import StudentScorer, check_head
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.following import FollowedRows
-from dpkd.distill.run.adapters import add_adapters, check_adapters
+from dpkd.distill.run.adapters import add_adapters, check_adapters, load_adapters
 from dpkd.distill.run.best import EvaluateFn
 from dpkd.distill.run.checkpoints import (
     StudentFiles,
     finish_run,
+    gather_weights,
     latest_checkpoint,
     load_optimizer,
 )
 from dpkd.distill.run.feed import Feed
-from dpkd.distill.run.gathering import gather_weights
 from dpkd.distill.run.keeping import Keeper
 from dpkd.distill.run.loop import Loop
-from dpkd.distill.run.ranks import is_sharded, leave_group, on_main, open_accelerator, together
+from dpkd.distill.run.ranks import is_sharded, leave_group, on_all_ranks, on_rank_zero, open_accelerator
 from dpkd.distill.run.setup import open_run, plan_steps, take_up
 from dpkd.distill.run.trackers import choose_tracker, start_tracker
 
@@ -55,17 +55,17 @@ def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
     tracker = choose_tracker(config.tracker)
     accelerator = open_accelerator(config, tracker)
     tell = say if accelerator.is_main_process else _say_nothing
-    run = together(accelerator, lambda: open_run(config))
+    run = on_all_ranks(accelerator, lambda: open_run(config))
     run_dir = config.out
-    steps, order = together(accelerator, lambda: plan_steps(run, accelerator.num_processes))
-    together(accelerator, lambda: _check_sharding(accelerator, config))
+    steps, order = on_all_ranks(accelerator, lambda: plan_steps(run, accelerator.num_processes))
+    on_all_ranks(accelerator, lambda: _check_sharding(accelerator, config))
     if config.best_metric == "rouge_l" and evaluate_fn is None:
         raise UserError("best_metric rouge_l needs the function that measures it", advice="Use `dpkd train`")
-    together(accelerator, lambda: check_adapters(run.student, config))
-    if on_main(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
+    on_all_ranks(accelerator, lambda: check_adapters(run.student, config))
+    if on_rank_zero(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
         tell(f"the run {run_dir} is complete")
         return run_dir
-    checkpoint = on_main(accelerator, lambda: latest_checkpoint(run_dir, config.checkpoint))
+    checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(run_dir, config.checkpoint))
     if isinstance(run.rows, FollowedRows):
         run.rows.start(run_dir, leader=accelerator.is_main_process)
     has_weights = checkpoint is not None and config.lora_rank is None
@@ -73,14 +73,14 @@ def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
     model = source.load("float32")
     if not is_sharded(accelerator):
         model = model.to(accelerator.device)
-    together(accelerator, lambda: check_head(model, config.student))
+    on_all_ranks(accelerator, lambda: check_head(model, config.student))
     if config.share_prompt:
-        together(accelerator, lambda: check_sharing(model, config.student))
+        on_all_ranks(accelerator, lambda: check_sharing(model, config.student))
     adapters = None
     if config.lora_rank is not None:
         adapters = add_adapters(model, config)
         if checkpoint is not None:
-            adapters.load(checkpoint.directory, model)
+            load_adapters(adapters, checkpoint.directory)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:
@@ -101,9 +101,9 @@ def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps, last_epoch=first - 1)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     if checkpoint is not None:
-        load_optimizer(checkpoint, optimizer.optimizer)
+        load_optimizer(checkpoint, model, optimizer.optimizer)
         tell(f"going on from step {first} of {steps}")
-    together(accelerator, lambda: start_tracker(accelerator, tracker, config, first))
+    on_all_ranks(accelerator, lambda: start_tracker(accelerator, tracker, config, first))
     objective = Objective(config, run.vocab_size, run.student.vocab_size)
     feed = Feed(run, accelerator, order, steps)
     keeper = Keeper(run, accelerator, student, scorer, optimizer, objective, evaluate_fn)
@@ -115,7 +115,7 @@ def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
         done = Loop(run, accelerator, scorer, optimizer, scheduler, objective, feed, keeper, steps).run(first)
     weights = gather_weights(accelerator, scorer, model)
     facts, card = run.facts | {"steps": done}, keeper.card(done)
-    on_main(accelerator, lambda: finish_run(run_dir, student, weights, facts, card))
+    on_rank_zero(accelerator, lambda: finish_run(run_dir, student, weights, facts, card))
     for shown in accelerator.trackers:
         shown.finish()
     tell(f"the run {run_dir} is complete: {done} steps")

@@ -1,30 +1,36 @@
-"""Checkpoints: Hugging Face directories with the optimiser beside them, written whole or not at all."""
+"""Checkpoints and students on disk: Hugging Face directories, complete or absent, gathered from all ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import write_atomic
+from dpkd.core.files import replacing_directory, write_atomic
 from dpkd.core.identity import canonical_json, file_sha256, fingerprint
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.distill.run.adapters import Adapters
-from dpkd.distill.run.gathering import spread_optimizer
+from dpkd.distill.run.adapters import merge_adapters, save_adapters
 from dpkd.distill.student.init import copy_tokenizer
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 _STATE = "trainer_state.json"
@@ -33,7 +39,7 @@ _OPTIMIZER = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint: its directory, the number of steps behind it, and what else the loop has to know."""
+    """A checkpoint whose checksums are right: its directory, the steps done, and the loop's own state."""
 
     directory: Path
     step: int
@@ -42,40 +48,78 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StudentFiles:
-    """How a student is written: class and config of `model`, the tokenizer of `source`, adapters where it has any."""
+    """How a student is written: class and config of `model`, the tokenizer of `source`.
+
+    A student with `adapters` is saved with them `merged` into its weights, or as the adapters alone. Its checkpoints
+    always hold the adapters alone, so that training resumes with exactly the same numbers.
+    """
 
     model: PreTrainedModel
     source: ModelSource
-    adapters: Adapters | None = None
+    adapters: PeftModel | None = None
     merged: bool = True
 
-    def is_kept(self, name: str) -> bool:
-        """Whether a checkpoint needs this weight: of a student with adapters, theirs alone."""
-        return self.adapters is None or self.adapters.is_adapter(name)
-
-    def save(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None) -> None:
-        """The student for use: `weights`, tokenizer, generation config, `facts` (dpkd.json), the model card."""
+    def save(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any], *, merged: bool) -> None:
+        """Write the model, the tokenizer and `facts` (dpkd.json); `weights` are those of `gather_weights`."""
         if self.adapters is None:
             self.model.save_pretrained(directory, state_dict=weights)
-        elif self.merged:
-            self.model.save_pretrained(directory, state_dict=self.adapters.merge(weights))
+        elif merged:
+            merge_adapters(self.adapters, self.source, weights).save_pretrained(directory)
         else:
-            self.adapters.save(directory, weights)
-        self._save_rest(directory, facts)
-        if card is not None:
-            (directory / "README.md").write_text(card, encoding="utf-8")
-
-    def save_to_go_on(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The same for a checkpoint: adapters stay adapters, so that training goes on with the very numbers."""
-        if self.adapters is None:
-            self.model.save_pretrained(directory, state_dict=weights)
-        else:
-            self.adapters.save(directory, weights)
-        self._save_rest(directory, facts)
-
-    def _save_rest(self, directory: Path, facts: dict[str, Any]) -> None:
+            save_adapters(self.adapters, directory, weights)
         copy_tokenizer(self.source, directory)
         (directory / "dpkd.json").write_bytes(canonical_json(facts))
+
+
+def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights of `model`, which `scorer` wraps, by the model's own names: on the CPU of rank zero.
+
+    Other ranks get an empty dict. Every rank must call it.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state = accelerator.get_state_dict(scorer) or {}
+        named = {name.removeprefix("model."): value for name, value in state.items()}
+        return named if accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in weights:  # tied weights are one tensor again: transformers writes them once
+            weights[name] = weights[first.setdefault(id(parameter), name)]
+    return weights
+
+
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's moments and step counts as `PARAMETER.NAME`: on the CPU of rank zero, empty on other ranks.
+
+    Every rank must call it, after `gather_weights`: a sharded model that has just been validated shows its parameters
+    unsharded until its state is read.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    return {
+        f"{parameter}.{name}": value.contiguous()
+        for parameter, values in state.get("state", {}).items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore moments and step counts. Rank zero reads them and sends them to the others, tensor by tensor."""
+    several = torch.distributed.is_initialized()
+    state: dict[str, Any] = {}
+    with safe_open(checkpoint.directory / _OPTIMIZER, framework="pt") as file:
+        keys = [key.rpartition(".") for key in file.keys()]  # noqa: SIM118, not a dict
+        if not several or torch.distributed.get_rank() == 0:
+            for parameter, _, name in keys:
+                state.setdefault(parameter, {})[name] = file.get_tensor(f"{parameter}.{name}")
+    saved = {parameter for parameter, _, _ in keys}
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]  # creates the state of every parameter
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+    for name, weight in model.named_parameters():
+        if name not in saved:  # it had no gradient yet, so its count of steps is still 0
+            optimizer.state.pop(weight, None)
 
 
 def save_checkpoint(
@@ -88,13 +132,12 @@ def save_checkpoint(
     keep: int,
     state: dict[str, Any],
 ) -> None:
-    """Write `checkpoint-STEP`, of gathered weights and moments, and remove all but the `keep` newest.
+    """Write `checkpoint-STEP` from gathered weights and moments, then delete all but the `keep` newest.
 
-    `state` is JSON and comes back as it is. Raises `UserError` when it cannot be written.
+    `state` is JSON and is returned unchanged by `latest_checkpoint`. Raises `UserError` when the disk refuses.
     """
-    target = run_dir / f"checkpoint-{step}"
-    with _writing(target) as temporary:
-        student.save_to_go_on(temporary, weights, facts)
+    with replacing_directory(run_dir / f"checkpoint-{step}") as temporary:
+        student.save(temporary, weights, facts, merged=False)
         save_file(moments, temporary / _OPTIMIZER)
         files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         record = {"step": step, "files": files, "state": state}
@@ -103,87 +146,67 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def save_student(
-    directory: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None
-) -> None:
-    """A student for use, in place of what stands in `directory`; raises `UserError` when it cannot be written."""
-    with _writing(directory) as temporary:
-        student.save(temporary, weights, facts, card)
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `target` when all of it is on the disk."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        _sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"the student cannot be written: {error.strerror or error}",
-            where=target,
-            advice="Free space; the same command goes on from the last checkpoint",
-        ) from error
-
-
 def latest_checkpoint(run_dir: Path, choice: Literal["latest", "previous"] = "latest") -> Checkpoint | None:
-    """The newest checkpoint, checked; `UserError` when it is not what was written.
+    """The newest checkpoint, None without one; raises `UserError` when one of its files is corrupt.
 
-    With `previous` one that is damaged is set aside (its name gets `.damaged`), and the one before it is taken.
+    With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned.
     """
     for directory in reversed(_directories(run_dir)):
         try:
-            return _checked(directory)
+            return _verified(directory)
         except UserError as error:
             if choice == "latest":
                 raise
-            aside = directory.with_name(f"{directory.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            directory.replace(aside)
-            say(f"set aside as {aside.name}: {error}")
+            damaged = directory.with_name(f"{directory.name}.damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            directory.replace(damaged)
+            say(f"renamed to {damaged.name}: {error}")
     return None
 
 
-def _checked(directory: Path) -> Checkpoint:
+def _verified(directory: Path) -> Checkpoint:
     try:
         record = json.loads((directory / _STATE).read_bytes())
         step, files, state, digest = int(record["step"]), dict(record["files"]), record["state"], record.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(directory, _STATE, "unreadable", "the record of a checkpoint") from None
-    if fingerprint(record) != digest:
-        raise _damaged(directory, _STATE, f"sha256 {fingerprint(record)[:12]}", digest[:12])
-    for name, expected in files.items():
-        if not (directory / name).is_file():
-            raise _damaged(directory, name, "no file", expected[:12])
-        found = file_sha256(directory / name)
-        if found != expected:
-            raise _damaged(directory, name, f"sha256 {found[:12]}", expected[:12])
+        raise _corrupt(directory, _STATE, "unreadable", "the record of a checkpoint") from None
+    for name, actual, expected in (
+        (_STATE, fingerprint(record), digest),
+        *((name, _sha256(directory / name), expected) for name, expected in files.items()),
+    ):
+        if actual != expected:
+            raise _corrupt(directory, name, actual[:12], expected[:12])
     return Checkpoint(directory, step, state)
 
 
-def _damaged(directory: Path, name: str, found: str, expected: str) -> UserError:
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else "no file"
+
+
+def _corrupt(directory: Path, name: str, actual: str, expected: str) -> UserError:
     return UserError(
-        f"the checkpoint's {name} is not what was written",
-        found=found,
+        f"the checkpoint's {name} is corrupt (checksum mismatch)",
+        found=actual,
         expected=expected,
         where=directory,
-        advice="Give --set checkpoint=previous to go on from the one before it",
+        advice="Give --set checkpoint=previous to resume from the one before it",
     )
 
 
-def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved moments and step counts back, on every rank."""
-    spread_optimizer(load_file(checkpoint.directory / _OPTIMIZER), optimizer)
+def save_student(
+    directory: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None
+) -> None:
+    """Replace `directory` by a student ready for use, with its model card; `UserError` when the disk refuses."""
+    with replacing_directory(directory) as temporary:
+        student.save(temporary, weights, facts, merged=student.merged)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def finish_run(
     run_dir: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str
 ) -> None:
-    """Put the trained student at the root of the run; `run.json`, written last, says that the run is complete."""
+    """Put the trained student at the root of the run, then write `run.json`, which marks the run as complete."""
     temporary = run_dir / ".final"
     save_student(temporary, student, weights, facts, card)
     for file in sorted(temporary.iterdir()):
@@ -193,14 +216,6 @@ def finish_run(
 
 
 def _directories(run_dir: Path) -> list[Path]:
-    found = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _sync(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Checkpoints by step, the oldest first."""
+    paths = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -21,17 +21,17 @@ class Interrupts:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.asked = False
+        self.should_stop = False
         self._quiet = quiet
         self._asked_s = 0.0
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.should_stop:
             if time.monotonic() - self._asked_s < _ONE_WISH_S:
                 return
             raise KeyboardInterrupt
-        self.asked, self._asked_s = True, time.monotonic()
+        self.should_stop, self._asked_s = True, time.monotonic()
         if not self._quiet:
             say("interrupted: finishing this step and writing a checkpoint")
 

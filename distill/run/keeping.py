@@ -15,11 +15,10 @@ from accelerate.utils import DistributedType
 from dpkd.core.progress import say
 from dpkd.distill.objectives.objective import Objective
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
-from dpkd.distill.run.checkpoints import StudentFiles, save_checkpoint, save_student
-from dpkd.distill.run.gathering import gather_optimizer, gather_weights
+from dpkd.distill.run.checkpoints import StudentFiles, gather_optimizer, gather_weights, save_checkpoint, save_student
 from dpkd.distill.run.logs import METRICS_LOG, last_line, shown
 from dpkd.distill.run.model_card import model_card
-from dpkd.distill.run.ranks import on_main
+from dpkd.distill.run.ranks import on_rank_zero
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.trackers import track
 from dpkd.distill.run.validation import VALIDATION_LOG, Validation
@@ -83,14 +82,14 @@ class Keeper:
         evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
         directory = self._config.out / ".candidate"
         self._write_student(directory, done, None)
-        score = on_main(self._accelerator, lambda: evaluate_fn(directory, prompts))
-        on_main(self._accelerator, lambda: shutil.rmtree(directory))
+        score = on_rank_zero(self._accelerator, lambda: evaluate_fn(directory, prompts))
+        on_rank_zero(self._accelerator, lambda: shutil.rmtree(directory))
         return float(score)
 
     def _write_student(self, directory: Path, step: int, card: str | None) -> None:
         weights = gather_weights(self._accelerator, self._scorer, self._student.model)
         facts = self._run.facts | {"steps": step}
-        on_main(self._accelerator, lambda: save_student(directory, self._student, weights, facts, card))
+        on_rank_zero(self._accelerator, lambda: save_student(directory, self._student, weights, facts, card))
 
     def card(self, step: int) -> str:
         """The model card of the student as it stands, of the lines that are written; empty off the main rank."""
@@ -106,11 +105,11 @@ class Keeper:
         if step == self._saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
             return
         self._saved = step
-        weights = gather_weights(accelerator, self._scorer, self._student.model, self._student.is_kept)
-        moments = gather_optimizer(accelerator, self._optimizer.optimizer)
+        weights = gather_weights(accelerator, self._scorer, self._student.model)
+        moments = gather_optimizer(self._student.model, self._optimizer.optimizer)
         facts, keep = run.facts | {"steps": step}, self._config.keep
         state = {"best": None if self._best is None else asdict(self._best)}
-        on_main(
+        on_rank_zero(
             accelerator,
             lambda: save_checkpoint(self._config.out, step, self._student, weights, moments, facts, keep, state),
         )

@@ -24,7 +24,7 @@ from dpkd.distill.run.feed import Feed
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.run.keeping import Keeper
 from dpkd.distill.run.logs import METRICS_LOG, keep_lines, peak_memory_bytes
-from dpkd.distill.run.ranks import raise_first, together
+from dpkd.distill.run.ranks import on_all_ranks, raise_first
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.trackers import track
 from dpkd.distill.run.validation import VALIDATION_LOG
@@ -69,7 +69,7 @@ class Loop:
                 prefetched(
                     self._feed.parts,
                     range(first, self._steps),
-                    give_up=lambda: interrupts.asked,
+                    give_up=lambda: interrupts.should_stop,
                     on_close=self._feed.cancel,
                 )
             ) as batches,
@@ -81,7 +81,7 @@ class Loop:
                     return step
                 started_s = time.perf_counter()
                 parts, error = self._take(batches, step)
-                signs = whole(self._accelerator, [{"asked": int(interrupts.asked), "none": int(parts is None)}])
+                signs = whole(self._accelerator, [{"asked": int(interrupts.should_stop), "none": int(parts is None)}])
                 if parts is None or any(signs.values()):  # of any rank: all stop before the same step
                     if step > first:  # what is learnt is kept, also where the cache ended or broke
                         self._save(step)
@@ -134,7 +134,7 @@ class Loop:
             return
         if whole(self._accelerator, [{"ranks": int(not rows.is_finished())}])["ranks"]:
             self._save(self._steps)
-            together(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.asked))
+            on_all_ranks(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.should_stop))
 
     def _step(self, step: int, parts: list[MicroBatch]) -> dict[str, Any]:
         accelerator = self._accelerator

@@ -129,7 +129,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def together(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
+def on_all_ranks(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
     """Call `act` on every rank and wait for all; a `UserError` of one is raised by it, and ends the others in silence.
 
     The first rank with an error is the one that says it.
@@ -158,9 +158,9 @@ def raise_first(accelerator: Accelerator, error: UserError | None) -> None:
     raise OtherRankFailed
 
 
-def on_main(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
+def on_rank_zero(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
     """Call `act` on the main process while the others wait; what it gives, on every rank."""
-    result = together(accelerator, lambda: act() if accelerator.is_main_process else None)
+    result = on_all_ranks(accelerator, lambda: act() if accelerator.is_main_process else None)
     if accelerator.num_processes > 1:
         result = broadcast_object_list([result])[0]
     return cast(_T, result)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -111,9 +112,10 @@ def test_some_modules_only(tmp_path: Path, toy_cache: Path, toy_student: Path) -
     values |= {"lora_rank": "2", "lora_alpha": "2", "lora_target_modules": "q_proj, v_proj", "steps": "1"}
     options = TrainConfig.parse(values, where="here")
     model = AutoModelForCausalLM.from_pretrained(toy_student)
-    layers = add_adapters(model, options).layers
+    add_adapters(model, options)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "v_proj"}
-    assert {scaling for scaling, _ in layers.values()} == {1.0}
+    assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
     wrong = options.model_copy(update={"lora_target_modules": ("w_proj",)})
     with pytest.raises(UserError, match=r"no linear layer of the student: found w_proj, expected some of down_proj, "):
         train(wrong)

@@ -152,12 +152,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
             data[:-40] if damage == "truncated" else data.replace(data[-9:-8], b"1" if data[-9] != 49 else b"2")
         )
     with pytest.raises(
-        UserError, match=rf"the checkpoint's {name} is not what was written: .*checkpoint-6\). Give --set "
+        UserError, match=rf"the checkpoint's {name} is corrupt \(checksum mismatch\): .*checkpoint-6\). Give --set "
     ):
         train(config(run, toy_cache, toy_student))
     train(config(run, toy_cache, toy_student, checkpoint="previous"))
     said = capfd.readouterr().err
-    assert f"set aside as checkpoint-6.damaged: the checkpoint's {name}" in said
+    assert f"renamed to checkpoint-6.damaged: the checkpoint's {name}" in said
     assert "going on from step 4 of 8" in said
     assert_same_run(run, reference)
 
@@ -233,7 +233,7 @@ def test_two_signals_at_once_are_one_wish(monkeypatch: pytest.MonkeyPatch, capfd
     monkeypatch.setattr("dpkd.distill.run.interrupts.time.monotonic", lambda: now[0])
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
-        assert interrupts.asked
+        assert interrupts.should_stop
         now[0] += 0.5
         signal.raise_signal(signal.SIGINT)
         now[0] += 1
