@@ -191,7 +191,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_cache: Path, toy_stud
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(UserError, match=r"the checkpoint's model\.safetensors is corrupt \(checksum mismatch\): .*checkpoint-2"):
+    message = r"the checkpoint's model\.safetensors is corrupt \(checksum mismatch\): .*checkpoint-2"
+    with pytest.raises(UserError, match=message):
         train(config(out, toy_cache, toy_student, save_every=2))
 
 
