@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -95,4 +95,4 @@ def merge_adapters(adapters: PeftModel, source: ModelSource, weights: dict[str, 
     # adapters have no memory until they are set: no random numbers are drawn in the middle of a run
     student = get_peft_model(source.load("float32"), lora, low_cpu_mem_usage=True)
     set_peft_model_state_dict(student, saved, low_cpu_mem_usage=True)
-    return student.merge_and_unload()
+    return cast("PreTrainedModel", student.merge_and_unload())
