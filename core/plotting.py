@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import replacing
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale on white)
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
+#: a second sign, for more series than colours and for print in grey
+HATCHES = ("", "//", "..", "xx")
 FORMATS = ("png", "svg")
 _DPI = 150
 
@@ -48,6 +50,32 @@ def new_figure(
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
     return figure, panels
+
+
+def grouped_bars(panel: Axes, series: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
+    """Draw a bar with its interval (`mean`, `low`, `high`) for each value of each series, side by side by index.
+
+    A value that is None, or whose mean is None, has no bar and leaves its space empty.
+    """
+    width = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        shift = (number - (len(series) - 1) / 2) * width
+        shown = {index + shift: value for index, value in enumerate(values) if value and value["mean"] is not None}
+        means = [value["mean"] for value in shown.values()]
+        # rounding may put an end of the interval just on the wrong side of the mean
+        below = [max(0.0, value["mean"] - value["low"]) for value in shown.values()]
+        above = [max(0.0, value["high"] - value["mean"]) for value in shown.values()]
+        panel.bar(
+            list(shown),
+            means,
+            width * 0.92,
+            yerr=[below, above],
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            hatch=HATCHES[number // len(COLOURS) % len(HATCHES)],
+            edgecolor="white",
+            error_kw={"elinewidth": 1.0, "capsize": 2.5, "ecolor": "#333333"},
+        )
 
 
 def save_figure(figure: Figure, path: Path, description: str = "", formats: Sequence[str] = FORMATS) -> list[Path]:

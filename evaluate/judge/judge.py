@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import write_text
+from dpkd.core.files import write_json, write_text
+from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import Progress, say
 from dpkd.evaluate.judge.client import JudgeClient, read_key
 from dpkd.evaluate.judge.markdown import judge_markdown
@@ -21,10 +21,7 @@ from dpkd.evaluate.judge.tokens import estimate_tokens
 from dpkd.evaluate.judge.verdicts import Answered, Reply, Verdicts
 from dpkd.evaluate.options.judge import FREE_OPTIONS, JudgeConfig
 from dpkd.evaluate.views.output import check_options, is_complete, save_options
-from dpkd.evaluate.views.plots import require_matplotlib
 from dpkd.teacher_cache.engines.server.http import RequestRefusedError
-from dpkd.teacher_cache.store.folders import LocalFolder
-from dpkd.teacher_cache.store.locks import hold
 
 _ADVICE = "Give another --out (with --verdicts its verdicts are used again); nothing was overwritten"
 # refusals without a single reply after which the fault is not the questions'
@@ -73,7 +70,7 @@ def judge(config: JudgeConfig) -> Path:
     if is_complete(path, identity, _ADVICE):
         say(f"the judging in {config.out} is complete already")
         return path
-    with hold(LocalFolder(config.verdicts_path().parent)):
+    with plan.verdicts.locked():
         answered = plan.verdicts.read()
         save_options(config, config.out)
         _ask(plan, answered, key)
@@ -81,7 +78,7 @@ def judge(config: JudgeConfig) -> Path:
     write_per_verdict(config.out / "per_verdict.parquet", plan.questions, answered)
     write_text(config.out / "judge.md", judge_markdown(report))
     plot_judge(report, config.out / "judge")
-    write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(path, report)
     return path
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from dpkd.evaluate.metrics.buckets import Bucket
+from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS, decoding_text, model_text, software_text
+from dpkd.evaluate.report.tables import bucket_labels, interval_cell, number_text, p_value_text
 
 
 def judge_markdown(report: Mapping[str, Any]) -> str:
@@ -65,120 +66,88 @@ def tokens_text(report: Mapping[str, Any]) -> str:
 
 def _pointwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
     summaries = {name: model["data"][data] for name, model in report["models"].items() if data in model["data"]}
-    parts = [_by_length(summaries, "Grade", "grade")]
+    metrics = {"Grade": "grade"}
     if report["settings"]["grade_reference"]:
-        parts.append(_by_length(summaries, "Reference's grade", "reference_grade"))
-        parts.append(_by_length(summaries, "Answer / reference, %", "ratio"))
-    comparisons = report["comparisons"][data]
-    if comparisons:
+        metrics |= {"Reference's grade": "reference_grade", "Answer / reference, %": "ratio"}
+    labels = bucket_labels(summaries)
+    parts = [
+        markdown_table(
+            ["Model", title, *labels],
+            [
+                [f"`{name}`", *(interval_cell(score[metric]) for score in (summary, *summary["buckets"]))]
+                for name, summary in summaries.items()
+            ],
+        )
+        for title, metric in metrics.items()
+    ]
+    if comparisons := report["comparisons"][data]:
         header = ["Difference", "Grade", "p", "p (Holm)", "won / tied / lost", "resolvable"]
         rows = [
             [
                 f"`{row['model']}` - `{row['baseline']}`",
-                interval_text(row, sign="+"),
-                _p_value(row["p_value"]),
-                _p_value(row["p_holm"]),
+                interval_cell(row, sign="+"),
+                p_value_text(row["p_value"]),
+                p_value_text(row["p_holm"]),
                 f"{row['wins']} / {row['ties']} / {row['losses']}",
-                "-" if row["smallest_resolvable"] is None else f"{row['smallest_resolvable']:.2f}",
+                number_text(row["smallest_resolvable"], 2),
             ]
             for row in comparisons
         ]
-        parts.append(_table(header, rows))
+        parts.append(markdown_table(header, rows))
     return parts
 
 
-def _by_length(summaries: Mapping[str, Any], title: str, metric: str) -> str:
-    labels = _labels([summary["buckets"] for summary in summaries.values()])
-    rows = [
-        [f"`{name}`", interval_text(summary[metric]), *(interval_text(bucket[metric]) for bucket in summary["buckets"])]
-        for name, summary in summaries.items()
-    ]
-    return _table(["Model", title, *labels], rows)
-
-
-def _labels(buckets: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The ranges of the buckets, with their rows where every line of the table has the same."""
-    labels = [Bucket(bucket["low"], bucket["high"]).label for bucket in buckets[0]]
-    counts = {tuple(bucket["n"] for bucket in line) for line in buckets}
-    if len(counts) > 1:
-        return labels
-    return [f"{label} (n={n})" for label, n in zip(labels, next(iter(counts)), strict=True)]
-
-
 def _pairwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
-    pairs = report["pairs"][data]
+    pairs = {f"`{row['model']}` against `{row['baseline']}`": row for row in report["pairs"][data]}
     if not pairs:
-        return ["No pair of models has answered this set.\n"]
+        return ["No two models have both answered this set.\n"]
     header = ["Pair", "won %", "tied %", "lost %", "won / tied / lost / undecided", "won - lost", "p", "p (Holm)"]
     rows = [
         [
-            _pair(row),
-            *(interval_text(row[share], places=1) for share in ("win", "tie", "loss")),
+            pair,
+            *(interval_cell(row[share], places=1) for share in ("win", "tie", "loss")),
             " / ".join(str(row[f"num_{what}"]) for what in ("wins", "ties", "losses", "undecided")),
-            interval_text(row["net"], sign="+", places=1),
-            _p_value(row["p_value"]),
-            _p_value(row["p_holm"]),
+            interval_cell(row["net"], sign="+", places=1),
+            p_value_text(row["p_value"]),
+            p_value_text(row["p_holm"]),
         ]
-        for row in pairs
+        for pair, row in pairs.items()
     ]
-    parts = [_table(header, rows)]
-    if "buckets" in pairs[0]:
-        labels = _labels([row["buckets"] for row in pairs])
+    parts = [markdown_table(header, rows)]
+    if all("buckets" in row for row in pairs.values()):
         by_length = [
-            [_pair(row), *(interval_text(bucket["net"], sign="+", places=1) for bucket in row["buckets"])]
-            for row in pairs
+            [pair, *(interval_cell(bucket["net"], sign="+", places=1) for bucket in row["buckets"])]
+            for pair, row in pairs.items()
         ]
-        parts.append(_table(["won - lost", *labels], by_length))
-    header = ["Order", "pairs", "orders agree %", "first place twice", "second place twice", "first - second, %"]
+        parts.append(markdown_table(["won - lost", *bucket_labels(pairs)], by_length))
+    header = ["Order", "pairs", "orders agree %", "first twice", "second twice", "first - second, %"]
     rows = [
         [
-            _pair(row),
-            str(position["num_pairs"]),
-            "-" if position["share_agreeing"] is None else f"{100 * position['share_agreeing']:.1f}",
-            str(position["num_first_twice"]),
-            str(position["num_second_twice"]),
-            interval_text(position["first_less_second"], sign="+", places=1),
+            pair,
+            row["position"]["num_pairs"],
+            number_text(row["position"]["share_agreeing"], 1, 100),
+            row["position"]["num_first_twice"],
+            row["position"]["num_second_twice"],
+            interval_cell(row["position"]["first_less_second"], sign="+", places=1),
         ]
-        for row in pairs
-        for position in [row["position"]]
+        for pair, row in pairs.items()
     ]
-    return [*parts, _table(header, rows)]
-
-
-def _pair(row: Mapping[str, Any]) -> str:
-    return f"`{row['model']}` against `{row['baseline']}`"
+    return [*parts, markdown_table(header, rows)]
 
 
 def _unparsable(by_model: Mapping[str, Any]) -> str:
-    columns: dict[str, Callable[[Any], str]] = {
-        "questions": lambda count: str(count["num_questions"]),
-        "unparsable": lambda count: str(count["num_unparsable"]),
-        "share %": lambda count: f"{100 * count['share']:.1f}",
-        "of them cut off": lambda count: str(count["num_cut_off"]),
-        "asked again": lambda count: str(count["num_asked_again"]),
-        "refused": lambda count: str(count["num_refused"]),
-    }
-    rows = [[f"`{name}`", *(cell(count) for cell in columns.values())] for name, count in by_model.items()]
-    note = (
-        "Questions without a verdict count in no mean: where their share differs between models, means may mislead.\n"
-    )
-    return _table(["About", *columns], rows) + "\n" + note
-
-
-def interval_text(interval: Mapping[str, Any], sign: str = "", places: int = 2) -> str:
-    """A mean with its interval in brackets; a dash where there is none."""
-    if interval["mean"] is None:
-        return "-"
-    mean, low, high = (f"{interval[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    header = ["About", "questions", "unparsable", "share %", "of these cut off", "asked again", "refused"]
+    rows = [
+        [
+            f"`{name}`",
+            count["num_questions"],
+            count["num_unparsable"],
+            number_text(count["share"], 1, 100),
+            count["num_cut_off"],
+            count["num_asked_again"],
+            count["num_refused"],
+        ]
+        for name, count in by_model.items()
+    ]
+    note = "Questions without a verdict count in no mean: if their share differs between models, the means may mislead."
+    return f"{markdown_table(header, rows)}\n{note}\n"

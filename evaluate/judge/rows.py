@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import file_sha256
+from dpkd.core.identity import derive_seed, file_sha256
 from dpkd.evaluate.judge.questions import JudgePrompt, question_key
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
 from dpkd.evaluate.options.judge import JudgeConfig
@@ -272,9 +271,8 @@ def _choose_rows(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) 
 
 
 def _draw(seed: int, data: str, example_id: str) -> int:
-    """A number of 64 bits for one row: a pure function, so it does not hang on the other rows or their order."""
-    digest = hashlib.sha256(f"{seed}\0{data}\0{example_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    """64 bits for one row: a pure function, so other rows and their order do not change it."""
+    return derive_seed(seed, data, example_id, bits=64)
 
 
 def _check_seeds(judged: JudgedSet, pairs: Sequence[tuple[str, str]]) -> None:

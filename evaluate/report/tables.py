@@ -110,13 +110,13 @@ def difference_table(report: dict[str, Any], data: str) -> Table:
     for row in report["comparisons"][data]:
         rouge, exact = row["rouge_l"], row["exact_match"]
         cells = [
-            _interval(rouge, sign="+"),
-            Cell(_p_value(rouge["p_value"])),
-            Cell(_p_value(rouge["p_holm"])),
+            interval_cell(rouge, sign="+"),
+            Cell(p_value_text(rouge["p_value"])),
+            Cell(p_value_text(rouge["p_holm"])),
             Cell(f"{rouge['wins']} / {rouge['ties']} / {rouge['losses']}"),
-            Cell(_number(rouge["smallest_resolvable"], 2)),
-            _interval(exact, sign="+"),
-            Cell(_p_value(exact["p_holm"])),
+            Cell(number_text(rouge["smallest_resolvable"], 2)),
+            interval_cell(exact, sign="+"),
+            Cell(p_value_text(exact["p_holm"])),
         ]
         rows.append(((row["model"], row["baseline"]), cells))
     return Table(f"Differences, paired by row: {data}", columns, rows, "Difference", power_note(report, data))
@@ -165,27 +165,30 @@ def _intervals(head: str, values: Mapping[str, Any], best: Callable[[list[float]
     means = {name: value["mean"] if isinstance(value, dict) else value for name, value in values.items()}
     known = [mean for mean in means.values() if mean is not None]
     marked = best(known) if best is not None and len(known) > 1 and any(known) else None
-    return head, {name: _interval(value, marked) for name, value in values.items()}
+    return head, {name: interval_cell(value, marked) for name, value in values.items()}
 
 
 def _numbers(head: str, values: Mapping[str, float | None], scale: float = 1) -> _Column:
-    return head, {name: Cell(_number(value, 1, scale)) for name, value in values.items()}
+    return head, {name: Cell(number_text(value, 1, scale)) for name, value in values.items()}
 
 
-def _interval(value: Any, marked: float | None = None, sign: str = "") -> Cell:
+def interval_cell(value: Any, marked: float | None = None, sign: str = "", places: int = 2) -> Cell:
+    """A mean with its interval, or a number; a dash for None. It is the best of its column if it equals `marked`."""
     if not isinstance(value, dict):
-        return Cell(_number(value, 2), "", value is not None and value == marked)
+        return Cell(number_text(value, places), "", value is not None and value == marked)
     if value["mean"] is None:
         return Cell("-")
-    ends = f"[{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
-    return Cell(f"{value['mean']:{sign}.2f}", ends, value["mean"] == marked)
+    mean, low, high = (f"{value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
+    return Cell(mean, f"[{low}, {high}]", value["mean"] == marked)
 
 
-def _number(value: float | None, places: int, scale: float = 1) -> str:
+def number_text(value: float | None, places: int, scale: float = 1) -> str:
+    """`value` times `scale` with so many decimals; a dash for None."""
     return "-" if value is None else f"{scale * value:.{places}f}"
 
 
-def _p_value(value: float | None) -> str:
+def p_value_text(value: float | None) -> str:
+    """A p-value with three decimals; a dash for None."""
     if value is None:
         return "-"
     return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -22,17 +22,14 @@ _REWARD = "implicit reward of the teacher's response"
 
 def draw_judge(config: ReproduceConfig, made: Made) -> list[Path]:
     """Fig. 1: what a judge model says of each method; the paper prints no numbers of it."""
-    import json
-
-    from dpkd.core.files import write_text
-    from dpkd.evaluate.judge.plot import FORMATS, plot_judge
+    from dpkd.core.files import write_json
+    from dpkd.evaluate.judge.plot import plot_judge
 
     assert config.judge is not None
     report = read_json(config.judge / "judge.json")
-    plot_judge(report, config.out / "fig1")
-    data = {"artefact": "fig1", "judge": report, **made.as_dict()}
-    write_text(config.out / "fig1.json", json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return [config.out / f"fig1.{kind}" for kind in (*FORMATS, "json")]
+    paths = [*plot_judge(report, config.out / "fig1"), config.out / "fig1.json"]
+    write_json(paths[-1], {"artefact": "fig1", "judge": report, **made.as_dict()})
+    return paths
 
 
 def draw_noise(config: ReproduceConfig, made: Made) -> list[Path]:

@@ -14,9 +14,8 @@ from support.judge_endpoints import Answer, Endpoint, completion, failure, servi
 from dpkd.core.errors import UserError
 from dpkd.evaluate.judge.judge import estimate, judge
 from dpkd.evaluate.judge.tokens import estimate_text
+from dpkd.evaluate.judge.verdicts import Verdicts
 from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
-from dpkd.teacher_cache.store.folders import LocalFolder
-from dpkd.teacher_cache.store.locks import hold
 
 WriteRows = Callable[..., Path]
 Make = Callable[..., JudgeConfig]
@@ -103,8 +102,13 @@ def test_an_output_directory_of_something_else_is_left_alone(make: Make, tmp_pat
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"the output directory is a file"):
             judge(make(endpoint, out=tmp_path / "file"))
-        with hold(LocalFolder(tmp_path / "busy")), pytest.raises(UserError, match=r"another job is at work"):
-            judge(make(endpoint, out=tmp_path / "busy"))
+        busy = tmp_path / "busy" / "verdicts.jsonl"
+        with (
+            Verdicts(busy, {}).locked(),
+            pytest.raises(UserError, match=r"another dpkd job is writing to this directory"),
+        ):
+            judge(make(endpoint, out=busy.parent))
+        assert list(busy.parent.iterdir()) == []
 
 
 def test_verdicts_are_shared_by_runs_over_other_rows(make: Make, tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_another_judges_verdicts_are_left_alone(tmp_path: Path) -> None:
     kept(path, FIRST)
     before = path.read_bytes()
     other = JUDGE | {"body": {"model": "m", "seed": 1}}
-    with pytest.raises(UserError, match=r"given by another judge.*found body\.seed: 0 -> 1 .*nothing was overwritten"):
+    with pytest.raises(
+        UserError, match=r"made with other options.*judge\.body\.seed: 0 -> 1 .*nothing was overwritten"
+    ):
         Verdicts(path, other).read()
     assert path.read_bytes() == before
 
@@ -68,7 +70,8 @@ def test_another_judges_verdicts_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "content", "message"),
     [
-        (1, "{}", r"line 1 of the verdicts cannot be read: KeyError .*Give another --verdicts or --out"),
+        (1, "{}", r"the verdicts were made with other options .*Choose another --out \(or --verdicts\)"),
+        (1, "{", r"line 1 of the verdicts cannot be read: JSONDecodeError .*Choose another --out \(or --verdicts\)"),
         (2, "{oops", r"line 2 of the verdicts cannot be read: JSONDecodeError .*Delete the line"),
         (2, "7", r"line 2 of the verdicts cannot be read: TypeError"),
         (2, '{"question": "q", "replies": [{}], "refused": null}', r"line 2 of the verdicts cannot be read: TypeError"),
