@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -174,18 +173,32 @@ CACHE_COMMANDS = (
 
 
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="recipe: a TOML file with [[steps]]", metavar="CONFIG.toml")],
+    recipe: Annotated[str, typer.Argument(help="a name that `dpkd recipes` lists, or a TOML file", metavar="RECIPE")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a value of the recipe's [inputs]", metavar="NAME=VALUE")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Run a recipe: its steps in order, each its own process, each skipped when already complete."""
     from dpkd.pipelines.recipe.run import run_recipe
 
-    run_recipe(recipe, dry_run=dry_run)
+    run_recipe(recipe, settings or [], dry_run=dry_run)
+
+
+def recipes_command(
+    recipe: Annotated[str | None, typer.Argument(help="print this recipe's TOML", metavar="RECIPE")] = None,
+) -> None:
+    """List the recipes that ship with dpkd, or print one."""
+    from dpkd.pipelines.recipe.shipped import find_recipe, recipe_list
+
+    print(recipe_list() if recipe is None else find_recipe(recipe).read_text(encoding="utf-8").rstrip())
 
 
 def reproduce_command(
     artefact: Annotated[str, typer.Argument(help="table1 to table5 or fig1 to fig5", metavar="ARTEFACT")],
-    recipe: Annotated[Path, typer.Option("--recipe", help="a recipe of configs/paper", metavar="CONFIG.toml")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="a recipe that `dpkd recipes` lists under paper/", metavar="RECIPE")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost and stop")] = False,
 ) -> None:
     """Make a table or figure of the paper: the steps of its recipe that are missing, then the artefact."""
@@ -298,6 +311,7 @@ def make_app(arguments: Sequence[str] | None = None) -> typer.Typer:
     for command in CACHE_COMMANDS:
         _add(cache_app, command, with_flags=named in (None, "cache"))
     app.command("run", short_help="Run a recipe, step by step.")(run_command)
+    app.command("recipes", short_help="List the recipes that ship with dpkd.")(recipes_command)
     app.command("reproduce", short_help="Make a table or figure of the paper from its recipe.")(reproduce_command)
     cache_app.command("info")(info_command)
     cache_app.command("verify")(verify_command)

@@ -12,5 +12,5 @@ started=$SECONDS
 setup_environment report
 echo "== environment ready after $((SECONDS - started)) s" >&2
 fetch_teacher models/smollm2-135m-instruct
-dpkd run configs/quickstart.toml
+dpkd run quickstart --set teacher=models/smollm2-135m-instruct
 echo "== everything took $((SECONDS - started)) s" >&2

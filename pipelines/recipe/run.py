@@ -9,47 +9,55 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from dpkd.core.errors import UserError
 from dpkd.core.progress import say
+from dpkd.core.settings import named_values
 from dpkd.pipelines.process import EXIT_SET_ASIDE, StepFailed
-from dpkd.pipelines.recipe.format import Step, read_recipe
+from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.step_process import run_command
+from dpkd.pipelines.recipe.steps import Step
 
 
-def run_recipe(path: Path, *, dry_run: bool = False) -> None:
-    """Run every step; raises `StepFailed` with the first failing step's status.
+def run_recipe(recipe: str | Path, inputs: Sequence[str] = (), *, dry_run: bool = False) -> None:
+    """Run every step of a shipped recipe (by name) or of a TOML file; `inputs` are NAME=VALUE for its [inputs].
 
-    A step that set rows aside is no failure: the recipe goes on, and ends with that status.
+    Raises `StepFailed` with the exit code of the first step that fails. Failed rows do not stop the recipe, but decide
+    its exit code.
     """
-    steps = read_recipe(path)
+    try:
+        steps = read_recipe(recipe, named_values(inputs, "NAME=VALUE", "teacher=DIR"))
+    except ValueError as error:
+        raise UserError(f"--set: {error}", where="the command line") from None
     if not dry_run:
-        run_steps(steps, str(path))
+        run_steps(steps, str(recipe))
         return
-    for place, step in enumerate(steps, start=1):
-        _announce(step, place, len(steps))
+    for number, step in enumerate(steps, start=1):
+        _announce(step, number, len(steps))
         print(f"# {step.title}\n{step.config.to_toml()}")
 
 
 def run_steps(steps: list[Step], name: str) -> None:
-    """`run_recipe` of steps that are read already; `name` is what they are called."""
+    """Run steps that are already read; `name` is the recipe's in the messages. Raises `StepFailed` as `run_recipe`."""
     started_s = time.monotonic()
-    set_aside = False
-    for place, step in enumerate(steps, start=1):
-        _announce(step, place, len(steps))
+    rows_failed = False
+    for number, step in enumerate(steps, start=1):
+        _announce(step, number, len(steps))
         step_started_s = time.monotonic()
         status = _run_step(step)
-        set_aside |= status == EXIT_SET_ASIDE
+        rows_failed |= status == EXIT_SET_ASIDE
         if status not in (0, EXIT_SET_ASIDE):
             raise StepFailed(status)
-        say(f"== step {place} took {time.monotonic() - step_started_s:.0f} s")
+        say(f"== step {number} took {time.monotonic() - step_started_s:.0f} s")
     say(f"== the recipe {name} is complete: {time.monotonic() - started_s:.0f} s")
-    if set_aside:
+    if rows_failed:
         raise StepFailed(EXIT_SET_ASIDE)
 
 
-def _announce(step: Step, place: int, of: int) -> None:
-    say(f"== step {place} of {of}: dpkd {step.title} -> {step.config.out}")  # type: ignore[attr-defined]
+def _announce(step: Step, number: int, total: int) -> None:
+    say(f"== step {number} of {total}: dpkd {step.title} -> {step.out}")
 
 
 def _run_step(step: Step) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.recipe.format import Step
+from dpkd.pipelines.recipe.steps import Step
 from dpkd.pipelines.reproduce.options import ReproduceConfig
 
 #: options that name a checkpoint, and options that name data

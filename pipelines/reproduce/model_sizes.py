@@ -8,7 +8,7 @@ from typing import Any
 
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.options.train import TrainConfig
-from dpkd.pipelines.recipe.format import Step
+from dpkd.pipelines.recipe.steps import Step
 
 
 class ModelSizes:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.errors import UserError
 from dpkd.core.settings import Settings, read_toml
-from dpkd.pipelines.recipe.format import Step
+from dpkd.pipelines.recipe.steps import Step
 from dpkd.pipelines.reproduce.paper_values import Family, paper_values
 
 ArtefactName = Literal["table1", "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "fig5"]
@@ -95,7 +95,7 @@ def read_reproduce(path: Path, steps: list[Step]) -> ReproduceConfig:
             "the recipe leads to no table or figure",
             expected="[reproduce]",
             where=path,
-            advice="Run it with `dpkd run`, or see configs/paper",
+            advice="Run it with `dpkd run`, or choose a recipe of the paper from `dpkd recipes`",
         )
     config = ReproduceConfig.parse(content, where=where)
     for name, command in _MADE_BY.items():

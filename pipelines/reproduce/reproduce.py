@@ -8,19 +8,20 @@ from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import run_steps
+from dpkd.pipelines.recipe.shipped import find_recipe
 from dpkd.pipelines.reproduce.inputs import check_inputs, missing_data, missing_models
 from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
 from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
 
 
-def reproduce(artefact: str, recipe: Path, *, dry_run: bool = False) -> list[Path]:
+def reproduce(artefact: str, recipe: str | Path, *, dry_run: bool = False) -> list[Path]:
     """Run the steps of `recipe` that are not finished and write its table or figure; the files.
 
     With `dry_run` the plan and its cost are printed and nothing is written. Raises `UserError` for a recipe that leads
     elsewhere, and, before the first step, for all inputs that are missing.
     """
     steps = read_recipe(recipe)
-    config = read_reproduce(recipe, steps)
+    config = read_reproduce(find_recipe(recipe), steps)
     if config.artefact != artefact:
         raise UserError(
             "the recipe leads to another table or figure",

@@ -17,7 +17,8 @@ from typer.main import get_command
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.pipelines.cli import make_app
-from dpkd.pipelines.recipe.run import read_recipe
+from dpkd.pipelines.recipe.format import read_recipe
+from dpkd.pipelines.recipe.shipped import shipped_recipes
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 
@@ -31,7 +32,7 @@ def write(path: Path, content: str) -> Path:
     [
         ("", r"the recipe has no \[\[steps\]\]"),
         ('name = "x"\n', "unknown key 'name'"),
-        ('[[steps]]\ncommand = "dance"\n', "step 1|command is not known: found 'dance'"),
+        ('[[steps]]\ncommand = "dance"\n', "unknown command of a step: found 'dance'.*step 1"),
         (
             '[[steps]]\ncommand = "train"\nstudent = "s"\nout = "o"\ncache = "c"\nbeeta = 1\n',
             "unknown option 'beeta'.*step 1",
@@ -44,11 +45,11 @@ def test_a_recipe_is_checked_before_its_first_step(tmp_path: Path, content: str,
 
 
 def test_every_shipped_recipe_parses_and_says_what_it_takes() -> None:
-    recipes = sorted((ROOT / "configs").rglob("*.toml"))
-    assert recipes
-    for path in recipes:
-        assert read_recipe(path)
+    assert {path.resolve() for path in shipped_recipes().values()} == set((ROOT / "recipes").rglob("*.toml"))
+    for name, path in shipped_recipes().items():
+        assert read_recipe(name) == read_recipe(path)
         header = path.read_text(encoding="utf-8").split("[[steps]]")[0]
+        assert re.match(r"# [A-Z].{20,110}\.\n", header), f"{path} begins with no sentence that says what it does"
         for word in ("Command:", "Hardware:", "Time:", "You will see:"):
             assert word in header, f"{path} promises no {word}"
 
@@ -121,14 +122,14 @@ def test_rounds_are_written_out_step_by_step(tmp_path: Path) -> None:
     [
         ("count = 3", "count = 0", r"option 'count' cannot be used: found 0, .*\[rounds\]"),
         ("count = 3", "cuont = 3", "unknown option 'cuont'|option 'count' is needed"),
-        ('[rounds]\ncount = 3\nstudent = "start"', "rounds = 3", r"`rounds` is no table: expected \[rounds\]"),
+        ('[rounds]\ncount = 3\nstudent = "start"', "rounds = 3", r"`rounds` is not a table: expected \[rounds\]"),
         (
             '[rounds]\ncount = 3\nstudent = "start"',
             "",
-            r"a step is repeated, and the recipe has no \[rounds\] .*step 2",
+            r"a step is repeated, but the recipe has no \[rounds\] .*step 2",
         ),
         ('repeat = "rounds"\n', "", "no step is repeated .*Mark the steps of a round with repeat"),
-        ('repeat = "rounds"', 'repeat = "round"', "`repeat` is not known: found 'round', expected 'rounds' .*step 2"),
+        ('repeat = "rounds"', 'repeat = "round"', "unknown `repeat`: found 'round', expected 'rounds' .*step 2"),
         (
             'command = "eval"',
             'command = "eval"\nrepeat = "rounds"',
@@ -141,8 +142,16 @@ def test_rounds_are_written_out_step_by_step(tmp_path: Path) -> None:
             "runs/{rounds}",
             r"placeholder \{rounds\} has no value here: expected \{student\}, \{round\}",
         ),
-        ('out = "report"', 'out = "report-{round}"', r"\{round\} has no value here: expected \{student\} .*step 4"),
-        ('last = "{student}"', 'last = "{studnt}"', r"\{studnt\} has no value here: expected \{student\} .*step 4"),
+        (
+            'out = "report"',
+            'out = "report-{round}"',
+            r"\{round\} has no value here: expected \{student\}, \{recipes\}, \{examples\} .*step 4",
+        ),
+        (
+            'last = "{student}"',
+            'last = "{studnt}"',
+            r"\{studnt\} has no value here: expected \{student\}, \{recipes\}, .*step 4",
+        ),
         ('level = "sequence"', 'level = "token"\nbeeta = 1', "unknown option 'beeta'.*step 3, round 0"),
     ],
 )
@@ -152,10 +161,10 @@ def test_rounds_are_checked_before_the_first_step(tmp_path: Path, old: str, new:
         read_recipe(write(tmp_path / "r.toml", ROUNDS.replace(old, new)))
 
 
-def test_the_steps_of_a_round_stand_together_and_train(tmp_path: Path) -> None:
+def test_the_steps_of_a_round_are_adjacent_and_train(tmp_path: Path) -> None:
     train_only = ROUNDS.replace('repeat = "rounds"\ncommand = "cache-teacher"', 'command = "cache-teacher"')
     apart = train_only.replace('command = "init-student"', 'command = "init-student"\nrepeat = "rounds"')
-    with pytest.raises(UserError, match=r"a step that runs once stands between the steps of a round .*step 2"):
+    with pytest.raises(UserError, match=r"a step that runs once is between the steps of a round .*step 2"):
         read_recipe(write(tmp_path / "r.toml", apart))
     idle = ROUNDS.replace('repeat = "rounds"\ncommand = "train"', 'command = "train"')
     with pytest.raises(UserError, match="a round has no train step, so its student would stay the same"):
@@ -164,7 +173,7 @@ def test_the_steps_of_a_round_stand_together_and_train(tmp_path: Path) -> None:
 
 def test_a_placeholder_without_rounds_is_refused(tmp_path: Path) -> None:
     plain = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "{student}"\nlayers = 1\n'
-    with pytest.raises(UserError, match=r"\{student\} has no value here: expected none: the recipe has no \[rounds\]"):
+    with pytest.raises(UserError, match=r"\{student\} has no value here: expected \{recipes\}, \{examples\} "):
         read_recipe(write(tmp_path / "r.toml", plain))
 
 

@@ -20,7 +20,7 @@ from dpkd.pipelines.reproduce.paper_values import paper_values
 from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
 from dpkd.pipelines.reproduce.reproduce import reproduce
 
-PAPER = ROOT / "configs" / "paper"
+PAPER = ROOT / "recipes" / "paper"
 SHIPPED = sorted(PAPER.glob("*.toml"))
 LEADING = [path for path in SHIPPED if "reproduce" in tomllib.loads(path.read_text())]
 
@@ -88,13 +88,13 @@ def test_each_variant_repeats_the_rounds_from_the_first_student(tmp_path: Path) 
     ("content", "message"),
     [
         ('include = ["r.toml"]\n', "the recipe includes itself"),
-        ("include = 3\n", "`include` is no list of recipes"),
+        ("include = 3\n", "`include` is not a list of recipes"),
         ('include = ["none.toml"]\n', "the config file is missing .*none.toml"),
-        ("[defaults.train]\nbeta = 1\n" + START, "defaults for a command that no step has: found 'train'"),
+        ("[defaults.train]\nbeta = 1\n" + START, "\\[defaults\\] for a command that no step runs: found 'train'"),
         ("[defaults.train]\nbeeta = 1\n" + TRAIN.format("o"), "unknown option 'beeta'"),
-        ("[defaults]\ntrain = 1\n" + TRAIN.format("o"), "`defaults` holds something else than tables"),
-        ("[variants.a]\n" + TRAIN.format("o"), r"there are \[variants\] and no \[rounds\]"),
-        (VARIANTS.replace("variants.plain", 'variants."a/b"'), "a variant's name cannot stand in a path"),
+        ("[defaults]\ntrain = 1\n" + TRAIN.format("o"), "`defaults` contains something other than tables"),
+        ("[variants.a]\n" + TRAIN.format("o"), r"\[variants\] without \[rounds\]"),
+        (VARIANTS.replace("variants.plain", 'variants."a/b"'), "a variant's name cannot be part of a path"),
         (
             VARIANTS.replace('out = "{variant}-{round}"', 'out = "o-{round}"'),
             "same output in rounds 0 of plain and 0 of",
@@ -122,9 +122,9 @@ def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
     header = path.read_text().split("\n\n")[0]
     command = re.search(r"dpkd reproduce (\w+) --recipe (\S+)", header)
     assert command is not None
-    assert command[2] == f"configs/paper/{path.name}"
+    assert command[2] == f"paper/{path.stem}"
     monkeypatch.chdir(tmp_path)
-    reproduce(command[1], path, dry_run=True)
+    reproduce(command[1], command[2], dry_run=True)
     shown = capsys.readouterr().out
     steps = read_recipe(path)
     assert f"{len(steps)} of {len(steps)} steps to do" in shown
