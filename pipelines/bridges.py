@@ -1,12 +1,11 @@
 """What joins two packages that do not import each other: registered in pyproject.toml, called through `load_bridge`.
 
-`distill` measures Rouge-L while it trains; `evaluate` looks into a teacher cache and runs a model on gold responses.
+`distill` measures Rouge-L while it trains; `evaluate` compares prompts and models with a teacher cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,11 @@ from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from dpkd.distill.objectives.student_forward import StudentScorer
     from dpkd.distill.options.train import TrainConfig
     from dpkd.distill.run.best import EvaluateFn, HeldOutPrompt
-    from dpkd.evaluate.answers.perplexity import Pair
     from dpkd.evaluate.inputs.eval_sets import EvalSet
     from dpkd.evaluate.inputs.models import Candidate
     from dpkd.evaluate.options.eval import EvalConfig
-
-_LOGITS_CHUNK = 1024
 
 
 def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
@@ -88,78 +80,28 @@ def find_contamination(location: str, candidates: Sequence[Candidate], eval_sets
     return {"cache": cache.fingerprint, "rows": rows}
 
 
-def open_measured_model(candidate: Candidate, config: EvalConfig) -> MeasuredModel:
-    """`candidate`, ready to be measured; its weights are loaded when they are first needed."""
-    return MeasuredModel(candidate, config)
+def divergence_from_teacher(candidate: Candidate, config: EvalConfig) -> dict[str, list[float]] | None:
+    """Values of each of at most `config.cache_rows` rows of `config.cache`, as `row_measures` names them.
 
-
-class MeasuredModel:
-    """See `dpkd.evaluate.answers.perplexity.OpenedModel`.
-
-    Its methods raise `UserError` for a model whose logits are not its LM head applied to its hidden states, or are NaN.
+    None, with the reason on standard error, where they are not defined. Raises `UserError` for a model whose logits are
+    not its LM head applied to its hidden states, or are NaN.
     """
+    from dpkd.core.devices import choose_device
+    from dpkd.distill.student.measures import check_same_prompts, row_measures
+    from dpkd.teacher_cache.store.reader import TeacherCache
 
-    def __init__(self, candidate: Candidate, config: EvalConfig) -> None:
-        self._candidate, self._config = candidate, config
-
-    def nll(self, pairs: Sequence[Pair]) -> list[float]:
-        """-log q of each response after its prompt, summed over the response's tokens (nats)."""
-        import torch
-
-        from dpkd.distill.batches.batch import TrainingRow, collate
-        from dpkd.distill.objectives.preference import sum_by_row
-        from dpkd.distill.objectives.student_forward import read_target
-        from dpkd.teacher_cache.store.schema import unscored_row
-
-        batch = collate([TrainingRow(unscored_row(*pair)) for pair in pairs], with_distributions=False).to(self._device)
-        with torch.no_grad():
-            values = self._scorer(
-                batch.input_ids_BS,
-                batch.attention_mask_BS,
-                batch.row_T,
-                batch.predict_T,
-                {"target": batch.target_T},
-                read_target,
-            )
-        nll_B = -sum_by_row(values["target"].cpu().double(), batch.row_T.cpu(), batch.num_rows)
-        return [float(value) for value in nll_B]
-
-    def to_teacher(self, location: str, num_rows: int) -> dict[str, list[float]] | None:
-        """Values of each row of the cache at `location`; None, with the reason on standard error, if undefined."""
-        from dpkd.distill.student.measures import check_same_prompts, row_measures
-        from dpkd.teacher_cache.store.reader import TeacherCache
-
-        cache, name = TeacherCache.open(location), self._candidate.name
-        try:
-            if cache.top_k == 0:
-                raise UserError("the cache keeps no distributions", where=cache.folder)
-            check_same_prompts(self._candidate.source, cache)
-        except UserError as reason:
-            say(f"model {name}: no divergence from the cache's teacher: {reason}")
-            return None
-        values = row_measures(self._candidate.source, self._model, cache, num_rows, self._device)
-        return {name: values_N.tolist() for name, values_N in values.items()}
-
-    @cached_property
-    def _device(self) -> torch.device:
-        from dpkd.core.devices import choose_device
-
-        return choose_device(self._config.device)
-
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        from dpkd.distill.objectives.student_forward import check_head
-
-        model = self._candidate.source.load(self._config.dtype).to(self._device).eval()  # type: ignore[arg-type]
-        try:
-            check_head(model, self._candidate.name)
-        except UserError as error:
-            raise UserError(f"{error}. To skip perplexity, give --no-perplexity and --cache-rows 0") from None
-        return model
-
-    @cached_property
-    def _scorer(self) -> StudentScorer:
-        from dpkd.distill.objectives.student_forward import StudentScorer
-
-        num_tokens = len(self._candidate.source.tokenizer)
-        return StudentScorer(self._model, num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
+    assert config.cache is not None  # evaluate asks only with a cache
+    cache = TeacherCache.open(config.cache)
+    try:
+        if cache.top_k == 0:
+            raise UserError("the cache keeps no distributions", where=cache.folder)
+        check_same_prompts(candidate.source, cache)
+    except UserError as reason:
+        say(f"model {candidate.name}: no divergence from the cache's teacher: {reason}")
+        return None
+    model = candidate.source.load(config.dtype)
+    try:
+        values = row_measures(candidate.source, model, cache, config.cache_rows, choose_device(config.device))
+    except UserError as error:
+        raise UserError(f"{error}. To skip this measurement, give --cache-rows 0") from None
+    return {name: values_N.tolist() for name, values_N in values.items()}

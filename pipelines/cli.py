@@ -78,9 +78,8 @@ def _serve_teacher(config: ServeConfig) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from dpkd.evaluate.evaluation import evaluate
     from dpkd.evaluate.views.terminal import print_report
-    from dpkd.pipelines.bridges import find_contamination, open_measured_model
 
-    path = evaluate(config, find_contamination, open_measured_model)
+    path = evaluate(config)
     print_report(json.loads(path.read_text(encoding="utf-8")))
     print(f"report: {path}")
 

@@ -1,62 +1,45 @@
-"""What a model itself makes of gold responses, and of a teacher's cache: measured once, kept beside its answers.
+"""What a model says about gold responses, and how far it is from the teacher of a cache: measured once, kept on disk.
 
-The model is not run here: `OpenModel` is handed in, as this room knows neither a loss nor a cache. What comes back is
-kept in files whose names hold the fingerprint of all that it depends on, so that nothing stale is ever read.
+The name of each file has the fingerprint of everything that its values depend on, so nothing stale is ever read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from dpkd.core.bridges import load_bridge
+from dpkd.core.errors import UserError
 from dpkd.core.files import write_text
 from dpkd.core.identity import fingerprint
+from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.progress import Progress, say
+from dpkd.evaluate.answers.generation import LazyEngine
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ScoreRequest, results_only
 
 # part of every fingerprint: raised when the same inputs would be measured otherwise
 _FORMAT_VERSION = 1
 _SHORT = 16  # digits of a fingerprint in a file's name
-_BATCH_ROWS = 16
-_BATCH_TOKENS = 8192  # padding counted
-_FILLED = 0.75  # of a batch's longest row: a shorter one begins the next batch
+_BATCH_ROWS = 16  # measured and saved together
 
 #: ids of a prompt, ids of the response to it
 Pair = tuple[Sequence[int], Sequence[int]]
-
-
-class OpenedModel(Protocol):
-    """One model under evaluation; its weights are loaded when they are first needed, and once."""
-
-    def nll(self, pairs: Sequence[Pair]) -> list[float]:
-        """-log q of each response after its prompt, summed over the response's tokens (nats)."""
-        ...
-
-    def to_teacher(self, location: str, num_rows: int) -> dict[str, list[float]] | None:
-        """Values of each of at most `num_rows` rows of the cache at `location`, by name; None where it has none.
-
-        `tokens`; sums over them: `nll`, `kld`, `rkld`, `agrees`; `kld_first` and `rkld_first`, at the first token.
-        """
-        ...
-
-
-OpenModel = Callable[[Candidate, EvalConfig], OpenedModel]
 
 
 @dataclass(frozen=True)
 class References:
     """Gold responses of one set (N examples) under one model.
 
-    `nll_N` is -log q of each with its EOS (nats; NaN where prompt and response are longer than the positions of one of
-    the models), `num_tokens_N` counts the model's own tokens, EOS included, `num_bytes_N` the text's bytes in UTF-8.
+    `nll_N` is -log q of each with its EOS (nats; NaN for a prompt and response longer than the positions of one of the
+    models), `num_tokens_N` counts the model's own tokens, EOS included, `num_bytes_N` the text's bytes in UTF-8.
     """
 
     nll_N: np.ndarray
@@ -65,39 +48,85 @@ class References:
 
 
 @dataclass(frozen=True)
-class ModelMeasures:
-    """Of one model: `references` by set, `to_teacher` as `OpenedModel.to_teacher` has it."""
+class ModelMetrics:
+    """Metrics of a model itself: `references` by set; `to_teacher`, values of each cached row by name (or None)."""
 
-    references: dict[str, References]
+    references: dict[str, References] = field(default_factory=dict)
     to_teacher: dict[str, list[float]] | None = None
 
 
-def measure_models(
+def reference_pairs(config: EvalConfig, candidate: Candidate, eval_sets: Sequence[EvalSet]) -> dict[str, list[Pair]]:
+    """By set, each prompt and its gold response (the first reference) as in training; empty without perplexity."""
+    if not config.perplexity:
+        return {}
+    return {
+        eval_set.name: [
+            (prompt.ids, candidate.encoder.response_ids(prompt, example.references[0]))
+            for prompt, example in zip(eval_set.prompts[candidate.name], eval_set.examples, strict=True)
+        ]
+        for eval_set in eval_sets
+    }
+
+
+def engine_options(
+    config: EvalConfig, engine: str, candidate: Candidate, pairs: Mapping[str, Sequence[Pair]]
+) -> EngineOptions:
+    """What the engine must hold: the longest answer that may be generated, and the longest gold response that fits."""
+    options = config.engine_options()
+    lengths = (_length(pair) for of_set in pairs.values() for pair in of_set)
+    longest = max((length for length in lengths if length <= _limit(candidate, engine)), default=0)
+    return replace(options, max_length=max(options.max_length, longest))
+
+
+def measure_references(
     config: EvalConfig,
-    candidates: Sequence[Candidate],
+    candidate: Candidate,
     eval_sets: Sequence[EvalSet],
-    open_model: OpenModel,
-    cache: str | None,
-) -> dict[str, ModelMeasures]:
-    """The measures that `config` asks for, by model; `cache` is the fingerprint of `config.cache`."""
-    found = {}
-    for candidate in candidates:
-        model = open_model(candidate, config)
-        references = _measure_references(config, candidate, eval_sets, model) if config.perplexity else {}
-        to_teacher = None
-        if cache is not None and config.cache_rows > 0:
-            to_teacher = _measure_to_teacher(config, candidate, model, cache)
-        found[candidate.name] = ModelMeasures(references, to_teacher)
-    _leave_out_for_all(found, eval_sets)
-    return found
+    pairs: Mapping[str, Sequence[Pair]],
+    engine: LazyEngine,
+) -> dict[str, References]:
+    """-log q of the gold responses `pairs` of each set; the engine starts only for missing ones.
+
+    Raises `UserError` for a model whose log-probs are not finite.
+    """
+    logs, values = {}, {}
+    for name, of_set in pairs.items():
+        made_by = fingerprint(
+            {"format_version": _FORMAT_VERSION, "engine": engine.name, **candidate.identity, "pairs": of_set}
+        )
+        path = config.generations_dir() / candidate.name / name / f"references-{made_by[:_SHORT]}.jsonl"
+        logs[name] = AppendOnlyLines(path, {"fingerprint": made_by})
+        values[name] = dict(row for rows in logs[name].read(_parse_rows) for row in rows)
+    batches = [(name, batch) for name, of_set in pairs.items() for batch in _batches(of_set, candidate, engine.name)]
+    # a batch is measured as a whole: a resumed evaluation then rounds like one that was never interrupted
+    missing = [(name, batch) for name, batch in batches if any(row not in values[name] for row in batch)]
+    if missing:
+        num_total = sum(len(batch) for _, batch in batches)
+        num_missing = sum(len(batch) for _, batch in missing)
+        running = engine.start(f"the perplexity of {num_missing} gold responses")
+        label = f"model {candidate.name}, perplexity"
+        with Progress(label, num_total, "gold responses", done=num_total - num_missing) as progress:
+            for name, batch in missing:
+                measured = dict(zip(batch, _nll(running, [pairs[name][row] for row in batch], candidate), strict=True))
+                logs[name].append(list(measured.items()))
+                values[name] |= measured
+                progress.advance(len(batch))
+    return {
+        eval_set.name: References(
+            np.array([values[eval_set.name].get(row, math.nan) for row in range(len(eval_set.examples))]),
+            np.array([len(response) for _, response in pairs[eval_set.name]]),
+            np.array([len(example.references[0].encode()) for example in eval_set.examples]),
+        )
+        for eval_set in eval_sets
+        if eval_set.name in pairs
+    }
 
 
-def _leave_out_for_all(found: dict[str, ModelMeasures], eval_sets: Sequence[EvalSet]) -> None:
-    """A response that one model's positions cannot hold counts for none, so that like is compared with like."""
-    for eval_set in eval_sets:
-        of_set = [measures.references[eval_set.name] for measures in found.values() if measures.references]
-        if not of_set:
-            continue
+def leave_out_for_all(metrics: Iterable[ModelMetrics], eval_sets: Sequence[EvalSet]) -> None:
+    """Drop, for all models, responses that one model's positions cannot hold: all perplexities are over equal rows."""
+    by_model = [of_model.references for of_model in metrics if of_model.references]
+    for eval_set in eval_sets if by_model else ():
+        of_set = [references[eval_set.name] for references in by_model]
         unknown_N = np.isnan([references.nll_N for references in of_set]).any(axis=0)
         for references in of_set:
             references.nll_N[unknown_N] = np.nan
@@ -108,73 +137,12 @@ def _leave_out_for_all(found: dict[str, ModelMeasures], eval_sets: Sequence[Eval
             )
 
 
-def _measure_references(
-    config: EvalConfig, candidate: Candidate, eval_sets: Sequence[EvalSet], model: OpenedModel
-) -> dict[str, References]:
-    pairs = {eval_set.name: _pairs(candidate, eval_set) for eval_set in eval_sets}
-    files = {
-        name: _KeptValues(
-            config.generations_dir() / candidate.name / name,
-            fingerprint({"format_version": _FORMAT_VERSION, **candidate.identity, "pairs": of_set}),
-        )
-        for name, of_set in pairs.items()
-    }
-    batches = [
-        (name, batch)
-        for name, of_set in pairs.items()
-        for batch in _batches([len(prompt) + len(response) for prompt, response in of_set], _limit(candidate))
-    ]
-    # a batch is measured whole or not at all: a resumed evaluation then rounds as one that was never killed
-    missing = [(name, batch) for name, batch in batches if any(row not in files[name].values for row in batch)]
-    if missing:
-        num_total = sum(len(batch) for _, batch in batches)
-        num_missing = sum(len(batch) for _, batch in missing)
-        label = f"model {candidate.name}, perplexity"
-        with Progress(label, num_total, "gold responses", done=num_total - num_missing) as progress:
-            for name, batch in missing:
-                files[name].add(dict(zip(batch, model.nll([pairs[name][row] for row in batch]), strict=True)))
-                progress.advance(len(batch))
-    return {
-        eval_set.name: References(
-            np.array([files[eval_set.name].values.get(row, math.nan) for row in range(len(eval_set.examples))]),
-            np.array([len(response) for _, response in pairs[eval_set.name]]),
-            np.array([len(example.references[0].encode()) for example in eval_set.examples]),
-        )
-        for eval_set in eval_sets
-    }
+def measure_to_teacher(config: EvalConfig, candidate: Candidate, cache: str) -> dict[str, list[float]] | None:
+    """Values of each of at most `config.cache_rows` rows of `config.cache`, whose fingerprint is `cache`.
 
-
-def _pairs(candidate: Candidate, eval_set: EvalSet) -> list[Pair]:
-    """Each prompt as the model is asked, and the gold response (the first reference) as it would be trained on."""
-    return [
-        (prompt.ids, candidate.encoder.response_ids(prompt, example.references[0]))
-        for prompt, example in zip(eval_set.prompts[candidate.name], eval_set.examples, strict=True)
-    ]
-
-
-def _limit(candidate: Candidate) -> float:
-    return candidate.source.max_positions or math.inf
-
-
-def _batches(lengths: Sequence[int], limit: float) -> Iterator[list[int]]:
-    """Rows of about the same length together (padding costs as text does), longest first; none is over `limit`."""
-    batch: list[int] = []
-    for row in sorted((row for row, length in enumerate(lengths) if length <= limit), key=lambda row: -lengths[row]):
-        # the first of a batch is its longest
-        longest = lengths[batch[0] if batch else row]
-        is_full = len(batch) == _BATCH_ROWS or (len(batch) + 1) * longest > _BATCH_TOKENS
-        if batch and (is_full or lengths[row] < _FILLED * longest):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _measure_to_teacher(
-    config: EvalConfig, candidate: Candidate, model: OpenedModel, cache: str
-) -> dict[str, list[float]] | None:
-    assert config.cache is not None  # whose fingerprint `cache` is
+    `tokens`; sums over them: `nll`, `kld`, `rkld`, `agrees`; `kld_first` and `rkld_first`, at the first token (nats).
+    None where they are not defined, such as for another tokenizer.
+    """
     made_by = {"format_version": _FORMAT_VERSION, **candidate.identity, "cache": cache, "rows": config.cache_rows}
     # a set's folder cannot have this name: names start with a letter or digit
     path = config.generations_dir() / candidate.name / f"_teacher-{fingerprint(made_by)[:_SHORT]}.json"
@@ -185,38 +153,42 @@ def _measure_to_teacher(
                 return dict(kept["values"])
         except (ValueError, KeyError, TypeError) as error:
             say(f"{path} cannot be read ({type(error).__name__}); it is measured again")
-    values = model.to_teacher(config.cache, config.cache_rows)
+    values: dict[str, list[float]] | None = load_bridge("divergence_from_teacher")(candidate, config)
     if values is not None:
         write_text(path, json.dumps({"fingerprint": fingerprint(made_by), "values": values}) + "\n")
     return values
 
 
-class _KeptValues:
-    """Values by row in a file of lines that grows batch by batch; a line cut short and all after it are dropped."""
+def _length(pair: Pair) -> int:
+    return len(pair[0]) + len(pair[1])
 
-    def __init__(self, folder: Path, made_by: str) -> None:
-        self._path = folder / f"references-{made_by[:_SHORT]}.jsonl"
-        self._head = {"fingerprint": made_by}
-        self.values: dict[int, float] = {}
-        self._num_bytes = 0  # up to the end of the last whole line
-        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else ()):
-            try:
-                value = json.loads(line) if line.endswith(b"\n") else None
-                if value is None or (number == 0 and value != self._head):
-                    break
-                if number > 0:
-                    self.values |= {int(row): float(nll) for row, nll in value}
-            except (ValueError, TypeError):
-                break
-            self._num_bytes += len(line)
 
-    def add(self, values: dict[int, float]) -> None:
-        lines: list[object] = [] if self._num_bytes else [self._head]
-        text = "".join(json.dumps(line) + "\n" for line in (*lines, list(values.items()))).encode()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("r+b" if self._path.exists() else "wb") as file:
-            file.truncate(self._num_bytes)
-            file.seek(self._num_bytes)
-            file.write(text)
-        self._num_bytes += len(text)
-        self.values |= values
+def _limit(candidate: Candidate, engine: str) -> float:
+    """Longest prompt and response that the engine scores: vLLM adds a token of its own."""
+    return (candidate.source.max_positions or math.inf) - (engine == "vllm")
+
+
+def _batches(pairs: Sequence[Pair], candidate: Candidate, engine: str) -> Iterator[list[int]]:
+    """Rows of similar length (padding costs as much as text), longest first, without those that do not fit."""
+    rows = [row for row, pair in enumerate(pairs) if _length(pair) <= _limit(candidate, engine)]
+    rows.sort(key=lambda row: -_length(pairs[row]))
+    for start in range(0, len(rows), _BATCH_ROWS):
+        yield rows[start : start + _BATCH_ROWS]
+
+
+def _nll(engine: Engine, pairs: Sequence[Pair], candidate: Candidate) -> list[float]:
+    """-log q of each response after its prompt, summed over the response's tokens (nats)."""
+    values = [math.nan] * len(pairs)
+    for result in results_only(engine.score(ScoreRequest(index, *pair) for index, pair in enumerate(pairs))):
+        values[result.index] = -float(result.logprobs_T.astype(np.float64).sum())
+    if not np.isfinite(values).all():
+        raise UserError(
+            "the model's log-probs are not finite",
+            where=candidate.source.name,
+            advice="Check the checkpoint and --set dtype, or skip perplexity with --no-perplexity",
+        )
+    return values
+
+
+def _parse_rows(line: Any) -> list[tuple[int, float]]:
+    return [(int(row), float(nll)) for row, nll in line]

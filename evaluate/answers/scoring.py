@@ -15,7 +15,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.files import replacing
 from dpkd.core.progress import Progress
 from dpkd.evaluate.answers.answers import Answer
-from dpkd.evaluate.answers.perplexity import ModelMeasures, References
+from dpkd.evaluate.answers.perplexity import ModelMetrics, References
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
 from dpkd.evaluate.metrics.exact_match import Scores, score
@@ -64,15 +64,14 @@ def score_sets(
     eval_sets: Sequence[EvalSet],
     answers: Mapping[str, Mapping[tuple[str, int], list[Answer]]],
     progress: Progress,
-    measures: Mapping[str, ModelMeasures] | None = None,
+    metrics: Mapping[str, ModelMetrics],
 ) -> list[ScoredSet]:
     """The scores of every answer; `answers[model][set, seed]` is in the set's order.
 
-    `measures` are those of the models themselves, to be kept with their scores.
+    `metrics` are those of the models themselves; predictions have none.
     """
     scored_sets = []
     for model, answers_of in answers.items():
-        measured = (measures or {}).get(model)
         for eval_set in eval_sets:
             by_seed = {seed: answers_N for (data, seed), answers_N in answers_of.items() if data == eval_set.name}
             values = []
@@ -88,7 +87,7 @@ def score_sets(
             scores = {name: values_SNK[:, :, index] for index, name in enumerate(Scores._fields)}
             answers_SN = list(by_seed.values())
             bucket_SN = bucket_indices(eval_set, answers_SN, scores["num_words"], config)
-            references = None if measured is None else measured.references.get(eval_set.name)
+            references = metrics[model].references.get(eval_set.name) if model in metrics else None
             scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), answers_SN, scores, bucket_SN, references))
     return scored_sets
 

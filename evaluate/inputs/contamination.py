@@ -1,28 +1,52 @@
-"""Rows of an evaluation set whose prompt also stands in the training data."""
+"""Contamination: rows of an evaluation set whose prompt the models may have seen in training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from dpkd.core.bridges import load_bridge
+from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import Example, open_examples
 from dpkd.evaluate.inputs.eval_sets import EvalSet
+from dpkd.evaluate.inputs.models import Candidate
 
 
-def count_duplicates(train_data: str, eval_sets: Sequence[EvalSet]) -> dict[str, Any]:
-    """The training data's identity and, for each set, the ids of the rows whose prompt it holds.
+def find_in_cache(
+    location: str | None, candidates: Sequence[Candidate], eval_sets: Sequence[EvalSet]
+) -> dict[str, Any] | None:
+    """`cache`, the fingerprint of the cache at `location`, and `rows`, by set the ids of rows whose prompt is in it.
 
-    Prompts are the same when instruction and input (or all turns) are, white space squeezed and case aside.
+    None without a location. Raises `UserError` for a cache that cannot be read or compared.
     """
+    if location is None:
+        return None
+    if not candidates:
+        raise UserError(
+            "comparing prompts with a cache needs a model's tokenizer, and no model is given",
+            where="--cache",
+            advice="Give --model too, or --train-data with the rows behind the cache",
+        )
+    contamination: dict[str, Any] = load_bridge("contamination")(location, candidates, eval_sets)
+    return contamination
+
+
+def find_in_train_data(train_data: str | None, eval_sets: Sequence[EvalSet]) -> dict[str, Any] | None:
+    """`train_data`, the identity of the training data, and `rows`, by set the ids of rows whose prompt is in it.
+
+    Prompts are equal if instruction and input (or all turns) are, up to white space and case. None without data.
+    """
+    if train_data is None:
+        return None
     source = open_examples(train_data)
-    held = {_key(item) for item in source if isinstance(item, Example)}
+    trained_on = {_key(item) for item in source if isinstance(item, Example)}
     rows = {
-        eval_set.name: [example.example_id for example in eval_set.examples if _key(example) in held]
+        eval_set.name: [example.example_id for example in eval_set.examples if _key(example) in trained_on]
         for eval_set in eval_sets
     }
-    for name, found in rows.items():
-        say(f"data {name}: {len(found)} prompts also stand in the training data {train_data}")
+    for name, ids in rows.items():
+        say(f"data {name}: {len(ids)} prompts are also in the training data {train_data}")
     return {"train_data": source.identity, "rows": rows}
 
 

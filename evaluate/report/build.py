@@ -13,7 +13,7 @@ import numpy as np
 
 from dpkd.core.files import write_text
 from dpkd.core.identity import software_versions
-from dpkd.evaluate.answers.perplexity import ModelMeasures
+from dpkd.evaluate.answers.perplexity import ModelMetrics
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.bootstrap import ALPHA, POWER, differences_of, holm, mean_intervals, smallest_resolvable
@@ -45,7 +45,7 @@ def build_report(
     overlap: dict[str, Any] | None = None,
     duplicates: dict[str, Any] | None = None,
     runs: dict[str, Any] | None = None,
-    measures: Mapping[str, ModelMeasures] | None = None,
+    metrics: Mapping[str, ModelMetrics] | None = None,
 ) -> dict[str, Any]:
     """Everything that `report.json` holds.
 
@@ -60,8 +60,8 @@ def build_report(
     for scored in scored_sets:
         models[scored.model]["data"][scored.eval_set.name] = summarise(scored, resampling)
     for name, model in models.items():
-        measured = (measures or {}).get(name)
-        model["to_teacher"] = None if measured is None else teacher_summary(measured.to_teacher, *resampling)
+        of_model = (metrics or {}).get(name)
+        model["to_teacher"] = None if of_model is None else teacher_summary(of_model.to_teacher, *resampling)
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,

@@ -29,7 +29,7 @@ METRICS = {
 MAX_POINTS = 200
 
 
-def run_places(config: EvalConfig) -> dict[str, str]:
+def find_runs(config: EvalConfig) -> dict[str, str]:
     """The run directories whose curves the report shows: those of `--run`, then models that are runs themselves."""
     found = dict(config.run)
     for name, directory in config.model.items():

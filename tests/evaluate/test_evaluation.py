@@ -193,8 +193,8 @@ def test_a_lost_report_is_written_again_without_an_engine(
     capsys.readouterr()
     assert evaluate(config).read_bytes() == report
     said = capsys.readouterr().err
-    assert "model teacher: all 18 responses are there already" in said
-    assert "model student: all 18 responses are there already" in said
+    assert "model teacher: all 18 responses exist already" in said
+    assert "model student: all 18 responses exist already" in said
     assert "starting" not in said
     assert _mtimes(config.out / "generations") == before
 
@@ -252,9 +252,7 @@ def test_a_directory_of_something_else_is_refused(config: EvalConfig, name: str,
 
 def test_a_broken_report_and_an_out_that_is_a_file_are_refused(config: EvalConfig) -> None:
     config.out.mkdir()
-    # a function that measures models is not handed in here
-    options = config.model_copy(update={"perplexity": False, "cache_rows": 0})
-    (config.out / "dpkd.toml").write_text(options.to_toml())
+    (config.out / "dpkd.toml").write_text(config.to_toml())
     (config.out / "report.json").write_text('{"format_version": 1')
     with pytest.raises(UserError, match=r"the report cannot be read.*Delete it to write it again"):
         evaluate(config)
@@ -282,7 +280,7 @@ def test_another_metric_generates_nothing(
     }
     second = config.model_copy(update=changes)
     report = json.loads(evaluate(second).read_text())
-    assert capsys.readouterr().err.count("all 18 responses are there already") == 2
+    assert capsys.readouterr().err.count("all 18 responses exist already") == 2
     assert _mtimes(config.out) == before
     assert not (second.out / "generations").exists()
     ours, theirs = (found["models"]["teacher"]["data"]["first"] for found in (report, first))
@@ -297,7 +295,7 @@ def test_shared_answers_of_other_inputs_are_not_overwritten(config: EvalConfig, 
     evaluate(config)
     before = _mtimes(config.out)
     changes = {"out": tmp_path / "second", "generations": config.out / "generations", "temperature": 0.5}
-    with pytest.raises(UserError, match=r"shared answers holds a file that other inputs made.*another --generations"):
+    with pytest.raises(UserError, match=r"shared answers include a file that other inputs made.*another --generations"):
         evaluate(config.model_copy(update=changes))
     assert _mtimes(config.out) == before
 

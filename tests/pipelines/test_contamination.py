@@ -12,7 +12,6 @@ import pytest
 from dpkd.core.errors import UserError
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.pipelines.bridges import find_contamination
 
 MakeConfig = Callable[..., EvalConfig]
 WriteRows = Callable[[list[dict[str, Any]], str], Path]
@@ -47,13 +46,13 @@ def test_prompts_of_the_cache_are_counted(
     config = make_config(
         model=[f"student={toy_student}"], data=[f"mixed={data}"], cache=toy_cache, max_prompt_tokens=200
     )
-    path = evaluate(config, find_contamination)
+    path = evaluate(config)
     report = json.loads(path.read_text())
     assert report["overlap"]["rows"] == {"mixed": [row["id"] for row in trained_on]}
     assert report["identities"]["cache"] == report["overlap"]["cache"]
     assert "data mixed: 2 prompts are also in the cache" in capfd.readouterr().err
     assert "2 of the prompts also in the training cache" in (config.out / "report.md").read_text()
-    assert evaluate(config, find_contamination) == path  # complete already
+    assert evaluate(config) == path  # complete already
 
 
 def test_a_cache_of_another_chat_template_is_refused(
@@ -66,4 +65,4 @@ def test_a_cache_of_another_chat_template_is_refused(
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     config = make_config(model=[f"student={other}"], data=[f"d={write_rows(rows, 'd.jsonl')}"], cache=toy_cache)
     with pytest.raises(UserError, match="the cache was written with another prompt template"):
-        evaluate(config, find_contamination)
+        evaluate(config)

@@ -18,7 +18,6 @@ from dpkd.core.errors import UserError
 from dpkd.distill.student.measures import measure_model
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.pipelines.bridges import find_contamination, open_measured_model
 
 MakeConfig = Callable[..., EvalConfig]
 WriteRows = Callable[[list[dict[str, Any]], str], Path]
@@ -57,7 +56,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(evaluate(config, find_contamination, open_measured_model).read_text())
+    report: dict[str, Any] = json.loads(evaluate(config).read_text())
     return report
 
 
@@ -86,6 +85,7 @@ def test_perplexity_is_transformers_own_loss(
     said = capsys.readouterr().err
     assert "data d: 1 gold responses are longer than the positions of a model" in said
     assert "model gpt2, perplexity: 3/3 gold responses" in said
+    assert said.count("starting transformers") == 2  # one engine per model answers and scores
     table = pq.read_table(config.out / "per_example.parquet").to_pandas()
     for name, directory in (("gpt2", toy_gpt2), ("llama", toy_student)):
         texts = ["A word.", "This one is the gold response of two.", "Ça va? 本当"]
@@ -178,20 +178,18 @@ def test_divergence_from_the_teacher_of_the_cache(
     assert report["models"]["student"]["data"]["d"]["perplexity"] is None  # not asked for
 
 
-def test_weights_that_give_no_numbers_are_said(
-    make_config: MakeConfig, write_rows: WriteRows, rows: list[dict[str, Any]], toy_gpt2: Path, tmp_path: Path
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(toy_gpt2)
-    broken = Path(shutil.copytree(toy_gpt2, tmp_path / "broken"))
-    config = make_config(model=f"m={broken}", data=f"d={write_rows(rows[:1], 'd.jsonl')}", temperature=0)
+def test_weights_that_give_no_finite_numbers_are_an_error(
+    make_config: MakeConfig, write_rows: WriteRows, rows: list[dict[str, Any]], toy_student: Path, toy_cache: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(toy_student)
+    broken = Path(shutil.copytree(toy_student, tmp_path / "broken"))
     with torch.no_grad():
-        model.transformer.ln_f.weight[:] = math.inf
+        model.model.norm.weight[:] = math.inf
     model.save_pretrained(broken)
-    with pytest.raises(UserError, match=r"logits are not numbers.*give --no-perplexity and --cache-rows 0"):
-        open_measured_model(_candidate(broken, config), config).nll([([5], [6])])
-
-
-def _candidate(path: Path, config: EvalConfig) -> Any:
-    from dpkd.evaluate.inputs.models import open_candidates
-
-    return open_candidates(config.model_copy(update={"model": {"m": str(path)}}))[0]
+    options = {"model": f"m={broken}", "data": f"d={write_rows(rows[:1], 'd.jsonl')}", "temperature": 0}
+    with pytest.raises(UserError, match=r"log-probs are not finite .*broken.*--no-perplexity"):
+        evaluate(make_config(**options))
+    config = make_config(**options, perplexity=False, cache=toy_cache, template="chat", out=tmp_path / "second")
+    with pytest.raises(UserError, match=r"logits are not numbers.*give --cache-rows 0"):
+        evaluate(config)

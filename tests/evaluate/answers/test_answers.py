@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.core.files import replacing, write_text
-from dpkd.evaluate.answers.answers import Answer, PartialAnswers, answers_path, read_answers, write_answers
+from dpkd.evaluate.answers.answers import Answer, answers_path, partial_answers, read_answers, write_answers
 from dpkd.evaluate.answers.generation import request_seed
 
 _ANSWERS = [Answer("x", "text \u00e9\n", [1, 2, 50256], "stop"), Answer("y", "", [], "length")]
@@ -36,7 +38,7 @@ def test_another_fingerprint_is_said_and_not_reused(tmp_path: Path, capsys: pyte
 def test_other_rows_are_said_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_answers(tmp_path / "a.parquet", _ANSWERS, "f1")
     assert read_answers(tmp_path / "a.parquet", "f1", ["y", "x"]) is None
-    assert "does not hold the 2 expected rows" in capsys.readouterr().err
+    assert "does not have the 2 expected rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept", [0, 4, 200, -1])
@@ -96,40 +98,43 @@ def test_request_seeds_do_not_collide_where_seed_and_id_touch() -> None:
     assert request_seed(1, "11") != request_seed(11, "1")
 
 
-def test_partial_answers_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
+def _parse(value: dict[str, Any]) -> Answer:
+    return Answer(**value)
+
+
+def test_partial_answers_are_read_back_until_they_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "m" / "seed-10.parquet"
-    partial = PartialAnswers(path, "f1")
-    assert partial.read(_IDS) == [None, None]
-    for answer in reversed(_ANSWERS):
-        partial.append(answer)
-    assert PartialAnswers(path, "f1").read(["x", "z", "y"]) == [_ANSWERS[0], None, _ANSWERS[1]]
-    partial.discard()
+    partial = partial_answers(path, "f1")
+    assert partial.read(_parse) == []
+    for answer in _ANSWERS:
+        partial.append(asdict(answer))
+    assert partial_answers(path, "f1").read(_parse) == _ANSWERS
+    partial.delete()
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_line_cut_short_anywhere_is_dropped_and_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "seed-10.parquet"
-    partial = PartialAnswers(path, "f1")
-    partial.read(_IDS)
+    partial = partial_answers(path, "f1")
+    partial.read(_parse)
     for answer in _ANSWERS:
-        partial.append(answer)
-    whole = partial.path.read_bytes()
-    for kept in range(len(whole)):
-        partial.path.write_bytes(whole[:kept])
-        again = PartialAnswers(path, "f1")
-        found = again.read(_IDS)
-        assert [answer in (None, whole) for answer, whole in zip(found, _ANSWERS, strict=True)] == [True, True]
-        for answer, missing in zip(_ANSWERS, found, strict=True):
-            if missing is None:
-                again.append(answer)
-        assert partial.path.read_bytes() == whole, kept
+        partial.append(asdict(answer))
+    complete = partial.path.read_bytes()
+    for num_bytes in range(len(complete)):
+        partial.path.write_bytes(complete[:num_bytes])
+        again = partial_answers(path, "f1")
+        kept = again.read(_parse)
+        assert kept == _ANSWERS[: len(kept)]
+        for answer in _ANSWERS[len(kept) :]:
+            again.append(asdict(answer))
+        assert partial.path.read_bytes() == complete, num_bytes
 
 
 def test_partial_answers_of_another_fingerprint_are_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "seed-10.parquet"
     for fingerprint in ("f1", "f2"):
-        partial = PartialAnswers(path, fingerprint)
-        assert partial.read(_IDS) == [None, None]
-        partial.append(_ANSWERS[0])
-    assert PartialAnswers(path, "f1").read(_IDS) == [None, None]
-    assert PartialAnswers(path, "f2").read(_IDS) == [_ANSWERS[0], None]
+        partial = partial_answers(path, fingerprint)
+        assert partial.read(_parse) == []
+        partial.append(asdict(_ANSWERS[0]))
+    assert partial_answers(path, "f1").read(_parse) == []
+    assert partial_answers(path, "f2").read(_parse) == _ANSWERS[:1]

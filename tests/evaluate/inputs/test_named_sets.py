@@ -111,7 +111,7 @@ def test_prompts_of_the_training_data_are_counted(
     report = json.loads(path.read_text())
     assert report["duplicates"]["rows"] == {"d": ["row-1", "row-4"]}
     assert report["identities"]["train_data"] == report["duplicates"]["train_data"]
-    assert "data d: 2 prompts also stand in the training data" in capsys.readouterr().err
+    assert "data d: 2 prompts are also in the training data" in capsys.readouterr().err
     assert "## d (6 rows, 2 of the prompts also in the training data)" in (config.out / "report.md").read_text()
     assert evaluate(config) == path  # complete already
 

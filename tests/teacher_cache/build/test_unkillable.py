@@ -27,7 +27,6 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.setup import open_run
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.pipelines.bridges import find_contamination
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import (
@@ -225,7 +224,7 @@ def test_two_hundred_flipped_bits_are_caught_by_every_reader(
     )  # fmt: skip
     for path in flips(cache_copy, 200, seed=8):
         with pytest.raises(UserError):
-            evaluate(evaluation, find_contamination)
+            evaluate(evaluation)
         assert not (tmp_path / "eval").exists(), path
 
 
