@@ -73,7 +73,7 @@ class Batch:
     entry_ids_TK: Tensor | None
     entry_logprobs_TK: Tensor | None
     entry_counts_T: Tensor | None
-    log_remainder_T: Tensor | None
+    log_tail_T: Tensor | None
 
     @property
     def num_rows(self) -> int:
@@ -150,7 +150,7 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
         entry_ids_TK=entries[0],
         entry_logprobs_TK=entries[1],
         entry_counts_T=entries[2],
-        log_remainder_T=entries[3],
+        log_tail_T=entries[3],
     )
 
 

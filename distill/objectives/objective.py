@@ -182,7 +182,7 @@ class Objective:
             fields["entry_ids"],
             fields["entry_logprobs"],
             fields["entry_counts"],
-            fields["log_remainder"],
+            fields["log_tail"],
             self._vocab_size,
         )
         loss_T = token_preference_loss(

@@ -20,12 +20,12 @@ def distribution_fields(batch: Batch) -> dict[str, Tensor]:
         return {}
     assert batch.entry_logprobs_TK is not None
     assert batch.entry_counts_T is not None
-    assert batch.log_remainder_T is not None
+    assert batch.log_tail_T is not None
     return {
         "entry_ids": batch.entry_ids_TK,
         "entry_logprobs": batch.entry_logprobs_TK,
         "entry_counts": batch.entry_counts_T,
-        "log_remainder": batch.log_remainder_T,
+        "log_tail": batch.log_tail_T,
     }
 
 
@@ -79,7 +79,7 @@ class Reading:
             fields["entry_ids"],
             fields["entry_logprobs"],
             fields["entry_counts"],
-            fields["log_remainder"],
+            fields["log_tail"],
             outside,  # type: ignore[arg-type]
             vocab_size=self._vocab_size,
         )
@@ -99,9 +99,9 @@ def measured(at: Positions) -> dict[str, Float[Tensor, " C"]]:
     log_q_CK = at.logits_CV.gather(1, ids_CK.clamp(min=0)) - at.log_sum_C[:, None]
     log_q_CK = log_q_CK.masked_fill(ids_CK < 0, -torch.inf)
     rest_C = (1 - log_q_CK.exp().sum(dim=1)).clamp(min=_SMALLEST_MASS).log()
-    rest_C = rest_C.masked_fill(torch.isneginf(at.fields["log_remainder"]), -torch.inf)  # every token is an entry
+    rest_C = rest_C.masked_fill(torch.isneginf(at.fields["log_tail"]), -torch.inf)  # every token is an entry
     # the grid of the stored logs leaves a sum a little off 1, and a divergence could come out below 0
-    log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_remainder"][:, None]], dim=1), dim=1)
+    log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_tail"][:, None]], dim=1), dim=1)
     log_q_CN = torch.log_softmax(torch.cat([log_q_CK, rest_C[:, None]], dim=1), dim=1)
     values["kld"] = forward_kl(log_p_CN, log_q_CN)
     values["rkld"] = reverse_kl(log_p_CN, log_q_CN)

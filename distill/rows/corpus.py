@@ -85,7 +85,7 @@ def collate_corpus(blocks_BS: np.ndarray, start: int = 0) -> Batch:
         entry_ids_TK=None,
         entry_logprobs_TK=None,
         entry_counts_T=None,
-        log_remainder_T=None,
+        log_tail_T=None,
     )
 
 

@@ -82,7 +82,7 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
     if batch.entry_ids_TK is None:
         return batch
     assert batch.entry_logprobs_TK is not None
-    assert batch.log_remainder_T is not None
+    assert batch.log_tail_T is not None
     beyond_TK = batch.entry_ids_TK >= num_logits
     if not bool(beyond_TK.any()):
         return batch
@@ -107,7 +107,7 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
         entry_ids_TK=batch.entry_ids_TK.gather(1, order_TK).masked_fill(~kept_TK, -1),
         entry_logprobs_TK=batch.entry_logprobs_TK.gather(1, order_TK).masked_fill(~kept_TK, -torch.inf),
         entry_counts_T=counts_T,
-        log_remainder_T=torch.logaddexp(batch.log_remainder_T, outside_T),
+        log_tail_T=torch.logaddexp(batch.log_remainder_T, outside_T),
     )
 
 

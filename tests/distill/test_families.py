@@ -256,12 +256,12 @@ def test_entries_without_a_logit_are_part_of_the_remainder() -> None:
     assert found.entry_ids_TK is not None
     assert found.entry_logprobs_TK is not None
     assert found.entry_counts_T is not None
-    assert found.log_remainder_T is not None
+    assert found.log_tail_T is not None
     assert found.entry_ids_TK.tolist() == [[3, 1, -1], [2, -1, -1], [0, 1, 2]]
     assert found.entry_counts_T.tolist() == [2, 1, 3]
     expected = torch.tensor([[0.5, 0.1, 0.0], [0.3, 0.0, 0.0], [0.5, 0.25, 0.25]])
     torch.testing.assert_close(found.entry_logprobs_TK.exp(), expected)
-    torch.testing.assert_close(found.log_remainder_T.exp(), torch.tensor([0.4, 0.7, 0.0]))
+    torch.testing.assert_close(found.log_tail_T.exp(), torch.tensor([0.4, 0.7, 0.0]))
     assert narrowed(held, 10) is held
     with pytest.raises(UserError, match=r"keeps nothing but ids that the student has no logit for.* row row-0\)"):
         narrowed(replace(held, input_ids_BS=torch.ones(1, 4, dtype=torch.long)), 2)
@@ -286,7 +286,7 @@ def batch(ids_TK: torch.Tensor, logprobs_TK: torch.Tensor, counts_T: torch.Tenso
         entry_ids_TK=ids_TK,
         entry_logprobs_TK=logprobs_TK,
         entry_counts_T=counts_T,
-        log_remainder_T=rest_T,
+        log_tail_T=rest_T,
     )
 
 

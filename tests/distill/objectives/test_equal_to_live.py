@@ -90,7 +90,7 @@ def test_the_token_loss_is_the_live_teachers_up_to_the_grid(
     assert batch.entry_ids_TK is not None
     assert batch.entry_logprobs_TK is not None
     assert batch.entry_counts_T is not None
-    assert batch.log_remainder_T is not None
+    assert batch.log_tail_T is not None
     ours_TV = batch_logprobs(student, batch)
     chosen_T, own_T = batch.entry_ids_TK[:, 0], ours_TV.argmax(dim=1)
     assert torch.equal(chosen_T, y_t)
@@ -100,7 +100,7 @@ def test_the_token_loss_is_the_live_teachers_up_to_the_grid(
         batch.entry_ids_TK,
         batch.entry_logprobs_TK,
         batch.entry_counts_T,
-        batch.log_remainder_T,
+        batch.log_tail_T,
         cache.vocab_size,
     )
     cached_T = dpkd_token_loss(
