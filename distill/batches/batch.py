@@ -165,7 +165,7 @@ def _entries(rows: Sequence[CachedRow], num_bare: int) -> tuple[Tensor, Tensor, 
     logprobs_TK = np.full(kept_TK.shape, -np.inf, np.float32)
     ids_TK[kept_TK] = np.concatenate([top.ids_E for top in tops])
     logprobs_TK[kept_TK] = np.concatenate([top.logprobs_E for top in tops])
-    remainder = _tensor([*(top.log_remainder_T for top in tops), np.zeros(num_bare)], np.float32)
+    remainder = _tensor([*(top.log_tail_T for top in tops), np.zeros(num_bare)], np.float32)
     return torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK), torch.from_numpy(counts), remainder
 
 

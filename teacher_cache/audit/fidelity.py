@@ -181,7 +181,7 @@ def _positions(top: Distributions, part: slice) -> Distributions:
     """The positions `part` of `top`."""
     ends = np.cumsum([0, *top.counts_T])
     entries = slice(ends[part.start], ends[part.stop])
-    return Distributions(top.counts_T[part], top.ids_E[entries], top.logprobs_E[entries], top.log_remainder_T[part])
+    return Distributions(top.counts_T[part], top.ids_E[entries], top.logprobs_E[entries], top.log_tail_T[part])
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _loss_facts(loss: CutLoss) -> dict[str, Any]:
         "kl_cut": kl_cut,
         "kl_grid": kl - kl_cut,
         "mass_kept": float(loss.mass_kept_T.mean()),
-        "remainder_error": spread(loss.remainder_error_T),
+        "remainder_error": spread(loss.tail_error_T),
         "total_error": spread(loss.total_error_T),
     }
 

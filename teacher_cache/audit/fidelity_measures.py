@@ -52,14 +52,14 @@ class CutLoss:
     `kl_T` is KL(teacher || kept) in nats: the mass outside is spread evenly over the tokens outside, and the stored
     values are scaled to sum to one, without which rounding could make a divergence negative. `kl_cut_T` is that of the
     same entries with exact values, so `kl_T - kl_cut_T` (never negative) is the price of the grid. `mass_kept_T` is the
-    teacher's probability inside the entries, `remainder_error_T` the distance of the stored mass outside from the true
+    teacher's probability inside the entries, `tail_error_T` the distance of the stored mass outside from the true
     one, and `total_error_T` how far all that is stored is from summing to one (probabilities).
     """
 
     kl_T: np.ndarray
     kl_cut_T: np.ndarray
     mass_kept_T: np.ndarray
-    remainder_error_T: np.ndarray
+    tail_error_T: np.ndarray
     total_error_T: np.ndarray
 
     @classmethod
@@ -112,16 +112,16 @@ class FullDistributions:
         mass_kept_T = np.bincount(position_E, probs_E, minlength=num_positions)
         outside_T = np.where(num_outside_T > 0, np.maximum(self._mass_T - mass_kept_T, 0.0), 0.0)
 
-        def divergence(logprobs_E: np.ndarray, remainder_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def divergence(logprobs_E: np.ndarray, tail_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """KL of the teacher from these entries and mass outside, and the total that they sum to."""
-            total_T = np.bincount(position_E, np.exp(logprobs_E), minlength=num_positions) + remainder_T
-            each_T = np.where(outside_T > 0, remainder_T / np.maximum(num_outside_T, 1), 1.0)
+            total_T = np.bincount(position_E, np.exp(logprobs_E), minlength=num_positions) + tail_T
+            each_T = np.where(outside_T > 0, tail_T / np.maximum(num_outside_T, 1), 1.0)
             cross_T = np.bincount(position_E, probs_E * logprobs_E, minlength=num_positions)
             with np.errstate(divide="ignore"):  # nothing stored for a mass that is there: infinitely far
                 cross_T = cross_T + np.where(outside_T > 0, outside_T * np.log(each_T), 0.0)
             return self._negentropy_T - cross_T + self._mass_T * np.log(total_T), total_T
 
-        stored_T = np.exp(kept.log_remainder_T.astype(np.float64))
+        stored_T = np.exp(kept.log_tail_T.astype(np.float64))
         kl_T, total_T = divergence(kept.logprobs_E.astype(np.float64), stored_T)
         kl_cut_T, _ = divergence(np.maximum(exact_E, _LOWEST_LOGPROB), outside_T)
         return CutLoss(kl_T, kl_cut_T, mass_kept_T, np.abs(stored_T - outside_T), np.abs(total_T - 1.0))

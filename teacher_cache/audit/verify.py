@@ -101,7 +101,7 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
     top = row.distributions
     if top is None:
         return
-    if len(top.counts_T) != len(row.response_ids) or len(top.log_remainder_T) != len(row.response_ids):
+    if len(top.counts_T) != len(row.response_ids) or len(top.log_tail_T) != len(row.response_ids):
         yield "the distributions do not cover every response token"
         return
     if top.counts_T.sum() != len(top.ids_E) or len(top.ids_E) != len(top.logprobs_E):
@@ -109,8 +109,8 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         return
     if len(top.ids_E) and (top.ids_E.min() < 0 or top.ids_E.max() >= vocab_size):
         yield f"an entry id stands outside the vocabulary of {vocab_size}"
-    if np.isnan(top.log_remainder_T).any() or (top.log_remainder_T > 1e-6).any():
-        yield "a remainder is above 1 or not a number"
+    if np.isnan(top.log_tail_T).any() or (top.log_tail_T > 1e-6).any():
+        yield "the tail mass is above 1 or not a number"
     position_E = np.repeat(np.arange(len(top.counts_T)), top.counts_T)
     rising = np.diff(top.logprobs_E) > 0
     if (rising & (np.diff(position_E) == 0)).any():

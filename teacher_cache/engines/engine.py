@@ -71,14 +71,14 @@ class Distributions:
     """The top of the distribution at each of T response positions, E entries in all.
 
     `counts_T` entries belong to each position, in rank order, concatenated in `ids_E` and `logprobs_E` (nats,
-    full vocabulary, temperature 1). `log_remainder_T` is the log of the mass outside the entries (-inf when nothing
+    full vocabulary, temperature 1). `log_tail_T` is the log of the mass outside the entries (-inf when nothing
     is outside).
     """
 
     counts_T: np.ndarray
     ids_E: np.ndarray
     logprobs_E: np.ndarray
-    log_remainder_T: np.ndarray
+    log_tail_T: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ MASS_RESOLUTION = 1e-6
 LOWEST_KEPT_LOGPROB = -500.0
 
 
-def log_remainder(
+def log_tail(
     logprobs_TK: np.ndarray,
     kept_TK: np.ndarray,
     sampled_logprobs_T: np.ndarray,
@@ -72,5 +72,5 @@ def from_top_k(
         counts_T=kept_TK.sum(axis=1).astype(np.int32),
         ids_E=ids_TK[kept_TK].astype(np.int32),
         logprobs_E=logprobs_TK[kept_TK].astype(np.float32),
-        log_remainder_T=log_remainder(logprobs_TK, kept_TK, response_logprobs_T, outside_T, vocab_size),
+        log_tail_T=log_tail(logprobs_TK, kept_TK, response_logprobs_T, outside_T, vocab_size),
     )

@@ -127,7 +127,7 @@ def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
             "entry_counts": nothing if top is None else top.counts_T,
             "entry_ids": nothing if top is None else top.ids_E,
             "entry_logprob_steps": nothing if top is None else encode_logprobs(top.logprobs_E, top.counts_T),
-            "log_remainder": nothing if top is None else top.log_remainder_T,
+            "log_remainder": nothing if top is None else top.log_tail_T,
         }
         for name, value in values.items():
             columns[name].append(value)

@@ -70,7 +70,7 @@ def encode_shard(
         row_group_size=max(table.num_rows, 1),
     )
     data = buffer.getvalue()
-    log_remainder = pc.list_flatten(table["log_remainder"]).to_numpy()
+    log_tail = pc.list_flatten(table["log_remainder"]).to_numpy()
     response_lengths = pc.list_value_length(table["response_ids"]).to_numpy()
     prompt_lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
     entries = int(pc.sum(pc.list_value_length(table["entry_ids"])).as_py() or 0)
@@ -82,7 +82,7 @@ def encode_shard(
         rows=table.num_rows,
         positions=int(response_lengths.sum()),
         entries=entries,
-        mass_kept=float((1.0 - np.exp(log_remainder.astype(np.float64))).sum()) if entries else 0.0,
+        mass_kept=float((1.0 - np.exp(log_tail.astype(np.float64))).sum()) if entries else 0.0,
         unfinished=sum(reason == "length" for reason in table["finish_reason"].to_pylist()),
         longest=int((prompt_lengths + response_lengths).max(initial=0)),
         lengths=np.bincount(np.log2(np.maximum(response_lengths, 1)).astype(np.int64)).tolist(),

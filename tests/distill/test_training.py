@@ -120,7 +120,7 @@ def test_what_is_measured_is_what_full_logits_say(tmp_path: Path, toy_cache: Pat
             p = torch.tensor(row.distributions.logprobs_E[start : start + count]).double().exp()
             start += count
             q_all = torch.softmax(logits[position], dim=0)
-            p = torch.cat([p, torch.tensor([float(row.distributions.log_remainder_T[position])]).double().exp()])
+            p = torch.cat([p, torch.tensor([float(row.distributions.log_tail_T[position])]).double().exp()])
             q = torch.cat([q_all[kept], (1 - q_all[kept].sum())[None]])
             kld, rkld = float((p * (p / q).log()).sum()), float((q * (q / p).log()).sum())
             sums["kld"] += kld

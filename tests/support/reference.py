@@ -73,14 +73,14 @@ def entries_of(row: CachedRow) -> Iterator[tuple[dict[int, float], float]]:
     top = row.distributions
     assert top is not None
     start = 0
-    for count, rest in zip(top.counts_T.tolist(), top.log_remainder_T.tolist(), strict=True):
+    for count, rest in zip(top.counts_T.tolist(), top.log_tail_T.tolist(), strict=True):
         end = start + count
         yield dict(zip(top.ids_E[start:end].tolist(), top.logprobs_E[start:end].tolist(), strict=True)), rest
         start = end
 
 
 def merged(log_p: dict[int, float], num_logits: int) -> dict[int, float]:
-    """`log_p` with the ids that the student has no logit for put into the remainder, which stands under -1."""
+    """`log_p` with the ids that the student has no logit for added to the tail mass, which has the key -1."""
     inside = {token: value for token, value in log_p.items() if 0 <= token < num_logits}
     rest = sum(math.exp(value) for token, value in log_p.items() if token not in inside)
     return {**inside, -1: math.log(rest) if rest else -math.inf}

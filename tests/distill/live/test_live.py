@@ -206,7 +206,7 @@ def assert_bitwise(ours: list[CachedRow], theirs: list[CachedRow]) -> None:
             assert getattr(one, name).tobytes() == getattr(two, name).tobytes(), name
         assert one.distributions is not None
         assert two.distributions is not None
-        for name in ("counts_T", "ids_E", "logprobs_E", "log_remainder_T"):
+        for name in ("counts_T", "ids_E", "logprobs_E", "log_tail_T"):
             assert getattr(one.distributions, name).tobytes() == getattr(two.distributions, name).tobytes(), name
 
 
@@ -253,7 +253,7 @@ def test_scores_are_the_teachers(loop: Callable[..., Loop], toy_teacher: Path) -
             assert ours.distributions.counts_T.tolist() == [16] * len(ours.response_ids)
             # half a step of the cache's grid, and the two engines' own difference
             assert np.abs(ours.distributions.logprobs_E - result.distributions.logprobs_E).max() < 1 / 256 + 1e-3
-            assert np.abs(ours.distributions.log_remainder_T - result.distributions.log_remainder_T).max() < 1e-2
+            assert np.abs(ours.distributions.log_tail_T - result.distributions.log_tail_T).max() < 1e-2
 
 
 def test_pairs_of_several_samples(loop: Callable[..., Loop]) -> None:

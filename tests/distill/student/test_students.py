@@ -119,7 +119,7 @@ def test_measures_are_those_of_full_logits(tmp_path: Path, toy_teacher: Path, to
                 nll -= float(log_q_TV[place, token])
                 count, top = row.distributions.counts_T[place], row.distributions
                 ids = torch.tensor(top.ids_E[entry : entry + count].astype(int))
-                p = torch.tensor([*top.logprobs_E[entry : entry + count], top.log_remainder_T[place]]).double().exp()
+                p = torch.tensor([*top.logprobs_E[entry : entry + count], top.log_tail_T[place]]).double().exp()
                 q = log_q_TV[place, ids].exp()
                 q = torch.cat([q, 1 - q.sum()[None]])
                 p = p / p.sum()

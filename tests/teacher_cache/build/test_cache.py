@@ -65,7 +65,7 @@ def test_cached_logprobs_are_the_models_own(toy_cache: Path, toy_teacher: Path) 
             gap = at[entry_ids] - torch.tensor(row.distributions.logprobs_E[kept])
             assert float(gap.abs().max()) <= MAX_ERROR_NATS + 1e-4
             outside = 1 - float(at[entry_ids].exp().sum())
-            assert abs(outside - float(np.exp(row.distributions.log_remainder_T[place]))) < 1e-5
+            assert abs(outside - float(np.exp(row.distributions.log_tail_T[place]))) < 1e-5
 
 
 def test_responses_end_in_eos_exactly_when_they_stop(toy_cache: Path) -> None:
@@ -296,7 +296,7 @@ def test_row_problems_names_each_fault(toy_cache: Path) -> None:
         "rank order": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E[::-1].copy())),
         "more mass than 1": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E * 0)),
         "do not add up": replace(row, distributions=replace(top, ids_E=top.ids_E[1:])),
-        "remainder": replace(row, distributions=replace(top, log_remainder_T=top.log_remainder_T * 0 + 1)),
+        "tail mass": replace(row, distributions=replace(top, log_tail_T=top.log_tail_T * 0 + 1)),
     }
     for message, faulty in faults.items():
         assert any(message in problem for problem in row_problems(faulty, cache.vocab_size)), message

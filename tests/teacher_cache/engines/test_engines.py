@@ -59,7 +59,7 @@ def assert_same_scores(one: EngineResult, two: EngineResult, tolerance: float = 
     assert two.distributions is not None
     assert one.distributions.counts_T.tolist() == two.distributions.counts_T.tolist()
     assert np.abs(one.distributions.logprobs_E - two.distributions.logprobs_E).max() < tolerance
-    assert np.abs(one.distributions.log_remainder_T - two.distributions.log_remainder_T).max() < 10 * tolerance
+    assert np.abs(one.distributions.log_tail_T - two.distributions.log_tail_T).max() < 10 * tolerance
 
 
 def test_sampled_responses_are_scored_the_same_by_both(vllm: Engine, transformers: Engine) -> None:

@@ -142,7 +142,7 @@ def assert_same(one: dict[int, EngineResult], two: dict[int, EngineResult], tole
         assert ours.distributions.counts_T.tolist() == theirs.distributions.counts_T.tolist()
         assert np.abs(ours.distributions.logprobs_E - theirs.distributions.logprobs_E).max() < tolerance
         assert (ours.distributions.ids_E == theirs.distributions.ids_E).mean() > 0.99
-        assert np.abs(ours.distributions.log_remainder_T - theirs.distributions.log_remainder_T).max() < 10 * tolerance
+        assert np.abs(ours.distributions.log_tail_T - theirs.distributions.log_tail_T).max() < 10 * tolerance
 
 
 Fault = int | str | None
@@ -381,8 +381,8 @@ def test_a_server_that_stays_busy_ends_patience(servers: Servers, teacher: Model
 def test_a_server_that_hangs_ends_patience(
     servers: Servers, teacher: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("server_pool._QUIET_S", "server_pool._SILENCE_S", "server_http._HEALTH_TIMEOUT_S"):
-        monkeypatch.setattr(f"dpkd.teacher_cache.{name}", 0.5)
+    for name in ("pool._QUIET_S", "pool._SILENCE_S", "http._HEALTH_TIMEOUT_S"):
+        monkeypatch.setattr(f"dpkd.teacher_cache.engines.server.{name}", 0.5)
     proxy = Proxy(servers.one.url)
     with proxied(proxy) as url, connect(teacher, url, patience_s=3.0) as engine:
         proxy.fault = lambda *_: 2.0
