@@ -65,7 +65,7 @@ def _train(config: TrainConfig, evaluate_fn: EvaluateFn | None) -> Path:
     if on_rank_zero(accelerator, lambda: take_up(run_dir, run, accelerator.num_processes)):
         tell(f"the run {run_dir} is complete")
         return run_dir
-    checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(run_dir, config.checkpoint))
+    checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(run_dir, config.resume_from))
     if isinstance(run.rows, FollowedRows):
         run.rows.start(run_dir, leader=accelerator.is_main_process)
     has_weights = checkpoint is not None and config.lora_rank is None

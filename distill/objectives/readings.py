@@ -55,7 +55,7 @@ class Reading:
 
     def _divergence(self, at: Positions) -> Tensor:
         config = self._config
-        log_p_CN, log_q_CN = self._aligned(at, config.outside)
+        log_p_CN, log_q_CN = self._aligned(at, "remainder" if config.tail == "bucket" else config.tail)
         if config.objective == "kd":
             return cross_entropy_to(log_p_CN, log_q_CN)
         # a preference with a divergence beside it takes the forward one
@@ -66,7 +66,7 @@ class Reading:
             jsd_beta=config.jsd_beta,
             akl_mu=config.akl_mu,
             skew_alpha=config.skew_alpha,
-            last_is_remainder=config.outside == "remainder",
+            last_is_remainder=config.tail == "bucket",
         )
 
     def _aligned(self, at: Positions, outside: str) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class TrainConfig(Settings):
             "label_smoothing",
             "gamma",
             "dpop_lambda",
-            "outside",
+            "tail",
             "jsd_beta",
             "akl_mu",
             "skew_alpha",
@@ -59,10 +59,10 @@ class TrainConfig(Settings):
             "adam_beta1",
             "adam_beta2",
             "save_every",
-            "keep",
+            "keep_checkpoints",
             "best_metric",
             "patience",
-            "checkpoint",
+            "resume_from",
             "dtype",
             "sharding",
             "gradient_checkpointing",
@@ -152,10 +152,10 @@ class TrainConfig(Settings):
     dpop_lambda: float = Field(
         50.0, ge=0, description="dpop: weight of the penalty on a chosen response below the teacher"
     )
-    outside: Literal["remainder", "renormalise", "uniform"] = Field(
-        "remainder",
-        description="divergences: what stands for the tokens outside the kept entries: one bucket, nothing, "
-        "or the remainder spread evenly",
+    tail: Literal["bucket", "renormalise", "uniform"] = Field(
+        "bucket",
+        description="divergences: the tokens that the cache does not keep are one outcome (bucket), are left out "
+        "(renormalise), or share the tail mass evenly (uniform)",
     )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: share of the teacher in the mixture")
     akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
@@ -202,17 +202,17 @@ class TrainConfig(Settings):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2")
     save_every: int | None = Field(100, ge=1, description="steps between checkpoints; none keeps only the last")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints to keep")
     best_metric: Literal["loss", "reward_margin", "kld", "rouge_l"] | None = Field(
         None, description="validation metric by which the best student is kept, in OUT/best; none keeps none"
     )
     patience: int | None = Field(
         None, ge=1, description="validations without a better best_metric after which training ends; none: never"
     )
-    checkpoint: Literal["latest", "previous"] = Field(
+    resume_from: Literal["latest", "previous"] = Field(
         "latest",
-        description="where a run goes on: previous sets newer checkpoints that are damaged aside and takes the one "
-        "before them",
+        description="checkpoint to resume from; previous renames corrupt checkpoints to *.damaged and takes the "
+        "newest sound one",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 runs the forward pass under autocast"

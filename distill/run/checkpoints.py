@@ -189,7 +189,7 @@ def _corrupt(directory: Path, name: str, actual: str, expected: str) -> UserErro
         found=actual,
         expected=expected,
         where=directory,
-        advice="Give --set checkpoint=previous to resume from the one before it",
+        advice="Give --resume-from previous to resume from the one before it",
     )
 
 

@@ -107,7 +107,7 @@ class Keeper:
         self._saved = step
         weights = gather_weights(accelerator, self._scorer, self._student.model)
         moments = gather_optimizer(self._student.model, self._optimizer.optimizer)
-        facts, keep = run.facts | {"steps": step}, self._config.keep
+        facts, keep = run.facts | {"steps": step}, self._config.keep_checkpoints
         state = {"best": None if self._best is None else asdict(self._best)}
         on_rank_zero(
             accelerator,

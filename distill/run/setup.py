@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dpkd.distill.rows.corpus import Corpus
 
 #: options that may differ when a run is taken up: where things are, not what they are
-_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "checkpoint"} | {
+_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"} | {
     "gradient_checkpointing",
     "share_prompt",
     "compile",

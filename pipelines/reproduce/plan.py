@@ -142,7 +142,7 @@ def _train(step: Step, finished: bool, config: TrainConfig, known: _Knowledge) -
     if steps is None and rows is not None and config.batch_tokens is None:
         steps = math.ceil((config.epochs or 1) * rows / per_step)
     size = known.sizes.of(config.student)
-    kept = 1 if config.save_every is None else 1 + _MODEL_AND_ADAM * config.keep
+    kept = 1 if config.save_every is None else 1 + _MODEL_AND_ADAM * config.keep_checkpoints
     words = f"{_count(steps)} steps of {per_step} rows, {config.objective}, student of {_size_text(size)}"
     if config.lora_rank is not None:
         kept, words = 1, f"{words}, adapters of rank {config.lora_rank}"

@@ -223,8 +223,8 @@ def wider_teacher(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path,
 @pytest.mark.parametrize(
     "options",
     [
-        {"outside": "uniform", "objective": "jsd"},
-        {"outside": "renormalise", "objective": "reverse-kl"},
+        {"tail": "uniform", "objective": "jsd"},
+        {"tail": "renormalise", "objective": "reverse-kl"},
         {"objective": "akl"},
         {"objective": "minillm", "student_samples": "cached", "round": "r0"},
         {"teacher_token": "sample", "student_token": "sample"},

@@ -109,8 +109,8 @@ OTHERS = [
     *({"objective": name} for name in ("forward-kl", "reverse-kl", "jsd", "tvd", "akl")),
     {"objective": "skewed-forward-kl"},
     {"objective": "skewed-reverse-kl"},
-    {"objective": "forward-kl", "outside": "renormalise"},
-    {"objective": "forward-kl", "outside": "uniform"},
+    {"objective": "forward-kl", "tail": "renormalise"},
+    {"objective": "forward-kl", "tail": "uniform"},
     {"objective": "reverse-kl", "student_samples": "cached"},
     # a policy gradient: samples of an earlier student are good for a few steps
     {"objective": "minillm", "student_samples": "cached", "learning_rate": 3e-4, "steps": 20},

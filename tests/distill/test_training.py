@@ -156,7 +156,7 @@ def test_a_chunked_head_changes_nothing(tmp_path: Path, toy_cache: Path, toy_stu
 
 
 def test_resuming_gives_the_run_that_was_never_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    options = {"steps": 7, "save_every": 3, "student_token": "sample", "keep": 5}
+    options = {"steps": 7, "save_every": 3, "student_token": "sample", "keep_checkpoints": 5}
     whole = train(config(tmp_path / "whole", toy_cache, toy_student, **options))
     again = train(config(tmp_path / "again", toy_cache, toy_student, **options))
     # as a kill in step 5 leaves it: a checkpoint of step 3, lines of steps 4 and 5, half a line more

@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "sample_max_new_tokens": 12,
     "responses": "teacher",
     "save_every": 2,
-    "keep": 9,
+    "keep_checkpoints": 9,
 }
 
 

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "student_token": "sample",
     "device": "cpu",
     "save_every": 2,
-    "keep": 3,
+    "keep_checkpoints": 3,
     "validation_examples": 4,
     "validate_every": 2,
     "best_metric": "kld",
@@ -110,7 +110,7 @@ def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_stu
     AutoModelForCausalLM.from_pretrained(reference / "best")
     assert (reference / "best" / "tokenizer.json").is_file()
     # one checkpoint is kept, and it does not take the best student with it
-    run = train(config(tmp_path / "run", toy_cache, toy_student, keep=1))
+    run = train(config(tmp_path / "run", toy_cache, toy_student, keep_checkpoints=1))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
     assert_same_run(run, reference)
 
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
         UserError, match=rf"the checkpoint's {name} is corrupt \(checksum mismatch\): .*checkpoint-6\). Give --set "
     ):
         train(config(run, toy_cache, toy_student))
-    train(config(run, toy_cache, toy_student, checkpoint="previous"))
+    train(config(run, toy_cache, toy_student, resume_from="previous"))
     said = capfd.readouterr().err
     assert f"renamed to checkpoint-6.damaged: the checkpoint's {name}" in said
     assert "going on from step 4 of 8" in said
