@@ -107,7 +107,7 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
         entry_ids_TK=batch.entry_ids_TK.gather(1, order_TK).masked_fill(~kept_TK, -1),
         entry_logprobs_TK=batch.entry_logprobs_TK.gather(1, order_TK).masked_fill(~kept_TK, -torch.inf),
         entry_counts_T=counts_T,
-        log_tail_T=torch.logaddexp(batch.log_remainder_T, outside_T),
+        log_tail_T=torch.logaddexp(batch.log_tail_T, outside_T),
     )
 
 
