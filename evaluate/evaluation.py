@@ -29,7 +29,8 @@ from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.build import FORMAT_VERSION, build_report
 from dpkd.evaluate.report.curves import find_runs, read_run, run_identity
 from dpkd.evaluate.views.output import REPORT, check_options, is_complete, save_options, write_all
-from dpkd.teacher_cache.engines.engine import ResolvedEngine, resolve_engine
+from dpkd.teacher_cache.engines.engine import ResolvedEngine
+from dpkd.teacher_cache.engines.open import resolve_engine
 
 # options that change no number: where results go (a folder may move), and how much memory is used
 _FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "data_dir"})

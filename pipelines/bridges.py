@@ -28,7 +28,8 @@ def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
     It runs in the trainer's own process and returns the mean over the prompts, 0 to 100.
     """
     from dpkd.evaluate.metrics.exact_match import rouge_l
-    from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, open_engine, results_only
+    from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
+    from dpkd.teacher_cache.engines.open import open_engine
 
     def evaluate(student_dir: Path, prompts: Sequence[HeldOutPrompt]) -> float:
         student = locate_model(str(student_dir), "student")

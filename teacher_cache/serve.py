@@ -23,7 +23,8 @@ import httpx
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import say
-from dpkd.teacher_cache.engines.engine import EngineOptions, check_fits, resolve_engine
+from dpkd.teacher_cache.engines.engine import EngineOptions
+from dpkd.teacher_cache.engines.open import check_fits, resolve_engine
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
 from dpkd.teacher_cache.engines.vllm.environment import QUIET, cpu_environment, runs_on_cpu

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.teacher_cache.engines.decoding import decode, left_padded
-from dpkd.teacher_cache.engines.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory, resolve_engine
+from dpkd.teacher_cache.engines.engine import FinishReason, GenerateRequest, Sampling, is_out_of_memory
+from dpkd.teacher_cache.engines.open import resolve_engine
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource

@@ -22,9 +22,9 @@ from dpkd.teacher_cache.engines.engine import (
     GenerateRequest,
     ResolvedEngine,
     Sampling,
-    open_engine,
     results_only,
 )
+from dpkd.teacher_cache.engines.open import open_engine
 
 # part of every fingerprint: raised when the same inputs would be answered otherwise
 _FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.teacher_cache.engines.engine import check_fits
+from dpkd.teacher_cache.engines.open import check_fits
 
 
 @dataclass(frozen=True)

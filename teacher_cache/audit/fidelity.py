@@ -23,12 +23,10 @@ from dpkd.teacher_cache.engines.engine import (
     EngineOptions,
     ResolvedEngine,
     ScoreRequest,
-    check_engine,
     is_out_of_memory,
-    open_engine,
-    resolve_engine,
     results_only,
 )
+from dpkd.teacher_cache.engines.open import check_engine, open_engine, resolve_engine
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.build.assembling import ShardAssembler, ShardLayout, fill
-from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ResolvedEngine, Sampling, open_engine
+from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ResolvedEngine, Sampling
+from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import PlannedRow
 

@@ -16,10 +16,11 @@ from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
 from dpkd.core.prompts.examples import open_examples
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.build.cache import engine_identity, engine_options, logprobs_identity, sampling, say_complete
 from dpkd.teacher_cache.build.filling import open_filler
 from dpkd.teacher_cache.build.plan import request_seed
-from dpkd.teacher_cache.engines.engine import ResolvedEngine, check_engine, resolve_engine
+from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
+from dpkd.teacher_cache.engines.engine import ResolvedEngine
+from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import ROUND_KIND, TeacherCache, round_folder

@@ -1,4 +1,4 @@
-"""The seam to whatever runs a model: two methods, token ids in, token ids and natural-log probabilities out."""
+"""The interface of an engine and its types: token ids in, token ids and natural-log probabilities out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dpkd.core.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dpkd.core.models import ModelSource
-
 LocalEngineName = Literal["auto", "vllm", "transformers"]
 EngineName = Literal["auto", "vllm", "transformers", "server", "ray"]
 ResolvedEngine = Literal["vllm", "transformers", "server", "ray"]
@@ -21,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are drawn. `temperature` 0 is greedy; every request carries its own seed."""
+    """How responses are drawn. Temperature 0 is greedy. The seed comes with each request."""
 
     temperature: float
     top_p: float
@@ -31,11 +29,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine must be able to hold: `max_length` is prompt plus response, in tokens.
+    """What an engine is started with.
 
-    `top_k` entries of a distribution are asked for; with `top_mass` only the smallest set of them that reaches that
-    probability is kept. `engine_args` are vLLM's own arguments as text; `server_urls` are the servers of the engine
-    `server`.
+    Args:
+        max_length: longest prompt plus response, in tokens.
+        top_k: entries of the distribution to return at each position.
+        dtype: number type of the weights.
+        device: auto, cpu or cuda.
+        max_num_seqs: requests that run at the same time.
+        top_mass: keep only the smallest set of the `top_k` entries that reaches this probability. None: keep all.
+        engine_args: vLLM's own arguments, as text.
+        server_urls: addresses of the servers of the engine `server`.
     """
 
     max_length: int
@@ -70,9 +74,9 @@ class ScoreRequest:
 class Distributions:
     """The top of the distribution at each of T response positions, E entries in all.
 
-    `counts_T` entries belong to each position, in rank order, concatenated in `ids_E` and `logprobs_E` (nats,
-    full vocabulary, temperature 1). `log_tail_T` is the log of the mass outside the entries (-inf when nothing
-    is outside).
+    `counts_T` is the number of entries at each position. Their ids and log-probs (nats, full vocabulary,
+    temperature 1) are in `ids_E` and `logprobs_E`, one position after the other, in rank order. `log_tail_T` is the log
+    of the tail mass, the probability of all other tokens (-inf when there are none).
     """
 
     counts_T: np.ndarray
@@ -83,7 +87,10 @@ class Distributions:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """One response as the model sees it: ids with their EOS, and the log p of each (nats, float32)."""
+    """One response: its ids with the EOS, the log-prob of each (nats, float32), and the top of the distributions.
+
+    `distributions` is None with `top_k` 0.
+    """
 
     index: int
     response_ids: np.ndarray
@@ -94,17 +101,17 @@ class EngineResult:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A request that the engine cannot answer, whatever it tried; `reason` is one line for a person."""
+    """A request that the engine cannot answer, even when tried alone; `reason` is one line for the user."""
 
     index: int
     reason: str
 
 
 class Engine(Protocol):
-    """A running model. Results arrive in whatever order they finish; requests are pulled as places fall free.
+    """A running model. Results come in the order in which they finish; requests are read as the engine has capacity.
 
-    A request that makes the engine fail is tried again, alone, and comes out as a `FailedRequest` when that does not
-    help; the others go on. An engine that cannot go on at all raises `UserError`.
+    A request that makes the engine fail is tried again alone. If it fails again, it becomes a `FailedRequest` and the
+    others continue. An engine that cannot continue at all raises `UserError`.
 
     Log-probabilities are those of the full vocabulary at temperature 1, whatever the sampling temperature.
     """
@@ -119,11 +126,11 @@ class Engine(Protocol):
         ...
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """Log-probabilities of given responses; `finish_reason` is `stop`, the caller knows better."""
+        """Log-probabilities of given responses. Their `finish_reason` is always `stop`."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the model's memory."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -131,85 +138,19 @@ class Engine(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-_INSTALL = {
-    "vllm": "Install dpkd[teacher-cpu] or dpkd[teacher-gpu], or choose --engine transformers",
-    "ray": "Install dpkd[ray], or choose another --engine",
-}
-
-
-def resolve_engine(name: EngineName) -> ResolvedEngine:
-    """`auto` is vLLM where it is installed, else transformers. Raises `UserError` for a named engine not installed."""
-    from importlib.util import find_spec
-
-    if name == "auto":
-        return "transformers" if find_spec("vllm") is None else "vllm"
-    if name in _INSTALL and find_spec(name) is None:
-        raise UserError(f"the engine {name} is not installed", advice=_INSTALL[name])
-    return name
-
-
 def results_only(answers: Iterable[EngineResult | FailedRequest]) -> Iterator[EngineResult]:
-    """The results, for a caller that cannot go on without one: a failed request is raised as `UserError`."""
+    """The results; raises `UserError` for a failed request."""
     for answer in answers:
         if isinstance(answer, FailedRequest):
             raise UserError(f"the engine cannot answer request {answer.index}: {answer.reason}")
         yield answer
 
 
-def check_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions, *, scores: bool) -> None:
-    """Raise `UserError` for options that `model` or the engine cannot take; starts nothing."""
-    check_fits(model, options)
-    if name in ("vllm", "ray"):
-        from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args
-
-        check_engine_args(options.engine_args, scores=scores)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed for want of memory, its own device's or the machine's."""
+    """Whether `error` says that the device or the machine ran out of memory."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or any(phrase in text for phrase in ("out of memory", "can't allocate memory", "cannot allocate memory"))
     )
-
-
-def check_fits(model: ModelSource, options: EngineOptions) -> None:
-    """Raise `UserError` when the model cannot hold `options`; cheap, so that it can come before any engine starts."""
-    if options.top_k > model.vocab_size:
-        raise UserError(
-            "top-k is above the vocabulary",
-            found=options.top_k,
-            expected=f"at most {model.vocab_size}",
-            where=model.name,
-            advice="Lower --top-k",
-        )
-    if model.max_positions is not None and options.max_length > model.max_positions:
-        raise UserError(
-            "prompt and response do not fit the model's positions",
-            found=f"{options.max_length} tokens",
-            expected=f"at most {model.max_positions}",
-            where=model.name,
-            advice="Lower --max-prompt-tokens or --max-new-tokens",
-        )
-
-
-def open_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions) -> Engine:
-    """Start the engine in this process (or connect to its servers); raises `UserError` when the model cannot hold
-    `options`. The engine `ray` has no single process: `ray_engine` runs it.
-    """
-    check_fits(model, options)
-    if name == "vllm":
-        from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
-
-        return VllmEngine(model, options)
-    if name == "server":
-        from dpkd.teacher_cache.engines.server.engine import ServerEngine
-
-        return ServerEngine(model, options)
-    if name == "transformers":
-        from dpkd.teacher_cache.engines.transformers_engine import TransformersEngine
-
-        return TransformersEngine(model, options)
-    raise ValueError(f"the engine {name} does not run in one process")

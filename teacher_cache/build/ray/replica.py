@@ -15,7 +15,8 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.teacher_cache.build.assembling import ShardAssembler, ShardLayout, fill
 from dpkd.teacher_cache.build.ray.blocks import from_block, paths_of
-from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, Sampling, open_engine
+from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, Sampling
+from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder, open_folder
 from dpkd.teacher_cache.store.job import JOB, Job
 from dpkd.teacher_cache.store.schema import PlannedRow

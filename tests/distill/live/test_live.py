@@ -38,9 +38,9 @@ from dpkd.teacher_cache.engines.engine import (
     GenerateRequest,
     Sampling,
     ScoreRequest,
-    open_engine,
     results_only,
 )
+from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow

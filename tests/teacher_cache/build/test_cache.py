@@ -177,9 +177,9 @@ def test_references_are_scored_and_cut(tmp_path: Path, toy_teacher: Path, write_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 601}, "top-k is above the vocabulary: found 601, expected at most 600"),
+        ({"top_k": 601}, "top-k is larger than the vocabulary: found 601, expected at most 600"),
         ({"teacher": "nowhere"}, "the teacher is not found: found no directory 'nowhere'"),
-        ({"max_new_tokens": 300}, "do not fit the model's positions: found 556 tokens, expected at most 512"),
+        ({"max_new_tokens": 300}, "are longer than the model's positions: found 556 tokens, expected at most 512"),
     ],
 )
 def test_bad_options_write_nothing(

@@ -23,10 +23,11 @@ from dpkd.core.models import ModelSource
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.build.cache import build_cache, engine_options
+from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.build.ray.blocks import from_block, split_blocks, to_block
 from dpkd.teacher_cache.build.ray.engine import RayFiller
 from dpkd.teacher_cache.build.ray.replica import Assignment, Replica
+from dpkd.teacher_cache.build.request import engine_options
 from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.folders import LocalFolder

@@ -29,14 +29,8 @@ from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.engines.engine import (
-    EngineOptions,
-    EngineResult,
-    FailedRequest,
-    GenerateRequest,
-    Sampling,
-    open_engine,
-)
+from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FailedRequest, GenerateRequest, Sampling
+from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 

@@ -31,8 +31,8 @@ from dpkd.teacher_cache.engines.engine import (
     GenerateRequest,
     Sampling,
     ScoreRequest,
-    open_engine,
 )
+from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.engines.server.checks import ServerChecks
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, base_urls

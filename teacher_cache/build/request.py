@@ -1,0 +1,61 @@
+"""What a cache and a round have in common: engine options, identities, and the line at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpkd.core.progress import say
+from dpkd.teacher_cache.engines.engine import EngineOptions, ResolvedEngine, Sampling
+from dpkd.teacher_cache.engines.vllm.engine_args import result_changing
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.codec import GRID_NATS
+from dpkd.teacher_cache.store.manifest import Manifest
+
+
+def say_complete(what: str, manifest: Manifest) -> None:
+    """One line for a complete cache or round, and one more for every kind of row that was set aside."""
+    counts = manifest.counts
+    say(f"{what} is complete: {counts['rows']} rows, {counts['positions']} tokens, {counts['bytes']} bytes")
+    if not manifest.failed:
+        return
+    say(f"{counts['failed']} rows are set aside, as the engine cannot answer them (all are listed in the manifest):")
+    for row in manifest.failed[:5]:
+        say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
+
+
+def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:
+    """The engine's options as `config` asks for them, with another `top_k` where given."""
+    return EngineOptions(
+        max_length=config.max_prompt_tokens + config.max_new_tokens,
+        top_k=config.most_entries if top_k is None else top_k,
+        dtype=config.dtype,
+        device=config.device,
+        max_num_seqs=config.max_num_seqs,
+        top_mass=config.top_mass,
+        engine_args=config.engine_arg,
+        server_urls=config.server_url,
+    )
+
+
+def sampling(config: CacheConfig, stop_token_ids: list[int]) -> Sampling:
+    """How responses are drawn as `config` asks for it."""
+    return Sampling(config.temperature, config.top_p, config.max_new_tokens, tuple(stop_token_ids))
+
+
+def logprobs_identity(config: CacheConfig) -> dict[str, Any]:
+    """How log-probs were taken and are kept. `top_mass` is there only where it picks the number of entries."""
+    picked = {} if config.top_mass is None else {"top_mass": config.top_mass}
+    return {
+        "mode": "raw_logprobs",
+        "temperature": 1.0,
+        "unit": "nats",
+        "top_k": config.most_entries,
+        "entry_grid_nats": GRID_NATS,
+        **picked,
+    }
+
+
+def engine_identity(engine: ResolvedEngine, config: CacheConfig) -> dict[str, Any]:
+    """What runs the model, as far as it can change a result; a Ray cluster runs vLLM."""
+    changing = result_changing(config.engine_arg)
+    return {"engine": "vllm" if engine == "ray" else engine} | ({"engine_args": changing} if changing else {})
