@@ -147,17 +147,17 @@ def column_bytes(setting: Setting, rows_per_shard: int) -> dict[str, int]:
 def markdown(measured: Sequence[dict[str, Any]], facts: str, command: str, columns: dict[str, int]) -> str:
     """The page: how it was made, the table, and the columns of one setting."""
     lines = [
-        "# What a cache costs and what it loses",
+        "# Size and loss of a cache",
         "",
         f"Made by `{command}`.",
         "",
         facts,
         "",
-        "KL(teacher to cached) in nats a position, means over positions: the mass outside the entries is spread evenly "
-        "over the tokens outside. *Of it grid* is the part that comes from storing log-probs on a grid of 1/128 nat. "
-        "Bytes are those of the whole shards: ids, texts and sampled log-probs included.",
+        "KL is KL(teacher || cache) in nats per position, the mean over positions, with the tail mass spread evenly over "
+        "the tokens of the tail. *From the grid* is the part of it that comes from storing log-probs on a grid of "
+        "1/128 nat. Bytes are those of whole shards, with ids, texts and sampled log-probs.",
         "",
-        "| kept entries | entries a position | bytes a position | bytes an entry | mass kept | KL | of it grid "
+        "| kept entries | entries per position | bytes per position | bytes per entry | kept mass | KL | from the grid "
         "| largest entry error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -174,14 +174,14 @@ def markdown(measured: Sequence[dict[str, Any]], facts: str, command: str, colum
         "",
         f"Where the bytes of top {DETAILED} go:",
         "",
-        "| column | bytes an entry | share |",
+        "| column | bytes per entry | share |",
         "|---|---:|---:|",
     ]
     lines += [
         f"| `{name}` | {detailed['bytes_per_entry'] * size / total:.3f} | {size / total:.1%} |"
         for name, size in columns.items()
     ]
-    return "\n".join([*lines, "", "![bytes a position against KL](cache-size.png)", ""])
+    return "\n".join([*lines, "", "![bytes per position against KL](cache-size.png)", ""])
 
 
 def plot(measured: Sequence[dict[str, Any]], title: str, path: Path) -> None:
