@@ -1,17 +1,21 @@
-"""Who an output directory belongs to: a marker file in it records what it is made of."""
+"""Who an output directory belongs to: a marker file records what it is made of, a lock keeps other jobs out."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import differences
+from dpkd.core.progress import say
 
 ADVICE = "Choose another --out; nothing was overwritten"
+_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def output_exists(
@@ -65,3 +69,49 @@ def output_exists(
             advice=advice,
         )
     return True
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path, name: str, holder: Callable[[], str | None] = lambda: None) -> Iterator[bool]:
+    """Keep other dpkd jobs out of `directory`, which is created if it is missing, while the block runs.
+
+    The kernel releases the lock when the process ends, however it ends. The block gets False, and a warning is printed,
+    on a disk that has no such locks.
+
+    Args:
+        name: the lock's file in the directory; it is removed at the end.
+        holder: names the process that holds the lock, for the error.
+
+    Raises:
+        UserError: another process holds the lock, or the directory cannot be written to.
+    """
+    import filelock
+
+    lock = filelock.FileLock(directory / name, timeout=0, fallback_to_soft=False)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise another_writer(directory, holder()) from None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise UserError(
+                f"the directory cannot be written to: {error.strerror}", where=directory, advice="Choose another --out"
+            ) from error
+        say(f"the disk of {directory} has no file locks: run one job at a time in it")
+    try:
+        yield lock.is_locked
+    finally:
+        # filelock checks that the file it has locked still exists, so it can be removed while it is locked
+        (directory / name).unlink(missing_ok=True)
+        lock.release()
+
+
+def another_writer(where: object, holder: str | None) -> UserError:
+    """The error for a directory that another job (`holder`, where its name is known) is writing to."""
+    return UserError(
+        "another dpkd job is writing to this directory",
+        found=holder,
+        where=where,
+        advice="Wait until it has finished, or stop it",
+    )

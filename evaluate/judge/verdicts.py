@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.core.json_lines import AppendOnlyLines
+from dpkd.core.outputs import lock_directory
 from dpkd.evaluate.judge.questions import Form, parse_reply
 
 _FORMAT_VERSION = 1
@@ -58,27 +57,8 @@ class Verdicts:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other dpkd jobs from writing to the file's directory; raises `UserError` if one does."""
-        lock = filelock.FileLock(self.path.parent / _LOCK, timeout=0)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                "another dpkd job is writing to this directory",
-                where=self.path.parent,
-                advice="Wait until it has finished, or stop it",
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the directory: {error.strerror}",
-                where=self.path.parent,
-                advice="Choose another --out",
-            ) from error
-        try:
+        with lock_directory(self.path.parent, _LOCK):
             yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # safe while it is held: filelock checks what it has locked
-            lock.release()
 
     def read(self) -> dict[str, Answered]:
         """All answers so far by the question's key; a last line that a crash cut short is dropped.

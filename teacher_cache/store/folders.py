@@ -34,6 +34,10 @@ class Folder(Protocol):
         """Write a file, whole or not at all; `UserError` when the place refuses."""
         ...
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless it exists; returns whether it was written."""
+        ...
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of every file under the folder `prefix`, by name; leftovers of cut-off writes do not count."""
         ...
@@ -113,6 +117,17 @@ class LocalFolder:
     def write(self, name: str, data: bytes) -> None:
         """See `Folder.write`."""
         write_atomic(self.path / name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Folder.create`."""
+        try:
+            with (self.path / name).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise UserError(f"the file cannot be written: {error.strerror}", where=self.where(name)) from error
+        return True
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """See `Folder.sizes`."""

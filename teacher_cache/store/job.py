@@ -12,7 +12,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, differences, fingerprint, software_versions
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
-from dpkd.teacher_cache.store.locks import LOCK, Lock
+from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.store.schema import Origin
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
@@ -84,7 +84,7 @@ class Job:
             raise UserError("the output is a file, not a directory", where=self.folder)
         if self.folder.exists(JOB):
             return
-        held = sorted({name.split("/")[0] for name in self.folder.sizes()} - {LOCK})
+        held = sorted({name.split("/")[0] for name in self.folder.sizes()} - {LOCK, FLOCK})
         if held:
             raise UserError(
                 "the output directory holds other files",

@@ -154,7 +154,9 @@ def test_what_cannot_be_served_is_refused(toy_cache: Path) -> None:
         serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"max_logprobs": "7"}))
     with pytest.raises(UserError, match=r"enable_prefix_caching does not go with scoring"):
         serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"enable_prefix_caching": "true"}))
-    with pytest.raises(UserError, match=r"are longer than the model's positions: found 600 tokens, expected at most 512"):
+    with pytest.raises(
+        UserError, match=r"are longer than the model's positions: found 600 tokens, expected at most 512"
+    ):
         serve_teacher(ServeConfig(cache=toy_cache, max_length=600))
     with pytest.raises(UserError, match=r"CUDA is asked for and not there: found no CUDA device"):
         serve_teacher(ServeConfig(cache=toy_cache, device="cuda"))

@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_what_is_committed(
 ) -> None:
     out = small_disk / "cache"
     settings = config(out, toy_teacher, repeat_rows(tmp_path / "data.jsonl", 2))
-    with pytest.raises(UserError, match=r"cannot be written: No space left on device .* the same command goes"):
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device .* run the same command again"):
         build_cache(settings)
     kept = records(out)
     assert kept

@@ -138,7 +138,9 @@ def test_auto_is_vllm_where_it_is_installed() -> None:
 
 
 def test_a_sequence_beyond_the_positions_is_an_error(toy_teacher: Path) -> None:
-    with pytest.raises(UserError, match="are longer than the model's positions: found 600 tokens, expected at most 512"):
+    with pytest.raises(
+        UserError, match="are longer than the model's positions: found 600 tokens, expected at most 512"
+    ):
         open_engine(
             "vllm", locate_model(str(toy_teacher), "teacher"), EngineOptions(max_length=600, top_k=0, dtype="float32")
         )

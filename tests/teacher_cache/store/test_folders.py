@@ -165,7 +165,7 @@ def test_a_killed_job_goes_on_in_an_object_store(s3: str, toy_teacher: Path, toy
     process.send_signal(signal.SIGSTOP)  # alive, and no further while the second one starts
     second = subprocess.run(command, stderr=subprocess.PIPE, check=False)
     assert second.returncode == 2
-    assert f"another job is at work in the directory: found process {process.pid} on".encode() in second.stderr
+    assert f"another dpkd job is writing to this directory: found process {process.pid} on".encode() in second.stderr
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = folder.read_many(folder.sizes("ledger"))
@@ -175,7 +175,7 @@ def test_a_killed_job_goes_on_in_an_object_store(s3: str, toy_teacher: Path, toy
     again = subprocess.run(command, stderr=subprocess.PIPE, check=False)
     assert again.returncode == 0, again.stderr.decode()
     assert f"the lock of process {process.pid} on".encode() in again.stderr
-    assert b"is stale (that process no longer runs); taken over" in again.stderr
+    assert b"is stale (that process no longer runs); taking it over" in again.stderr
     cache = TeacherCache.open(out)
     shards = {shard.path: shard for shard in cache.manifest.shards}
     for content in kept.values():
@@ -193,8 +193,9 @@ def test_a_lock_refuses_the_second_and_knows_a_stale_one(
     folder = open_folder(location)
     assert locks.holder(folder) is None
     with locks.hold(folder) as lock:
-        assert locks.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
-        message = rf"another job is at work in the directory: found process {os.getpid()} on {socket.gethostname()}"
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        assert locks.holder(folder) == me
+        message = f"another dpkd job is writing to this directory: found {me}"
         with pytest.raises(UserError, match=message), locks.hold(folder):
             pass
         lock.check()
@@ -218,7 +219,7 @@ def test_a_lost_lock_stops_the_job(s3: str, monkeypatch: pytest.MonkeyPatch) -> 
         other = {"host": "elsewhere", "pid": 7, "token": "t", "renewed": time.time()}
         folder.write(locks.LOCK, json.dumps(other).encode())
         time.sleep(0.5)
-        with pytest.raises(UserError, match="another job has taken the lock of the directory: found process 7"):
+        with pytest.raises(UserError, match="another dpkd job has taken over this directory: found process 7"):
             lock.check()
     assert folder.exists(locks.LOCK)  # it is the other's now
 
