@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on real input, from nothing: set up, fetch a small real teacher, cache it with vLLM, train a student from
-# the cache, evaluate both. Safe to run again: what is finished is not done twice.
+# A complete distillation: set up the environment, fetch a small real teacher, cache it with vLLM, train a student from
+# the cache and evaluate both. You can run it again: it skips finished work.
 #
 #   bash scripts/quickstart.sh
 set -euo pipefail
@@ -13,4 +13,4 @@ setup_environment report
 echo "== environment ready after $((SECONDS - started)) s" >&2
 fetch_teacher models/smollm2-135m-instruct
 dpkd run quickstart --set teacher=models/smollm2-135m-instruct
-echo "== everything took $((SECONDS - started)) s" >&2
+echo "== finished after $((SECONDS - started)) s" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests. Arguments go to pytest: bash scripts/test.sh -m 'not engine' runs the fast ones alone.
-# Two processes share them, file by file; DPKD_TEST_PROCESSES=0 runs them all in one.
+# Set up the environment and run the tests. Arguments go to pytest: bash scripts/test.sh -m 'not engine' runs the fast
+# tests only. They run in two processes, file by file; DPKD_TEST_PROCESSES=0 runs them in one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
