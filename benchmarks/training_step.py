@@ -34,11 +34,14 @@ import torch
 from torch.nn import functional
 
 from dpkd.core.models import locate_model
-from dpkd.distill.batches.batch import Batch, BatchOrder, MicroBatch, TrainingRow, collate
+from dpkd.distill.batches.batch import Batch, MicroBatch
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.objectives.objective import Objective
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.distill.run.logs import peak_memory_bytes
 from dpkd.distill.training import decayed_groups

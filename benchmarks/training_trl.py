@@ -24,7 +24,7 @@ import torch
 import training_step
 
 from dpkd.core.models import locate_model
-from dpkd.distill.batches.batch import BatchOrder
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.distill.run.logs import peak_memory_bytes
 from dpkd.teacher_cache.store.reader import TeacherCache

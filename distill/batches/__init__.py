@@ -1,1 +1,1 @@
-"""From rows to the tensors of a step."""
+"""From rows to the tensors of a step, and the order in which steps read rows."""

@@ -1,71 +1,41 @@
-"""A pair's prompt once instead of twice: prompt, chosen and rejected response in one sequence, masked from each other.
+"""A pair as one sequence: the prompt once, then the chosen and the rejected response, hidden from each other.
 
-The rejected response does not see the chosen one, and its positions start again after the prompt, so that every
-log-prob is the one of two sequences of their own, up to rounding.
+The rejected response does not see the chosen one, and its positions start again after the prompt. Every log-prob is
+that of two separate sequences, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import Batch, TrainingRow, collate
+from dpkd.core.errors import UserError, first_line
+from dpkd.distill.batches.batch import SharedPrompts
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.store.schema import unscored_row
-
-_PROBE_TOKENS = (5, 3, 4)  # of prompt, chosen and rejected response in `check_sharing`
-
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """P pairs as P sequences, right padded. Response position t of the batch (chosen ones first, then rejected ones) is
-    predicted from the hidden state `(row_T[t], predict_T[t])`.
-    """
-
-    input_ids_PS: Tensor
-    position_ids_PS: Tensor
-    prompt_P: Tensor
-    chosen_P: Tensor
-    length_P: Tensor
-    row_T: Tensor
-    predict_T: Tensor
-
-    def mask(self) -> Tensor:
-        """[P, 1, S, S], true where a query (third dimension) sees a key; padding sees itself alone."""
-        place_S = torch.arange(self.input_ids_PS.shape[1], device=self.input_ids_PS.device)
-        query, key = place_S[None, :, None], place_S[None, None, :]
-        prompt, chosen, length = (value[:, None, None] for value in (self.prompt_P, self.chosen_P, self.length_P))
-        hidden = (query >= prompt + chosen) & (key >= prompt) & (key < prompt + chosen)
-        inside = (query < length) & (key < length)
-        return ((key <= query) & inside & ~hidden | (key == query))[:, None]
-
-    def to(self, device: torch.device) -> Self:
-        """The same on `device`."""
-        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
 def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:
-    """The sequences of `rows`, each with a rejected response to its chosen one's prompt."""
+    """The sequences of `rows`, whose rejected responses must answer the same prompt as the chosen ones."""
     parts = []
     for row in rows:
         assert row.rejected is not None
         assert np.array_equal(row.chosen.prompt_ids, row.rejected.prompt_ids), row.chosen.example_id
         parts.append((row.chosen.prompt_ids, row.chosen.response_ids, row.rejected.response_ids))
-    prompt_P, chosen_P, rejected_P = (np.array([len(part) for part in column]) for column in zip(*parts, strict=True))
-    length_P = prompt_P + chosen_P + rejected_P
-    place_PS = np.broadcast_to(np.arange(int(length_P.max())), (len(parts), int(length_P.max())))
-    input_ids_PS = np.zeros(place_PS.shape, np.int64)
-    for place, ids in enumerate(parts):
-        input_ids_PS[place, : length_P[place]] = np.concatenate(ids)
-    start_P = prompt_P + chosen_P
-    position_PS = np.where(place_PS >= start_P[:, None], place_PS - chosen_P[:, None], place_PS)
-    position_PS = np.where(place_PS < length_P[:, None], position_PS, 0)
-    # both responses' first tokens are predicted from the prompt's last
+    prompt_P, chosen_P, rejected_P = (np.array([len(ids) for ids in column]) for column in zip(*parts, strict=True))
+    start_P = prompt_P + chosen_P  # of the rejected responses
+    length_P = start_P + rejected_P
+    index_PS = np.broadcast_to(np.arange(int(length_P.max())), (len(parts), int(length_P.max())))
+    input_ids_PS = np.zeros(index_PS.shape, np.int64)
+    for row_ids, length, ids in zip(input_ids_PS, length_P, parts, strict=True):
+        row_ids[:length] = np.concatenate(ids)
+    position_PS = np.where(index_PS >= start_P[:, None], index_PS - chosen_P[:, None], index_PS)
+    position_PS = np.where(index_PS < length_P[:, None], position_PS, 0)
+    # the first token of both responses is predicted from the prompt's last token
     chosen = [prompt - 1 + np.arange(num) for prompt, num in zip(prompt_P, chosen_P, strict=True)]
     rejected = [
         np.concatenate([[prompt - 1], start + np.arange(num - 1)])
@@ -85,51 +55,41 @@ def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:
 
 @torch.no_grad()
 def check_sharing(model: nn.Module, name: str) -> None:
-    """Raise `UserError` unless the model gives a shared prompt the hidden states that two sequences have."""
+    """Raise `UserError` unless `model` gives a pair with a shared prompt the same hidden states as two sequences."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
-        raise _refused(name, f"attention within a window of {window} tokens")
+        raise _cannot_share(name, f"attention within a window of {window} tokens")
     device = next(model.parameters()).device
-    row = _probe_row()
-    batch, shared = collate([row], with_distributions=False).to(device), share_prompts([row]).to(device)
+    prompt, chosen, rejected = np.arange(1, 6), np.arange(6, 9), np.arange(9, 13)
+    rows = [TrainingRow(unscored_row(prompt, chosen), unscored_row(prompt, rejected))]
+    batch, shared = collate(rows, with_distributions=False).to(device), share_prompts(rows).to(device)
     was_training = model.training
     model.eval()
     decoder = model.get_decoder()  # type: ignore[operator]
-    apart_TD = _states(decoder, batch)
+    apart_BSD = decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)[0]
     try:
-        together_BSD = decoder(
+        shared_BSD = decoder(
             input_ids=shared.input_ids_PS,
             attention_mask=shared.mask(),
             position_ids=shared.position_ids_PS,
             use_cache=False,
         )[0]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _refused(name, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+        raise _cannot_share(name, f"{type(error).__name__}: {first_line(error)[:120]}") from None
     finally:
         model.train(was_training)
-    gap = float((together_BSD[shared.row_T, shared.predict_T] - apart_TD).abs().max())
+    apart_TD = apart_BSD[batch.row_T, batch.predict_T]
+    gap = float((shared_BSD[shared.row_T, shared.predict_T] - apart_TD).abs().max())
     if not gap <= 1e-3 * max(1.0, float(apart_TD.abs().max())):
-        raise _refused(name, f"hidden states off by {gap:.3g}")
+        raise _cannot_share(name, f"hidden states that differ by {gap:.3g}")
 
 
-def _states(decoder: nn.Module, batch: Batch) -> Tensor:
-    hidden_BSD: Tensor = decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)[
-        0
-    ]
-    return hidden_BSD[batch.row_T, batch.predict_T]
-
-
-def _probe_row() -> TrainingRow:
-    ids = np.split(np.arange(1, sum(_PROBE_TOKENS) + 1), np.cumsum(_PROBE_TOKENS)[:-1])
-    return TrainingRow(unscored_row(ids[0], ids[1]), unscored_row(ids[0], ids[2]))
-
-
-def _refused(name: str, found: str) -> UserError:
+def _cannot_share(name: str, found: str) -> UserError:
     return UserError(
-        "the student cannot read a prompt once for two responses",
+        "this student cannot read a prompt once for two responses",
         found=found,
-        expected="the hidden states of two sequences",
+        expected="the hidden states of two separate sequences",
         where=name,
-        advice="Leave share_prompt out",
+        advice="Leave out share_prompt",
     )

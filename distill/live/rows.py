@@ -28,12 +28,13 @@ from torch import nn
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.distill.batches.batch import RowOrder, RowSource, TrainingRow
+from dpkd.distill.batches.order import RowOrder
 from dpkd.distill.live.sampler import DrawCancelledError, Drawn, Sampler, open_sampler, sampling_of
 from dpkd.distill.live.store import SampleStore
 from dpkd.distill.live.teacher import TeacherService
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.held_out import read_columns
+from dpkd.distill.rows.columns import read_columns
+from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S

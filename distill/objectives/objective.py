@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dpkd.distill.batches.batch import Batch, MicroBatch
+from dpkd.distill.batches.batch import Batch, MicroBatch, narrowed
 from dpkd.distill.objectives.policy_gradient import minillm_loss
 from dpkd.distill.objectives.preference import (
     PreferenceOptions,
@@ -23,7 +23,6 @@ from dpkd.distill.objectives.student_forward import Read, read_target
 from dpkd.distill.objectives.teacher_lookup import cached_logprobs
 from dpkd.distill.options.objectives import PREFERENCES, PreferenceName
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.vocabulary import narrowed
 
 #: metrics that every line carries; null where the objective or the cache does not define them
 METRICS = (

@@ -1,1 +1,1 @@
-"""Training rows from a cache, a round, plain data or a corpus."""
+"""Training rows from a cache, a round, instruction data or a text corpus."""

@@ -1,9 +1,8 @@
-"""Where the documents of a corpus come from: a file, or a dataset that is streamed; and what they are by content."""
+"""The documents of a corpus, from a file or a streamed dataset, and their identity by content."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import file_sha256, fingerprint
+from dpkd.core.json_lines import read_json_lines, read_text_lines
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """Documents that can be walked through again and again, in one order.
+    """Documents that can be iterated again and again, always in the same order; empty ones are skipped.
 
-    `identity` holds name and content hash; a dataset of a hub has the hash that the library gives it, which is its
-    revision's. `documents` leaves out those that hold white space alone. `num_bytes` is the size of a local file.
+    `identity` holds name and content hash; for a dataset of a hub, the `datasets` library's hash of its revision.
+    `num_bytes` is the size of a local file.
     """
 
     name: str
@@ -30,8 +30,7 @@ class DocumentSource:
 def open_documents(location: str) -> DocumentSource:
     """The documents at `location`, a file or a dataset's name (see `dpkd.distill.rows.corpus.Corpus`).
 
-    Raises `UserError` when there is none; a row that has no text, or a line that cannot be read, raises it where it is
-    met.
+    Raises `UserError` when there are none. Iterating raises it for a row without text or an unreadable line.
     """
     path = Path(location)
     return _open_local(path) if path.suffix in _READERS or path.is_file() else _open_dataset(location)
@@ -39,11 +38,11 @@ def open_documents(location: str) -> DocumentSource:
 
 def _open_local(path: Path) -> DocumentSource:
     if not path.is_file():
-        raise UserError("the corpus is missing", where=path, advice=f"Give a file ({_SUFFIXES}) or a datasets name")
-    if path.suffix not in _READERS:
         raise UserError(
-            "the corpus has a suffix that is not known", found=repr(path.suffix), expected=_SUFFIXES, where=path
+            "the corpus is missing", where=path, advice=f"Give a file ({_SUFFIXES}) or the name of a dataset"
         )
+    if path.suffix not in _READERS:
+        raise UserError("the corpus has an unknown suffix", found=repr(path.suffix), expected=_SUFFIXES, where=path)
     identity = {"name": path.name, "sha256": file_sha256(path)}
     return DocumentSource(str(path), identity, lambda: _READERS[path.suffix](path), path.stat().st_size)
 
@@ -66,23 +65,23 @@ def _open_dataset(location: str) -> DocumentSource:
         ) from None
 
     def documents() -> Iterator[str]:
-        walk = enumerate(rows, start=1)
+        stream = enumerate(rows, start=1)
         while True:
             try:
-                line, row = next(walk)
+                line, row = next(stream)
             except StopIteration:
                 return
             except Exception as error:
                 raise UserError(
-                    f"the corpus cannot be read on: {first_line(error)}",
+                    f"the corpus can no longer be read: {first_line(error)}",
                     where=location,
-                    advice="Run the same command again; it goes on from the last checkpoint",
+                    advice="Run the same command again: it resumes from the last checkpoint",
                 ) from error
             if text := _text(row, line, location):
                 yield text
 
     files = (builder.config.data_files or {}).get(split, [])
-    if Path(name).is_dir():  # the library's hash of it changes with the place and time of the files
+    if Path(name).is_dir():  # the library's hash depends on the location and time of the files
         content = fingerprint([[Path(file).name, file_sha256(Path(file))] for file in files])
         return DocumentSource(location, {"name": Path(name).name, "split": split, "sha256": content}, documents)
     identity = {"name": name, "config": config or "", "split": split, "hash": str(builder.hash)}
@@ -90,7 +89,7 @@ def _open_dataset(location: str) -> DocumentSource:
 
 
 def _text(row: Any, line: int, where: object) -> str:
-    """The text of a row as it stands; empty where it is white space alone."""
+    """The text of a row, unchanged; empty where it is only white space."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = f"keys {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
@@ -101,39 +100,22 @@ def _text(row: Any, line: int, where: object) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"the text of row {line} holds half a surrogate pair, which no tokenizer takes", where=where
+            f"the text of row {line} contains half a surrogate pair, which no tokenizer accepts", where=where
         ) from None
     return text if text.strip() else ""
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    for line, content in _lines(path):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {line} is not JSON: {error.msg} at column {error.colno}", where=path) from None
+    for line, row in read_json_lines(path):
         if text := _text(row, line, path):
             yield text
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
-    for has_text, lines in itertools.groupby(
-        (content for _, content in _lines(path)), key=lambda line: bool(line.strip())
-    ):
+    lines = (text for _, text in read_text_lines(path))
+    for has_text, document in itertools.groupby(lines, key=lambda line: bool(line.strip())):
         if has_text:
-            yield "".join(lines).rstrip("\n")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    line = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line, content in enumerate(file, start=1):
-                yield line, content
-    except UnicodeDecodeError as error:
-        raise UserError(f"line {line + 1} is not UTF-8: {error.reason}", where=path) from None
+            yield "\n".join(document)
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:

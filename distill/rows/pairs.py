@@ -1,14 +1,14 @@
-"""Pairs of an example's responses, where a cached round has several: which chosen one stands against which rejected.
+"""Pairs of a chosen and a rejected response where a round has several student responses to an example.
 
 `all`            every chosen response of an example with every student response to it, each pair once
-`best-vs-worst`  one pair an example: of the chosen responses the one with the highest teacher log-prob a token (mean
-                 over its tokens, EOS counted), of the student's the one with the lowest; the first where they are equal
+`best-vs-worst`  one pair an example: the chosen response with the highest mean teacher log-prob of its tokens (EOS
+                 counted), and the student response with the lowest; the first one of equal values
 
-(The third rule, `index`, takes rows in file order: `dpkd.distill.rows.sources.CacheRows`.) A row that failed in the
-round is no response, and an example without a student response makes no pair. What counts is what lies in the
-given shards: with `--responses teacher` the student responses beside reference rows take no part.
+(`index`, the third rule, pairs rows of equal keys: `dpkd.distill.rows.sources.CacheRows`.) Rows that failed in the
+round, and examples without a student response, are in no pair. Only responses in the given shards count: with
+`--responses teacher`, student responses to the reference rows' shards do not.
 
-Only places of rows are kept, 16 bytes a pair; rows are read as they are asked for.
+Pairs are kept as row numbers, 16 bytes a pair. Rows themselves are read when they are needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import TrainingRow
-from dpkd.distill.rows.held_out import read_columns, read_example_ids, read_lengths
+from dpkd.distill.rows.columns import read_columns, read_example_ids, read_lengths
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
@@ -32,98 +32,96 @@ from dpkd.teacher_cache.store.shards import ShardRecord, read_shard
 PairRule = Literal["all", "best-vs-worst"]
 
 
-def paired_rows(cache: TeacherCache, held: Round, shards: Sequence[ShardRecord], rule: PairRule) -> PairedRows:
-    """The pairs of the cache's `shards` with those of the round that lie beside them.
+def paired_rows(cache: TeacherCache, student_round: Round, shards: Sequence[ShardRecord], rule: PairRule) -> PairedRows:
+    """The pairs of the cache's `shards` with the same shards of the round.
 
-    Reads example ids (for `best-vs-worst` log-probs too) of all of them once. Raises `UserError` when there is no pair.
+    Reads all example ids once, and for `best-vs-worst` all log-probs. Raises `UserError` when there is no pair.
     """
     numbers: dict[str, int] = {}
     with_scores = rule == "best-vs-worst"
     chosen = _read_responses(cache.folder, shards, numbers, with_scores)
-    rejected = _read_responses(
-        held.folder, [held.shards_by_path[record.path] for record in shards], numbers, with_scores
-    )
-    # the group of an example is the shard of its first chosen row; an example without one is in no pair
+    student_shards = [student_round.shards_by_path[record.path] for record in shards]
+    rejected = _read_responses(student_round.folder, student_shards, numbers, with_scores)
+    # the group of an example is the shard of its first chosen response; an example without one is in no pair
     first_shard = np.zeros(len(numbers), np.int32)
     examples, first = np.unique(chosen.example, return_index=True)
     first_shard[examples] = chosen.shard[first]
     if with_scores:
         chosen, rejected = chosen.take(_lowest(chosen, -chosen.score)), rejected.take(_lowest(rejected, rejected.score))
-    ours, theirs = cross(chosen.example, rejected.example)
-    if not len(ours):
+    i, j = cross(chosen.example, rejected.example)
+    if not len(i):
         raise UserError(
             "the round gives no pair",
             found=f"{len(chosen.example)} chosen responses, {len(rejected.example)} of the student",
-            where=held.folder,
+            where=student_round.folder,
             advice="Train with another --round",
         )
-    pairs = np.stack([chosen.shard[ours], chosen.place[ours], rejected.shard[theirs], rejected.place[theirs]], axis=1)
-    return PairedRows(cache, held, shards, pairs, first_shard[chosen.example[ours]])
+    pairs = np.stack([chosen.shard[i], chosen.index[i], rejected.shard[j], rejected.index[j]], axis=1)
+    return PairedRows(cache, student_round, shards, pairs, first_shard[chosen.example[i]])
 
 
 class PairedRows:
-    """Pairs as a source of rows. A group holds the pairs of the examples that begin in one shard of the cache."""
+    """Pairs as a `RowSource`. A group holds the pairs of the examples that start in one shard of the cache."""
 
     def __init__(
         self,
         cache: TeacherCache,
-        held: Round,
+        student_round: Round,
         shards: Sequence[ShardRecord],
         pairs: np.ndarray,
         group_of_pair: np.ndarray,
     ) -> None:
-        """`pairs` is [N, 4]: shard and place in it of the chosen row, then of the rejected one."""
-        self._cache_folder, self._round_folder = cache.folder, held.folder
+        """`pairs` is [N, 4]: shard and index in it of the chosen response, then of the rejected one."""
+        self._cache_folder, self._round_folder = cache.folder, student_round.folder
         self._shards = list(shards)
-        self._beside = [held.shards_by_path[record.path] for record in shards]
+        self._round_shards = [student_round.shards_by_path[record.path] for record in shards]
         order = np.argsort(group_of_pair, kind="stable")
         _, starts = np.unique(group_of_pair[order], return_index=True)
         self._groups = np.split(pairs[order].astype(np.int32), starts[1:])
         self.group_sizes = [len(group) for group in self._groups]
-        self.longest = max(record.longest for record in [*self._shards, *self._beside])
-        # an example may go on in the next shard and stand in those of another origin: what a window of the data order
-        # touches stays decoded
-        most = max(_num_distinct(group[:, 0]) + _num_distinct(group[:, 2]) for group in self._groups)
+        self.longest = max(record.longest for record in [*self._shards, *self._round_shards])
+        # an example may continue in later shards; all shards of a window of the data order stay decoded
+        most = max(len(np.unique(group[:, 0])) + len(np.unique(group[:, 2])) for group in self._groups)
         self._read = lru_cache(maxsize=WINDOW_GROUPS * most)(read_shard)
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """Pair `index` of a group."""
-        shard, place, other_shard, other_place = map(int, self._groups[group][index])
-        chosen = self._read(self._cache_folder, self._shards[shard]).row(place)
-        return TrainingRow(chosen, self._read(self._round_folder, self._beside[other_shard]).row(other_place))
+        """See `RowSource.row`: pair `index` of a group."""
+        shard, row, student_shard, student_row = map(int, self._groups[group][index])
+        chosen = self._read(self._cache_folder, self._shards[shard]).row(row)
+        return TrainingRow(chosen, self._read(self._round_folder, self._round_shards[student_shard]).row(student_row))
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource`; reads the ids of all rows once."""
-        ours = [read_lengths(self._cache_folder, record) for record in self._shards]
-        theirs = [read_lengths(self._round_folder, record) for record in self._beside]
+        """See `RowSource.lengths_by_group`; reads the ids of all rows once."""
+        chosen = [read_lengths(self._cache_folder, record) for record in self._shards]
+        rejected = [read_lengths(self._round_folder, record) for record in self._round_shards]
         return [
-            np.array([max(ours[shard][place], theirs[beside][other]) for shard, place, beside, other in group])
+            np.array([max(chosen[shard][row], rejected[other][other_row]) for shard, row, other, other_row in group])
             for group in self._groups
         ]
 
     def ids_by_group(self) -> list[list[str]]:
-        """Example id of every pair, read from the shards."""
+        """Example id of every pair."""
         ids = [read_example_ids(self._cache_folder, record) for record in self._shards]
-        return [[ids[shard][place] for shard, place in group[:, :2].tolist()] for group in self._groups]
+        return [[ids[shard][row] for shard, row in group[:, :2].tolist()] for group in self._groups]
 
 
 @dataclass(frozen=True)
 class _Responses:
-    """R responses: number of the example, number of the shard, place in it, mean log-prob a token (nats)."""
+    """R responses: number of the example, number of the shard, index in it, mean log-prob of a token (nats)."""
 
     example: np.ndarray
     shard: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
     score: np.ndarray
 
-    def take(self, places: np.ndarray) -> _Responses:
-        return _Responses(self.example[places], self.shard[places], self.place[places], self.score[places])
+    def take(self, indices: np.ndarray) -> _Responses:
+        return _Responses(self.example[indices], self.shard[indices], self.index[indices], self.score[indices])
 
 
 def _read_responses(
     folder: Folder, records: Sequence[ShardRecord], numbers: dict[str, int], with_scores: bool
 ) -> _Responses:
-    """The responses of shards in order; `numbers` gives each example its number and takes up new ones."""
+    """The responses of shards in order. `numbers` maps example ids to numbers; new ids are added to it."""
     names = ["example_id", "response_logprobs"] if with_scores else ["example_id"]
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for shard, record in enumerate(records):
@@ -144,27 +142,23 @@ def _means(lists: object) -> np.ndarray:
     """Mean of every list of a column of lists; 0 for an empty one."""
     lengths = pc.list_value_length(lists).to_numpy()
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    # each list is summed by itself, so that equal lists have equal means wherever they stand
+    # each list is summed by itself, so that equal lists have equal means
     sums = np.bincount(owners, weights=pc.list_flatten(lists).to_numpy(), minlength=len(lengths))
     return sums / np.maximum(lengths, 1)
 
 
 def _lowest(responses: _Responses, score: np.ndarray) -> np.ndarray:
-    """Place of each example's response with the lowest score, the first of equal ones."""
+    """Index of each example's response with the lowest score, the first of equal ones."""
     order = np.lexsort((np.arange(len(score)), score, responses.example))
     _, first = np.unique(responses.example[order], return_index=True)
     return order[first]
 
 
 def cross(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places (i, j) of every pair with ours[i] == theirs[j], each once: i in order, j in order for each i."""
+    """Indices (i, j) of every pair with ours[i] == theirs[j], each once: i ascending, j ascending for each i."""
     order = np.argsort(theirs, kind="stable")
     starts = np.searchsorted(theirs[order], ours, side="left")
     counts = np.searchsorted(theirs[order], ours, side="right") - starts
     i = np.repeat(np.arange(len(ours)), counts)
     within = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
     return i, order[np.repeat(starts, counts) + within]
-
-
-def _num_distinct(values: np.ndarray) -> int:
-    return len(np.unique(values))

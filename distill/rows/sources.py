@@ -11,10 +11,11 @@ from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
-from dpkd.distill.batches.batch import RowSource, TrainingRow
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.held_out import choose_of_cache, ids_by_group, read_keys, read_lengths, split_rows
+from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
+from dpkd.distill.rows.held_out import choose_of_cache, split_rows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
+from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
 from dpkd.teacher_cache.build.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.store.folders import Folder
@@ -24,31 +25,32 @@ from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
 
 class CacheRows:
-    """Rows of a cache's shards, each with its neighbour in a round when one is given.
+    """Rows of a cache's shards. With a round: its student responses, each paired with the cache's row of the same key.
 
-    Without `pairs` the round's rows stand alone: the student's responses with the teacher's distributions on them.
+    With `pairs=False` only the round's rows are read: student responses with the teacher's distributions on them.
+    Rows that failed in the round are in neither.
     """
 
     def __init__(
-        self, cache: TeacherCache, shards: list[ShardRecord], held: Round | None, *, pairs: bool = True
+        self, cache: TeacherCache, shards: list[ShardRecord], student_round: Round | None = None, *, pairs: bool = True
     ) -> None:
-        self._cache, self._shards, self._round, self._pairs = cache, shards, held, pairs
+        self._cache, self._shards, self._round, self._pairs = cache, shards, student_round, pairs
 
     @cached_property
     def group_sizes(self) -> list[int]:
-        """Rows in each shard; of a round's, where one is given: a row that it could not answer makes no pair."""
-        return [self._paired(shard).rows for shard in self._shards]
+        """See `RowSource.group_sizes`: rows in each shard."""
+        return [self._in_round(shard).rows for shard in self._shards]
 
     @cached_property
     def longest(self) -> int:
         """See `RowSource.longest`."""
-        return max(max(shard.longest, self._paired(shard).longest) for shard in self._shards)
+        return max(max(shard.longest, self._in_round(shard).longest) for shard in self._shards)
 
-    def _paired(self, record: ShardRecord) -> ShardRecord:
+    def _in_round(self, record: ShardRecord) -> ShardRecord:
         return record if self._round is None else self._round.shards_by_path[record.path]
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """Row `index` of shard `group`, and the student's response to the same prompt."""
+        """See `RowSource.row`."""
         record = self._shards[group]
         if self._round is None:
             return TrainingRow(self._cache.read(record).row(index))
@@ -59,47 +61,50 @@ class CacheRows:
         return TrainingRow(shard.row(shard.place_of[students.key(index)]), students.row(index))
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource`; reads the ids of all rows once."""
-        own = [read_lengths(self._cache.folder, record) for record in self._shards]
+        """See `RowSource.lengths_by_group`; reads the ids of all rows once."""
         if self._round is None:
-            return own
-        beside = [self._paired(record) for record in self._shards]
-        drawn = [read_lengths(self._round.folder, record) for record in beside]
+            return [read_lengths(self._cache.folder, record) for record in self._shards]
+        lengths = [read_lengths(self._round.folder, self._in_round(record)) for record in self._shards]
         if not self._pairs:
-            return drawn
-        # rows that failed in the round are not in it
-        keys = [read_keys(self._cache.folder, record) for record in self._shards]
-        theirs = [read_keys(self._round.folder, record) for record in beside]
-        joined = []
-        for lengths, ours, found, others in zip(own, keys, drawn, theirs, strict=True):
-            place_of = {key: place for place, key in enumerate(ours)}
-            joined.append(np.maximum(found, lengths[[place_of[key] for key in others]]))
-        return joined
+            return lengths
+        longer = []
+        for record, student_lengths in zip(self._shards, lengths, strict=True):
+            index_of = {key: index for index, key in enumerate(read_keys(self._cache.folder, record))}
+            indices = [index_of[key] for key in read_keys(self._round.folder, self._in_round(record))]
+            longer.append(np.maximum(student_lengths, read_lengths(self._cache.folder, record)[indices]))
+        return longer
+
+    def ids_by_group(self) -> list[list[str]]:
+        """Example id of every row."""
+        folder = self._cache.folder if self._round is None else self._round.folder
+        return [read_example_ids(folder, self._in_round(record)) for record in self._shards]
 
 
 class DataRows:
-    """Reference responses of instruction data, encoded in memory; no teacher has seen them."""
+    """Reference responses of instruction data, encoded in memory, in one group. No teacher has scored them."""
 
     def __init__(self, rows: list[CachedRow]) -> None:
         self._rows = rows
         self.group_sizes = [len(rows)]
-        self.longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+        self.longest = int(self.lengths_by_group()[0].max())
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """Row `index`; there is one group."""
+        """See `RowSource.row`."""
         return TrainingRow(self._rows[index])
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource`."""
+        """See `RowSource.lengths_by_group`."""
         return [np.array([len(row.prompt_ids) + len(row.response_ids) for row in self._rows])]
 
 
-def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig) -> tuple[RowSource, RowSource | None]:
-    """The rows that `config` trains on, with those of the round `held` beside them, and those that are held out.
+def open_cache_rows(
+    cache: TeacherCache, student_round: Round | None, config: TrainConfig
+) -> tuple[RowSource, RowSource | None]:
+    """The rows that `config` trains on, and its validation rows if it asks for any.
 
     Raises `UserError` when the cache does not hold what the objective needs.
     """
-    check_distributions(cache, held, config)
+    check_distributions(cache, student_round, config)
     origin = _origin(config)
     shards = cache.shards(origin)
     if not shards:
@@ -111,16 +116,17 @@ def open_cache_rows(cache: TeacherCache, held: Round | None, config: TrainConfig
             advice="Change --responses, or build a cache with --responses both",
         )
     if config.verify == "start":
-        # every byte that will be read is checked before the first step, not when its turn comes
-        for folder, shard in used_shards(cache, held, config):
+        for folder, shard in used_shards(cache, student_round, config):
             check_shard(folder, shard)
-    source: CacheRows | PairedRows = CacheRows(cache, shards, held, pairs=config.needs_pairs)
-    if held is not None and config.needs_pairs and config.pairing != "index":
-        source = paired_rows(cache, held, shards, config.pairing)
+    source: CacheRows | PairedRows
+    if student_round is not None and config.needs_pairs and config.pairing != "index":
+        source = paired_rows(cache, student_round, shards, config.pairing)
+    else:
+        source = CacheRows(cache, shards, student_round, pairs=config.needs_pairs)
     if not config.validation_examples:
         return source, None
-    ids = source.ids_by_group() if isinstance(source, PairedRows) else ids_by_group(cache, held, shards)
-    return split_rows(source, ids, choose_of_cache(cache, config.validation_examples, config.seed))
+    held_out = choose_of_cache(cache, config.validation_examples, config.seed)
+    return split_rows(source, source.ids_by_group(), held_out)
 
 
 def _origin(config: TrainConfig) -> str | None:
@@ -128,11 +134,15 @@ def _origin(config: TrainConfig) -> str | None:
     return None if origin == "all" else origin
 
 
-def used_shards(cache: TeacherCache, held: Round | None, config: TrainConfig) -> list[tuple[Folder, ShardRecord]]:
-    """The shards that `config` trains on, and those of the round `held` beside them, each with its folder."""
+def used_shards(
+    cache: TeacherCache, student_round: Round | None, config: TrainConfig
+) -> list[tuple[Folder, ShardRecord]]:
+    """The shards of the cache, and of the round if there is one, that `config` trains on, each with its folder."""
     shards = cache.shards(_origin(config))
-    students = [] if held is None else [(held.folder, held.shards_by_path[shard.path]) for shard in shards]
-    return [*((cache.folder, shard) for shard in shards), *students]
+    used: list[tuple[Folder, ShardRecord]] = [(cache.folder, shard) for shard in shards]
+    if student_round is not None:
+        used += [(student_round.folder, student_round.shards_by_path[shard.path]) for shard in shards]
+    return used
 
 
 def check_lengths(rows: RowSource, limit: int | None, *, where: str) -> None:
@@ -140,36 +150,33 @@ def check_lengths(rows: RowSource, limit: int | None, *, where: str) -> None:
     if limit is None or rows.longest <= limit:
         return
     lengths = np.concatenate(rows.lengths_by_group())
-    check_positions(rows.longest, limit, where=where, num_rows=(int((lengths > limit).sum()), len(lengths)))
+    too_long = f", which {int((lengths > limit).sum())} of {len(lengths)} rows exceed"
+    check_positions(rows.longest, limit, where=where, too_long=too_long)
 
 
-def check_positions(longest: int, limit: int | None, *, where: str, num_rows: tuple[int, int] | None = None) -> None:
-    """Raise `UserError` when the longest row, in tokens, is longer than the student's positions (None: no limit).
-
-    `num_rows` says how many rows are too long, and how many there are.
-    """
+def check_positions(longest: int, limit: int | None, *, where: str, too_long: str = "") -> None:
+    """Raise `UserError` when `longest`, in tokens, exceeds the student's positions (None: no limit)."""
     if limit is not None and longest > limit:
         raise UserError(
             "the longest row is longer than the student's positions",
             found=f"{longest} tokens",
-            expected=f"at most {limit}"
-            + ("" if num_rows is None else ", which {} of {} rows exceed".format(*num_rows)),
+            expected=f"at most {limit}{too_long}",
             where=where,
             advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
         )
 
 
-def top_k_of(cache: CacheReader, held: Round | None, config: TrainConfig) -> int:
-    """Most entries a position of the responses that are learnt from: the round's where these stand alone."""
-    if held is None or config.needs_pairs:
+def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
+    """Most entries a position of the responses to learn from: the round's, where its rows are read alone."""
+    if student_round is None or config.needs_pairs:
         return cache.top_k
-    return int(held.manifest.identities["logprobs"]["top_k"])
+    return int(student_round.manifest.identities["logprobs"]["top_k"])
 
 
-def check_distributions(cache: CacheReader, held: Round | None, config: TrainConfig) -> None:
-    """Raise `UserError` when the objective needs distributions and what it learns from keeps none."""
-    if config.needs_distributions and top_k_of(cache, held, config) == 0:
-        source = "cache" if held is None or config.needs_pairs else "round"
+def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
+    """Raise `UserError` when the objective needs distributions and its responses have none."""
+    if config.needs_distributions and top_k_of(cache, student_round, config) == 0:
+        source = "cache" if student_round is None or config.needs_pairs else "round"
         raise UserError(
             f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs",
             found="top-k 0",
@@ -182,9 +189,9 @@ def check_distributions(cache: CacheReader, held: Round | None, config: TrainCon
 def open_data_rows(
     config: TrainConfig, encoder: PromptEncoder, student: ModelSource
 ) -> tuple[DataRows, dict[str, str]]:
-    """Rows of `config.data` and the data's identity; rows that cannot be used are counted and said.
+    """Rows of `config.data`, and the identity of the data. Prints which rows cannot be used, and how many.
 
-    Raises `UserError` where none can, and for text that the student has no embeddings for.
+    Raises `UserError` when no row can be used, or when text contains ids that the student has no embedding for.
     """
     assert config.data is not None  # the caller's choice
     source = open_examples(config.data)
@@ -201,9 +208,9 @@ def open_data_rows(
             ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
             rows.append(unscored_row(prompt.ids, ids, example.example_id, sample))
     for row in skipped[:5]:
-        say(f"left out: line {row.line}: {row.reason}")
+        say(f"skipped line {row.line}: {row.reason}")
     if skipped:
-        say(f"{len(skipped)} rows of the data are left out")
+        say(f"skipped {len(skipped)} rows of the data")
     if not rows:
         raise UserError("no row of the data can be used", where=config.data)
     check_data(student, rows, config.data)

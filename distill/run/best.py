@@ -11,7 +11,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
-from dpkd.distill.batches.batch import RowSource
+from dpkd.distill.rows.row import RowSource
 
 BEST_DIR = "best"
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from dpkd.distill.batches.batch import MicroBatch, RowOrder, TrainingRow, collate
+from dpkd.distill.batches.batch import MicroBatch
+from dpkd.distill.batches.collate import collate, collate_corpus
+from dpkd.distill.batches.order import RowOrder
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.run.setup import Run
 
 if TYPE_CHECKING:
@@ -76,14 +79,14 @@ class Feed:
                 size, ranks = self._config.batch_size, self._accelerator.num_processes
                 block = step * self._config.gradient_accumulation_steps + place
                 start = (block * ranks + self._accelerator.process_index) * size
-                corpus = self._run.corpus.batch(start, size)
+                corpus = collate_corpus(self._run.corpus.blocks(start, size), start)
             parts.append(MicroBatch(rows, corpus, share_prompts(found) if self._config.share_prompt else None))
         return parts
 
     def _places(self, step: int) -> list[list[tuple[int, int]]]:
         """(group, row) of this rank's forward passes of `step`."""
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
-        return self._order.passes_of(step)[rank::ranks]
+        return self._order.micro_batches_of(step)[rank::ranks]
 
     def _rows(self, step: int, places: list[tuple[int, int]]) -> list[TrainingRow]:
         if self._live is not None:

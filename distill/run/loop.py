@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
-from dpkd.distill.batches.batch import MicroBatch, prefetched
+from dpkd.distill.batches.batch import MicroBatch
+from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.objectives.reduction import means, whole
 from dpkd.distill.rows.following import FollowedRows
@@ -69,7 +70,7 @@ class Loop:
                 prefetched(
                     self._feed.parts,
                     range(first, self._steps),
-                    give_up=lambda: interrupts.should_stop,
+                    should_stop=lambda: interrupts.should_stop,
                     on_close=self._feed.cancel,
                 )
             ) as batches,
@@ -134,7 +135,7 @@ class Loop:
             return
         if whole(self._accelerator, [{"ranks": int(not rows.is_finished())}])["ranks"]:
             self._save(self._steps)
-            on_all_ranks(self._accelerator, lambda: rows.wait_for(None, give_up=lambda: interrupts.should_stop))
+            on_all_ranks(self._accelerator, lambda: rows.wait_for(None, should_stop=lambda: interrupts.should_stop))
 
     def _step(self, step: int, parts: list[MicroBatch]) -> dict[str, Any]:
         accelerator = self._accelerator

@@ -13,10 +13,11 @@ from dpkd.core.files import write_atomic
 from dpkd.core.identity import canonical_json, differences, software_versions
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.prompts.templates import PromptEncoder
-from dpkd.distill.batches.batch import BatchOrder, RowOrder, RowSource
+from dpkd.distill.batches.order import BatchOrder, FollowOrder, RowOrder
 from dpkd.distill.batches.token_budget import TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.following import FollowedRows, FollowOrder, open_growing
+from dpkd.distill.rows.following import FollowedRows, open_growing
+from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import (
     check_distributions,
     check_lengths,
@@ -151,7 +152,7 @@ def plan_steps(run: Run, num_processes: int) -> tuple[int, RowOrder]:
             config.seed,
             budget=config.batch_tokens,
             sequences=2 if config.needs_pairs else 1,
-            passes_per_step=config.gradient_accumulation_steps * num_processes,
+            micro_batches_per_step=config.gradient_accumulation_steps * num_processes,
         )
         return config.steps or by_tokens.num_steps(config.epochs or 1), by_tokens
     else:

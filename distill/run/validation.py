@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dpkd.distill.batches.batch import MicroBatch, RowSource, collate
+from dpkd.distill.batches.batch import MicroBatch
+from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.objective import Objective, Score, StepSums
 from dpkd.distill.objectives.reduction import means, whole
+from dpkd.distill.rows.row import RowSource
 
 VALIDATION_LOG = "validation.jsonl"
 

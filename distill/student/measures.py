@@ -17,12 +17,14 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress
 from dpkd.core.prompts.templates import PromptEncoder
-from dpkd.distill.batches.batch import Batch, BatchOrder, TrainingRow, collate
+from dpkd.distill.batches.batch import Batch, narrowed
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.objectives.preference import sum_by_row
 from dpkd.distill.objectives.readings import distribution_fields, measured
 from dpkd.distill.objectives.student_forward import Positions, StudentScorer, check_head
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows, check_positions
-from dpkd.distill.rows.vocabulary import narrowed
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 _BATCH_SIZE = 8

@@ -30,10 +30,9 @@ from typer.testing import CliRunner
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.batches.batch import Batch
+from dpkd.distill.batches.batch import Batch, narrowed
 from dpkd.distill.objectives.student_forward import check_head
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.vocabulary import narrowed
 from dpkd.distill.training import train
 from dpkd.pipelines.cli import make_app
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
@@ -238,7 +237,7 @@ def test_every_reader_of_the_cache_takes_a_wider_teacher(
     out = train(config_of(tmp_path / "run", wider_teacher.cache, wider_teacher.student, **options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) and line["kld"] >= 0 for line in lines)
-    said = "the student has 600 logits and the teacher 640: what the teacher gives to ids from 600 on counts to the"
+    said = "the student has 600 logits and the teacher 640: the teacher's probability of ids 600 and above counts"
     assert capsys.readouterr().err.count(said) == 1
 
 
@@ -263,9 +262,9 @@ def test_entries_without_a_logit_are_part_of_the_remainder() -> None:
     torch.testing.assert_close(found.entry_logprobs_TK.exp(), expected)
     torch.testing.assert_close(found.log_tail_T.exp(), torch.tensor([0.4, 0.7, 0.0]))
     assert narrowed(held, 10) is held
-    with pytest.raises(UserError, match=r"keeps nothing but ids that the student has no logit for.* row row-0\)"):
+    with pytest.raises(UserError, match=r"the student has no logit for any id that the cache keeps.* row row-0\)"):
         narrowed(replace(held, input_ids_BS=torch.ones(1, 4, dtype=torch.long)), 2)
-    with pytest.raises(UserError, match=r"no place for: found id 7, expected ids below 7 \(in rows row-0\)"):
+    with pytest.raises(UserError, match=r"no embedding for: found id 7, expected ids below 7 \(in rows row-0\)"):
         narrowed(held, 7)
 
 
@@ -304,7 +303,7 @@ def test_text_that_a_narrower_student_cannot_read_is_refused_with_the_number_of_
     assert count > 0
     with pytest.raises(
         UserError,
-        match=rf"no place for: found {count} rows with ids up to {largest}, expected ids below 600 .*"
+        match=rf"no embedding for: found {count} rows with ids up to {largest}, expected ids below 600 .*"
         rf"resize_token_embeddings\({largest + 1}\)",
     ):
         train(config_of(tmp_path / "run", toys.cache, toys.student))

@@ -226,7 +226,7 @@ def test_data_with_tokens_that_the_student_has_no_embedding_for(
     options = {"data": str(data), "student": str(student), "objective": "sft", "batch_size": 1, "device": "cpu"}
     with pytest.raises(
         UserError,
-        match=r"the data holds text with token ids that the student has no place for: found 2 of 3 rows with ids up to "
+        match=r"the data contains token ids that the student has no embedding for: found 2 of 3 rows with ids up to "
         r"600, expected ids below 600 \(in .*data\.jsonl\)",
     ):
         train(TrainConfig(out=tmp_path / "run", **options))

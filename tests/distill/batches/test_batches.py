@@ -8,8 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.distill.batches.batch import BatchOrder, TrainingRow, collate, prefetched
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.batches.order import BatchOrder
+from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.objectives.teacher_lookup import cached_logprobs
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.engines.engine import Distributions
 from dpkd.teacher_cache.store.schema import CachedRow
 

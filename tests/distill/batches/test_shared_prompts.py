@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import TrainingRow, collate
+from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.shared_prompts import check_sharing, share_prompts
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.training import train
 from dpkd.teacher_cache.store.schema import CachedRow
 

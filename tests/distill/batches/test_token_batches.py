@@ -17,7 +17,7 @@ lengths = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=30), min_si
 
 def make(groups: list[list[int]], seed: int = 0, budget: int = 120, passes: int = 1, sequences: int = 1):  # type: ignore[no-untyped-def]
     return TokenBatchOrder(
-        [np.array(group) for group in groups], seed, budget=budget, sequences=sequences, passes_per_step=passes
+        [np.array(group) for group in groups], seed, budget=budget, sequences=sequences, micro_batches_per_step=passes
     )
 
 
@@ -32,7 +32,7 @@ def test_every_row_once_an_epoch_and_no_pass_above_the_budget(
     for epoch in range(3):
         seen: Counter[tuple[int, int]] = Counter()
         while order.epoch_of(step) == epoch:
-            (rows,) = order.passes_of(step)
+            (rows,) = order.micro_batches_of(step)
             assert len(rows) * max(groups[group][row] for group, row in rows) * sequences <= 120
             seen.update(rows)
             step += 1
@@ -47,10 +47,12 @@ def test_a_step_needs_no_step_before_it_and_ranks_share_the_same_passes(
 ) -> None:
     walked = make(groups, passes=passes)
     for before in range(step):
-        walked.rows_of(before)
-    assert walked.passes_of(step) == make(groups, passes=passes).passes_of(step)
+        walked.micro_batches_of(before)
+    assert walked.micro_batches_of(step) == make(groups, passes=passes).micro_batches_of(step)
     singly = make(groups)
-    assert walked.passes_of(step) == [singly.passes_of(step * passes + place)[0] for place in range(passes)]
+    assert walked.micro_batches_of(step) == [
+        singly.micro_batches_of(step * passes + place)[0] for place in range(passes)
+    ]
 
 
 def test_passes_hold_rows_of_like_length_in_random_order() -> None:
@@ -61,7 +63,7 @@ def test_passes_hold_rows_of_like_length_in_random_order() -> None:
     padded = used = 0
     longest = []
     for step in steps:
-        found = [groups[group][row] for group, row in order.rows_of(step)]
+        found = [groups[group][row] for rows in order.micro_batches_of(step) for group, row in rows]
         padded += len(found) * max(found)
         used += sum(found)
         longest.append(max(found))
@@ -70,7 +72,7 @@ def test_passes_hold_rows_of_like_length_in_random_order() -> None:
 
 
 def test_a_row_above_the_budget_is_refused_before_the_first_step() -> None:
-    with pytest.raises(UserError, match="longest row does not fit a forward pass: found 121 tokens, expected at most"):
+    with pytest.raises(UserError, match="longest row does not fit into a micro-batch: found 121 tokens, expected at"):
         make([[5, 121]])
     with pytest.raises(UserError, match="122 tokens for a pair"):
         make([[5, 61]], sequences=2)

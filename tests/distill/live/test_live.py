@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.batches.batch import BatchOrder, TrainingRow
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.live import rows as live_module
 from dpkd.distill.live.rows import LiveRows, draw_seed
 from dpkd.distill.live.sampler import TransformersSampler
 from dpkd.distill.live.store import stored_rows
 from dpkd.distill.live.teacher import TeacherService
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import open_cache_rows
 from dpkd.teacher_cache.engines.engine import (
     EngineOptions,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpkd.distill.batches.batch import Batch, TrainingRow, collate
+from dpkd.distill.batches.batch import Batch
+from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.preference import dpkd_sequence_loss, dpkd_token_loss, sum_by_row
 from dpkd.distill.objectives.teacher_lookup import cached_logprobs
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS

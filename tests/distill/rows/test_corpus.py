@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
+from dpkd.distill.batches.collate import collate_corpus
 from dpkd.distill.rows import corpus as corpus_module
-from dpkd.distill.rows.corpus import Corpus, collate_corpus
+from dpkd.distill.rows.corpus import Corpus
 
 TEXTS = [f"Document {number}: " + "words and more words, " * (1 + number % 5) + "end." for number in range(40)]
 LENGTH = 16
@@ -117,7 +118,7 @@ def test_a_file_over_a_limit_is_streamed(
     num_tokens, num_bytes = len(stream_of(tokenizer, TEXTS)), corpus_file.stat().st_size
     assert 1000 < num_tokens < num_bytes < 8 * 1000
     corpus = Corpus(str(corpus_file), tokenizer, LENGTH, seed=0)
-    assert type(corpus._blocks).__name__ == ("_HeldBlocks" if way == "held" else "_StreamedBlocks")
+    assert type(corpus._blocks).__name__ == ("_BlocksInMemory" if way == "held" else "_StreamedBlocks")
     assert ("more than 1000 tokens: it is streamed" in capsys.readouterr().err) == (way == "too-many-tokens")
 
 
@@ -184,7 +185,7 @@ def test_a_file_is_known_by_its_content(
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, r"the corpus is missing \(in .*absent\.jsonl\)\. Give a file"),
-        ("corpus.csv", "text\nword\n", r"a suffix that is not known: found '\.csv', expected \.jsonl or"),
+        ("corpus.csv", "text\nword\n", r"the corpus has an unknown suffix: found '\.csv', expected \.jsonl or"),
         ("corpus.jsonl", "", r"the corpus holds no text \(in .*corpus\.jsonl\)"),
         ("corpus.jsonl", '{"text": " "}\n', "the corpus holds no text"),
         ("corpus.txt", "\n \n", "the corpus holds no text"),
@@ -192,7 +193,7 @@ def test_a_file_is_known_by_its_content(
         ("corpus.jsonl", '{"text": "a"}\n{"words": "b"}\n', "row 2 of the corpus has no text: found keys words"),
         ("corpus.jsonl", '{"text": null}\n', "row 1 of the corpus has no text: found `text` of type NoneType"),
         ("corpus.jsonl", "[1]\n", "row 1 of the corpus has no text: found list, expected text in `text`"),
-        ("corpus.jsonl", '{"text": "\\ud800"}\n', "the text of row 1 holds half a surrogate pair"),
+        ("corpus.jsonl", '{"text": "\\ud800"}\n', "the text of row 1 contains half a surrogate pair"),
         ("corpus.jsonl", '{"text": "a"}\n{"te\n', r"line 2 is not JSON: .* at column \d \(in .*corpus\.jsonl\)"),
         ("corpus.txt", b"\xff\xfe", "line 1 is not UTF-8"),
         ("corpus.parquet", "not parquet", "the file is not Parquet"),
@@ -253,7 +254,7 @@ def test_the_targets_give_the_model_s_own_language_model_loss(
     tokenizer: PreTrainedTokenizerBase, corpus_file: Path, toy_student: Path
 ) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(toy_student)
-    batch = Corpus(str(corpus_file), tokenizer, LENGTH, seed=0).batch(2, 3)
+    batch = collate_corpus(Corpus(str(corpus_file), tokenizer, LENGTH, seed=0).blocks(2, 3), start=2)
     with torch.no_grad():
         output = model(input_ids=batch.input_ids_BS, labels=batch.input_ids_BS)
         logprobs = torch.log_softmax(output.logits[batch.row_T, batch.predict_T].float(), dim=1)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from dpkd.core.errors import UserError
+from dpkd.distill.batches.order import FollowOrder
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.following import FollowedRows, FollowOrder
+from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.training import train
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.growing import GrowingCache
@@ -88,7 +89,8 @@ def test_both_processes_run_and_a_killed_trainer_goes_on(
     assert writer.wait(timeout=180) == 0
     assert (cache / "manifest.json").exists()
 
-    order = [json.loads(line)["path"] for line in (run / "followed.jsonl").read_text().splitlines()]
+    _, *lines = (run / "followed.jsonl").read_text().splitlines()
+    order = [json.loads(line)["path"] for line in lines]
     assert (run / "followed.jsonl").read_text().splitlines()[: len(order_at_kill)] == order_at_kill
     assert sorted(order) == [shard.path for shard in TeacherCache.open(cache).shards()]
     # the same steps on the finished cache, without a kill or a wait: this engine commits its shards in order
@@ -108,7 +110,7 @@ def test_an_interrupt_while_it_waits_ends_the_trainer(tmp_path: Path, toy_cache:
     trainer.send_signal(signal.SIGINT)
     _, errors = trainer.communicate(timeout=60)
     assert trainer.returncode == 130, errors.decode()
-    assert b"caught up with the cache (18 of 40 rows are there); waiting for more" in errors
+    assert b"read 18 of 40 rows of the cache so far; waiting for more" in errors
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
@@ -174,6 +176,6 @@ def test_the_first_epoch_is_in_order_of_commitment_and_later_ones_are_permutatio
 
 
 def test_a_cache_that_nobody_begins_is_an_error(tmp_path: Path, toy_student: Path) -> None:
-    with pytest.raises(UserError, match=r"no job has begun the cache in 0 s \(in .*nowhere\)"):
+    with pytest.raises(UserError, match=r"no job has started the cache in 0 s \(in .*nowhere\)"):
         train(config(tmp_path / "run", tmp_path / "nowhere", toy_student, steps=1, follow_timeout_s=0.1))
     assert not (tmp_path / "run").exists()

@@ -10,15 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import BatchOrder, TrainingRow
-from dpkd.distill.rows.held_out import (
-    SubsetRows,
-    choose_examples,
-    choose_of_cache,
-    ids_by_group,
-    read_example_ids,
-    split_rows,
-)
+from dpkd.distill.batches.order import BatchOrder
+from dpkd.distill.rows.columns import read_example_ids
+from dpkd.distill.rows.held_out import SubsetRows, choose_examples, choose_of_cache, split_rows
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow
@@ -100,7 +95,7 @@ def test_a_cache_is_split_the_same_way_with_and_without_its_round(toy_cache: Pat
     sides = []
     for shards, used in ((cache.shards(), None), (cache.shards(), held), (cache.shards("teacher"), held)):
         source = CacheRows(cache, shards, used)
-        training, validation = split_rows(source, ids_by_group(cache, used, shards), held_out)
+        training, validation = split_rows(source, source.ids_by_group(), held_out)
         found = [{example_id for _, example_id, _ in places(rows)} for rows in (training, validation)]
         assert found[1] == held_out
         assert not found[0] & found[1]
@@ -108,7 +103,7 @@ def test_a_cache_is_split_the_same_way_with_and_without_its_round(toy_cache: Pat
         assert (validation.row(0, 0).rejected is None) == (used is None)
         sides.append(found)
     assert sides[0] == sides[1] == sides[2]
-    assert ids_by_group(cache, None, cache.shards()) == ids_by_group(cache, held, cache.shards())
+    assert CacheRows(cache, cache.shards()).ids_by_group() == CacheRows(cache, cache.shards(), held).ids_by_group()
 
 
 def test_a_row_that_failed_in_a_round_moves_no_other_example(toy_cache: Path) -> None:
@@ -117,7 +112,7 @@ def test_a_row_that_failed_in_a_round_moves_no_other_example(toy_cache: Path) ->
     lost = min(held_out)
     ids = [
         [example_id for example_id in group if example_id != lost]
-        for group in ids_by_group(cache, None, cache.shards())
+        for group in CacheRows(cache, cache.shards()).ids_by_group()
     ]
     _, validation = split_rows(Rows(ids), ids, held_out)
     assert {example_id for _, example_id, _ in places(validation)} == held_out - {lost}

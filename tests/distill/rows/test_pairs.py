@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import BatchOrder, RowSource
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.rows.held_out import choose_of_cache, split_rows
 from dpkd.distill.rows.pairs import PairRule, cross, paired_rows
+from dpkd.distill.rows.row import RowSource
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import EngineResult
 from dpkd.teacher_cache.options.cache import CacheConfig

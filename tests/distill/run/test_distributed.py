@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from support.trainer_processes import TwoRanks, arguments, free_port
 
-from dpkd.distill.batches.batch import BatchOrder
+from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 
@@ -174,7 +174,7 @@ def test_every_row_goes_to_one_rank_once_an_epoch(ranks: int) -> None:
     split = BatchOrder([5, 7, 12], seed=3, global_batch_size=8, batch_size=8 // ranks)
     epoch = []
     for step in range(3):
-        by_rank = [split.passes_of(step)[rank::ranks] for rank in range(ranks)]
+        by_rank = [split.micro_batches_of(step)[rank::ranks] for rank in range(ranks)]
         assert [place for passes in by_rank for part in passes for place in part] == whole.rows_of(step)
         epoch += whole.rows_of(step)
     assert sorted(epoch) == [(group, row) for group, size in enumerate([5, 7, 12]) for row in range(size)]

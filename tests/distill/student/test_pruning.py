@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import Batch, TrainingRow, collate
+from dpkd.distill.batches.batch import Batch
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.student.pruning import choose_layers, keep_layers, mlps_of, neuron_sizes, prune_mlps, spread_layers
 from dpkd.teacher_cache.store.schema import CachedRow
 

@@ -1,0 +1,93 @@
+"""Which rows a step reads: a function of (seed, step, batch sizes), the same for any number of ranks."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.rows.row import RowIndex
+from dpkd.teacher_cache.store.order import epoch_order
+
+
+class RowOrder(Protocol):
+    """Which rows a step reads."""
+
+    num_rows: int
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) of the first row of `step`."""
+        ...
+
+    def micro_batches_of(self, step: int) -> list[list[RowIndex]]:
+        """The rows of `step` by micro-batch, over accumulation and ranks: rank r of R takes numbers r, r + R, ..."""
+        ...
+
+
+class BatchOrder:
+    """Epochs follow each other without a gap; each is a permutation of all rows. Resuming needs the step alone."""
+
+    def __init__(
+        self, group_sizes: Sequence[int], seed: int, global_batch_size: int, batch_size: int | None = None
+    ) -> None:
+        self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
+        self._batch_size = batch_size or global_batch_size
+        self.num_rows = sum(group_sizes)
+        self._cached = (-1, np.zeros((0, 2), np.int64))  # one attribute, so that two threads can read it
+
+    def epoch_of(self, step: int) -> int:
+        """See `RowOrder.epoch_of`."""
+        return step * self._global_batch_size // self.num_rows
+
+    def rows_of(self, step: int) -> list[RowIndex]:
+        """All rows of `step` (from 0), over accumulation and ranks."""
+        start = step * self._global_batch_size
+        return [self._row(number) for number in range(start, start + self._global_batch_size)]
+
+    def micro_batches_of(self, step: int) -> list[list[RowIndex]]:
+        """See `RowOrder.micro_batches_of`."""
+        rows = self.rows_of(step)
+        return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+
+    def _row(self, number: int) -> RowIndex:
+        """Row `number` of the stream of epochs."""
+        epoch, index = divmod(number, self.num_rows)
+        cached_epoch, order = self._cached
+        if epoch != cached_epoch:
+            order = epoch_order(self._group_sizes, self._seed, epoch)
+            self._cached = epoch, order
+        group, row = order[index]
+        return int(group), int(row)
+
+
+class FollowOrder(BatchOrder):
+    """As `BatchOrder`, but the first epoch takes shards in the order in which the cache's job committed them.
+
+    Rows are permuted inside each shard. Asking for a row of a later shard waits until that shard is committed.
+    """
+
+    def __init__(self, rows: FollowedRows, seed: int, global_batch_size: int, batch_size: int | None = None) -> None:
+        super().__init__((), seed, global_batch_size, batch_size)
+        self.num_rows = rows.num_planned
+        self._rows = rows
+        self._permuted = (-1, np.zeros(0, np.int64))
+
+    def epoch_of(self, step: int) -> int:
+        """See `RowOrder.epoch_of`; for a step whose rows have been read."""
+        first, num_seen = step * self._global_batch_size, self._rows.offsets[-1]
+        return 0 if first < num_seen else first // num_seen
+
+    def _row(self, number: int) -> RowIndex:
+        offsets = self._rows.offsets
+        if number < offsets[-1] or self._rows.wait_for(number + 1):
+            group = bisect.bisect_right(offsets, number) - 1
+            if group != self._permuted[0]:
+                random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, group])))
+                self._permuted = group, random.permutation(self._rows.group_sizes[group])
+            return group, int(self._permuted[1][number - offsets[group]])
+        # the cache is finished: all its shards are known, and rows that failed are not among the planned ones
+        self._group_sizes, self.num_rows = self._rows.group_sizes, offsets[-1]
+        return super()._row(number)

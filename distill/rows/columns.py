@@ -1,0 +1,50 @@
+"""Single columns of a cache's shards, for what must be known of every row before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpkd.core.errors import UserError
+from dpkd.teacher_cache.store.folders import Folder, LocalFolder
+from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord
+
+
+def read_example_ids(folder: Folder, record: ShardRecord) -> list[str]:
+    """Example ids of a shard's rows, in order."""
+    ids: list[str] = read_columns(folder, record, ["example_id"])["example_id"].to_pylist()
+    return ids
+
+
+def read_keys(folder: Folder, record: ShardRecord) -> list[tuple[str, int]]:
+    """Example id and sample number of a shard's rows, in order."""
+    table = read_columns(folder, record, ["example_id", "sample"])
+    return list(zip(table["example_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+
+def read_lengths(folder: Folder, record: ShardRecord) -> np.ndarray:
+    """Tokens of a shard's rows, prompt and response, in order."""
+    table = read_columns(folder, record, ["prompt_ids", "response_ids"])
+    lengths: np.ndarray = sum(pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
+    return lengths
+
+
+def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> pa.Table:
+    """Some columns of a shard, without checking its checksum; of a local file, only their bytes are read.
+
+    Raises `UserError` when the shard is missing or is not Parquet with these columns.
+    """
+    where = folder.where(record.path)
+    try:
+        if isinstance(folder, LocalFolder):
+            with pa.memory_map(where) as file:
+                return pq.read_table(file, columns=list(names))
+        return pq.read_table(pa.BufferReader(folder.read(record.path)), columns=list(names))
+    except FileNotFoundError:
+        raise UserError("a shard of the cache is missing", where=where, advice=REBUILD) from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"a shard of the cache cannot be read: {error}", where=where, advice=REBUILD) from None
