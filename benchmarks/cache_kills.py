@@ -1,11 +1,11 @@
-"""What `kill -9` costs a cache: one job killed at random moments and started again, as often as is asked.
+"""What `kill -9` costs a cache: kill one job at random moments and start it again, a given number of times.
 
     python benchmarks/cache_kills.py --kills 20
 
-The job is `dpkd cache-teacher --engine transformers` on the toy teacher, each time in a process of its own. A kill
-falls somewhere in the job's time, start-up included: one in five after a random wait from its start, the others after
-a random wait from the next commit. Printed are the kills that met the job at work, committed shards that were gone or
-other after a kill, and of the finished cache the rows that are missing or there twice and what `verify` says.
+The job is `dpkd cache-teacher --engine transformers` on the toy teacher, each time in a new process. Kills can hit any
+moment of the job, start-up included: one in five comes after a random wait from the start, the others after a random
+wait from the next commit. The report has the kills that hit a running job, the committed shards that were lost or
+changed by a kill, the missing and duplicated rows of the finished cache, and the result of `verify`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from cache_writing import make_toy, write_prompts
 
 
 def committed(out: Path) -> dict[str, str]:
-    """sha256 of every shard that has a ledger record, by path."""
+    """sha256 of every committed shard, by path."""
     found = [json.loads(path.read_bytes()) for path in (out / "ledger").glob("[!.]*.json")]
     return {record["path"]: record["sha256"] for record in found}
 
 
-def altered(out: Path, kept: dict[str, str]) -> int:
-    """How many shards of `kept` are gone, or not what they were."""
+def changed(out: Path, kept: dict[str, str]) -> int:
+    """Number of shards of `kept` that are gone or changed."""
     now = committed(out)
     return sum(now.get(path) != digest or digest != digest_of(out / path) for path, digest in kept.items())
 
 
 def digest_of(file: Path) -> str | None:
-    """sha256 of a file; None when it is gone."""
+    """sha256 of a file; None if it does not exist."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def kill_once(command: list[str], out: Path, draw: random.Random) -> bool:
-    """Start the job and kill it at a random moment; False when it had come to its end before."""
+    """Start the job and kill it at a random moment; False if it had already finished."""
     before = len(committed(out))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if draw.random() < 0.2:
@@ -57,10 +57,12 @@ def kill_once(command: list[str], out: Path, draw: random.Random) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--rows", type=int, help="[100 a kill: the job is not to end before the last one]")
-    parser.add_argument("--rows-per-shard", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills [20]")
+    parser.add_argument(
+        "--rows", type=int, help="prompts; enough that the job does not finish before the last kill [100 per kill]"
+    )
+    parser.add_argument("--rows-per-shard", type=int, default=8, help="rows per shard [8]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments [0]")
     given = parser.parse_args()
     num_rows = given.rows or 100 * given.kills
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -83,26 +85,26 @@ def main() -> None:
         kept: dict[str, str] = {}
         while kills < given.kills and kill_once(command, out, draw):
             kills += 1
-            lost_shards += altered(out, kept)
+            lost_shards += changed(out, kept)
             kept = committed(out)
         at_the_last_kill = len(kept)
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         cache = TeacherCache.open(out)
-        held = {record.path: record.sha256 for record in cache.manifest.shards}
-        lost_shards += sum(held.get(path) != digest for path, digest in kept.items())
-        keys = [shard.key(place) for _, shard in cache.scan(cache.shards()) for place in range(len(shard))]
+        final = {record.path: record.sha256 for record in cache.manifest.shards}
+        lost_shards += sum(final.get(path) != digest for path, digest in kept.items())
+        keys = [shard.key(index) for _, shard in cache.scan(cache.shards()) for index in range(len(shard))]
         try:
-            verified = f"sound: {verify_cache(out)}"
+            verified = f"no problem found: {verify_cache(out)}"
         except UserError as error:
             verified = str(error)
         report = {
             "kills": kills,
-            "shards": len(held),
+            "shards": len(final),
             "shards_committed_at_the_last_kill": at_the_last_kill,
-            "committed_shards_lost_or_altered": lost_shards,
+            "committed_shards_lost_or_changed": lost_shards,
             "rows": len(keys),
             "rows_lost": len({(f"p{i}", 0) for i in range(num_rows)} - set(keys)),
-            "rows_doubled": len(keys) - len(set(keys)),
+            "rows_duplicated": len(keys) - len(set(keys)),
             "left_over_files": sorted(
                 path.name for path in out.iterdir() if path.name not in ("dpkd.toml", "manifest.json", "shards")
             ),

@@ -1,11 +1,11 @@
-"""One vLLM replica on a local Ray cluster against two, toy teacher.
+"""Speed of two vLLM replicas on a local Ray cluster against one, with the toy teacher.
 
     python benchmarks/cache_ray.py
 
-Each arm is one `dpkd cache-teacher --engine ray` in a process of its own, with a cluster of its own on this machine.
-`s` is the whole command, with the start of Ray and of the replicas. `rows_per_s` is taken between a quarter and three
-quarters of the commits, when every replica is at work. A replica runs its engine with one thread; where there are but
-two cores, two replicas leave none for the driver and for Ray's own processes.
+Each run is one `dpkd cache-teacher --engine ray` in a new process with a new local cluster. `s` is the time of the
+whole command, including the start of Ray and of the replicas. `rows/s` is measured between a quarter and three quarters
+of the commits, when all replicas are busy. A replica runs its engine with one thread. On two cores, two replicas leave
+no core for the driver and Ray's own processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cache_writing import make_toy, write_prompts
 
 
 def rate_in_the_middle(out: Path, rows_per_shard: int) -> float:
-    """Rows a second between a quarter and three quarters of the shards, by the times at which they were written."""
+    """Rows per second between a quarter and three quarters of the shards, from their modification times."""
     times_s = sorted(path.stat().st_mtime for path in (out / "shards").glob("*.parquet"))
     first, last = len(times_s) // 4, 3 * len(times_s) // 4
     return (last - first) * rows_per_shard / (times_s[last] - times_s[first])
@@ -30,13 +30,13 @@ def rate_in_the_middle(out: Path, rows_per_shard: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--rows-per-shard", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, default=4096, help="prompts [4096]")
+    parser.add_argument("--rows-per-shard", type=int, default=16, help="rows per shard [16]")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response in tokens [64]")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="replicas of each run [1 2]")
     given = parser.parse_args()
     print("| replicas | rows/s | against one | s |\n|---:|---:|---:|---:|")
-    # vLLM would give every replica all cores, and bind its threads to the same ones
+    # by default vLLM gives every replica all cores and binds their threads to the same ones
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
     }  # fmt: skip

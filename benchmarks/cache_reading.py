@@ -1,10 +1,10 @@
-"""The reader against a bare pyarrow scan of the same columns, and how long a cache of 1,000 shards takes to open.
+"""Speed of the reader against a bare pyarrow scan of the same columns, and the time to open a cache of 1,000 shards.
 
     python benchmarks/cache_reading.py
 
-Both arms read the same files in turn, warm from memory: the scan decodes Parquet to Arrow and nothing else; the reader
-also checks each shard's sha256, decodes the log-probs and hands out every row's arrays. The cache is made of random
-rows of a real cache's shape (64 entries a position) by the product's own encoder.
+Both read the same files in turn, from the page cache. The scan only decodes Parquet to Arrow. The reader also checks
+each shard's sha256, decodes the log-probs and returns the arrays of every row. The cache has random rows with the shape
+of a real cache (64 entries per position), written by dpkd's own encoder.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def make_cache(directory: Path, num_shards: int, rows_per_shard: int, positions:
     with job.opened("", {"teacher": num_shards * rows_per_shard}):
         for shard in range(num_shards):
             rows = []
-            for place in range(rows_per_shard):
-                index = shard * rows_per_shard + place
+            for index in range(shard * rows_per_shard, (shard + 1) * rows_per_shard):
                 logits = np.sort(random.normal(size=(positions, _TOP_K)) * 3, axis=1)[:, ::-1]
                 logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.1).astype(np.float32)
                 ids = random.integers(0, _VOCAB, size=(positions, _TOP_K)).astype(np.int32)

@@ -1,12 +1,12 @@
-"""A cache by way of a vLLM HTTP server on loopback, against vLLM in the job's own process.
+"""Speed of writing a cache with a vLLM HTTP server on loopback, against vLLM in the job's own process.
 
     python benchmarks/cache_server.py
 
-Both arms are the product's whole path from requests to committed shards, in turn, with the same prompts and seeds on
-the toy teacher; start-up is in neither. The server is three processes (HTTP, engine, worker) that share this machine's
-cores with the job, so the ratio is the dearest case. What does not depend on that is printed too: response tokens for
-each second of processor time of the job, which bounds what one job takes from any number of servers, and of the
-server's HTTP process, which writes every log-prob as JSON and bounds what one server gives.
+Both take turns and do everything from requests to committed shards, with the same prompts and seeds on the toy teacher,
+without start-up. The server's three processes (HTTP, engine, worker) share the cores with the job, so the ratio is a
+worst case. The report therefore also has two figures that do not depend on this. Response tokens per second of the
+job's processor time limit what one job can take from any number of servers. The same of the server's HTTP process,
+which writes every log-prob as JSON, limits what one server can give.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from cache_writing import ROOT, cached_generate, make_toy, write_prompts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=256, help="prompts [256]")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response in tokens [64]")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="concurrent requests [32]")
+    parser.add_argument("--top-k", type=int, default=64, help="kept entries per position [64]")
+    parser.add_argument("--repeats", type=int, default=3, help="measured repeats after a warm-up [3]")
     given = parser.parse_args()
-    # both arms with one thread, not bound to a core; the server's own environment has one thread anyhow
+    # one thread each, not bound to a core; the test server sets one thread by itself
     unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= {"OMP_NUM_THREADS": "1"} | unbound
-    sys.path.insert(0, str(ROOT / "tests" / "teacher_cache"))
+    sys.path.insert(0, str(ROOT / "tests"))
     import psutil
-    from vllm_servers import VllmServer
+    from support.vllm_servers import VllmServer
 
     from dpkd.core.models import locate_model
     from dpkd.core.prompts.examples import open_examples
@@ -62,9 +62,9 @@ def main() -> None:
         rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows("teacher"))
         drawn = sampling(config, model.stop_token_ids())
         options = engine_options(config)
-        # as many requests at once as the engine in this process takes
-        places = ["--max-num-seqs", str(given.max_num_seqs)]
-        server = running.enter_context(VllmServer(model.path, arguments=places, environment=unbound))
+        # as many concurrent requests as the engine in this process
+        arguments = ["--max-num-seqs", str(given.max_num_seqs)]
+        server = running.enter_context(VllmServer(model.path, arguments=arguments, environment=unbound))
         watched = {"job": psutil.Process(), "http": psutil.Process().children()[0]}
         engines = {
             "server": running.enter_context(open_engine("server", model, replace(options, server_urls=(server.url,)))),
@@ -74,12 +74,12 @@ def main() -> None:
         tokens: dict[str, int] = {}
         spent_s = dict.fromkeys(watched, 0.0)
         for repeat in range(given.repeats + 1):
-            # the order changes from round to round, so that a machine that slows down favours neither
+            # the order alternates, so a machine that slows down favours neither
             for name in sorted(engines, reverse=repeat % 2 == 1):
                 out = scratch / f"{name}-{repeat}"
                 before_s = {role: sum(process.cpu_times()[:2]) for role, process in watched.items()}
                 taken_s, tokens[name] = cached_generate(engines[name], model, rows, drawn, config, out)
-                if repeat:  # the first round warms both up
+                if repeat:  # the first repeat is a warm-up
                     rates[name].append(len(rows) / taken_s)
                 if repeat and name == "server":
                     for role, process in watched.items():

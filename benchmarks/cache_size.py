@@ -1,11 +1,11 @@
-"""Bytes of a cache against what it loses: fixed and adaptive numbers of entries, on one teacher's real distributions.
+"""Size of a cache against what it loses, for fixed and adaptive numbers of entries, on a real teacher's distributions.
 
     python benchmarks/cache_size.py --teacher models/smollm2-135m-instruct --data examples/dolly/train.jsonl \\
         --rows 128 --out docs/results
 
-The reference answers are scored once, by transformers, with their whole distributions. Every setting is then derived
-by the product's own code: `from_top_k`, `to_table` and `encode_shard`, and its loss is measured on the values that a
-reader decodes. Writes `cache-size.md` and `cache-size.png` to --out and prints the table.
+transformers scores the reference answers once, with full distributions. dpkd's own code (`from_top_k`, `to_table`,
+`encode_shard`) then makes a cache of every setting, whose loss is measured on the decoded values. Writes
+`cache-size.md` and `cache-size.png` to --out and prints the table.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from dpkd.teacher_cache.store.shards import encode_shard
 FIXED = (8, 16, 32, 64, 128, 256)
 MASSES = (0.80, 0.90, 0.95, 0.98)
 MOST = (64, 128, 256)
-DETAILED = "64"  # the setting whose columns are told apart: the default of `dpkd cache-teacher`
+DETAILED = "64"  # the setting whose columns are listed: the default of `dpkd cache-teacher`
 
 
 @dataclass
 class Setting:
-    """One way to keep entries, and what was found for it: losses by position, scored rows, largest rounding (nats)."""
+    """One way to keep entries, with its results: losses by position, scored rows, largest rounding error (nats)."""
 
     top_k: int
     top_mass: float | None = None
@@ -62,7 +62,7 @@ class Setting:
         return f"{self.top_k}" if self.top_mass is None else f"{self.top_mass:.2f}, at most {self.top_k}"
 
     def take(self, full: FullDistributions, table: tuple[np.ndarray, np.ndarray], ids_T: np.ndarray) -> Scores:
-        """What an engine would hand over for these positions; notes what is lost once it is stored."""
+        """What an engine would return for these positions; records what is lost when it is stored."""
         ids_TK, logprobs_TK = (values[:, : self.top_k] for values in table)
         sampled_T = full.logprobs_of(ids_T)
         top = from_top_k(ids_TK, logprobs_TK, ids_T, sampled_T, full.vocab_size, self.top_mass)
@@ -75,24 +75,24 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Every setting of the table: the fixed ones, then the adaptive ones."""
+    """All settings of the table: fixed, then adaptive."""
     return [*map(Setting, FIXED), *(Setting(most, mass) for most in MOST for mass in MASSES)]
 
 
 def score(teacher: ModelSource, rows: Sequence[PlannedRow], tried: Sequence[Setting]) -> None:
-    """Run the teacher over `rows` once and hand each chunk of whole distributions to every setting."""
+    """Run the teacher on `rows` once and give each chunk of full distributions to every setting."""
     model = teacher.load("float32").eval()
-    with Progress("whole distributions", len(rows), "rows") as progress:
+    with Progress("full distributions", len(rows), "rows") as progress:
         for row in rows:
             assert row.response_ids is not None
             ids_T = np.asarray(row.response_ids, np.int32)
-            found: list[list[Scores]] = [[] for _ in tried]
+            chunks: list[list[Scores]] = [[] for _ in tried]
             for part, full in full_distributions(model, row.prompt_ids, row.response_ids):
                 table = full.top(max(FIXED))
-                for setting, scores in zip(tried, found, strict=True):
+                for setting, scores in zip(tried, chunks, strict=True):
                     scores.append(setting.take(full, table, ids_T[part]))
             text = teacher.decode(ids_T.tolist())
-            for setting, scores in zip(tried, found, strict=True):
+            for setting, scores in zip(tried, chunks, strict=True):
                 whole = Scores.joined(scores)
                 result = EngineResult(row.index, ids_T, row.finish_reason, whole.logprobs_T, whole.distributions)
                 setting.rows.append((row, result, text))
@@ -100,14 +100,14 @@ def score(teacher: ModelSource, rows: Sequence[PlannedRow], tried: Sequence[Sett
 
 
 def shards(setting: Setting, rows_per_shard: int) -> Iterator[bytes]:
-    """The files that a cache of this setting consists of."""
+    """The shard files of a cache with this setting."""
     for start in range(0, len(setting.rows), rows_per_shard):
         data, _ = encode_shard(to_table(setting.rows[start : start + rows_per_shard]), "", "reference")
         yield data
 
 
 def measure(setting: Setting, rows_per_shard: int) -> dict[str, Any]:
-    """One line of the table: sizes in bytes, losses in nats, means over positions."""
+    """One row of the table: sizes in bytes, losses in nats, means over positions."""
     loss = CutLoss.joined(setting.losses)
     entries = sum(len(kept(result).ids_E) for _, result, _ in setting.rows)
     num_bytes = sum(map(len, shards(setting, rows_per_shard)))
@@ -125,14 +125,14 @@ def measure(setting: Setting, rows_per_shard: int) -> dict[str, Any]:
 
 
 def kept(result: EngineResult) -> Distributions:
-    """The entries of a result that has some."""
+    """The entries of a result that has them."""
     assert result.distributions is not None
     return result.distributions
 
 
 def column_bytes(setting: Setting, rows_per_shard: int) -> dict[str, int]:
-    """Compressed bytes of each column over all shards, and what the files take beside them."""
-    found: dict[str, int] = {}
+    """Compressed bytes of each column over all shards, and of everything else in the files."""
+    sizes: dict[str, int] = {}
     total = 0
     for data in shards(setting, rows_per_shard):
         total += len(data)
@@ -140,12 +140,12 @@ def column_bytes(setting: Setting, rows_per_shard: int) -> dict[str, int]:
         for index in range(group.num_columns):
             column = group.column(index)
             name = column.path_in_schema.split(".")[0]
-            found[name] = found.get(name, 0) + column.total_compressed_size
-    return dict(sorted(found.items(), key=lambda item: -item[1])) | {"(footer)": total - sum(found.values())}
+            sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return dict(sorted(sizes.items(), key=lambda item: -item[1])) | {"(footer)": total - sum(sizes.values())}
 
 
 def markdown(measured: Sequence[dict[str, Any]], facts: str, command: str, columns: dict[str, int]) -> str:
-    """The page: how it was made, the table, and the columns of one setting."""
+    """The page: provenance, the table, and the columns of one setting."""
     lines = [
         "# Size and loss of a cache",
         "",
@@ -153,8 +153,8 @@ def markdown(measured: Sequence[dict[str, Any]], facts: str, command: str, colum
         "",
         facts,
         "",
-        "KL is KL(teacher || cache) in nats per position, the mean over positions, with the tail mass spread evenly over "
-        "the tokens of the tail. *From the grid* is the part of it that comes from storing log-probs on a grid of "
+        "KL is KL(teacher || cache) in nats per position, the mean over positions, with the tail mass spread evenly "
+        "over the tokens of the tail. *From the grid* is the part of it that comes from storing log-probs on a grid of "
         "1/128 nat. Bytes are those of whole shards, with ids, texts and sampled log-probs.",
         "",
         "| kept entries | entries per position | bytes per position | bytes per entry | kept mass | KL | from the grid "
@@ -185,7 +185,7 @@ def markdown(measured: Sequence[dict[str, Any]], facts: str, command: str, colum
 
 
 def plot(measured: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Bytes a position against KL, both on log scales: the fixed line, and an adaptive line for every ceiling."""
+    """Bytes per position against KL, both on log scales: one fixed line, and an adaptive line for each maximum."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,8 +199,8 @@ def plot(measured: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         part = [row for row in measured if row["setting"].top_mass is not None and row["setting"].top_k == most]
         draw_line(axes, part, f"top mass (labelled), at most {most} entries", colour, marker, below=False)
     axes.set(xscale="log", yscale="log", title=title)
-    axes.set_xlabel("bytes a position (whole shards)")
-    axes.set_ylabel("KL(teacher to cached), nats a position")
+    axes.set_xlabel("bytes per position (whole shards)")
+    axes.set_ylabel("KL(teacher || cache), nats per position")
     for axis, ticks in ((axes.xaxis, (20, 50, 100, 200, 500)), (axes.yaxis, (0.1, 0.2, 0.3, 0.5, 0.7, 1.0))):
         axis.set_ticks(ticks)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -214,10 +214,10 @@ def plot(measured: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def draw_line(axes: Any, part: Sequence[dict[str, Any]], name: str, colour: str, marker: str, *, below: bool) -> None:
-    """One line with a label at every point, below left of it or above right of it."""
+    """A line with a label at every point, either below and left or above and right of it."""
     x, y = ([row[key] for row in part] for key in ("bytes_per_position", "kl"))
     axes.plot(x, y, "-" if below else "--", marker=marker, color=colour, label=name, linewidth=1.6, markersize=6)
-    axes.plot(x, y, marker, color=colour, markersize=6, zorder=4)  # points lie over the labels' halos, lines under them
+    axes.plot(x, y, marker, color=colour, markersize=6, zorder=4)  # points above the labels' halos, lines below them
     for row in part:
         setting = row["setting"]
         axes.annotate(
@@ -230,27 +230,27 @@ def draw_line(axes: Any, part: Sequence[dict[str, Any]], name: str, colour: str,
             fontsize=9,
             color=colour,
             zorder=3,
-            # a light halo keeps a label readable where a line runs behind it
+            # a light halo keeps labels readable on top of lines
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )
 
 
 def planned_rows(given: argparse.Namespace, teacher: ModelSource, config: CacheConfig) -> list[PlannedRow]:
-    """The first reference answers of the data, as `dpkd cache-teacher` would plan them."""
+    """The first reference answers of the data, planned as in `dpkd cache-teacher`."""
     encoder = PromptEncoder(teacher.tokenizer, given.template)
     plan = RowPlan(open_examples(given.data), encoder, config)
     return list(itertools.islice(plan.rows("reference"), given.rows))
 
 
 def main() -> None:
-    """Score, derive, write."""
+    """Score the references, make every setting's cache, and write the page and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="checkpoint directory")
     parser.add_argument("--data", required=True, help="rows with reference answers")
-    parser.add_argument("--rows", type=int, default=128, help="rows to score, the first of the data [128]")
+    parser.add_argument("--rows", type=int, default=128, help="rows to score, from the start of the data [128]")
     parser.add_argument("--template", choices=get_args(TemplateName), default="alpaca", help="prompt template [alpaca]")
-    parser.add_argument("--rows-per-shard", type=int, default=128, help="rows a shard [128]")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the page and the picture")
+    parser.add_argument("--rows-per-shard", type=int, default=128, help="rows per shard [128]")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the page and the plot")
     given = parser.parse_args()
 
     teacher = locate_model(given.teacher, "teacher")

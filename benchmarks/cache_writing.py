@@ -1,13 +1,13 @@
-"""How much of bare vLLM's speed is left while a cache is written, and what memory that takes.
+"""How much of vLLM's own speed remains while a cache is written, and the memory that this takes.
 
     python benchmarks/cache_writing.py speed --teacher models/smollm2-135m-instruct --rows 96 --max-new-tokens 96
     python benchmarks/cache_writing.py speed --teacher toy --rows 512 --max-new-tokens 64 --baseline flat
     python benchmarks/cache_writing.py memory
 
-`speed` runs both arms in turn on one engine, with the same prompts and seeds: `LLM.generate` (without log-probs, or
-with the same flat ones), and the product's own path from requests to committed shards. Start-up is in neither.
-`memory` builds caches of 1,000 and 10,000 prompts of a toy teacher, each in a process of its own, and prints the peak
-of each. `toy` is a Llama of two layers, hidden size 64, with a byte-level BPE vocabulary of 600, made on the spot.
+`speed` compares `LLM.generate` (without log-probs, or with the same flat ones) with everything from requests to
+committed shards. They take turns on one engine, with the same prompts and seeds, without start-up. `memory` builds
+caches of 1,000 and 10,000 prompts with a toy teacher, each in a new process, and prints the peak of each. The teacher
+`toy` is a Llama with two layers, hidden size 64 and a byte-level BPE vocabulary of 600, made when the benchmark starts.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def make_toy(directory: Path) -> Path:
-    """The toy of the tests, saved to `directory`."""
+    """The toy teacher of the tests, saved to `directory`."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import toys
+    from support import toys
 
     toys.train_tokenizer(directory / "tokenizer", toys.dolly_texts("train"), toys.VOCAB_SIZE)
     made: Path = toys.make_toy(directory / "toy", directory / "tokenizer", layers=2, seed=1)
@@ -43,7 +43,7 @@ def make_toy(directory: Path) -> Path:
 
 
 def write_prompts(path: Path, rows: int) -> Path:
-    """`rows` short prompts of the shipped excerpt, repeated with a number in front."""
+    """`rows` short prompts of examples/dolly, repeated with a number in front."""
     texts = [json.loads(line)["instruction"] for line in DATA.read_text(encoding="utf-8").splitlines()]
     texts = [text for text in texts if len(text) < 200]
     lines = [json.dumps({"id": f"p{i}", "instruction": f"{i}. {texts[i % len(texts)]}"}) for i in range(rows)]
@@ -83,9 +83,9 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
                 "bare": partial(bare_generate, engine, rows, drawn, logprobs),
                 "cached": partial(cached_generate, engine, model, rows, drawn, config, scratch / f"out-{repeat}"),
             }
-            # the order changes from round to round, so that a machine that slows down favours neither
+            # the order alternates, so a machine that slows down favours neither
             taken = {name: arms[name]() for name in sorted(arms, reverse=repeat % 2 == 1)}
-            if repeat:  # the first round warms both up
+            if repeat:  # the first repeat is a warm-up
                 bare_s.append(taken["bare"][0])
                 cached_s.append(taken["cached"][0])
                 num_tokens.append((taken["bare"][1], taken["cached"][1]))
@@ -107,7 +107,7 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def bare_generate(engine: Any, rows: list[Any], drawn: Any, logprobs: int | None) -> tuple[float, int]:
-    """Seconds and response tokens of `LLM.generate` on the rows."""
+    """Seconds and number of response tokens of `LLM.generate` on the rows."""
     from vllm import SamplingParams, TokensPrompt
 
     params = [
@@ -132,7 +132,7 @@ def bare_generate(engine: Any, rows: list[Any], drawn: Any, logprobs: int | None
 def cached_generate(
     engine: Any, model: Any, rows: list[Any], drawn: Any, config: CacheConfig, out: Path
 ) -> tuple[float, int]:
-    """Seconds and response tokens of the same rows on their way to a finished cache."""
+    """Seconds and number of response tokens when the same rows become a finished cache."""
     from dpkd.core.progress import Progress
     from dpkd.teacher_cache.build.assembling import ShardLayout
     from dpkd.teacher_cache.build.filling import EngineFiller
@@ -150,7 +150,7 @@ def cached_generate(
 
 
 def memory(arguments: argparse.Namespace, scratch: Path) -> None:
-    """Peak resident memory of whole `dpkd cache-teacher` processes."""
+    """Print the peak resident memory of complete `dpkd cache-teacher` processes."""
     teacher = make_toy(scratch)
     print("| prompts | peak memory (MiB) | cache (MiB) | s |\n|---:|---:|---:|---:|")
     for rows in arguments.sizes:
@@ -161,36 +161,36 @@ def memory(arguments: argparse.Namespace, scratch: Path) -> None:
             "--out", str(out), "--engine", arguments.engine, "--top-k", "64", "--max-new-tokens", "8",
         ]  # fmt: skip
         if arguments.engine == "vllm":
-            # a small key-value cache: blocks of a large one are touched one after the other, which looks like growth
+            # a small key-value cache: blocks of a large one are first used one after the other, which looks like a leak
             command += ["--engine-arg", "num_gpu_blocks_override=512"]
         started_s = time.perf_counter()
-        # oneDNN keeps code for up to 1024 matrix shapes it has met, about 0.4 GiB in the end: another thing than ours
+        # oneDNN keeps code for up to 1,024 matrix shapes, about 0.4 GiB, which is not what this measures
         environment = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0, status
-        held = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        print(
-            f"| {rows} | {usage.ru_maxrss / 1024:.0f} | {held / 2**20:.1f} | {time.perf_counter() - started_s:.0f} |",
-            flush=True,
-        )
+        taken_s = time.perf_counter() - started_s
+        cache_mib = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
+        print(f"| {rows} | {usage.ru_maxrss / 1024:.0f} | {cache_mib:.1f} | {taken_s:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("speed")
-    one.add_argument("--teacher", default="toy")
-    one.add_argument("--rows", type=int, default=96)
-    one.add_argument("--max-new-tokens", type=int, default=96)
-    one.add_argument("--max-num-seqs", type=int, default=32)
-    one.add_argument("--rows-per-shard", type=int, default=128)
-    one.add_argument("--top-k", type=int, default=64)
-    one.add_argument("--repeats", type=int, default=5)
-    one.add_argument("--baseline", choices=["plain", "flat"], default="plain")
-    two = commands.add_parser("memory")
-    two.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000])
-    two.add_argument("--engine", default="vllm")
+    one = commands.add_parser("speed", help="speed against LLM.generate")
+    one.add_argument("--teacher", default="toy", help="checkpoint directory, or toy [toy]")
+    one.add_argument("--rows", type=int, default=96, help="prompts [96]")
+    one.add_argument("--max-new-tokens", type=int, default=96, help="longest response in tokens [96]")
+    one.add_argument("--max-num-seqs", type=int, default=32, help="concurrent requests [32]")
+    one.add_argument("--rows-per-shard", type=int, default=128, help="rows per shard [128]")
+    one.add_argument("--top-k", type=int, default=64, help="kept entries per position [64]")
+    one.add_argument("--repeats", type=int, default=5, help="measured repeats after a warm-up [5]")
+    one.add_argument(
+        "--baseline", choices=["plain", "flat"], default="plain", help="generate without or with log-probs [plain]"
+    )
+    two = commands.add_parser("memory", help="peak memory of complete jobs")
+    two.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000], help="prompts of each job [1000 10000]")
+    two.add_argument("--engine", default="vllm", help="engine of the jobs [vllm]")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         {"speed": speed, "memory": memory}[given.command](given, Path(directory))

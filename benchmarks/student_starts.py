@@ -1,11 +1,11 @@
-"""Which start of a student is best before training, and which after a few steps, at an equal number of parameters.
+"""Which initial student is best before training and after a few steps, with equal numbers of parameters.
 
     python benchmarks/student_starts.py --teacher models/smollm2-135m-instruct --out runs/student-starts
 
-Caches the teacher on 160 rows to learn from and 48 held-out rows (vLLM), makes every student with `init_student`,
-measures it on held-out rows, trains it (token level with cross-entropy) and measures it again. Every arm reads the same
-rows in the same order. What is finished is not done again; the table is printed after every arm and its values are kept
-in OUT, in a file for each choice of steps, batch size and seed.
+Caches the teacher on 160 training rows and 48 held-out rows (vLLM), makes every student with `init_student`, measures
+it on held-out rows, trains it (token level with cross-entropy) and measures it again. All students read the same rows
+in the same order. Finished work is skipped. The table is printed after every student, and its values are kept in OUT,
+in one file for each choice of steps, batch size and seed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def num_parameters(teacher: str, layers: int, width: int) -> int:
 
 
 def width_for(teacher: str, layers: int, parameters: int) -> int:
-    """Neurons in every MLP with which `layers` layers have about `parameters` parameters."""
+    """The number of neurons per MLP that gives `layers` layers about `parameters` parameters."""
     one = num_parameters(teacher, layers, 1)
     return 1 + round((parameters - one) / (num_parameters(teacher, layers, 2) - one))
 
@@ -127,14 +127,16 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a Llama-like checkpoint directory")
-    parser.add_argument("--data", default="examples/dolly/train.jsonl", help="rows to learn from")
-    parser.add_argument("--heldout", default="examples/dolly/heldout.jsonl", help="rows to measure on")
+    parser.add_argument("--data", default="examples/dolly/train.jsonl", help="training rows")
+    parser.add_argument("--heldout", default="examples/dolly/heldout.jsonl", help="held-out rows")
     parser.add_argument("--out", type=Path, required=True, help="directory of caches, students and runs")
-    parser.add_argument("--steps", type=int, default=20, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows")
-    parser.add_argument("--measure-rows", type=int, default=24, help="held-out rows to measure on, at most 48")
-    parser.add_argument("--only", nargs="*", default=[""], help="arms whose names hold one of these texts")
+    parser.add_argument("--steps", type=int, default=20, help="training steps [20]")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per step [4]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows [0]")
+    parser.add_argument("--measure-rows", type=int, default=24, help="held-out rows to measure on, at most 48 [24]")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="only the students whose names contain one of these texts"
+    )
     options = parser.parse_args()
     training = {"steps": options.steps, "batch_size": options.batch_size, "seed": options.seed}
     cache_teacher(options.teacher, options.data, 160, 32, options.out / "cache")

@@ -1,21 +1,21 @@
-"""What a step of DPKD costs beside plain SFT, and beside what people run today.
+"""What a training step of DPKD costs, against plain SFT and against a teacher in the training loop.
 
     python benchmarks/training_step.py --cache DIR --round NAME --student DIR --teacher DIR [--steps 50]
     python benchmarks/training_step.py ... --memory
 
-Every arm has its own copy of the student and its own AdamW, and takes the same rows in turn, step by step, so that a
-machine that slows down slows all of them. Arms:
+Every variant has its own copy of the student and its own AdamW. They take turns at each step and read the same rows, so
+a machine that slows down slows all of them. The variants (`--arms`):
 
-    sft           cross-entropy on the chosen responses, the product's own path
-    dpkd-token    the released code's loss from the cache, the same rows
+    sft           cross-entropy on the chosen responses, in dpkd
+    dpkd-token    the released code's loss from the cache, on the same rows
     sft-pairs     cross-entropy on as many tokens as dpkd-sequence scores (chosen and rejected)
     dpkd-sequence Eq. 9 from the cache and its round
-    dpkd-shared   the same, each pair's prompt once (share_prompt)
-    authors       the authors' way: the teacher's forward pass in the step, every row padded to 512, full logits
-    live-kd       a plain KD loop: the teacher's forward pass on the batch as it is, KL over the whole vocabulary
+    dpkd-shared   the same, reading the prompt of each pair once (share_prompt)
+    authors       like the released code: the teacher's forward pass in the step, every row padded to 512, full logits
+    live-kd       a plain KD loop: the teacher's forward pass on the batch as it is, KL over the full vocabulary
 
-`--memory` runs every arm in a process of its own and prints the peak of each. Growth of the step and of its loss part
-with sequence length, batch and vocabulary: `--growth`.
+`--memory` runs every variant in a new process and prints its peak memory. `--growth` prints how the time of a step and
+of its loss grows with sequence length, batch size and vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from dpkd.distill.run.logs import peak_memory_bytes
 from dpkd.distill.training import decayed_groups
 from dpkd.teacher_cache.store.reader import TeacherCache
 
-PADDED = 512  # the length to which the authors' code pads every row
+PADDED = 512  # the released code pads every row to this length
 Step = Callable[[list[TrainingRow]], int]
 
 
@@ -63,7 +63,7 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch
 
 
 def ours(arguments: argparse.Namespace, options: dict[str, Any], *, both: bool = False) -> Step:
-    """The product's path. `both` puts the rejected responses among those that are learnt from."""
+    """A step of dpkd. With `both`, the rejected responses are training rows too."""
     source = locate_model(arguments.student, "student")
     cache = TeacherCache.open(arguments.cache)
     config = TrainConfig(cache=arguments.cache, student=arguments.student, out=Path("unused"), **options)
@@ -110,7 +110,7 @@ def with_teacher(arguments: argparse.Namespace, *, padded: bool) -> Step:
 
 
 def released_loss(batch: Batch, student_BSV: torch.Tensor, teacher_BSV: torch.Tensor) -> torch.Tensor:
-    """The released code's order of work: log-softmax of all positions, then the mask."""
+    """As the released code: log-softmax of all positions, then the mask."""
     log_q_BSV, log_p_BSV = torch.log_softmax(student_BSV, -1), torch.log_softmax(teacher_BSV, -1)
     a_BS, b_BS = log_p_BSV.argmax(-1, keepdim=True), log_q_BSV.detach().argmax(-1, keepdim=True)
     delta_BS = (log_q_BSV.gather(-1, a_BS) - log_q_BSV.gather(-1, b_BS)) - (
@@ -136,7 +136,7 @@ ARMS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "authors": lambda a: with_teacher(a, padded=True),
     "live-kd": lambda a: with_teacher(a, padded=False),
 }
-#: what each arm is set against
+#: the baseline of each variant
 AGAINST = {
     "dpkd-token": "sft",
     "dpkd-sequence": "sft-pairs",
@@ -160,14 +160,14 @@ def speed(arguments: argparse.Namespace) -> None:
     tokens: dict[str, int] = dict.fromkeys(arms, 0)
     for step in range(arguments.steps + 2):
         rows = rows_of(step)
-        # the order turns, so that none always comes after the same one
+        # the order rotates, so no variant always follows the same one
         names = [*arms][step % len(arms) :] + [*arms][: step % len(arms)]
         for name in names:
             started_s = time.perf_counter()
             tokens[name] += arms[name](rows)
             if step >= 2:
                 taken[name].append(time.perf_counter() - started_s)
-    print("| arm | s a step (median) | rows/s | against | ratio (median of steps) |\n|---|---:|---:|---|---:|")
+    print("| variant | s per step (median) | rows/s | against | ratio (median of steps) |\n|---|---:|---:|---|---:|")
     for name, seconds in taken.items():
         median_s = statistics.median(seconds)
         other = AGAINST.get(name)
@@ -178,8 +178,8 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Peak resident memory (MiB) of each arm in a process of its own."""
-    print("| arm | peak memory (MiB) |\n|---|---:|")
+    """Print the peak resident memory (MiB) of each variant in a new process."""
+    print("| variant | peak memory (MiB) |\n|---|---:|")
     for name in arguments.arms:
         command = [sys.executable, __file__, "--cache", arguments.cache, "--round", arguments.round, "--student", arguments.student, "--teacher", arguments.teacher, "--batch-size", str(arguments.batch_size), "--alone", name]  # fmt: skip  # noqa: E501
         found = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -194,7 +194,7 @@ def alone(arguments: argparse.Namespace) -> None:
 
 
 def growth() -> None:
-    """Seconds of a toy step by sequence length, rows and vocabulary, and of its loss part alone (a 1-layer student)."""
+    """Print the seconds of a step of a one-layer student, and of its head and loss, by length, rows and vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     print("| rows | response tokens | vocabulary | step (s) | head and loss (s) |\n|---:|---:|---:|---:|---:|")
@@ -237,7 +237,7 @@ def growth() -> None:
 
 
 class _Head:
-    """The scorer on hidden states that are there already."""
+    """A scorer for hidden states that are already computed."""
 
     def __init__(self, scorer: StudentScorer, hidden_BSD: torch.Tensor) -> None:
         self._scorer, self._hidden_BSD = scorer, hidden_BSD
@@ -266,16 +266,16 @@ def random_batch(rows: int, tokens: int, vocabulary: int) -> Batch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache")
-    parser.add_argument("--round", default="r0")
-    parser.add_argument("--student")
-    parser.add_argument("--teacher")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--alone", choices=[*ARMS])
+    parser.add_argument("--cache", help="teacher cache")
+    parser.add_argument("--round", default="r0", help="round of the cache [r0]")
+    parser.add_argument("--student", help="checkpoint directory")
+    parser.add_argument("--teacher", help="checkpoint directory")
+    parser.add_argument("--steps", type=int, default=50, help="measured steps after two of warm-up [50]")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step [8]")
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], help="variants to run [all]")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--growth", action="store_true", help="measure growth; needs no other option")
+    parser.add_argument("--alone", choices=[*ARMS], help="run four steps of one variant and print its peak memory")
     given = parser.parse_args()
     if given.growth:
         growth()

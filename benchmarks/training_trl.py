@@ -1,11 +1,11 @@
-"""Our sequence-level step beside TRL's `DPOTrainer` with precomputed reference log-probs, on the same pairs.
+"""dpkd's sequence-level step against TRL's `DPOTrainer` with precomputed reference log-probs, on the same pairs.
 
     pip install 'trl>=1.16,<1.17'
     python benchmarks/training_trl.py --cache DIR --round NAME --student DIR --teacher DIR [--steps 20]
 
-Both arms train the student on the pairs of the cache and its round; TRL gets their texts and the teacher as reference
-model, whose log-probs it computes once before training (that is in neither arm's time, nor is building the cache).
-The arms take turns, block by block, and each process's peak memory is measured by `--alone`.
+Both train the student on the pairs of the cache and its round. TRL gets their texts, and the teacher as reference
+model, whose log-probs it computes once before training. This is not part of its time, as building the cache is not part
+of ours. The two take turns, block by block. Peak memory is measured by `--alone`, in a new process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def trl(arguments: argparse.Namespace) -> Block:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Time between the ends of two steps: whatever the trainer does for a step, its data included."""
+        """Measures the time between the ends of two steps, including everything that the trainer does for a step."""
 
         def __init__(self) -> None:
             self.ends_s: list[float] = []
@@ -92,7 +92,7 @@ def trl(arguments: argparse.Namespace) -> Block:
 
 
 def pairs(arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """Texts of the pairs, in the order in which our arm takes them."""
+    """Texts of the pairs, in the order in which dpkd reads them."""
     cache = TeacherCache.open(arguments.cache)
     held = cache.round(arguments.round)
     shards = cache.shards("teacher")
@@ -115,11 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("cache", "student", "teacher"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--round", default="r0")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--alone", choices=[*ARMS])
+    parser.add_argument("--round", default="r0", help="round of the cache [r0]")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per block [20]")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step [8]")
+    parser.add_argument("--blocks", type=int, default=2, help="turns of each variant [2]")
+    parser.add_argument("--alone", choices=[*ARMS], help="run four steps of one variant and print its peak memory")
     given = parser.parse_args()
     if given.alone:
         ARMS[given.alone](given)(0, 4)
@@ -130,7 +130,7 @@ def main() -> None:
     for number in range(given.blocks):
         for name, block in arms.items():
             seconds[name] += block(number * given.steps, given.steps)
-    print("| arm | s a step (median) | pairs/s | peak memory (MiB) |\n|---|---:|---:|---:|")
+    print("| variant | s per step (median) | pairs/s | peak memory (MiB) |\n|---|---:|---:|---:|")
     for name, times in seconds.items():
         found = subprocess.run(
             [sys.executable, *sys.argv, "--alone", name], check=True, capture_output=True, text=True
