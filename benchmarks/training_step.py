@@ -44,7 +44,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.distill.run.logs import peak_memory_bytes
-from dpkd.distill.training import decayed_groups
+from dpkd.distill.run.student_state import make_optimizer
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 PADDED = 512  # the released code pads every row to this length
@@ -52,7 +52,7 @@ Step = Callable[[list[TrainingRow]], int]
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(decayed_groups(model, 0.01), lr=1e-5, fused=True)
+    return make_optimizer(model, TrainConfig(cache="unused", student="unused", out=Path("unused"), learning_rate=1e-5))
 
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ def ours(arguments: argparse.Namespace, options: dict[str, Any], *, both: bool =
         shared = share_prompts(rows) if config.share_prompt else None
         part = MicroBatch(collate(rows, with_distributions=objective.needs_distributions), shared=shared)
         sums = objective(scorer, part)
-        update(model, optimizer, objective.total(sums, objective.term_counts(part)))
+        update(model, optimizer, objective.total(sums, objective.counts(part)))
         return part.num_positions
 
     return step
@@ -223,12 +223,12 @@ def growth() -> None:
         for repeat in range(6):
             started_s = time.perf_counter()
             sums = objective(scorer, part)
-            objective.total(sums, objective.term_counts(part)).backward()
+            objective.total(sums, objective.counts(part)).backward()
             spent_s = time.perf_counter() - started_s
             hidden_BSD = torch.randn(*part.rows.input_ids_BS.shape, 64, requires_grad=True)
             began_s = time.perf_counter()
             sums = objective(_Head(scorer, hidden_BSD), part)
-            objective.total(sums, objective.term_counts(part)).backward()
+            objective.total(sums, objective.counts(part)).backward()
             if repeat:
                 whole_s.append(spent_s)
                 head_s.append(time.perf_counter() - began_s)
@@ -242,8 +242,8 @@ class _Head:
     def __init__(self, scorer: StudentScorer, hidden_BSD: torch.Tensor) -> None:
         self._scorer, self._hidden_BSD = scorer, hidden_BSD
 
-    def __call__(self, ids: Any, mask: Any, row_T: Any, predict_T: Any, fields: Any, read: Any) -> Any:
-        return self._scorer.read(self._hidden_BSD[row_T, predict_T], fields, read)
+    def __call__(self, ids: Any, mask: Any, row_T: Any, predict_T: Any, fields: Any, statistics: Any) -> Any:
+        return self._scorer.evaluate(self._hidden_BSD[row_T, predict_T], fields, statistics)
 
 
 def random_batch(rows: int, tokens: int, vocabulary: int) -> Batch:

@@ -14,7 +14,7 @@ from support.toys import ROOT
 LAYERS = {
     "core": ("",),
     "teacher_cache": ("engines", "options", "store", "build", "audit", "serve"),
-    "distill": ("options", "rows", "batches", "objectives", "live", "student", "run", "training"),
+    "distill": ("losses", "options", "rows", "batches", "objectives", "live", "student", "run", "training"),
     "evaluate": ("metrics", "options", "inputs", "answers", "report", "views", "merge", "judge", "evaluation"),
     "pipelines": ("process", "flags", "bridges", "commands", "recipe", "reproduce", "cli"),
 }

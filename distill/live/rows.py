@@ -210,8 +210,8 @@ class LiveRows:
             )
         return found
 
-    def settle(self, step: int) -> None:
-        """Before a checkpoint after `step` steps: return once every block that was begun is stored as it was drawn.
+    def settle(self) -> None:
+        """Before a checkpoint: return once every block that was begun is stored as it was drawn.
 
         The scores of these blocks are waited for too, `SETTLE_S` seconds at most: a server that is away must not keep
         a checkpoint from being written, and a block is scored when the run goes on.

@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkd.core.errors import UserError
-
-
-@dataclass(frozen=True)
-class Positions:
-    """A chunk of C positions with the student's logits over V places (float32), alive only while they are read.
-
-    `fields` are the caller's tensors of these positions; `num_tokens` of the V places stand for a token, the others
-    pad the vocabulary.
-    """
-
-    logits_CV: Float[Tensor, "C V"]
-    log_sum_C: Float[Tensor, " C"]
-    fields: Mapping[str, Tensor]
-    num_tokens: int
-
-    def logprob(self, token_C: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
-        """log q of one token a position (nats)."""
-        return self.logits_CV.gather(1, token_C[:, None])[:, 0] - self.log_sum_C
-
-    @torch.no_grad()
-    def own_token(self, uniform_C: Float[Tensor, " C"] | None = None) -> Int[Tensor, " C"]:
-        """The student's arg-max, or its draw at `uniform_C` (one number in [0, 1) a position) where given."""
-        if uniform_C is None:
-            return self._likeliest_C
-        logits_CV = self.logits_CV.detach()[:, : self.num_tokens]
-        cumulative_CV = torch.softmax(logits_CV, dim=1).cumsum(dim=1)
-        drawn_C = uniform_C * cumulative_CV[:, -1]
-        return torch.searchsorted(cumulative_CV, drawn_C[:, None], right=True)[:, 0].clamp(max=logits_CV.shape[1] - 1)
-
-    @cached_property
-    def _likeliest_C(self) -> Tensor:
-        return self.logits_CV.detach()[:, : self.num_tokens].argmax(dim=1)
-
-    @torch.no_grad()
-    def entropy(self) -> Float[Tensor, " C"]:
-        """Entropy of the student's distribution (nats)."""
-        logits_CV, log_sum_C = self.logits_CV.detach(), self.log_sum_C.detach()
-        share_CV = (logits_CV - log_sum_C[:, None]).exp_()
-        return log_sum_C - torch.linalg.vecdot(share_CV, logits_CV)
-
-
-#: What is kept of a chunk: tensors with one value a position.
-Read = Callable[[Positions], dict[str, Tensor]]
-
-
-def read_target(at: Positions) -> dict[str, Tensor]:
-    """log q of the field `target`, the response's own token (nats)."""
-    return {"target": at.logprob(at.fields["target"])}
+from dpkd.distill.objectives.statistics import Positions, Statistic
 
 
 class StudentScorer(nn.Module):
-    """Wraps a causal language model so that its forward pass ends in values a position, never in full logits."""
+    """Wraps a causal language model so that its forward pass ends in statistics a position, never in full logits."""
 
     def __init__(self, model: nn.Module, *, num_tokens: int, logits_chunk: int) -> None:
         super().__init__()
@@ -78,37 +28,42 @@ class StudentScorer(nn.Module):
         row_T: Tensor,
         predict_T: Tensor,
         fields: dict[str, Tensor],
-        read: Read,
+        statistics: Sequence[Statistic],
         position_ids_BS: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What `read` makes of the logits at `(row_T, predict_T)`, over all T positions.
+        """The values of `statistics` at the T positions `(row_T, predict_T)`.
 
-        The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`). `fields`
-        hold one row a position and are cut into the same chunks. `read` may run twice on a chunk.
+        The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`). `fields` have
+        one row a position and are cut into the same chunks.
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
         positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
         hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions)[0]
-        return self.read(hidden_BSD[row_T, predict_T], fields, read)
+        return self.evaluate(hidden_BSD[row_T, predict_T], fields, statistics)
 
-    def read(self, hidden_TD: Tensor, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:
-        """What `read` makes of the logits of hidden states, chunk by chunk."""
+    def evaluate(
+        self, hidden_TD: Tensor, fields: dict[str, Tensor], statistics: Sequence[Statistic]
+    ) -> dict[str, Tensor]:
+        """The values of `statistics` on the logits of hidden states, chunk by chunk."""
         chunk = self._logits_chunk
-        # with one chunk the logits are kept for the backward pass; with more they are made again, chunk by chunk
+        # with one chunk the logits are kept for the backward pass; with more they are computed again, chunk by chunk
         recompute = torch.is_grad_enabled() and hidden_TD.shape[0] > chunk
         parts: list[dict[str, Tensor]] = []
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
-            arguments = (hidden_TD[piece], {name: value[piece] for name, value in fields.items()}, read)
+            arguments = (hidden_TD[piece], {name: value[piece] for name, value in fields.items()}, statistics)
             if recompute:
-                parts.append(checkpoint(self._read_chunk, *arguments, use_reentrant=False))
+                parts.append(checkpoint(self._evaluate_chunk, *arguments, use_reentrant=False))
             else:
-                parts.append(self._read_chunk(*arguments))
+                parts.append(self._evaluate_chunk(*arguments))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _read_chunk(self, hidden_CD: Tensor, fields: dict[str, Tensor], read: Read) -> dict[str, Tensor]:
+    def _evaluate_chunk(
+        self, hidden_CD: Tensor, fields: dict[str, Tensor], statistics: Sequence[Statistic]
+    ) -> dict[str, Tensor]:
         logits_CV = head_logits(self.model, hidden_CD).float()
-        return read(Positions(logits_CV, torch.logsumexp(logits_CV, dim=1), fields, self._num_tokens))
+        at = Positions(logits_CV, torch.logsumexp(logits_CV, dim=1), fields, self._num_tokens)
+        return {name: value for statistic in statistics for name, value in statistic(at).items()}
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -1,20 +1,17 @@
-"""The objectives by name, and what each is made of."""
+"""The objectives by name, and the terms that each one weighs."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-PreferenceName = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference-free"]
-DivergenceName = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "akl", "skewed-forward-kl", "skewed-reverse-kl"]
-ObjectiveName = Literal[PreferenceName, DivergenceName, "kd", "sft", "seqkd", "minillm"]
+from dpkd.distill.losses.divergence import DIVERGENCES
+from dpkd.distill.losses.preference import PREFERENCES
+
 TermName = Literal["dpkd", "sft", "kd", "lm", "minillm"]
+#: preferences that are defined for a single position
+TOKEN_PREFERENCES = tuple(name for name, levels in PREFERENCES.items() if "token" in levels)
 
-PREFERENCES: tuple[str, ...] = get_args(PreferenceName)
-DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
-#: forms of the preference that exist for a single position
-TOKEN_PREFERENCES = ("dpkd", "ipo", "dpop", "reference-free")
-
-#: What an objective is made of when no weight is given. `kd` is the paper's baseline, 0.5 CE + 0.5 H(p, q).
+#: Weights of an objective's terms where the options give none. `kd` is the paper's baseline, 0.5 CE + 0.5 H(p, q).
 OBJECTIVE_TERMS: dict[str, dict[TermName, float]] = {
     **{name: {"dpkd": 1.0} for name in PREFERENCES},
     **{name: {"kd": 1.0} for name in DIVERGENCES},
@@ -23,8 +20,12 @@ OBJECTIVE_TERMS: dict[str, dict[TermName, float]] = {
     "seqkd": {"sft": 1.0},
     "minillm": {"minillm": 1.0},
 }
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVE_TERMS)]
 
-#: Options that stand for a published mix; an option that is given itself goes before its preset's value.
+#: Options that stand for a published mix. Options that are given override the preset's.
 PRESETS: dict[str, dict[str, Any]] = {
     "released-code": {
         "objective": "dpkd", "level": "token", "student_samples": "forced", "beta": 0.1,

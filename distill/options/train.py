@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Location, Settings, split_commas
 from dpkd.distill.options.objectives import (
-    DIVERGENCES,
     OBJECTIVE_TERMS,
     PREFERENCES,
     PRESETS,
-    DivergenceName,
     ObjectiveName,
     TermName,
 )
@@ -36,7 +34,6 @@ class TrainConfig(Settings):
             "jsd_beta",
             "akl_mu",
             "skew_alpha",
-            "minillm_clip",
             "dpkd_weight",
             "sft_weight",
             "kd_weight",
@@ -160,7 +157,6 @@ class TrainConfig(Settings):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: share of the teacher in the mixture")
     akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
     skew_alpha: float = Field(0.1, ge=0, lt=1, description="skewed divergences: share of the other distribution")
-    minillm_clip: float = Field(0.2, gt=0, description="minillm: clipping of the importance ratio")
     dpkd_weight: float | None = Field(None, ge=0, description="weight of the preference loss; none: 1 where it is")
     sft_weight: float | None = Field(
         None, ge=0, description="weight of the cross-entropy on the (chosen) responses; none: the objective's own"
@@ -272,11 +268,6 @@ class TrainConfig(Settings):
     def _fits_together(self) -> TrainConfig:
         check_train_options(self)
         return self
-
-    @property
-    def divergence(self) -> DivergenceName:
-        """The divergence of the `kd` term; beside another objective it is the forward one."""
-        return cast(DivergenceName, self.objective) if self.objective in DIVERGENCES else "forward-kl"
 
     @property
     def needs_pairs(self) -> bool:

@@ -1,32 +1,115 @@
-"""The lines that a run writes of its steps and validations, one JSON object each, and what it says of them."""
+"""What a run logs: a JSON line a step and a validation, the tracker, the progress that a person sees."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import resource
+import statistics
 import sys
+import time
+from collections import deque
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
 
 from dpkd.core.files import write_atomic
+from dpkd.core.progress import Progress, say
+from dpkd.distill.run.ranks import on_all_ranks
+from dpkd.distill.run.setup import Run
+from dpkd.distill.run.trackers import start_tracker, track
 
 METRICS_LOG = "metrics.jsonl"
+VALIDATION_LOG = "validation.jsonl"
+_SPIKE_FACTOR = 10.0
+_SPIKE_WINDOW, _SPIKE_LEAST = 100, 20  # steps
+
+
+class RunLog:
+    """Logs steps from `first` on: `metrics.jsonl` and progress on rank zero, the tracker on all ranks.
+
+    Opening it drops the lines of steps that a resumed run takes again.
+    """
+
+    def __init__(self, run: Run, accelerator: Accelerator, first: int) -> None:
+        self._run, self._accelerator, self._first = run, accelerator, first
+        self._spikes = NormSpikes()
+        self._stack = contextlib.ExitStack()
+        self._started_s = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        config = self._run.config
+        on_all_ranks(self._accelerator, lambda: start_tracker(self._accelerator, config, self._first))
+        if self._accelerator.is_main_process:
+            for name in (METRICS_LOG, VALIDATION_LOG):
+                keep_lines(config.out / name, self._first)
+            self._file = self._stack.enter_context((config.out / METRICS_LOG).open("a", encoding="utf-8"))
+            self._progress = self._stack.enter_context(Progress("train", self._run.steps, "steps", self._first))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def start_step(self) -> None:
+        """Start the clock of a step."""
+        self._started_s = time.perf_counter()
+
+    def log_step(self, line: dict[str, Any], wait_s: float) -> None:
+        """Log the metrics of the step that ends now; `wait_s` of its time was spent waiting for rows."""
+        step_s = time.perf_counter() - self._started_s
+        line |= {"tokens_per_s": line["tokens"] / step_s, "step_time_s": step_s, "data_wait_s": wait_s}
+        line["peak_memory_bytes"] = peak_memory_bytes(self._accelerator.device)
+        track(self._accelerator, line, "train")
+        if not self._accelerator.is_main_process:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if spike := self._spikes.note(line["grad_norm"]):
+            say(f"step {line['step']}: {spike}")
+        fields = {"loss": f"{line['loss']:.4f}"}
+        if line.get("reward_margin") is not None:
+            fields["margin"] = f"{line['reward_margin']:.3f}"
+        fields["tokens_per_s"] = f"{line['tokens_per_s']:.0f}"
+        fields["memory"] = f"{line['peak_memory_bytes'] / 1e9:.2f} GB"
+        self._progress.advance(1, **fields)
+
+
+class NormSpikes:
+    """Finds gradient norms of more than ten times the median of the last hundred."""
+
+    def __init__(self) -> None:
+        self._norms: deque[float] = deque(maxlen=_SPIKE_WINDOW)
+
+    def note(self, norm: float | None) -> str | None:
+        """Record the norm of a step before clipping; a sentence about it if it is a spike."""
+        if norm is None:
+            return None
+        text = None
+        if len(self._norms) >= _SPIKE_LEAST:
+            median = statistics.median(self._norms)
+            if norm > _SPIKE_FACTOR * median:
+                text = f"gradient norm {norm:.3g}, {norm / median:.0f} times the median of {len(self._norms)} steps"
+        self._norms.append(norm)
+        return text
 
 
 def shown(line: dict[str, Any]) -> list[str]:
-    """The figures of a validation that a person looks at while a run goes on."""
+    """The metrics of a validation that are shown during a run."""
     names = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
     return [f"validation {name} {line[name]:.4f}" for name in names if line.get(name) is not None]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory of this process so far: of the device where it has its own, else resident."""
+    """Peak memory of this process so far, in bytes: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Linux carries ru_maxrss over from the process that started this one, where that was larger; VmHWM is our own
+    # on Linux ru_maxrss includes the parent process if that was larger; VmHWM does not
     status = Path("/proc/self/status")
     if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
@@ -40,9 +123,9 @@ def last_line(path: Path) -> dict[str, Any] | None:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run makes again."""
+    """Drop the lines after `step`, which a resumed run writes again; a new run (step 0) starts an empty log."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if step > 0 and line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())

@@ -1,16 +1,17 @@
-"""The processes of one run: what they are started as, and what they have to agree on.
+"""The processes of one run: how they start and end, and what they agree on.
 
-With one process every function here is the plain call it stands for.
+With one process each function here is the plain call that it wraps.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,26 +29,27 @@ from accelerate.utils import (
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.run.trackers import TRACKER_DIR
+from dpkd.distill.run.trackers import TRACKER_DIR, choose_tracker
 
-#: longest wait for another rank: one may score answers, or wait for rows, while the others stand still
+#: longest wait for another rank, which may be scoring answers or waiting for rows
 _TIMEOUT = timedelta(hours=2)
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 class OtherRankFailed(SystemExit):
-    """Another rank has said what is wrong: this one ends with the same status and says nothing."""
+    """Another rank has printed its error: this one ends with the same exit code and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__(2)
 
 
-def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accelerator:
-    """The accelerator of this process; raises `UserError` for a device, a number type or a sharding that is not there.
+def open_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of this process; raises `UserError` for a device, dtype, tracker or sharding that cannot be used.
 
-    How many processes there are, and on which devices, is said by what started this one (`accelerate launch`,
-    `torchrun`); so is sharding, unless the option asks for it.
+    The launcher (`accelerate launch`, `torchrun`) decides the number of processes and their devices, and sharding
+    unless the option asks for it.
     """
     choose_device(config.device)
     cpu = config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
@@ -71,7 +73,7 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         fsdp_plugin=plugin,
-        log_with=log_with,
+        log_with=choose_tracker(config.tracker),
         project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / TRACKER_DIR)),
         kwargs_handlers=[
             # the corpus term calls the student a second time before the backward pass: buffers must stay as they are
@@ -88,18 +90,43 @@ def open_accelerator(config: TrainConfig, log_with: str | None = None) -> Accele
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # accelerate takes this from a data loader, of which there is none here
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    on_all_ranks(accelerator, lambda: _check_sharding(accelerator, config))
     return accelerator
 
 
-def leave_group() -> None:
-    """End the process group of this process, if there is one; called when nothing of the run is left.
+def ends_process_group(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A function that ends the process group it opened once its own local variables are gone.
 
-    The last to let go of the group waits for gloo's threads, which need the interpreter's lock to end. Python's own
-    reference gives the lock up for that; the reducer of a `DistributedDataParallel` does not, and waits for ever.
+    The last reference to the group waits for gloo's threads, which need the interpreter's lock to end. Python's own
+    reference releases the lock for that; the reducer of a `DistributedDataParallel` does not, and waits forever.
     """
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        was_initialized = torch.distributed.is_initialized()
+        result = function(*args, **kwargs)
+        if torch.distributed.is_initialized() and not was_initialized:
+            gc.collect()
+            torch.distributed.destroy_process_group()
+        return result
+
+    return wrapped
+
+
+def _check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    if is_sharded(accelerator) and config.student_samples == "live":
+        raise UserError(
+            "--student-samples live needs the whole student on each device",
+            found=f"{accelerator.distributed_type.value} sharding",
+            advice="Leave sharding out, or train on a round of the cache (--student-samples cached)",
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and config.save_every is not None:
+        raise UserError(
+            "DeepSpeed keeps its optimizer in its own form, which dpkd cannot checkpoint",
+            found=f"save_every {config.save_every}",
+            expected="save_every none",
+            advice="Give --save-every none, or shard with --sharding fsdp2, which has checkpoints",
+        )
 
 
 def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:
@@ -130,9 +157,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def on_all_ranks(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
-    """Call `act` on every rank and wait for all; a `UserError` of one is raised by it, and ends the others in silence.
+    """Call `act` on every rank and wait for all; on a `UserError` the first rank that has one raises it.
 
-    The first rank with an error is the one that says it.
+    The other ranks then end without a message.
     """
     error: UserError | None = None
     result: Any = None
@@ -159,7 +186,7 @@ def raise_first(accelerator: Accelerator, error: UserError | None) -> None:
 
 
 def on_rank_zero(accelerator: Accelerator, act: Callable[[], _T]) -> _T:
-    """Call `act` on the main process while the others wait; what it gives, on every rank."""
+    """Call `act` on rank zero while the others wait; its result, on every rank."""
     result = on_all_ranks(accelerator, lambda: act() if accelerator.is_main_process else None)
     if accelerator.num_processes > 1:
         result = broadcast_object_list([result])[0]

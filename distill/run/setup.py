@@ -1,17 +1,16 @@
-"""A training run before its first step: what it is made of, where it stands, how long it is."""
+"""A training run before its first step: what it is made of, how long it is, and the directory that it claims."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_atomic
-from dpkd.core.identity import canonical_json, differences, software_versions
+from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.outputs import output_exists
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, RowOrder
 from dpkd.distill.batches.token_budget import TokenBatchOrder
@@ -28,19 +27,20 @@ from dpkd.distill.rows.sources import (
     used_shards,
 )
 from dpkd.distill.rows.vocabulary import check_narrower
+from dpkd.distill.run.adapters import check_adapters
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
 
 if TYPE_CHECKING:
     from dpkd.distill.rows.corpus import Corpus
 
-#: options that may differ when a run is taken up: where things are, not what they are
-_NOT_THE_RUN = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"} | {
+#: options that may differ when a run is resumed: they say where things are or how fast it runs, not what it computes
+_FREE_OPTIONS = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"} | {
     "gradient_checkpointing",
     "share_prompt",
     "compile",
     "tracker",
 }
-#: how a step's rows are split into forward passes: their number alone is the run's
+#: how a step's rows are split into micro-batches; only their product belongs to the run
 _SPLIT = {"batch_size", "gradient_accumulation_steps"}
 
 
@@ -48,14 +48,21 @@ _SPLIT = {"batch_size", "gradient_accumulation_steps"}
 class Run:
     """What a run is made of, decided before the first step.
 
-    `validation` are rows that are held out of `rows`; `corpus` is the text of the language-model term;
-    `has_distributions` says whether the rows carry the teacher's; `cache` is a finished one, and `cache_identities` are
-    also those of a cache that is still written.
+    Attributes:
+        rows: what to learn from, in the `order` of `steps` steps.
+        validation: rows held out of `rows`.
+        corpus: text of the language-model term.
+        has_distributions: whether the rows have the teacher's distributions.
+        vocab_size: width of the teacher's logits, or of the student's without a teacher.
+        facts: what the student is made of, as dpkd.json records it.
+        cache: a finished cache; `cache_identities` also those of one that is still being written.
     """
 
     config: TrainConfig
     student: ModelSource
     rows: RowSource
+    order: RowOrder
+    steps: int
     vocab_size: int
     facts: dict[str, Any]
     cache: TeacherCache | None = None
@@ -65,9 +72,10 @@ class Run:
     cache_identities: dict[str, Any] | None = None
 
 
-def open_run(config: TrainConfig) -> Run:
+def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     """Find and check student and rows; raises `UserError` for what cannot be used. Writes nothing."""
     student = locate_model(config.student, "student")
+    check_adapters(student, config)
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
     rows: RowSource
     finished: TeacherCache | None = None
@@ -107,56 +115,62 @@ def open_run(config: TrainConfig) -> Run:
         corpus = Corpus(config.lm_data, student.tokenizer, config.lm_length, config.seed)
         check_positions(config.lm_length, student.max_positions, where=student.name)
         facts["corpus"] = corpus.identity
-    return Run(config, student, rows, vocab_size, facts, finished, validation, corpus, has_distributions, identities)
+    order, steps = _plan_steps(config, rows, num_processes)
+    return Run(
+        config=config,
+        student=student,
+        rows=rows,
+        order=order,
+        steps=steps,
+        vocab_size=vocab_size,
+        facts=facts,
+        cache=finished,
+        validation=validation,
+        corpus=corpus,
+        has_distributions=has_distributions,
+        cache_identities=identities,
+    )
 
 
-def take_up(run_dir: Path, run: Run, num_processes: int) -> bool:
-    """Create or take up the run directory; True when the run is complete. Refuses another run's directory.
+def claim_directory(run: Run, num_processes: int) -> bool:
+    """Create the run directory, or reopen it to resume; True when its run is complete. Refuses another run's.
 
-    A run may go on with another number of processes, or other forward passes, if a step keeps its number of rows.
+    A run may resume with another number of processes or other micro-batches if a step keeps its number of rows.
     """
-    config = run.config
+    config, out = run.config, run.config.out
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_processes
     identity = {
-        "options": config.model_dump(mode="json", exclude=_NOT_THE_RUN | _SPLIT),
-        "rows_per_step": config.batch_size * config.gradient_accumulation_steps * num_processes,
+        "options": config.model_dump(mode="json", exclude=_FREE_OPTIONS | _SPLIT),
+        "rows_per_step": rows_per_step,
         "passes_per_step": None if config.batch_tokens is None else config.gradient_accumulation_steps * num_processes,
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
-    held_path = run_dir / "dpkd-run.json"
-    if held_path.is_file():
-        held = json.loads(held_path.read_bytes())
-        if canonical_json(held) != canonical_json(identity):
-            raise UserError(
-                f"the output directory holds another run; differing: {'; '.join(differences(held, identity))}",
-                where=run_dir,
-                advice="Choose another --out, or repeat the options that it was started with",
-            )
-        return (run_dir / "run.json").is_file()
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError("the output holds something else than a run", where=run_dir, advice="Choose another --out")
-    write_atomic(held_path, canonical_json(identity))
-    write_atomic(run_dir / "dpkd.toml", run.config.to_toml().encode())
+    advice = "Choose another --out, or repeat the options that the run was started with"
+    if output_exists(out, "dpkd-run.json", identity, "run", advice=advice):
+        return (out / "run.json").is_file()
+    write_atomic(out / "dpkd-run.json", canonical_json(identity))
+    write_atomic(out / "dpkd.toml", config.to_toml().encode())
     return False
 
 
-def plan_steps(run: Run, num_processes: int) -> tuple[int, RowOrder]:
-    """Number of steps and the order of rows; raises `UserError` when a batch is larger than the data."""
-    config = run.config
-    global_batch = config.batch_size * config.gradient_accumulation_steps * num_processes
+def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int) -> tuple[RowOrder, int]:
+    """The order of rows and the number of steps; raises `UserError` when a step takes more rows than there are."""
+    micro_batches = config.gradient_accumulation_steps * num_processes
+    global_batch = config.batch_size * micro_batches
     order: RowOrder
-    if isinstance(run.rows, FollowedRows):
-        order = FollowOrder(run.rows, config.seed, global_batch, config.batch_size)
+    if isinstance(rows, FollowedRows):
+        order = FollowOrder(rows, config.seed, global_batch, config.batch_size)
     elif config.batch_tokens is not None:
         by_tokens = TokenBatchOrder(
-            run.rows.lengths_by_group(),
+            rows.lengths_by_group(),
             config.seed,
             budget=config.batch_tokens,
             sequences=2 if config.needs_pairs else 1,
-            micro_batches_per_step=config.gradient_accumulation_steps * num_processes,
+            micro_batches_per_step=micro_batches,
         )
-        return config.steps or by_tokens.num_steps(config.epochs or 1), by_tokens
+        return by_tokens, config.steps or by_tokens.num_steps(config.epochs or 1)
     else:
-        order = BatchOrder(run.rows.group_sizes, config.seed, global_batch, config.batch_size)
+        order = BatchOrder(rows.group_sizes, config.seed, global_batch, config.batch_size)
     if global_batch > order.num_rows:
         raise UserError(
             "a step takes more rows than there are",
@@ -164,5 +178,4 @@ def plan_steps(run: Run, num_processes: int) -> tuple[int, RowOrder]:
             expected=f"at most {order.num_rows}",
             advice="Lower --batch-size",
         )
-    steps = config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)
-    return steps, order
+    return order, config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)

@@ -34,8 +34,9 @@ def choose_tracker(name: str) -> str | None:
     return name
 
 
-def start_tracker(accelerator: Accelerator, name: str | None, config: TrainConfig, first: int) -> None:
+def start_tracker(accelerator: Accelerator, config: TrainConfig, first: int) -> None:
     """Begin (or go on) showing the run, from the step after `first`; raises `UserError` when the tracker will not."""
+    name = choose_tracker(config.tracker)
     if name is None:
         return
     # TensorBoard would make a run of its own of the options, at every start; the run's dpkd.toml holds them

@@ -1,65 +1,129 @@
-"""Validation on held-out rows of the cache, with the teacher's cached distributions: no teacher is needed."""
+"""Validation on held-out rows of the cache, with its teacher distributions; the best student; early stopping."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from dpkd.core.bridges import load_bridge
+from dpkd.core.progress import say
 from dpkd.distill.batches.batch import MicroBatch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.objective import Objective, Score, StepSums
-from dpkd.distill.objectives.reduction import means, whole
 from dpkd.distill.rows.row import RowSource
+from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
+from dpkd.distill.run.checkpointer import Checkpointer
+from dpkd.distill.run.logs import VALIDATION_LOG, shown
+from dpkd.distill.run.ranks import on_rank_zero
+from dpkd.distill.run.reduction import all_reduce_sums, step_means
+from dpkd.distill.run.setup import Run
+from dpkd.distill.run.student_state import StudentState
+from dpkd.distill.run.trackers import track
 
-VALIDATION_LOG = "validation.jsonl"
 
+class Validator:
+    """Validates when due, keeps the best student, and says when to stop early; every rank calls each method.
 
-class Validation:
-    """The objective's terms and metrics over all rows of `rows`, in eval mode.
-
-    A term that the rows cannot give is left out, and `loss` is then None: held-out rows have no student's response
-    where those are drawn live, and no text of the corpus. Random choices (a drawn token) are the same at every call.
+    `evaluate_fn` measures the best_metric `rouge_l`; None is the scoring of `dpkd eval`.
     """
 
     def __init__(
-        self, rows: RowSource, objective: Objective, accelerator: Accelerator, batch_size: int, *, distributions: bool
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        student: StudentState,
+        objective: Objective,
+        checkpointer: Checkpointer,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> None:
-        self._rows, self._objective, self._accelerator = rows, objective, accelerator
-        self._batch_size, self._distributions = batch_size, distributions
+        self._run, self._config, self._accelerator = run, run.config, accelerator
+        self._student, self._objective, self._checkpointer = student, objective, checkpointer
+        self._evaluate_fn = evaluate_fn
+        if run.config.best_metric == "rouge_l" and evaluate_fn is None:
+            self._evaluate_fn = load_bridge("rouge_l")(run.config)
+        metric = run.config.best_metric
+        self._best = None if metric is None else Best(**(checkpointer.resumed_best or {"metric": metric}))
 
-    @torch.no_grad()
-    def __call__(self, scorer: torch.nn.Module) -> dict[str, Any]:
-        """Means over all rows."""
-        places = [(group, index) for group, size in enumerate(self._rows.group_sizes) for index in range(size)]
-        size, ranks, rank = self._batch_size, self._accelerator.num_processes, self._accelerator.process_index
-        batches = [places[start : start + size] for start in range(0, len(places), size)]
-        state = torch.get_rng_state()
-        scorer.eval()
-        counts: list[dict[str, int]] = []
-        sums: list[StepSums] = []
-        for start in range(0, len(batches), ranks):
-            # every rank takes part in every turn: one without a batch of its own takes the last, with weight 0
-            number = min(start + rank, len(batches) - 1)
-            batch = batches[number]
-            torch.manual_seed(number)
-            part = MicroBatch(
-                collate([self._rows.row(*place) for place in batch], with_distributions=self._distributions)
-            )
-            found = self._objective(_as_score(scorer), part.to(self._accelerator.device))
-            count = self._objective.term_counts(part)
-            if number != start + rank:
-                found.terms = {name: value * 0 for name, value in found.terms.items()}
-                found.metrics = {name: (value * 0, 0) for name, (value, _) in found.metrics.items()}
-                count = dict.fromkeys(count, 0)
-            counts.append(count)
-            sums.append(found)
-        scorer.train()
-        torch.set_rng_state(state)
-        counted = whole(self._accelerator, counts)
-        return means(self._accelerator, sums, counted, self._objective.weights)
+    def validate_if_due(self, done: int) -> None:
+        """Validate before the first step, every `validate_every` steps and after the last one."""
+        if self._run.validation is None or (done % self._config.validate_every and done != self._run.steps):
+            return
+        line = {"step": done, **validate(self._accelerator, self._objective, self._student.scorer, self._run)}
+        if self._config.best_metric == "rouge_l":
+            line["rouge_l"] = self._rouge_l(done)
+        if self._accelerator.is_main_process:
+            with (self._config.out / VALIDATION_LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            track(self._accelerator, line, "validation")
+            say(f"step {done}: " + ", ".join(shown(line)))
+        if self._best is None:
+            return
+        if done == 0:  # where training starts is no result of it, but a metric that is missing is missing here already
+            self._best.value_of(line)
+        elif self._best.note(line):  # the metrics are the same on every rank, so all ranks agree on what is best
+            self._checkpointer.save_student(self._config.out / BEST_DIR, done)
+        self._checkpointer.best = asdict(self._best)
+
+    def should_stop(self) -> bool:
+        """Whether `patience` validations in a row were no better than the best."""
+        if self._best is None or not self._best.is_over(self._config.patience):
+            return False
+        if self._accelerator.is_main_process:
+            say(f"early stopping: {self._best.metric} has not improved since step {self._best.step}")
+        return True
+
+    def _rouge_l(self, done: int) -> float:
+        assert self._evaluate_fn is not None
+        assert self._run.validation is not None
+        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
+        directory = self._config.out / ".candidate"
+        self._checkpointer.save_student(directory, done, with_card=False)
+        score = on_rank_zero(self._accelerator, lambda: evaluate_fn(directory, prompts))
+        on_rank_zero(self._accelerator, lambda: shutil.rmtree(directory))
+        return float(score)
 
 
-def _as_score(scorer: torch.nn.Module) -> Score:
-    return scorer
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator, objective: Objective, scorer: torch.nn.Module, run: Run
+) -> dict[str, float | None]:
+    """Means of the objective's terms and metrics over all rows of `run.validation`, in eval mode.
+
+    A term that the rows lack is left out, and `loss` is then None: held-out rows have no student's response where those
+    are sampled live, and no text of the corpus. Random choices (a drawn token) are the same at every call.
+    """
+    assert run.validation is not None
+    rows: RowSource = run.validation
+    indices = [(group, index) for group, size in enumerate(rows.group_sizes) for index in range(size)]
+    size, ranks, rank = run.config.batch_size, accelerator.num_processes, accelerator.process_index
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    state = torch.get_rng_state()
+    scorer.eval()
+    counts: list[dict[str, int]] = []
+    sums: list[StepSums] = []
+    for start in range(0, len(batches), ranks):
+        # every rank takes part in every turn: one without a batch of its own takes the last, with weight 0
+        number = min(start + rank, len(batches) - 1)
+        torch.manual_seed(number)
+        found = [rows.row(*index) for index in batches[number]]
+        micro_batch = MicroBatch(collate(found, with_distributions=run.has_distributions))
+        batch_sums = objective(_as_score(scorer), micro_batch.to(accelerator.device))
+        batch_counts = objective.counts(micro_batch)
+        if number != start + rank:
+            batch_sums.terms = {name: value * 0 for name, value in batch_sums.terms.items()}
+            batch_sums.metrics = {name: (value * 0, 0) for name, (value, _) in batch_sums.metrics.items()}
+            batch_counts = dict.fromkeys(batch_counts, 0)
+        counts.append(batch_counts)
+        sums.append(batch_sums)
+    scorer.train()
+    torch.set_rng_state(state)
+    return step_means(accelerator, sums, all_reduce_sums(accelerator, counts), objective.weights)
+
+
+def _as_score(scorer: Any) -> Score:
+    return scorer  # type: ignore[no-any-return]

@@ -20,9 +20,9 @@ from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.batch import Batch, narrowed
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.order import BatchOrder
-from dpkd.distill.objectives.preference import sum_by_row
-from dpkd.distill.objectives.readings import distribution_fields, measured
-from dpkd.distill.objectives.student_forward import Positions, StudentScorer, check_head
+from dpkd.distill.losses.preference import sum_by_row
+from dpkd.distill.objectives.statistics import batch_fields, distance_from_teacher, target_logprob
+from dpkd.distill.objectives.student_forward import StudentScorer, check_head
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows, check_positions
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -129,7 +129,7 @@ def measure_student(
         "rkld": mean("rkld", num_tokens_N),
         "kld_first": mean("kld_first"),
         "rkld_first": mean("rkld_first"),
-        "top1_agreement": mean("agrees", num_tokens_N),
+        "top1_agreement": mean("top1_agreement", num_tokens_N),
         "beta": beta,
         "reward": float((beta * log_ratio_N / num_tokens_N).mean()),  # Eq. 29 over |y|, as Eq. 9 has it
         "reward_sum": float((beta * log_ratio_N).mean()),
@@ -143,7 +143,7 @@ def row_measures(
     """What `measure_student` is made of, by name: one float64 a row, in the order of `sample_rows`.
 
     `tokens` (EOS counted); sums over them: `nll` and `teacher_nll`, -log q(y) and -log p(y) of the cached response,
-    and with distributions `kld`, `rkld`, `agrees`; `kld_first`, `rkld_first` at the first one. Nats. Raises as
+    and with distributions `kld`, `rkld`, `top1_agreement`; `kld_first`, `rkld_first` at the first one. Nats. Raises as
     `measure_student`.
     """
     rows = sample_rows(cache, num_rows)
@@ -156,23 +156,23 @@ def row_measures(
     with Progress("rows of the cache", len(rows), "rows") as progress:
         for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
             batch = narrowed(wide_batch, student.vocab_size)
-            fields = {"target": batch.target_T} | distribution_fields(batch)
-            values = scorer(batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields, _read)
+            sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
+            values = scorer(*sequences, batch_fields(batch), (target_logprob, distance_from_teacher))
             parts.append(_of_rows(batch, values))
             progress.advance(batch.num_rows)
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
-def _read(at: Positions) -> dict[str, Tensor]:
-    return {"nll": -at.logprob(at.fields["target"])} | measured(at)
-
-
 def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
     assert batch.teacher_logprob_T is not None  # the teacher has scored every row of a cache
-    values = values | {"teacher_nll": -batch.teacher_logprob_T}
+    values = values | {"nll": -values["target"], "teacher_nll": -batch.teacher_logprob_T}
     # float64 on the CPU: some devices have none
     row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}
-    found = {name: sum_by_row(value, row_T, batch.num_rows) for name, value in by_token.items() if name != "entropy"}
+    found = {
+        name: sum_by_row(value, row_T, batch.num_rows)
+        for name, value in by_token.items()
+        if name not in ("entropy", "target")
+    }
     num_tokens_B = batch.num_tokens_B.cpu()
     first_B = num_tokens_B.cumsum(0) - num_tokens_B
     found |= {f"{name}_first": by_token[name][first_B] for name in ("kld", "rkld") if name in by_token}

@@ -56,7 +56,7 @@ def teacher_summary(values: dict[str, list[float]] | None, num_bootstrap: int, s
         "rkld": interval("rkld", tokens_N).as_dict(),
         "kld_first": interval("kld_first", ones_N).as_dict(),
         "rkld_first": interval("rkld_first", ones_N).as_dict(),
-        "top1_agreement": interval("agrees", tokens_N).as_dict(),
+        "top1_agreement": interval("top1_agreement", tokens_N).as_dict(),
         "perplexity": _exp(interval("nll", tokens_N)).as_dict(),
     }
 

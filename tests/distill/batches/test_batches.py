@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.batches.prefetch import prefetched
-from dpkd.distill.objectives.teacher_lookup import cached_logprobs
+from dpkd.distill.losses.cached_distributions import cached_logprobs
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.engines.engine import Distributions
 from dpkd.teacher_cache.store.schema import CachedRow

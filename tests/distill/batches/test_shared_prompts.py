@@ -26,6 +26,7 @@ from transformers import (
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.shared_prompts import check_sharing, share_prompts
+from dpkd.distill.objectives.statistics import target_logprob
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
@@ -64,19 +65,19 @@ def rows(*lengths: tuple[int, int, int]) -> list[TrainingRow]:
 def logprobs_and_gradient(model: PreTrainedModel, pairs: list[TrainingRow], *, shared: bool) -> tuple[Tensor, Tensor]:
     scorer = StudentScorer(model, num_tokens=97, logits_chunk=7)
     batch = collate(pairs, with_distributions=False)
-    fields = {"target": batch.target_T}
+    fields = {"target_id": batch.target_T}
     model.zero_grad()
     if shared:
         packed = share_prompts(pairs)
         assert packed.input_ids_PS.shape[0] == len(pairs)
         read = scorer(
             packed.input_ids_PS, packed.mask(), packed.row_T, packed.predict_T, fields,
-            lambda at: {"target": at.logprob(at.fields["target"])}, packed.position_ids_PS,
+            (target_logprob,), packed.position_ids_PS,
         )  # fmt: skip
     else:
         read = scorer(
             batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields,
-            lambda at: {"target": at.logprob(at.fields["target"])},
+            (target_logprob,),
         )  # fmt: skip
     # every position with a weight of its own, so that none can stand for another
     (read["target"] * torch.linspace(-1, 1, len(read["target"]))).sum().backward()

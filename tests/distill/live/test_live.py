@@ -301,7 +301,7 @@ def test_a_run_goes_on_from_a_checkpoint(loop: Callable[..., Loop], staleness: i
     first = loop("cut", **options)
     live = first.open()
     before = [rejected(first.take(live, step)) for step in range(stop)]
-    live.settle(stop)
+    live.settle()
     held = list(stored_rows(first.config.out))
     live.close()
     second = loop("cut", **options)
@@ -319,7 +319,7 @@ def test_samples_of_lost_weights_are_not_drawn_again(loop: Callable[..., Loop]) 
     live = earlier.open()
     for step in range(3):
         earlier.take(live, step)
-    live.settle(3)
+    live.settle()
     live.close()
     later = loop(sample_every=3)
     shard = later.config.out / "samples" / "shards" / "step-00000003-rank-0000.parquet"
@@ -385,7 +385,7 @@ def test_a_server_that_stays_away_leaves_a_run_that_goes_on(
         stopped_at = len(found)
         assert stopped_at < STEPS
         started_s = time.monotonic()
-        live.settle(stopped_at)
+        live.settle()
         assert time.monotonic() - started_s < 25
     finally:
         live.close()

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
-from dpkd.distill.objectives.preference import dpkd_sequence_loss, dpkd_token_loss, sum_by_row
-from dpkd.distill.objectives.teacher_lookup import cached_logprobs
+from dpkd.distill.losses.cached_distributions import cached_logprobs
+from dpkd.distill.losses.preference import dpkd_sequence_loss, dpkd_token_loss, sum_by_row
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.objectives.student_forward import Positions, StudentScorer, check_head, head_logits
+from dpkd.distill.objectives.statistics import Positions, target_logprob, token_pair
+from dpkd.distill.objectives.student_forward import StudentScorer, check_head, head_logits
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, PretrainedConfig] = {
@@ -23,21 +24,14 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def read(at: Positions) -> dict[str, torch.Tensor]:
-    own = at.own_token(at.fields.get("uniform"))
-    return {
-        "target": at.logprob(at.fields["target"]),
-        "chosen": at.logprob(at.fields["chosen"]),
-        "own": at.logprob(own),
-        "own_id": own,
-        "entropy": at.entropy(),
-    }
+def entropy(at: Positions) -> dict[str, torch.Tensor]:
+    return {"entropy": at.entropy()}
 
 
 def score(scorer: StudentScorer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
     fields = {name.removesuffix("_T"): value for name, value in inputs.items() if name not in names}
-    return scorer(*(inputs[name] for name in names), fields, read)  # type: ignore[no-any-return]
+    return scorer(*(inputs[name] for name in names), fields, (target_logprob, token_pair, entropy))  # type: ignore[no-any-return]
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -52,8 +46,8 @@ def batch() -> dict[str, torch.Tensor]:
         "attention_mask_BS": mask,
         "row_T": rows,
         "predict_T": predict,
-        "target_T": ids[rows, predict + 1],
-        "chosen_T": torch.randint(1, 90, (11,), generator=generator),
+        "target_id_T": ids[rows, predict + 1],
+        "chosen_id_T": torch.randint(1, 90, (11,), generator=generator),
     }
 
 
@@ -69,7 +63,7 @@ def test_chunks_equal_full_logits_in_value_and_gradient(family: str, chunk: int)
         model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits.float(), dim=-1
     )[inputs["row_T"], inputs["predict_T"]]
     own = full.argmax(dim=1)
-    expected = [full.gather(1, inputs[key][:, None])[:, 0] for key in ("target_T", "chosen_T")]
+    expected = [full.gather(1, inputs[key][:, None])[:, 0] for key in ("target_id_T", "chosen_id_T")]
     expected.append(full.gather(1, own[:, None])[:, 0])
     weights = torch.linspace(-1, 1, 11)
     sum((value * weights).sum() for value in expected).backward()  # type: ignore[union-attr]
@@ -79,8 +73,8 @@ def test_chunks_equal_full_logits_in_value_and_gradient(family: str, chunk: int)
 
     model.zero_grad()
     scores = score(StudentScorer(model, num_tokens=97, logits_chunk=chunk), inputs)
-    found = [scores["target"], scores["chosen"], scores["own"]]
-    assert scores["own_id"].tolist() == own.tolist()
+    found = [scores["target"], scores["chosen"], scores["rejected"]]
+    assert scores["rejected_id"].tolist() == own.tolist()
     assert torch.allclose(scores["entropy"], -(full.exp() * full).sum(dim=1), atol=1e-5)
     for one, two in zip(found, expected, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
@@ -95,7 +89,7 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
     inputs = batch()
     one = {
-        key: value[:1] if key in ("row_T", "predict_T", "target_T", "chosen_T") else value
+        key: value[:1] if key in ("row_T", "predict_T", "target_id_T", "chosen_id_T") else value
         for key, value in inputs.items()
     }
     many = {key: value.expand(20_000) if value.dim() == 1 else value for key, value in one.items()}
@@ -103,7 +97,7 @@ def test_drawn_tokens_follow_the_distribution() -> None:
         many["uniform_T"] = torch.rand(20_000)
         scores = score(StudentScorer(model, num_tokens=97, logits_chunk=4096), many)
         logits = model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits[0, 6]
-    share = torch.bincount(scores["own_id"], minlength=97) / 20_000
+    share = torch.bincount(scores["rejected_id"], minlength=97) / 20_000
     assert float((share - torch.softmax(logits, dim=0)).abs().max()) < 0.01
 
 
@@ -111,7 +105,7 @@ def test_padding_of_the_vocabulary_is_never_the_students_token() -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
     scores = score(StudentScorer(model, num_tokens=3, logits_chunk=64), batch())
-    assert int(scores["own_id"].max()) < 3
+    assert int(scores["rejected_id"].max()) < 3
 
 
 def test_an_unknown_change_of_the_logits_is_refused(toy_student: Path) -> None:

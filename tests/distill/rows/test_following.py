@@ -85,7 +85,7 @@ def test_both_processes_run_and_a_killed_trainer_goes_on(
 
     again = subprocess.run(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE, check=False)
     assert again.returncode == 0, again.stderr.decode()
-    assert b"going on from step 5 of 40" in again.stderr
+    assert b"resuming from step 5 of 40" in again.stderr
     assert writer.wait(timeout=180) == 0
     assert (cache / "manifest.json").exists()
 

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.run.best import Best, HeldOutPrompt, NormSpikes
+from dpkd.distill.run.best import Best, HeldOutPrompt
 from dpkd.distill.run.interrupts import Interrupts
+from dpkd.distill.run.logs import NormSpikes
 from dpkd.distill.training import train
 from dpkd.pipelines.bridges import rouge_l_evaluator
 
@@ -123,7 +124,7 @@ def test_training_ends_when_nothing_gets_better(
     run = train(config(tmp_path / "run", toy_cache, toy_student, **changed))
     found = lines(run, "validation")
     best = min(found, key=lambda line: line["kld"])["step"]
-    assert f"no better kld since step {best}: training ends" in capfd.readouterr().err
+    assert f"early stopping: kld has not improved since step {best}" in capfd.readouterr().err
     assert found[-1]["step"] == best + 4 == json.loads((run / "run.json").read_text())["steps"] < 40
     assert (run / f"checkpoint-{best + 4}").is_dir()
     again = as_killed(run, tmp_path / "again")
@@ -152,13 +153,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
             data[:-40] if damage == "truncated" else data.replace(data[-9:-8], b"1" if data[-9] != 49 else b"2")
         )
     with pytest.raises(
-        UserError, match=rf"the checkpoint's {name} is corrupt \(checksum mismatch\): .*checkpoint-6\). Give --set "
+        UserError,
+        match=rf"the checkpoint's {name} is corrupt \(checksum mismatch\): .*checkpoint-6\). Give --resume-from ",
     ):
         train(config(run, toy_cache, toy_student))
     train(config(run, toy_cache, toy_student, resume_from="previous"))
     said = capfd.readouterr().err
     assert f"renamed to checkpoint-6.damaged: the checkpoint's {name}" in said
-    assert "going on from step 4 of 8" in said
+    assert "resuming from step 4 of 8" in said
     assert_same_run(run, reference)
 
 
@@ -170,23 +172,24 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     def evaluate(directory: Path, prompts: Sequence[HeldOutPrompt]) -> float:
         AutoModelForCausalLM.from_pretrained(directory)
         seen.append(({path.name for path in directory.iterdir()}, prompts))
-        return [10.0, 30.0, 20.0, 30.0][len(seen) - 1]
+        return [40.0, 10.0, 30.0, 20.0, 30.0][len(seen) - 1]
 
     options = config(tmp_path / "run", toy_cache, toy_student, best_metric="rouge_l")
     run = train(options, evaluate)
-    assert [line["rouge_l"] for line in lines(run, "validation")] == [10.0, 30.0, 20.0, 30.0]
-    assert json.loads((run / "best" / "dpkd.json").read_text())["steps"] == 4  # what is equal is not better
+    assert [line["rouge_l"] for line in lines(run, "validation")] == [40.0, 10.0, 30.0, 20.0, 30.0]
+    # the student before training is measured, but is no result of it; an equal score is not better
+    assert json.loads((run / "best" / "dpkd.json").read_text())["steps"] == 4
     assert all("tokenizer.json" in names and len(prompts) == 4 for names, prompts in seen)
     assert all(prompt.references and prompt.prompt_ids for prompt in seen[0][1])
     assert not (run / ".candidate").exists()
-    with pytest.raises(UserError, match="best_metric rouge_l needs the function that measures it"):
-        train(config(tmp_path / "other", toy_cache, toy_student, best_metric="rouge_l"))
+    by_default = train(config(tmp_path / "other", toy_cache, toy_student, best_metric="rouge_l", steps=2))
+    assert all(0 <= line["rouge_l"] <= 100 for line in lines(by_default, "validation"))
     assert 0 <= rouge_l_evaluator(options)(run, seen[0][1]) <= 100
 
 
 def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     changed = {"objective": "sft", "student_token": "argmax", "best_metric": "reward_margin"}
-    with pytest.raises(UserError, match="validation does not give the best_metric: found best_metric reward_margin"):
+    with pytest.raises(UserError, match="validation does not measure the best_metric: found best_metric reward_margin"):
         train(config(tmp_path / "run", toy_cache, toy_student, **changed))
 
 

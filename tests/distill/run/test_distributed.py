@@ -138,7 +138,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_two_shards_of_accelerate(
 ) -> None:
     run = as_killed_after(3, reference, tmp_path / "run")
     said = launch("accelerate", {"out": run, **options, **TWO})
-    assert said.count("going on from step 3 of 6") == 1
+    assert said.count("resuming from step 3 of 6") == 1
     assert_same_run(run, reference)
 
 

@@ -72,8 +72,7 @@ def test_a_directory_that_is_no_run_is_refused(make_config: MakeConfig, write_ro
 
 def test_the_logs_are_those_that_a_run_writes() -> None:
     from dpkd.distill.objectives.objective import METRICS as WRITTEN
-    from dpkd.distill.run.logs import METRICS_LOG
-    from dpkd.distill.run.validation import VALIDATION_LOG
+    from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG
 
     assert LOGS == {"training": METRICS_LOG, "validation": VALIDATION_LOG}
     assert set(METRICS) <= {*WRITTEN, "loss", "rouge_l"}

@@ -13,48 +13,41 @@ from torch import Tensor
 
 def minillm_loss(
     student_T: Float[Tensor, " T"],
-    old_student_T: Float[Tensor, " T"],
     teacher_T: Float[Tensor, " T"],
     row_T: Int[Tensor, " T"],
     num_tokens_B: Int[Tensor, " B"],
     single_step_T: Float[Tensor, " T"],
     *,
-    clip: float = 0.2,
     length_normalize: bool = True,
-    mixed_weight_T: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, " T"]:
     """Each position's part of the loss whose gradient is that of KL(q || p) over whole responses (nats).
 
-    Two parts (section 2.2 of the source): -min(rho R, clip(rho) R) for what a token does to the rewards after it, with
-    rho = q/q_old of the token and R = `returns` of r = log p - log q_old, constant to the gradient; and
-    `single_step_T` for its own reward, whose expectation over the vocabulary is known exactly. The sum over a row's
-    positions, averaged over sampled rows, has the gradient of the response's KL(q || p), where the student is the one
-    that sampled and `length_normalize` is off. The value itself is not that divergence.
+    Two parts (section 2.2 of the source): -rho R for what a token does to the rewards after it, with rho = q/q of the
+    token, whose value is 1 and whose gradient is that of log q, and R = `returns` of r = log p - log q, constant to the
+    gradient; and `single_step_T` for its own reward, whose expectation over the vocabulary is known exactly. The sum
+    over a row's positions, averaged over sampled rows, has the gradient of the response's KL(q || p), where the student
+    is the one that sampled and `length_normalize` is off. The value itself is not that divergence.
+
+    # differs from the paper: the samples of a round were drawn by an earlier student, whose log-probs are not kept, so
+    # rho has no importance ratio and PPO's clip nothing to act on (docs/objectives.md)
 
     Args:
         student_T: log q of the sampled tokens, differentiable.
-        old_student_T: log q of them when they were sampled (temperature 1).
         teacher_T: log p of them.
         row_T: row of each position.
         num_tokens_B: tokens of each row, EOS counted.
         single_step_T: KL(q || p) over the next token at each position, differentiable.
-        clip: PPO's epsilon: rho leaves [1 - clip, 1 + clip] without gain.
         length_normalize: divide each return by the number of rewards in it.
-        mixed_weight_T: importance weight q/q_mixed of each token where teacher-mixed sampling drew them; None is off.
     """
-    if not clip > 0:
-        raise ValueError(f"clip is {clip}, must be above 0")
     num_rows = len(num_tokens_B)
     if bool((num_tokens_B <= 0).any()):
         raise ValueError("a response without tokens has no policy gradient")
     if not torch.equal(torch.bincount(row_T, minlength=num_rows), num_tokens_B.to(row_T.dtype)):
         raise ValueError("num_tokens_B does not count the positions of row_T")
-    old_T = old_student_T.detach().float()
-    return_T = returns(teacher_T.detach().float() - old_T, row_T, num_rows, length_normalize=length_normalize)
-    ratio_T = (student_T.float() - old_T).exp()
-    clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
-    loss_T = single_step_T.float() - torch.minimum(ratio_T * return_T, clipped_T * return_T)
-    return loss_T if mixed_weight_T is None else mixed_weight_T.detach().float() * loss_T
+    student_T = student_T.float()
+    fixed_T = student_T.detach()
+    return_T = returns(teacher_T.detach().float() - fixed_T, row_T, num_rows, length_normalize=length_normalize)
+    return single_step_T.float() - (student_T - fixed_T).exp() * return_T
 
 
 def returns(
@@ -66,19 +59,19 @@ def returns(
     otherwise carry large returns and be avoided).
     """
     num_tokens_B = torch.bincount(row_T, minlength=num_rows)
-    place_T = _place_in_row(row_T, num_tokens_B)
+    index_T = _index_in_row(row_T, num_tokens_B)
     # one row a line, so that an infinite reward stays in its own row and no sum runs over the whole batch
     longest = int(num_tokens_B.max()) if len(row_T) else 0
     rewards_BS = rewards_T.new_zeros(num_rows, longest + 1)
-    rewards_BS = rewards_BS.index_put((row_T, place_T), rewards_T)
+    rewards_BS = rewards_BS.index_put((row_T, index_T), rewards_T)
     from_here_BS = rewards_BS.flip(1).cumsum(1).flip(1)
-    future_T = from_here_BS[row_T, place_T + 1]
+    future_T = from_here_BS[row_T, index_T + 1]
     if length_normalize:
-        future_T = future_T / (num_tokens_B[row_T] - place_T - 1).clamp(min=1)
+        future_T = future_T / (num_tokens_B[row_T] - index_T - 1).clamp(min=1)
     return future_T
 
 
-def _place_in_row(row_T: Tensor, num_tokens_B: Tensor) -> Tensor:
+def _index_in_row(row_T: Tensor, num_tokens_B: Tensor) -> Tensor:
     """0 for the first position of each row, 1 for the next; rows may be interleaved."""
     order_T = row_T.argsort(stable=True)
     start_B = num_tokens_B.cumsum(0) - num_tokens_B

@@ -1,25 +1,36 @@
-"""Preference losses: DPKD (arXiv 2406.19774v2) and the forms that its Table 2 and its released code put beside it.
+"""Preference losses: DPKD (arXiv 2406.19774v2) and the forms that its Table 2 and its released code compare it with.
 
-Unreduced and in float32. Shapes: B pairs, T positions. Log-probabilities are natural logs, so a loss is in nats but
-for ipo, which is in nats squared; p is the teacher, q the student; y_t is the chosen response (or token), y_s the
-rejected one. |y| counts tokens, EOS included.
+Unreduced and in float32. Shapes: B pairs, T positions. Log-probabilities are natural logs, so a loss is in nats, except
+ipo, which is in nats squared; p is the teacher, q the student; y_t is the chosen response (or token), y_s the rejected
+one. |y| counts tokens, EOS included. Like `divergence`, this module does not import torch until a loss is computed.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional
+from dpkd.core.lazy import LazyModule
 
-PreferenceForm = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference-free"]
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch = LazyModule("torch")
+    functional = LazyModule("torch.nn.functional")
 
-#: Forms of the released code, which alone have a token level.
-TOKEN_FORMS: tuple[PreferenceForm, ...] = ("dpkd", "ipo", "dpop", "reference-free")
+#: each form, and the levels that it is defined at: the forms of the released code have a token level
+PREFERENCES: dict[str, tuple[str, ...]] = {
+    "dpkd": ("token", "sequence"),
+    "ipo": ("token", "sequence"),
+    "cpo": ("sequence",),
+    "simpo": ("sequence",),
+    "dpop": ("token", "sequence"),
+    "reference-free": ("token", "sequence"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class PreferenceOptions:
 
 
 def sequence_preference_loss(
-    form: PreferenceForm,
+    form: str,
     student_chosen_B: Float[Tensor, " B"],
     student_rejected_B: Float[Tensor, " B"],
     teacher_chosen_B: Float[Tensor, " B"],
@@ -87,6 +98,7 @@ def sequence_preference_loss(
         num_rejected_B: |y_s| in tokens, EOS counted.
         options: constants of the form.
     """
+    _check_form(form, "sequence")
     _check_smoothing(form, options)
     beta, normalize = options.beta, options.length_normalize or form == "simpo"
     if form in ("cpo", "simpo", "reference-free"):
@@ -106,13 +118,11 @@ def sequence_preference_loss(
         return loss_B - chosen_B / beta
     if form == "dpop":
         return loss_B + options.dpop_lambda * functional.relu(-chosen_B / beta)
-    if form in ("dpkd", "reference-free"):
-        return loss_B
-    raise ValueError(f"no preference form {form!r} at the sequence level")
+    return loss_B
 
 
 def token_preference_loss(
-    form: PreferenceForm,
+    form: str,
     student_chosen_T: Float[Tensor, " T"],
     student_rejected_T: Float[Tensor, " T"],
     teacher_chosen_T: Float[Tensor, " T"],
@@ -133,8 +143,7 @@ def token_preference_loss(
 
     A token has no length: `length_normalize` is not read. Other forms are defined on whole responses and are refused.
     """
-    if form not in TOKEN_FORMS:
-        raise ValueError(f"no preference form {form!r} at the token level, only {', '.join(TOKEN_FORMS)}")
+    _check_form(form, "token")
     _check_smoothing(form, options)
     chosen_T, rejected_T = student_chosen_T.float(), student_rejected_T.float()
     delta_T = chosen_T - rejected_T
@@ -210,17 +219,18 @@ def implicit_reward(
     return beta * ratio_B
 
 
-def cross_entropy(student_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """-log q of each response token (nats)."""
-    return -student_T.float()
-
-
 def sum_by_row(values_T: Float[Tensor, " T"], row_T: Int[Tensor, " T"], num_rows: int) -> Float[Tensor, " B"]:
     """Sum of each row's positions; a row without positions sums to 0."""
     return torch.zeros(num_rows, dtype=values_T.dtype, device=values_T.device).index_add(0, row_T, values_T)
 
 
-def _check_smoothing(form: PreferenceForm, options: PreferenceOptions) -> None:
+def _check_form(form: str, level: str) -> None:
+    if level not in PREFERENCES.get(form, ()):
+        defined = [name for name, levels in PREFERENCES.items() if level in levels]
+        raise ValueError(f"no preference form {form!r} at the {level} level, only {', '.join(defined)}")
+
+
+def _check_smoothing(form: str, options: PreferenceOptions) -> None:
     if form == "ipo" and options.label_smoothing > 0:
         raise ValueError(f"label_smoothing is {options.label_smoothing}: ipo is a square, with no label to smooth")
 

@@ -1,0 +1,126 @@
+"""The teacher's cached distributions: the student's beside them on the same outcomes, and log p of a single token.
+
+Shapes: T positions, V logits, K kept entries, N outcomes. Natural logs; p is the teacher, q the student.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from dpkd.core.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+#: what stands for the tokens outside the kept entries; see `align`
+Tail = Literal["bucket", "renormalise", "uniform"]
+
+
+def align(
+    student_logits_TV: Float[Tensor, "T V"],
+    entry_ids_TK: Int[Tensor, "T K"],
+    entry_logprobs_TK: Float[Tensor, "T K"],
+    entry_counts_T: Int[Tensor, " T"],
+    log_tail_T: Float[Tensor, " T"],
+    tail: Tail,
+    *,
+    vocab_size: int,
+) -> tuple[Float[Tensor, "T N"], Float[Tensor, "T N"]]:
+    """Teacher and student as log-distributions over the same N outcomes; the student's is differentiable.
+
+    Each sums to 1 (the teacher's is normalised, which takes out the rounding of its stored logs). Outcomes:
+
+    - bucket: the K entries, in their order, and last the tail, all other tokens as one outcome, N = K + 1. Merging
+      outcomes never raises an f-divergence, so KL, JSD and TVD are lower bounds of the full one, tight at K = V.
+    - renormalise: the K entries alone, both sides normalised over them, N = K. Blind to the student's tail mass.
+      A position without entries has no outcome: it is -inf on both sides, and every divergence of it is 0.
+    - uniform: the V logits, the teacher's tail mass spread evenly over the vocab_size - count other tokens, N = V.
+
+    Logits may be wider than `vocab_size` (a padded vocabulary). The student's distribution is over all of them. The
+    teacher has no mass there: under `uniform`, and under `bucket` where every token is kept, reverse-kl and akl are
+    then infinite, unless the logits are cut to `vocab_size` first or are -inf there.
+
+    Args:
+        student_logits_TV: the student's logits.
+        entry_ids_TK: token ids of the kept entries in rank order; -1 beyond a position's count.
+        entry_logprobs_TK: log p of them; -inf beyond a position's count.
+        entry_counts_T: how many entries each position keeps.
+        log_tail_T: log of the teacher's mass outside the entries.
+        tail: what stands for the tokens outside the entries.
+        vocab_size: number of tokens, at most V.
+    """
+    logits_TV = full_precision(student_logits_TV)
+    num_logits = logits_TV.shape[1]
+    if num_logits < vocab_size:
+        raise ValueError(f"{num_logits} logits for a vocabulary of {vocab_size} tokens")
+    entry_TK = torch.arange(entry_ids_TK.shape[1], device=entry_ids_TK.device) < entry_counts_T[:, None]
+    teacher_TK = full_precision(entry_logprobs_TK).to(logits_TV.dtype).masked_fill(~entry_TK, -math.inf)
+    # with every token kept there is no tail, whatever mass rounding left in it
+    log_rest_T = log_tail_T.to(logits_TV.dtype).masked_fill(entry_counts_T >= vocab_size, -math.inf)
+    if tail == "uniform":
+        each_T = log_rest_T - (vocab_size - entry_counts_T).clamp(min=1).to(logits_TV.dtype).log()
+        # padded entries are written to one more column, which is cut off again
+        wide_TV = logits_TV.new_full((len(logits_TV), num_logits + 1), -math.inf)
+        wide_TV[:, :vocab_size] = each_T[:, None]
+        wide_TV.scatter_(1, _column(entry_ids_TK, entry_TK, num_logits), teacher_TK)
+        return _log_normalise(wide_TV[:, :num_logits]), _log_normalise(logits_TV)
+    student_TK = logits_TV.gather(1, entry_ids_TK.masked_fill(~entry_TK, 0)).masked_fill(~entry_TK, -math.inf)
+    if tail == "renormalise":
+        return _log_normalise(teacher_TK), _log_normalise(student_TK)
+    if tail == "bucket":
+        rest_T = _student_log_tail(logits_TV, entry_ids_TK, entry_TK)
+        log_q_TN = torch.cat([student_TK, rest_T[:, None]], dim=1)
+        return _log_normalise(torch.cat([teacher_TK, log_rest_T[:, None]], dim=1)), _log_normalise(log_q_TN)
+    raise ValueError(f"tail is {tail!r}, must be bucket, renormalise or uniform")
+
+
+def cached_logprobs(
+    token_T: Int[Tensor, " T"],
+    entry_ids_TK: Int[Tensor, "T K"],
+    entry_logprobs_TK: Float[Tensor, "T K"],
+    entry_counts_T: Int[Tensor, " T"],
+    log_tail_T: Float[Tensor, " T"],
+    vocab_size: int,
+) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
+    """log p of one token a position (nats), and whether it stands outside the kept entries (a miss).
+
+    A hit is the cached entry. A miss gets an even share of the tail mass: log tail mass - log(V - count). Entries
+    beyond a position's count have the id -1, which no token has.
+    """
+    match_TK = entry_ids_TK == token_T[:, None]
+    miss_T = ~match_TK.any(dim=1)
+    hit_T = torch.where(match_TK, entry_logprobs_TK, torch.zeros_like(entry_logprobs_TK)).sum(dim=1)
+    outside_T = (vocab_size - entry_counts_T).clamp(min=1).to(log_tail_T.dtype)
+    return torch.where(miss_T, log_tail_T - outside_T.log(), hit_T), miss_T
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Float64 as it is, everything else as float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _log_normalise(logs_TN: Tensor) -> Tensor:
+    """Log-softmax; a row without any mass stays -inf, without gradient."""
+    empty_T1 = torch.isneginf(logs_TN).all(dim=1, keepdim=True)
+    return torch.log_softmax(logs_TN.masked_fill(empty_T1, 0), dim=1).masked_fill(empty_T1, -math.inf)
+
+
+def _column(entry_ids_TK: Tensor, entry_TK: Tensor, beyond: int) -> Tensor:
+    return entry_ids_TK.masked_fill(~entry_TK, beyond)
+
+
+def _student_log_tail(logits_TV: Tensor, entry_ids_TK: Tensor, entry_TK: Tensor) -> Tensor:
+    """Log of the summed exp of the logits outside the entries: stable where 1 - sum q would cancel."""
+    num_logits = logits_TV.shape[1]
+    kept_TV = torch.zeros(len(logits_TV), num_logits + 1, dtype=torch.bool, device=logits_TV.device)
+    kept_TV.scatter_(1, _column(entry_ids_TK, entry_TK, num_logits), True)
+    rest_TV = logits_TV.masked_fill(kept_TV[:, :num_logits], -math.inf)
+    empty_T1 = torch.isneginf(rest_TV).all(dim=1, keepdim=True)
+    # the gradient of a log-sum over nothing is NaN
+    rest_T = torch.logsumexp(rest_TV.masked_fill(empty_T1, 0), dim=1)
+    return rest_T.masked_fill(empty_T1[:, 0], -math.inf)

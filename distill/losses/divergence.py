@@ -1,0 +1,166 @@
+"""Divergences between the teacher's and the student's distribution at each position, unreduced, in nats.
+
+Shapes: T positions, N outcomes. p is the teacher, q the student, both as natural logs over the same N outcomes
+(`cached_distributions.align` makes them). Computed in float32; float64 stays float64. An outcome where both sides are
+-inf does not exist: it adds 0 to every value and to every gradient.
+
+A new divergence is a function here and its row in `DIVERGENCES`: the command line, the terms and the tests read that
+table. They read it without torch, which is imported when the first function is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dpkd.core.lazy import LazyModule
+from dpkd.distill.losses.cached_distributions import Tail, full_precision
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+
+def forward_kl(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """KL(p || q) = sum p (log p - log q)."""
+    log_p_TN, log_q_TN = full_precision(log_p_TN), full_precision(log_q_TN)
+    # not H(p, q) - H(p), which cancels where p and q are close
+    return _expectation(log_p_TN, log_p_TN - log_q_TN)
+
+
+def reverse_kl(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """KL(q || p) = sum q (log q - log p); infinite where the student has mass and the teacher has none."""
+    return forward_kl(log_q_TN, log_p_TN)
+
+
+def jsd(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], beta: float = 0.5) -> Float[Tensor, " T"]:
+    """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649), 0 < beta < 1.
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}, must be between 0 and 1; forward_kl and reverse_kl are its scaled limits")
+    log_m_TN = _log_mixture(log_p_TN, log_q_TN, beta)
+    return beta * forward_kl(log_p_TN, log_m_TN) + (1 - beta) * forward_kl(log_q_TN, log_m_TN)
+
+
+def tvd(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """Total variation distance: half the sum of |p - q|, between 0 and 1 (a probability, not nats)."""
+    return _distance(log_p_TN, log_q_TN).sum(dim=1) / 2
+
+
+def akl(
+    log_p_TN: Float[Tensor, "T N"],
+    log_q_TN: Float[Tensor, "T N"],
+    mu: float = 0.5,
+    *,
+    tail: Tail = "uniform",
+) -> Float[Tensor, " T"]:
+    """Adaptive KL (arXiv 2404.02657): forward and reverse KL, weighed by where p and q disagree.
+
+    s_h/(s_h + s_t) KL(p || q) + s_t/(s_h + s_t) KL(q || p), with s = sum |p - q| over the head and the tail. The head
+    is the likeliest teacher tokens as long as their cumulative probability is at most `mu`, the first one always.
+    The weights are constants to the gradient. With equal p and q both weights are a half, of 0.
+
+    `tail` says how `align` made the outcomes. Under bucket the last one is the merged tail: each token in it is less
+    likely than any kept one, so it ranks last, however much mass it holds.
+    """
+    if not 0 < mu <= 1:
+        raise ValueError(f"mu is {mu}, must be above 0 and at most 1")
+    with torch.no_grad():
+        gap_TN = _distance(log_p_TN, log_q_TN)
+        head_TN = _head(log_p_TN, mu, last_is_tail=tail == "bucket")
+        head_T = torch.where(head_TN, gap_TN, 0).sum(dim=1)
+        total_T = gap_TN.sum(dim=1)
+        weight_T = torch.where(total_T > 0, head_T / total_T.clamp(min=torch.finfo(total_T.dtype).tiny), 0.5)
+    return weight_T * forward_kl(log_p_TN, log_q_TN) + (1 - weight_T) * reverse_kl(log_p_TN, log_q_TN)
+
+
+def skewed_forward_kl(
+    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float = 0.1
+) -> Float[Tensor, " T"]:
+    """KL(p || alpha p + (1 - alpha) q) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
+    return forward_kl(log_p_TN, _log_mixture(log_p_TN, log_q_TN, _skew(alpha)))
+
+
+def skewed_reverse_kl(
+    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float = 0.1
+) -> Float[Tensor, " T"]:
+    """KL(q || alpha q + (1 - alpha) p) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
+    return forward_kl(log_q_TN, _log_mixture(log_q_TN, log_p_TN, _skew(alpha)))
+
+
+def cross_entropy_to(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """H(p, q) = -sum p log q, the soft-label term of the KD baseline; KL(p || q) + H(p)."""
+    return -_expectation(full_precision(log_p_TN), full_precision(log_q_TN))
+
+
+def entropy(log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """H(q) = -sum q log q."""
+    return cross_entropy_to(log_q_TN, log_q_TN)
+
+
+def _expectation(log_p_TN: Tensor, values_TN: Tensor) -> Tensor:
+    """Sum of p times `values_TN`, which may be anything where p is 0."""
+    p_TN = log_p_TN.exp()
+    # 0 x -inf is NaN, in the value and in the gradient; p may also underflow to 0
+    return (p_TN * torch.where(p_TN > 0, values_TN, 0)).sum(dim=1)
+
+
+def _log_mixture(log_a_TN: Tensor, log_b_TN: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b); -inf without gradient where neither has mass."""
+    first_TN = full_precision(log_a_TN) + (math.log(share) if share else -math.inf)
+    second_TN = full_precision(log_b_TN) + math.log1p(-share)
+    nothing_TN = torch.isneginf(first_TN) & torch.isneginf(second_TN)
+    mixture_TN = torch.logaddexp(first_TN.masked_fill(nothing_TN, 0), second_TN.masked_fill(nothing_TN, 0))
+    return mixture_TN.masked_fill(nothing_TN, -math.inf)
+
+
+def _distance(log_p_TN: Tensor, log_q_TN: Tensor) -> Tensor:
+    return (full_precision(log_p_TN).exp() - full_precision(log_q_TN).exp()).abs()
+
+
+def _head(log_p_TN: Tensor, mu: float, *, last_is_tail: bool) -> Bool[Tensor, "T N"]:
+    p_TN = full_precision(log_p_TN).exp()
+    rank_by_TN = p_TN
+    if last_is_tail:
+        rank_by_TN = torch.cat([p_TN[:, :-1], torch.full_like(p_TN[:, -1:], -1)], dim=1)
+    order_TN = rank_by_TN.argsort(dim=1, descending=True, stable=True)
+    inside_TN = p_TN.gather(1, order_TN).cumsum(dim=1) <= mu
+    inside_TN[:, :1] = True
+    return torch.zeros_like(inside_TN).scatter(1, order_TN, inside_TN)
+
+
+def _skew(alpha: float) -> float:
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha is {alpha}, must be from 0 to below 1")
+    return alpha
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence as an objective: its function, and the options of `dpkd train` that it takes, by keyword."""
+
+    function: Callable[..., Tensor]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def bind(self, config: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function of (log_p_TN, log_q_TN) with the values that `config` has for its options."""
+        return partial(self.function, **{keyword: getattr(config, name) for keyword, name in self.options.items()})
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward-kl": Divergence(forward_kl),
+    "reverse-kl": Divergence(reverse_kl),
+    "jsd": Divergence(jsd, {"beta": "jsd_beta"}),
+    "tvd": Divergence(tvd),
+    "akl": Divergence(akl, {"mu": "akl_mu", "tail": "tail"}),
+    "skewed-forward-kl": Divergence(skewed_forward_kl, {"alpha": "skew_alpha"}),
+    "skewed-reverse-kl": Divergence(skewed_reverse_kl, {"alpha": "skew_alpha"}),
+}

@@ -1,0 +1,83 @@
+"""When a run writes its student: checkpoints to resume from, the best student, the trained one at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from dpkd.core.progress import say
+from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
+from dpkd.distill.run.loader import StepLoader
+from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line
+from dpkd.distill.run.model_card import model_card
+from dpkd.distill.run.ranks import on_rank_zero
+from dpkd.distill.run.setup import Run
+from dpkd.distill.run.student_state import StudentState
+
+
+class Checkpointer:
+    """Writes the student as it is now; every rank calls each method, rank zero writes.
+
+    `best` is the state of best-student tracking that goes into checkpoints, `resumed_best` what the last one had.
+    """
+
+    def __init__(
+        self, run: Run, accelerator: Accelerator, student: StudentState, checkpoint: Checkpoint | None
+    ) -> None:
+        self._run, self._accelerator, self._student = run, accelerator, student
+        self.first = self._saved = 0 if checkpoint is None else checkpoint.step
+        self.resumed_best: dict[str, Any] | None = None if checkpoint is None else checkpoint.state["best"]
+        self.best = self.resumed_best
+
+    def is_due(self, done: int) -> bool:
+        """Whether `save_every` asks for a checkpoint after `done` steps; the end of the run needs none."""
+        every = self._run.config.save_every
+        return every is not None and done % every == 0 and done < self._run.steps
+
+    def save(self, done: int, loader: StepLoader) -> None:
+        """Write the checkpoint of `done` steps, once; none with DeepSpeed, which keeps the optimizer's state itself."""
+        if done == self._saved or self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return
+        loader.settle()
+        self._saved = done
+        config, weights, moments = self._run.config, self._student.weights(), self._student.moments()
+        on_rank_zero(
+            self._accelerator,
+            lambda: save_checkpoint(
+                config.out,
+                done,
+                self._student.files,
+                weights,
+                moments,
+                self._run.facts | {"steps": done},
+                config.keep_checkpoints,
+                {"best": self.best},
+            ),
+        )
+
+    def save_student(self, directory: Path, done: int, *, with_card: bool = True) -> None:
+        """Replace `directory` by the student after `done` steps, ready for use."""
+        weights, facts = self._student.weights(), self._run.facts | {"steps": done}
+        card = self._card(done) if with_card else None
+        on_rank_zero(self._accelerator, lambda: save_student(directory, self._student.files, weights, facts, card))
+
+    def finish(self, done: int) -> Path:
+        """Write the trained student to the run directory and mark the run complete; the directory."""
+        out, weights, facts = self._run.config.out, self._student.weights(), self._run.facts | {"steps": done}
+        card = self._card(done)
+        on_rank_zero(self._accelerator, lambda: finish_run(out, self._student.files, weights, facts, card))
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        if self._accelerator.is_main_process:
+            say(f"the run {out} is complete: {done} steps")
+        return out
+
+    def _card(self, done: int) -> str:
+        """The model card from the lines written so far; empty on other ranks."""
+        if not self._accelerator.is_main_process:
+            return ""
+        lines = (last_line(self._run.config.out / name) for name in (METRICS_LOG, VALIDATION_LOG))
+        return model_card(self._run, done, *lines)

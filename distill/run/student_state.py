@@ -1,0 +1,113 @@
+"""The student in training: its model behind the scorer, optimizer and learning-rate schedule, fresh or resumed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from dpkd.core.models import locate_model
+from dpkd.core.progress import say
+from dpkd.distill.batches.shared_prompts import check_sharing
+from dpkd.distill.objectives.student_forward import StudentScorer, check_head
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.adapters import add_adapters, load_adapters
+from dpkd.distill.run.checkpoints import Checkpoint, StudentFiles, gather_optimizer, gather_weights, load_optimizer
+from dpkd.distill.run.ranks import is_sharded, on_all_ranks
+from dpkd.distill.run.setup import Run
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """What training changes. `scorer` wraps `model` as accelerate prepared it; every rank calls each method."""
+
+    accelerator: Accelerator
+    model: PreTrainedModel
+    scorer: torch.nn.Module
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    files: StudentFiles
+    max_grad_norm: float
+
+    def clip_gradients(self) -> float | None:
+        """Clip the global gradient norm; its value before, over all ranks (None where DeepSpeed keeps it)."""
+        norm = self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return None if norm is None else float(norm)
+
+    def update(self) -> float:
+        """Take the optimizer's step; the learning rate that it used."""
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return learning_rate
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trainable weights by the model's own names, on the CPU of rank zero; empty on other ranks."""
+        return gather_weights(self.accelerator, self.scorer, self.model)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's moments, on the CPU of rank zero; call it after `weights` (see `gather_optimizer`)."""
+        return gather_optimizer(self.model, self.optimizer.optimizer)
+
+
+def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | None) -> StudentState:
+    """The student of `run`, or of `checkpoint`; `UserError` for an architecture that cannot be trained here."""
+    config = run.config
+    resumes_weights = checkpoint is not None and config.lora_rank is None
+    source = locate_model(str(checkpoint.directory), "checkpoint") if checkpoint and resumes_weights else run.student
+    model = source.load("float32")
+    if not is_sharded(accelerator):
+        model = model.to(accelerator.device)
+    on_all_ranks(accelerator, lambda: check_head(model, config.student))
+    if config.share_prompt:
+        on_all_ranks(accelerator, lambda: check_sharing(model, config.student))
+    adapters = None
+    if config.lora_rank is not None:
+        adapters = add_adapters(model, config)
+        if checkpoint is not None:
+            load_adapters(adapters, checkpoint.directory)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        model.get_decoder().compile(dynamic=True)
+    scorer: torch.nn.Module = StudentScorer(
+        model, num_tokens=len(run.student.tokenizer), logits_chunk=config.logits_chunk
+    )
+    scorer.__dict__["_no_split_modules"] = model._no_split_modules  # layers that accelerate shards one by one
+    done = 0 if checkpoint is None else checkpoint.step
+    optimizer = make_optimizer(model, config)
+    warmup_steps = math.ceil(config.warmup_ratio * run.steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, run.steps, last_epoch=done - 1)
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer.optimizer)
+        if accelerator.is_main_process:
+            say(f"resuming from step {done} of {run.steps}")
+    files = StudentFiles(model, run.student, adapters, merged=config.lora_save == "merged")
+    return StudentState(accelerator, model, scorer, optimizer, scheduler, files, config.max_grad_norm)
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: matrices decay, biases and norms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate  # the schedule multiplies it, also when it starts in the middle
+    return optimizer
