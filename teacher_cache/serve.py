@@ -1,4 +1,4 @@
-"""A vLLM server that holds a cache's teacher and answers as `ServerEngine` asks (checked against vLLM 0.32)."""
+"""`dpkd serve-teacher`: a vLLM server with a cache's teacher, set up for `ServerEngine` (checked against vLLM 0.32)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dpkd.teacher_cache.engines.engine import EngineOptions
 from dpkd.teacher_cache.engines.open import check_fits, resolve_engine
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
-from dpkd.teacher_cache.engines.vllm.environment import QUIET, cpu_environment, runs_on_cpu
+from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu
 from dpkd.teacher_cache.options.serve import ServeConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (what to ask, for a server that listens everywhere)
-_CPU_SEQUENCES = 16  # sequences of full length that a server on the CPU has room for
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (the address to ask if a server listens on all)
+_CPU_SEQUENCES = 16  # sequences of full length that fit the KV cache of a server on the CPU
 _STOP_S = 20.0
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,68 +40,57 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 def serve_teacher(config: ServeConfig) -> None:
     """Run the server until it is interrupted; prints one line with its URL once it answers.
 
-    Raises `UserError` when the teacher is not the cache's, the port is taken, or the server ends by itself.
+    Raises `UserError` if the teacher is not the cache's, the port is in use, or the server stops by itself.
     """
     cache = TeacherCache.open(config.cache)
     teacher = locate_model(config.teacher or _teacher_as_built(cache), "teacher")
-    cache.check_teacher(teacher, advice="Give --teacher, the one that the cache was built with")
+    cache.check_teacher(teacher, advice="Give --teacher: the model that the cache was built with")
     cache.check_tokenizer(teacher, "teacher")
     resolve_engine("vllm")
     check_engine_args(config.engine_arg, scores=True)
-    max_length = config.max_length or _longest(cache)
+    generation = cache.identities["generation"]
+    max_length = config.max_length or int(generation["max_prompt_tokens"]) + int(generation["max_new_tokens"])
     check_fits(teacher, EngineOptions(max_length=max_length, top_k=cache.top_k, dtype=""))
     on_cpu = runs_on_cpu(config.device)
     command = server_command(config, cache, teacher, max_length, on_cpu=on_cpu)
-    environment = _environment(teacher, max_length, on_cpu=on_cpu)
+    environment = own_environment(teacher, max_length, _CPU_SEQUENCES, on_cpu=on_cpu) | os.environ
     _check_port(config.host, config.port)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get(KEY_VARIABLE):
-        say(f"whoever reaches {config.host}:{config.port} can use the server; set {KEY_VARIABLE} to require a key")
+        say(f"anyone who can reach {config.host}:{config.port} can use the server; set {KEY_VARIABLE} to require a key")
     say(f"starting vLLM with the teacher {teacher.name}")
     with _running(command, environment, config.log) as process:
         _wait_until_up(process, config)
         print(f"{_name(cache)} answers at {_url(config.host, config.port)}; Ctrl-C stops it", flush=True)
         process.wait()
-        raise _ended(process, config.log, "the server has ended")
+        raise _stopped(process, config.log, "the server has stopped")
 
 
 def server_command(
     config: ServeConfig, cache: TeacherCache, teacher: ModelSource, max_length: int, *, on_cpu: bool
 ) -> list[str]:
-    """The command line of the server. Scoring asks for one token more than it wants, hence a place more."""
-    max_model_len = min(max_length + 1, teacher.max_positions or max_length + 1)
+    """The command line of the server."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(teacher.path), "--served-model-name", _name(cache)]
     command += ["--host", config.host, "--port", str(config.port)]
-    command += ["--dtype", cache.identities["teacher"]["dtype"], "--max-model-len", str(max_model_len)]
-    command += ["--max-logprobs", str(max(cache.top_k, 1)), "--logprobs-mode", "raw_logprobs"]
-    # prompt log-probs come back in the wrong order with prefix caching (vLLM issue 42019)
-    command += ["--no-enable-prefix-caching", "--generation-config", "vllm"]
     command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
-    if on_cpu:
-        # a seeded request in chunked prefill crashes the CPU build
-        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        command += ["--max-num-batched-tokens", str(max(max_model_len, 2048))]
-    return command + _flags(parse_engine_args(config.engine_arg))
-
-
-def _flags(arguments: Mapping[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for key, value in arguments.items():
+    dtype = cache.identities["teacher"]["dtype"]
+    settings = own_settings(teacher, dtype=dtype, max_length=max_length, top_k=cache.top_k, on_cpu=on_cpu)
+    for key, value in (settings | parse_engine_args(config.engine_arg)).items():
         name = key.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
+            command.append(f"--{name}" if value else f"--no-{name}")
         else:
-            flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return flags
+            command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return command
 
 
 def _teacher_as_built(cache: TeacherCache) -> str:
-    """What the cache's own command called its teacher."""
+    """The --teacher that the cache was built with."""
     try:
         return str(tomllib.loads(cache.folder.read("dpkd.toml").decode())["teacher"])
     except (FileNotFoundError, ValueError, KeyError):
         raise UserError(
-            "the cache does not say where its teacher is", where=cache.folder, advice="Give --teacher"
+            "the cache does not record where its teacher is", where=cache.folder, advice="Give --teacher"
         ) from None
 
 
@@ -109,30 +98,19 @@ def _name(cache: TeacherCache) -> str:
     return str(cache.identities["teacher"]["name"])
 
 
-def _longest(cache: TeacherCache) -> int:
-    """Prompt and response by the cache's own limits, in tokens."""
-    generation = cache.identities["generation"]
-    return int(generation["max_prompt_tokens"]) + int(generation["max_new_tokens"])
-
-
-def _environment(teacher: ModelSource, max_length: int, *, on_cpu: bool) -> dict[str, str]:
-    wanted = QUIET | (cpu_environment(teacher, max_length, _CPU_SEQUENCES) if on_cpu else {})
-    return wanted | os.environ
-
-
 def _check_port(host: str, port: int) -> None:
-    """Raise `UserError` unless something can listen there now."""
+    """Raise `UserError` if no server can listen there."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
+        in_use = error.errno == errno.EADDRINUSE
         raise UserError(
-            "the port is taken" if taken else f"the server cannot listen there: {error.strerror}",
+            "the port is in use" if in_use else f"the server cannot listen on this address: {error.strerror}",
             found=f"{host}:{port}",
-            advice="Choose another --port" if taken else "Choose another --host or --port",
+            advice="Choose another --port" if in_use else "Choose another --host or --port",
         ) from None
 
 
@@ -142,16 +120,16 @@ def _url(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def _running(command: list[str], environment: dict[str, str], log: Path | None) -> Iterator[subprocess.Popen[bytes]]:
-    """The server's process; it and its children are gone when the block ends."""
+    """The server's process; it and its children are stopped when the block ends."""
     with contextlib.ExitStack() as stack:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         output: Any = sys.stderr if log is None else stack.enter_context(log.open("wb"))
-        # an interrupt inside Popen would leave a server that nobody knows of: it is noted, and raised afterwards
+        # an interrupt inside Popen would leave a server behind, so interrupts wait until it returns
         noted: list[int] = []
         before = _handle({number: lambda number, _: noted.append(number) for number in _INTERRUPTS})
         try:
-            # a session of its own: a terminal's Ctrl-C reaches us alone, and we stop the server in order
+            # in its own session: a terminal's Ctrl-C reaches only us, and we stop the server
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
@@ -168,7 +146,7 @@ def _running(command: list[str], environment: dict[str, str], log: Path | None) 
 
 
 def _handle(handlers: Mapping[int, Any]) -> dict[int, Any]:
-    """Set signal handlers, where a thread may; those that were there."""
+    """Set signal handlers if this is the main thread; returns the previous ones."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -179,10 +157,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(timeout=_STOP_S)
     except subprocess.TimeoutExpired:
-        say("the server does not end; killing it")
+        say("the server does not stop; killing it")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the engine is a process of its own
+            os.killpg(process.pid, signal.SIGKILL)  # the engine is a separate process
         process.wait()
 
 
@@ -192,28 +170,28 @@ def _wait_until_up(process: subprocess.Popen[bytes], config: ServeConfig) -> Non
     while process.poll() is None:
         if time.monotonic() > deadline_s:
             raise UserError(
-                f"the server is not up after {config.start_timeout_s:g} s",
+                f"the server did not answer within {config.start_timeout_s:g} s",
                 where=config.log,
-                advice="Look at what it says, or give it longer with --set start_timeout_s",
+                advice="Look at its output, or allow more time with --set start_timeout_s",
             )
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
         time.sleep(0.25)
-    raise _ended(process, config.log, "the server ended before it answered")
+    raise _stopped(process, config.log, "the server stopped before it answered")
 
 
-def _ended(process: subprocess.Popen[bytes], log: Path | None, what: str) -> UserError:
-    said = None if log is None else _first_error(log)
+def _stopped(process: subprocess.Popen[bytes], log: Path | None, what: str) -> UserError:
+    cause = None if log is None else _first_error(log)
     return UserError(
-        f"{what}{f': {said}' if said else ''}",
+        f"{what}{f': {cause}' if cause else ''}",
         found=f"status {process.returncode}",
         where=log,
-        advice="What it said stands above" if log is None else "Look at the log",
+        advice="Its output is above" if log is None else "Look at the log",
     )
 
 
 def _first_error(log: Path) -> str | None:
-    """The first error that a log names: those after it follow from it."""
+    """The first error in a log: the later ones follow from it."""
     found = re.search(r"\b\w*[Ee]rror: .+", log.read_text(encoding="utf-8", errors="replace"))
     return None if found is None else found.group()[:200]

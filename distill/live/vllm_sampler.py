@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from dpkd.core.errors import UserError
 from dpkd.distill.live.sampler import DrawCancelledError, Drawn
 from dpkd.teacher_cache.engines.engine import (
     EngineOptions,
-    EngineResult,
-    FailedRequest,
     GenerateRequest,
     Sampling,
     results_only,
@@ -27,8 +25,6 @@ from dpkd.teacher_cache.engines.engine import (
 from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
-
     from dpkd.core.models import ModelSource
     from dpkd.distill.options.train import TrainConfig
 
@@ -93,23 +89,9 @@ class _StudentEngine(VllmEngine):
 
     def __init__(self, model: ModelSource, options: EngineOptions, num_tokens: int | None) -> None:
         super().__init__(model, options)
-        self._tokens = None if num_tokens is None else list(range(num_tokens))
+        self.allowed_token_ids = None if num_tokens is None else list(range(num_tokens))
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Replace the weights by those of a Hugging Face state dict."""
         # not `model.load_weights`: on a CPU vLLM has packed the matrices, which only a reload undoes
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-
-    def _answers(
-        self,
-        requests: Iterable[Any],
-        to_ids: Callable[[Any], list[int]],
-        to_params: Callable[[Any], SamplingParams],
-        to_result: Callable[[Any, RequestOutput], EngineResult],
-    ) -> Iterator[EngineResult | FailedRequest]:
-        def to_allowed(request: Any) -> SamplingParams:
-            params = to_params(request)
-            params.allowed_token_ids = self._tokens
-            return params
-
-        return super()._answers(requests, to_ids, to_allowed, to_result)

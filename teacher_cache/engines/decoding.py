@@ -1,4 +1,4 @@
-"""How a transformers model continues a batch of prompts: padding, drawing tokens, and the loop over steps."""
+"""Decoding with a transformers model: padding, drawing tokens, and the loop over steps."""
 
 from __future__ import annotations
 

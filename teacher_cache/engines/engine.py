@@ -133,9 +133,11 @@ class Engine(Protocol):
         """Free the model's memory."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def results_only(answers: Iterable[EngineResult | FailedRequest]) -> Iterator[EngineResult]:

@@ -1,10 +1,10 @@
-"""The transformers engine: the reference that vLLM is held to, and the engine of small machines without it."""
+"""The transformers engine: the reference for vLLM's numbers, and the engine of machines without vLLM."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
 from dpkd.teacher_cache.engines.decoding import decode, left_padded
 from dpkd.teacher_cache.engines.engine import (
+    Engine,
     EngineOptions,
     EngineResult,
     FailedRequest,
@@ -22,17 +23,17 @@ from dpkd.teacher_cache.engines.engine import (
     ScoreRequest,
     is_out_of_memory,
 )
-from dpkd.teacher_cache.engines.top_k import from_top_k
+from dpkd.teacher_cache.engines.top_k import build_result
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
 _GENERATE_BATCH = 16
-_SCORE_BATCH = 4  # the reference builds full logits over the response: [4, T, V] float32
+_SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
 
 
-class TransformersEngine:
-    """A causal language model run by transformers; what is drawn for a request depends on its seed alone."""
+class TransformersEngine(Engine):
+    """A causal language model run by transformers. A response depends on its request and seed alone."""
 
     name = "transformers"
 
@@ -58,7 +59,8 @@ class TransformersEngine:
     def _answered(
         self, batch: list[Any], answer: Callable[[list[Any]], list[EngineResult]]
     ) -> Iterator[EngineResult | FailedRequest]:
-        """The answers of a batch; where it fails, of its requests one by one, so that the culprit is known."""
+        """The results of a batch. If it fails, its requests run one by one to find the one that fails."""
+        results: Iterable[EngineResult | FailedRequest]
         try:
             with torch.inference_mode():
                 results = answer(batch)
@@ -66,17 +68,13 @@ class TransformersEngine:
             if is_out_of_memory(error):
                 raise UserError(
                     f"the engine ran out of memory: {first_line(error)}",
-                    advice="Choose --engine vllm, or lower --max-new-tokens or --top-k; what is committed is kept",
+                    advice="Choose --engine vllm, or lower --max-new-tokens or --top-k; committed shards are kept",
                 ) from error
-            failure = error
-        else:
-            yield from results
-            return
-        if len(batch) == 1:
-            yield FailedRequest(batch[0].index, f"the model fails on it: {first_line(failure)}")
-            return
-        for request in batch:
-            yield from self._answered([request], answer)
+            if len(batch) == 1:
+                results = [FailedRequest(batch[0].index, f"the model fails on it: {first_line(error)}")]
+            else:
+                results = itertools.chain.from_iterable(self._answered([request], answer) for request in batch)
+        yield from results
 
     def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
         steps: list[_Table] = []
@@ -104,7 +102,7 @@ class TransformersEngine:
         responses = [np.asarray(request.response_ids, np.int32) for request in batch]
         sequences = [[*map(int, request.prompt_ids), *ids] for request, ids in zip(batch, responses, strict=True)]
         longest = max(map(len, responses))
-        # left padding aligns the ends: the logits of the last `longest + 1` columns predict every response
+        # left padding aligns the ends, so the logits of the last `longest + 1` columns predict every response
         logits_BTV = self._model(
             **left_padded(sequences, self._model, self._device), use_cache=False, logits_to_keep=longest + 1
         ).logits[:, :-1]
@@ -118,12 +116,7 @@ class TransformersEngine:
         return results
 
     def _result(self, index: int, ids_T: np.ndarray, reason: FinishReason, table: _Table) -> EngineResult:
-        distributions = None
-        if self._options.top_k and len(ids_T):
-            distributions = from_top_k(
-                table.ids_TK, table.logprobs_TK, ids_T, table.logprobs_T, self.vocab_size, self._options.top_mass
-            )
-        return EngineResult(index, ids_T, reason, table.logprobs_T, distributions)
+        return build_result(index, ids_T, reason, *table, self.vocab_size, self._options)
 
     def close(self) -> None:
         """Drop the model."""
@@ -131,15 +124,9 @@ class TransformersEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 class _Table(NamedTuple):
-    """Of T rows of log-probs: the chosen token's, and the top K in rank order, on the CPU."""
+    """Of T positions: the log-prob of the chosen token, and the top K in rank order, on the CPU."""
 
     logprobs_T: np.ndarray
     ids_TK: np.ndarray

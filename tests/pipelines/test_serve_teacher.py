@@ -109,7 +109,7 @@ def test_a_server_that_cannot_start_is_a_clear_error(tmp_path: Path, toy_cache: 
     assert process.returncode == 2
     assert stdout == ""
     last = stderr.splitlines()[-1]
-    assert last.startswith("error: the server ended before it answered: ")
+    assert last.startswith("error: the server stopped before it answered: ")
     assert "rror: " in last.removeprefix("error: ")
     assert f"(in {log}). Look at the log" in last
     assert "no-such-method" in log.read_text()
@@ -124,7 +124,7 @@ def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     last = stderr.splitlines()[-1]
-    assert last == "error: the server has ended: found status -9. What it said stands above"
+    assert last == "error: the server has stopped: found status -9. Its output is above"
 
 
 def test_another_teacher_is_refused(toy_cache: Path, toy_student: Path, other_student: Path, tmp_path: Path) -> None:
@@ -143,16 +143,16 @@ def test_a_taken_port_is_one_clear_line(toy_cache: Path) -> None:
             [*DPKD, "--cache", str(toy_cache), "--port", str(port)], capture_output=True, text=True, check=False
         )
         assert result.returncode == 2
-        assert result.stderr.startswith(f"error: the port is taken: found 127.0.0.1:{port}")
+        assert result.stderr.startswith(f"error: the port is in use: found 127.0.0.1:{port}")
         assert time.monotonic() - started_s < 60
-    with pytest.raises(UserError, match=r"the server cannot listen there: .*found no.such.host:8000"):
+    with pytest.raises(UserError, match=r"the server cannot listen on this address: .*found no.such.host:8000"):
         serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host"))
 
 
 def test_what_cannot_be_served_is_refused(toy_cache: Path) -> None:
     with pytest.raises(UserError, match=r"--engine-arg max_logprobs is set by dpkd itself"):
         serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"max_logprobs": "7"}))
-    with pytest.raises(UserError, match=r"enable_prefix_caching does not go with scoring"):
+    with pytest.raises(UserError, match=r"enable_prefix_caching cannot be used when responses are scored"):
         serve_teacher(ServeConfig(cache=toy_cache, engine_arg={"enable_prefix_caching": "true"}))
     with pytest.raises(
         UserError, match=r"are longer than the model's positions: found 600 tokens, expected at most 512"

@@ -1,4 +1,4 @@
-"""vLLM's own arguments as `key=value` texts: known, typed, and none that would change what a cache means unseen."""
+"""vLLM's own arguments as `key=value` texts: checked, converted, and none that would silently change a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 
-#: set by dpkd itself; another value would break a promise of the cache
+#: arguments that dpkd sets itself, and the option for each; another value would make the cache wrong
 _OURS = {
     "model": "--teacher",
     "tokenizer": "--teacher",
@@ -31,7 +31,7 @@ _OURS = {
     "stream_interval": None,
 }
 
-#: where and how fast a model runs, not what it answers: a job may go on with other values of these
+#: prefixes of arguments that change where and how fast a model runs, not its answers: a job may resume with others
 _PLACEMENT = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -68,28 +68,28 @@ _PLACEMENT = (
 
 
 def result_changing(arguments: Mapping[str, str]) -> dict[str, str]:
-    """Those of `arguments` that can change a log-prob (quantisation, for one): they are part of the identity."""
+    """The `arguments` that can change a log-prob, such as quantisation. They are part of the cache's identity."""
     return {key: value for key, value in sorted(arguments.items()) if not key.startswith(_PLACEMENT)}
 
 
 def check_engine_args(arguments: Mapping[str, str], *, scores: bool) -> None:
-    """Raise `UserError` for an argument that vLLM does not know, cannot read, or that dpkd sets itself.
+    """Raise `UserError` for an argument that vLLM does not know or cannot read, or that dpkd sets itself.
 
-    `scores`: whether given responses are scored, which prefix caching would get wrong.
+    `scores`: whether the engine will score given responses, which vLLM does wrong with prefix caching.
     """
     parsed = parse_engine_args(arguments)
     if scores and parsed.get("enable_prefix_caching"):
         raise UserError(
-            "--engine-arg enable_prefix_caching does not go with scoring: "
+            "--engine-arg enable_prefix_caching cannot be used when responses are scored: "
             "vLLM returns prompt log-probs in the wrong order (vLLM issue 42019)",
-            advice="Leave it out, or build a cache of --responses teacher alone",
+            advice="Leave it out, or build a cache with --responses teacher",
         )
 
 
 def parse_engine_args(arguments: Mapping[str, str]) -> dict[str, Any]:
-    """The values of `arguments` in the types of vLLM's `EngineArgs`; raises `UserError` for one that does not fit.
+    """The values of `arguments` in the types of vLLM's `EngineArgs`; raises `UserError` for one of the wrong type.
 
-    A value is JSON where it reads as JSON (`4`, `true`, `{"method": "ngram"}`), else text.
+    A value that is valid JSON is read as JSON (`4`, `true`, `{"method": "ngram"}`), any other as text.
     """
     if not arguments:
         return {}
@@ -105,8 +105,8 @@ def parse_engine_args(arguments: Mapping[str, str]) -> dict[str, Any]:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             raise UserError(
-                f"--engine-arg {key} is no argument of vLLM",
-                where="the command line",
+                f"vLLM has no argument {key!r}",
+                where="--engine-arg",
                 advice=f"Did you mean {close[0]!r}?" if close else "Give the name of a field of vLLM's EngineArgs",
             )
         parsed[key] = _value(key, text, fields[key])
@@ -124,18 +124,18 @@ def _value(key: str, text: str, kind: Any) -> Any:
     try:
         adapter = TypeAdapter(kind)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, NameError):
-        return value  # a type of vLLM's own, which vLLM checks when it starts
+        return value  # vLLM checks its own types when it starts
     for candidate in (value, text):
         try:
             adapter.validate_python(candidate, strict=True)
             return candidate
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]["msg"]
-        except Exception:  # an annotation that only vLLM can resolve
+        except Exception:  # only vLLM can resolve this annotation
             return value
     raise UserError(
-        f"--engine-arg {key} cannot be used",
+        f"the value of vLLM's argument {key!r} has the wrong type",
         found=repr(text),
         expected=problem[0].lower() + problem[1:],
-        where="the command line",
+        where="--engine-arg",
     )

@@ -1,9 +1,9 @@
-"""What vLLM is told by its environment, here and in a server of its own (checked against vLLM 0.32)."""
+"""What dpkd sets for every vLLM, in this process and in a server: arguments and environment (checked against 0.32)."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError
@@ -11,32 +11,61 @@ from dpkd.core.errors import UserError
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
-#: of every vLLM: it says what goes wrong, and nothing to anyone else
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-
-_LEAST_GIB, _MOST_GIB = 1, 8  # of a KV cache in memory
+_MIN_GIB, _MAX_GIB = 1, 8  # of the KV cache on a CPU
 
 
 def runs_on_cpu(device: str) -> bool:
-    """Whether vLLM computes on the CPU; raises `UserError` where `device` (auto, cpu, cuda) asks for what is not so."""
+    """Whether vLLM computes on the CPU; raises `UserError` if this vLLM cannot use `device` (auto, cpu or cuda)."""
     if device == "cpu" and choose_device("auto").type == "cuda":
         raise UserError(
-            "vLLM runs on the device it was built for",
+            "vLLM runs only on the device that it was built for",
             found="--device cpu",
             expected="cuda",
-            advice="Leave --device out; `dpkd cache-teacher --engine transformers` stays on the CPU",
+            advice="Leave --device out; `dpkd cache-teacher --engine transformers` can use the CPU",
         )
     return choose_device(device).type == "cpu"
 
 
-def cpu_environment(model: ModelSource, max_length: int, num_sequences: int) -> dict[str, str]:
-    """Variables for a CPU: every core, and a KV cache of a quarter more than `num_sequences` of `max_length` tokens."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    position_bytes = 2 * config.num_hidden_layers * heads * head_size * 4
-    needed_gib = math.ceil(1.25 * position_bytes * max_length * num_sequences / 2**30)
-    return {
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(min(max(needed_gib, _LEAST_GIB), _MOST_GIB)),
+def sequence_limit(model: ModelSource, max_length: int) -> int:
+    """Longest sequence that vLLM must take for `max_length` tokens of prompt and response.
+
+    vLLM generates one token when it scores, so this is one more if the model has the positions.
+    """
+    return min(max_length + 1, model.max_positions or max_length + 1)
+
+
+def own_settings(model: ModelSource, *, dtype: str, max_length: int, top_k: int, on_cpu: bool) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs` that a cache depends on."""
+    limit = sequence_limit(model, max_length)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": limit,
+        "max_logprobs": max(top_k, 1),
+        "logprobs_mode": "raw_logprobs",
+        # prompt log-probs come back in the wrong order with prefix caching (vLLM issue 42019)
+        "enable_prefix_caching": False,
+        "generation_config": "vllm",
     }
+    if on_cpu:
+        # a prompt cut into chunks rewinds its seeded generator, which torch's CPU generator cannot do
+        settings |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, 2048)}
+    return settings
+
+
+def own_environment(model: ModelSource, max_length: int, num_sequences: int, *, on_cpu: bool) -> dict[str, str]:
+    """Environment variables for vLLM: errors only, no usage statistics.
+
+    On a CPU also: use every core, and a KV cache for a quarter more than `num_sequences` of `max_length` tokens.
+    """
+    variables = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        position_bytes = 2 * config.num_hidden_layers * heads * head_size * 4
+        needed_gib = math.ceil(1.25 * position_bytes * max_length * num_sequences / 2**30)
+        variables |= {
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_CPU_KVCACHE_SPACE": str(min(max(needed_gib, _MIN_GIB), _MAX_GIB)),
+        }
+    return variables

@@ -359,7 +359,7 @@ def test_a_failing_vllm_is_started_again_and_the_culprit_found(
             answers(engine)
         fault |= {"times": 0}
         assert answers(engine).keys() == sound.keys()
-    assert "vLLM failed (device-side assert); starting it again for 6 requests" in capfd.readouterr().err
+    assert "vLLM failed (device-side assert); restarting it for 6 requests" in capfd.readouterr().err
 
 
 @pytest.mark.engine
