@@ -140,7 +140,7 @@ def leave_out_for_all(metrics: Iterable[ModelMetrics], eval_sets: Sequence[EvalS
 def measure_to_teacher(config: EvalConfig, candidate: Candidate, cache: str) -> dict[str, list[float]] | None:
     """Values of each of at most `config.cache_rows` rows of `config.cache`, whose fingerprint is `cache`.
 
-    `tokens`; sums over them: `nll`, `kld`, `rkld`, `top1_agreement`; at the first token `kld_first`, `rkld_first`. (nats).
+    `tokens`; sums over them: `nll`, `kld`, `rkld`, `top1_agreement`; of the first `kld_first`, `rkld_first` (nats).
     None where they are not defined, such as for another tokenizer.
     """
     made_by = {"format_version": _FORMAT_VERSION, **candidate.identity, "cache": cache, "rows": config.cache_rows}
