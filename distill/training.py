@@ -67,8 +67,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
                 with accelerator.accumulate(student.scorer):
                     sums.append(objective(student.scorer, micro_batch.to(accelerator.device)))
                     loss = objective.total(sums[-1], counts)
-                    # accelerate averages over micro-batches and ranks; the counts divide by the whole step already
                     losses.append(loss.detach())
+                    # accelerate averages over micro-batches and ranks; the counts divide by the whole step already
                     accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
             means, grad_norm = step_means(accelerator, sums, counts, objective.weights), student.clip_gradients()
             raise_first(accelerator, find_non_finite(sum(losses), grad_norm, done + 1, micro_batches, config.out))

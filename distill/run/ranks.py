@@ -23,7 +23,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
 )
 
 from dpkd.core.devices import choose_device
@@ -177,7 +176,7 @@ def raise_first(accelerator: Accelerator, error: UserError | None) -> None:
         if error is not None:
             raise error
         return
-    failed = gather_object([error is not None])
+    failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device)).tolist()
     if not any(failed):
         return
     if error is not None and failed.index(True) == accelerator.process_index:
