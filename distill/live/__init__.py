@@ -1,1 +1,1 @@
-"""Student responses drawn during training and scored by a teacher server."""
+"""The student's own responses, drawn while it trains and scored by a teacher server."""

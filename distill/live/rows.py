@@ -1,24 +1,22 @@
-"""The student's own responses, drawn while it trains and scored by the teacher's server (Algorithm 1 of the paper).
+"""The student's own responses, drawn while it trains and scored by the teacher's servers (Algorithm 1 of the paper).
 
-Steps are taken in blocks of `sample_every`: the responses of a block are drawn together, with one state of the weights.
+Steps are grouped into blocks of `sample_every`. All responses of a block are drawn with the same weights:
 
     staleness 0   block b is drawn with the weights at its start, while training waits
     staleness 1   block b is drawn with the weights at the start of block b - 1, while that block trains; the first
-                  block of a run with the weights that it starts from
+                  block of a run is drawn with the initial weights
 
-One thread draws and has scored, block after block. A block is stored as soon as it is drawn, and again when it is
-scored; training reads what was stored, so that a run which is taken up learns from the very same numbers. A block of
-which the weights are gone is never drawn again: it is read back, or the run ends with an error.
+One thread draws and scores block after block. A block is stored when it is drawn, and again when it is scored. Training
+reads the stored block, so that a run that resumes learns from the same numbers. A block whose weights are gone is never
+drawn again: it is read from disk, or the run ends with an error.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow.compute as pc
@@ -28,56 +26,34 @@ from torch import nn
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.distill.batches.order import RowOrder
-from dpkd.distill.live.sampler import DrawCancelledError, Drawn, Sampler, open_sampler, sampling_of
+from dpkd.distill.live.blocks import Block, plan_block, samples_of
+from dpkd.distill.live.sampler import open_sampler
 from dpkd.distill.live.store import SampleStore
-from dpkd.distill.live.teacher import TeacherService
+from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_columns
-from dpkd.distill.rows.row import RowSource, TrainingRow
+from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions
-from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, GenerateRequest, ScoreRequest
+from dpkd.teacher_cache.engines.engine import FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow
+from dpkd.teacher_cache.store.schema import CachedRow
 
-#: How long a checkpoint waits for the scores of a block that is drawn, in seconds; without them it is scored again.
+#: how long a checkpoint waits for the scores of a drawn block, in seconds; unscored blocks are scored on resuming
 SETTLE_S = 30.0
 _POLL_S = 0.2
 
 
-def draw_seed(seed: int, example_id: str, sample: int, step: int) -> int:
-    """Seed of one draw (63 bits): what is drawn for a row does not depend on its neighbours."""
-    digest = hashlib.sha256(f"{seed}\0{example_id}\0{sample}\0{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@dataclass
-class _Block:
-    """The samples of some steps. `place_of` finds a planned row by (step, example id, sample number)."""
-
-    first_step: int
-    planned: list[PlannedRow]
-    place_of: dict[tuple[int, str, int], int]
-    drawn: list[Drawn] = field(default_factory=list)
-    rows: list[CachedRow | None] | None = None
-    error: BaseException | None = None
-    is_drawn: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        return self.rows is not None or self.error is not None
-
-
 class LiveRows:
-    """Rows of a step with the student's responses, for one process of a run.
+    """Rows of a step with the student's responses, for one rank of a run.
 
     Args:
-        places_of: this process's (group, index) places of a step, those of all its forward passes in order.
-        model: the model that is trained; its weights are read in `before_step`.
-        patience_s: how long to wait while no server of the teacher answers, in seconds.
+        rows_of: the rows of a step that this rank reads, over its micro-batches in order.
+        steps: number of steps of the run.
+        model: the model in training; `before_step` reads its weights.
+        patience_s: how long to wait while no teacher server answers, in seconds.
 
-    Raises `UserError` when the server does not hold the cache's teacher.
+    Raises `UserError` when the servers do not run the cache's teacher, or when responses would not fit the student.
     """
 
     def __init__(
@@ -88,66 +64,66 @@ class LiveRows:
         student: ModelSource,
         model: nn.Module,
         device: torch.device,
-        order: RowOrder,
         steps: int,
-        places_of: Callable[[int], list[tuple[int, int]]],
+        rows_of: Callable[[int], list[RowIndex]],
         *,
         rank: int,
-        is_main: bool,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._config, self._rows, self._student, self._model = config, rows, student, model
-        self._steps, self._places_of, self._is_main = steps, places_of, is_main
+        self._steps, self._rows_of, self._rank = steps, rows_of, rank
         max_new_tokens = config.sample_max_new_tokens or int(cache.identities["generation"]["max_new_tokens"])
-        longest = longest_prompt(cache) + max_new_tokens
+        longest = _longest_prompt(cache) + max_new_tokens
         check_positions(longest, student.max_positions, where=f"{student.name}, with sample_max_new_tokens")
         self._store = SampleStore(config.out, rank, student)
-        self._blocks: dict[int, _Block] = {}
-        self._refreshed_at: int | None = None  # the step whose weights the sampler holds
+        self._blocks: dict[int, Block] = {}
+        self._refreshed_at: int | None = None  # the step whose weights the sampler has
         self._changed = threading.Condition()
         self._cancelled = threading.Event()
         self._failure: Exception | None = None
-        self._service = TeacherService(
+        self._teacher = TeacherServers(
             cache, config.teacher_url, student, longest, config.teacher_tolerance, patience_s
         )
         try:
-            sampling = sampling_of(config, student.stop_token_ids(), max_new_tokens)
-            self._sampler: Sampler = open_sampler(config, student, model, device, sampling, longest)
+            self._sampler = open_sampler(config, student, model, device, max_new_tokens, longest)
         except BaseException:
-            self._service.close()
+            self._teacher.close()
             raise
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="live-samples")
 
     def before_step(self, step: int) -> None:
-        """Begin the draws that are due with the weights as they are before `step`; the main thread calls it."""
+        """Begin the draws that are due with the weights before `step`. To be called by the main thread.
+
+        Raises `UserError` when a block is missing whose weights are gone.
+        """
         every, staleness = self._config.sample_every, self._config.staleness
-        number, at_start = step // every, step % every == 0
+        number, starts_block = step // every, step % every == 0
         with self._changed:
-            taken_up = not self._blocks
-            for old in [held for held in self._blocks if held < number]:
-                del self._blocks[old]
+            is_first = not self._blocks  # step of this process
+            self._blocks = {other: block for other, block in self._blocks.items() if other >= number}
         if number not in self._blocks:
-            # staleness 1 has drawn it a block earlier, but for the first block of all
-            self._begin(number, step, may_draw=at_start and (staleness == 0 or step == 0))
-        if staleness == 1 and (at_start or taken_up):
-            self._begin(number + 1, step, may_draw=at_start)
+            # with staleness 1 it was begun a block earlier, except for the first block of a run
+            self._begin(number, step, may_draw=starts_block and (staleness == 0 or step == 0))
+        if staleness == 1 and (starts_block or is_first):
+            self._begin(number + 1, step, may_draw=starts_block)
 
     def _begin(self, number: int, step: int, *, may_draw: bool) -> None:
-        """Have block `number` made by the worker: read back, scored, or drawn with the weights before `step`."""
+        """Hand block `number` to the worker, to be read from disk, scored, or drawn with the weights before `step`."""
         first_step = number * self._config.sample_every
         if first_step >= self._steps:
             return
-        block = self._plan(first_step)
-        if not self._store.is_drawn(first_step):
+        steps = range(first_step, min(first_step + self._config.sample_every, self._steps))
+        block = plan_block(steps, self._rows_of, self._rows, self._student, self._config)
+        if not self._store.is_drawn(first_step, block.planned):
             if not may_draw:
                 raise UserError(
-                    "the student's samples are missing, and the weights that they were drawn with are gone",
-                    found=f"no samples of steps {first_step} to {self._last_step(first_step)}",
+                    "the student's samples are missing, and the weights that drew them are gone",
+                    found=f"no samples of steps {first_step} to {steps[-1]}",
                     where=self._config.out,
-                    advice="Start again with another --out",
+                    advice="Resume with as many processes as the run was started with, or choose another --out",
                 )
             if self._refreshed_at != step:
-                self._wait(lambda: all(held.is_drawn or held.is_over for held in self._blocks.values()))
+                self._wait(lambda: all(other.is_settled for other in self._blocks.values()))
                 self._sampler.refresh(self._model)
                 self._refreshed_at = step
         with self._changed:
@@ -155,36 +131,11 @@ class LiveRows:
             self._changed.notify_all()
         self._worker.submit(self._make, block)
 
-    def _plan(self, first_step: int) -> _Block:
-        """What has to be drawn for the steps of a block, each response once."""
-        block = _Block(first_step, [], {})
-        for step in range(first_step, self._last_step(first_step) + 1):
-            for group, index in self._places_of(step):
-                row = self._rows.row(group, index).chosen
-                for sample in self._samples_of(row):
-                    key = (step, row.example_id, sample)
-                    if key in block.place_of:
-                        continue
-                    place = block.place_of[key] = len(block.planned)
-                    ids = row.prompt_ids.tolist()
-                    text = str(self._student.tokenizer.decode(ids))
-                    seed = draw_seed(self._config.seed, row.example_id, sample, step)
-                    block.planned.append(PlannedRow(place, row.example_id, sample, "student", text, ids, seed))
-        return block
+    def rows(self, step: int, row_indices: Sequence[RowIndex]) -> list[TrainingRow]:
+        """The rows `row_indices` with the student's responses of `step`; waits until these are scored.
 
-    def _last_step(self, first_step: int) -> int:
-        return min(first_step + self._config.sample_every, self._steps) - 1
-
-    def _samples_of(self, row: CachedRow) -> Sequence[int]:
-        """Numbers of the samples that stand beside a row of the cache."""
-        number = self._config.num_student_samples
-        return [row.sample % number] if self._config.pairing == "index" else range(number)
-
-    def rows(self, step: int, places: Sequence[tuple[int, int]]) -> list[TrainingRow]:
-        """The rows of `places` with the student's responses of `step`; waits until they are there.
-
-        A response that the teacher could not score makes no row. Raises `UserError` when none of `places` has one, or
-        when the samples cannot be made, and `KeyboardInterrupt` after `cancel`.
+        A response that the teacher could not score gives no row. Raises `UserError` when no row is left or the samples
+        cannot be made, and `KeyboardInterrupt` after `cancel`.
         """
         number = step // self._config.sample_every
         with self._changed:
@@ -193,32 +144,30 @@ class LiveRows:
         if block.error is not None:
             raise block.error
         assert block.rows is not None
-        found: list[TrainingRow] = []
-        for group, index in places:
-            cached = self._rows.row(group, index).chosen
-            at = [block.place_of[step, cached.example_id, sample] for sample in self._samples_of(cached)]
-            samples = [row for row in (block.rows[place] for place in at) if row is not None]
+        rows: list[TrainingRow] = []
+        for row_index in row_indices:
+            cached = self._rows.row(*row_index).chosen
+            indices = [block.index_of[step, cached.example_id, sample] for sample in samples_of(cached, self._config)]
+            samples = [row for row in (block.rows[index] for index in indices) if row is not None]
             if samples and self._config.pairing == "best-vs-worst":
-                samples = [min(samples, key=_mean_logprob)]
-            paired = self._config.needs_pairs
-            found += [TrainingRow(cached, row) if paired else TrainingRow(row) for row in samples]
-        if not found:
+                samples = [min(samples, key=lambda row: float(np.mean(row.response_logprobs)))]
+            rows += [TrainingRow(cached, row) if self._config.needs_pairs else TrainingRow(row) for row in samples]
+        if not rows:
             raise UserError(
                 f"the teacher could score none of the student's responses of step {step + 1}",
                 where=self._config.out,
-                advice="Look at what the server says of them",
+                advice="The reasons are in the messages above and in the servers' logs",
             )
-        return found
+        return rows
 
     def settle(self) -> None:
-        """Before a checkpoint: return once every block that was begun is stored as it was drawn.
+        """Before a checkpoint: wait until every block that was begun is stored as drawn.
 
-        The scores of these blocks are waited for too, `SETTLE_S` seconds at most: a server that is away must not keep
-        a checkpoint from being written, and a block is scored when the run goes on.
+        Also waits for scores, but no longer than `SETTLE_S` seconds: a checkpoint must not depend on the servers.
         """
         newer = [] if self._config.staleness == 0 else [*self._blocks.values()]
         deadline_s = time.monotonic() + SETTLE_S
-        self._wait(lambda: all(block.is_drawn or block.is_over for block in newer))
+        self._wait(lambda: all(block.is_settled for block in newer))
         self._wait(lambda: all(block.is_over for block in newer) or time.monotonic() > deadline_s)
 
     def cancel(self) -> None:
@@ -228,83 +177,72 @@ class LiveRows:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give up what is under way and leave the servers."""
+        """Give up running work and leave the servers."""
         self.cancel()
-        self._service.close()
+        self._teacher.close()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._sampler.close()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready`; raises `KeyboardInterrupt` when the run is given up."""
+        """Return once `ready`; raises `KeyboardInterrupt` after `cancel`."""
         with self._changed:
-            # in short turns, so that a second Ctrl-C of the person comes through
             while not ready():
                 if self._cancelled.is_set():
                     raise KeyboardInterrupt
-                self._changed.wait(_POLL_S)
+                self._changed.wait(_POLL_S)  # with a timeout, so that a second Ctrl-C gets through
 
-    def _make(self, block: _Block) -> None:
-        """Draw a block and have it scored, or as much of that as is not done; on the worker."""
+    def _make(self, block: Block) -> None:
+        """Draw and score a block, as far as this is not done yet; runs on the worker."""
         try:
-            if (rows := self._store.scored(block.first_step, block.planned)) is None:
+            if (rows := self._store.scored(block.steps[0], block.planned)) is None:
                 self._draw_and_score(block)
-                rows = self._store.scored(block.first_step, block.planned)
+                rows = self._store.scored(block.steps[0], block.planned)
             block.rows = rows
-        except BaseException as error:  # handed to whoever asks for the block's rows
+        except BaseException as error:  # raised by `rows`
             block.error = KeyboardInterrupt() if self._cancelled.is_set() else error
         with self._changed:
             self._changed.notify_all()
 
-    def _draw_and_score(self, block: _Block) -> None:
-        answers: dict[int, EngineResult | FailedRequest] = {}
+    def _draw_and_score(self, block: Block) -> None:
         requests = self._requests(block)
         try:
             if self._failure is not None:
                 raise self._failure
-            for answer in self._service.score(requests):
-                answers[answer.index] = answer
+            answers = {answer.index: answer for answer in self._teacher.score(requests)}
         except Exception as error:
             if not self._cancelled.is_set():
-                # the teacher is lost; what these weights draw is kept, so that a checkpoint can be gone on from
+                # the servers are lost: finish drawing with these weights, so that the run can resume
                 self._failure = error
                 for _ in requests:
                     pass
             raise
         failed = [answer for answer in answers.values() if isinstance(answer, FailedRequest)]
-        if failed and self._is_main:
-            say(f"the teacher cannot score {len(failed)} of {len(answers)} responses, such as: {failed[0].reason}")
-        self._store.keep_scored(block.first_step, block.planned, block.drawn, answers)
+        if failed and self._rank == 0:
+            say(f"the teacher cannot score {len(failed)} of {len(answers)} responses; the first: {failed[0].reason}")
+        self._store.keep_scored(block.steps[0], block.planned, block.drawn, answers)
 
-    def _requests(self, block: _Block) -> Iterator[ScoreRequest]:
-        """What is to be scored, as it is drawn; the block is stored when all of it is."""
-        held = self._store.drawn(block.first_step, block.planned)
-        drawn = self._draw(block) if held is None else held
-        for response in drawn:
+    def _requests(self, block: Block) -> Iterator[ScoreRequest]:
+        """Responses to be scored, as they are drawn; stores the block once all are drawn."""
+        stored = self._store.drawn(block.steps[0], block.planned)
+        if stored is None:
+            requests = [GenerateRequest(plan.index, plan.prompt_ids, plan.seed) for plan in block.planned]
+            responses = self._sampler.draw(requests, self._cancelled)
+        else:
+            responses = iter(stored)
+        for response in responses:
             block.drawn.append(response)
             if self._cancelled.is_set():
-                raise DrawCancelledError
+                raise KeyboardInterrupt
             prompt_ids = block.planned[response.index].prompt_ids
             yield ScoreRequest(response.index, prompt_ids, response.response_ids.tolist())
-        if held is None:
-            self._store.keep_drawn(block.first_step, block.planned, block.drawn)
+        if stored is None:
+            self._store.keep_drawn(block.steps[0], block.planned, block.drawn)
         block.is_drawn = True
         with self._changed:
             self._changed.notify_all()
 
-    def _draw(self, block: _Block) -> Iterator[Drawn]:
-        requests = [GenerateRequest(plan.index, plan.prompt_ids, plan.seed) for plan in block.planned]
-        return self._sampler.draw(requests, self._cancelled)
 
-
-def longest_prompt(cache: TeacherCache) -> int:
-    """Tokens of the cache's longest prompt; reads the prompts once."""
-    lengths = (
-        pc.list_value_length(read_columns(cache.folder, record, ["prompt_ids"])["prompt_ids"])
-        for record in cache.shards()
-    )
-    return max(int(pc.max(column).as_py() or 0) for column in lengths)
-
-
-def _mean_logprob(row: CachedRow) -> float:
-    """Teacher log-prob a token, in nats."""
-    return float(np.mean(row.response_logprobs))
+def _longest_prompt(cache: TeacherCache) -> int:
+    """Tokens of the cache's longest prompt; reads all prompts once."""
+    tables = (read_columns(cache.folder, record, ["prompt_ids"]) for record in cache.shards())
+    return max(int(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() or 0) for table in tables)

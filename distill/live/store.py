@@ -1,34 +1,42 @@
-"""The student's responses of a live run, kept with the run: what was drawn, and what the teacher said of it.
+"""The student's responses of a live run, kept in the run's directory, drawn and scored.
 
-`samples/` of a run holds Parquet shards with the rows of a teacher cache (docs/cache-format.md, origin `student`), one
-a block of steps and process, and a ledger of their checksums. `samples/drawn/` holds the token ids of blocks that were
-drawn and not yet scored, one JSON file a block; a block leaves it when it is scored.
+`samples/` holds Parquet shards with the rows of a teacher cache (docs/cache-format.md, origin `student`), one for each
+block of steps and rank, and a ledger of their checksums. `samples/drawn/` holds the token ids of blocks that are drawn
+but not yet scored, one JSON lines file a block.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpkd.core.errors import UserError
+from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.models import ModelSource
-from dpkd.distill.live.sampler import Drawn
 from dpkd.teacher_cache.build.assembling import SetAside
-from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest
+from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
 from dpkd.teacher_cache.store.folders import LocalFolder
 from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow, to_table
 from dpkd.teacher_cache.store.shards import Ledger, encode_shard, read_shard
 
 SAMPLES = "samples"
-_DRAWN = "drawn"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A response of the student: ids with their EOS. `index` is that of its request."""
+
+    index: int
+    response_ids: np.ndarray
+    finish_reason: FinishReason
 
 
 class SampleStore:
-    """The blocks of one process (`rank`) of a run. A block is known by its first step; its rows by their order."""
+    """The blocks of one rank of a run. A block is identified by its first step, its rows by their order."""
 
     def __init__(self, run_dir: Path, rank: int, tokenizer: ModelSource) -> None:
         self._folder = LocalFolder(run_dir / SAMPLES)
@@ -36,42 +44,23 @@ class SampleStore:
         self._records = self._ledger.committed()
         self._rank, self._tokenizer = rank, tokenizer
 
-    def is_drawn(self, first_step: int) -> bool:
-        """Whether the block's responses are here, scored or not."""
-        return self._shard(first_step) in self._records or self._folder.exists(self._draft(first_step))
+    def is_drawn(self, first_step: int, planned: Sequence[PlannedRow]) -> bool:
+        """Whether the block's responses are stored, scored or not."""
+        return self._shard(first_step) in self._records or self.drawn(first_step, planned) is not None
 
     def keep_drawn(self, first_step: int, planned: Sequence[PlannedRow], drawn: Sequence[Drawn]) -> None:
         """Store a block as it was drawn."""
-        by_index = {response.index: response for response in drawn}
-        rows = [
-            {
-                "example_id": plan.example_id,
-                "sample": plan.sample,
-                "finish_reason": by_index[plan.index].finish_reason,
-                "response_ids": by_index[plan.index].response_ids.tolist(),
-            }
-            for plan in planned
-        ]
-        self._folder.write(self._draft(first_step), json.dumps(rows).encode())
+        lines = [asdict(response) | {"response_ids": response.response_ids.tolist()} for response in drawn]
+        self._draft(first_step, planned).append(*lines, durable=True)
 
     def drawn(self, first_step: int, planned: Sequence[PlannedRow]) -> list[Drawn] | None:
-        """The responses of a block that is drawn and not scored, else None."""
-        name = self._draft(first_step)
-        try:
-            rows = json.loads(self._folder.read(name))
-            found = [
-                Drawn(plan.index, np.array(row["response_ids"], np.int32), row["finish_reason"])
-                for plan, row in zip(planned, rows, strict=False)
-            ]
-            keys = [(row["example_id"], row["sample"]) for row in rows]
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                "the stored samples cannot be read", where=self._folder.where(name), advice="Choose another --out"
-            ) from None
-        self._check(keys, planned, name)
-        return found
+        """The responses of a block that is drawn but not scored; None if some are missing or of other rows."""
+
+        def parse(line: dict[str, Any]) -> Drawn:
+            return Drawn(int(line["index"]), np.array(line["response_ids"], np.int32), line["finish_reason"])
+
+        responses = self._draft(first_step, planned).read(parse)
+        return responses if responses and len(responses) == len(planned) else None
 
     def keep_scored(
         self,
@@ -80,60 +69,56 @@ class SampleStore:
         drawn: Sequence[Drawn],
         answers: Mapping[int, EngineResult | FailedRequest],
     ) -> None:
-        """Store a block with the teacher's scores; rows that it could not score are set aside by name."""
-        ends = {response.index: response.finish_reason for response in drawn}
+        """Store a block with the teacher's scores; responses that it could not score are recorded as failed."""
+        reasons = {response.index: response.finish_reason for response in drawn}
         rows, failed = [], []
         for plan in planned:
             answer = answers[plan.index]
             if isinstance(answer, FailedRequest):
-                aside = SetAside(plan.example_id, plan.sample, plan.origin, answer.reason)
-                failed.append({"index": plan.index, **asdict(aside)})
+                row = SetAside(plan.example_id, plan.sample, plan.origin, answer.reason)
+                failed.append({"index": plan.index, **asdict(row)})
                 continue
-            ids, reason = answer.response_ids, ends[plan.index]
+            ids, reason = answer.response_ids, reasons[plan.index]
             result = EngineResult(plan.index, ids, reason, answer.logprobs_T, answer.distributions)
             rows.append((plan, result, self._tokenizer.decode(ids.tolist())))
         data, record = encode_shard(to_table(rows), self._shard(first_step), "student", failed)
         self._ledger.commit(data, record)
         self._records[record.path] = record
-        self._folder.delete(self._draft(first_step))
+        self._draft(first_step, planned).delete()
 
     def scored(self, first_step: int, planned: Sequence[PlannedRow]) -> list[CachedRow | None] | None:
-        """The rows of a scored block in order, None for one that is set aside; None when the block is not here."""
+        """The rows of a scored block in order, with None for failed ones; None when the block is not stored.
+
+        Raises `UserError` when the stored rows are not the planned ones.
+        """
         record = self._records.get(self._shard(first_step))
         if record is None:
             return None
         shard = read_shard(self._folder, record)
-        aside = {int(failure["index"]) for failure in record.failed}
-        kept = [plan for plan in planned if plan.index not in aside]
-        self._check([shard.key(place) for place in range(len(shard))], kept, record.path)
-        rows = {plan.index: shard.row(place) for place, plan in enumerate(kept)}
-        return [rows.get(plan.index) for plan in planned]
-
-    def _check(self, keys: Sequence[tuple[str, int]], planned: Sequence[PlannedRow], name: str) -> None:
-        if list(keys) != [(plan.example_id, plan.sample) for plan in planned]:
+        failed = {int(failure["index"]) for failure in record.failed}
+        expected = [plan for plan in planned if plan.index not in failed]
+        actual_keys, expected_keys = [shard.key(index) for index in range(len(shard))], _keys(expected)
+        if actual_keys != expected_keys:
             raise UserError(
-                "the stored samples are of other rows than these steps read",
-                found=f"{len(keys)} rows, first {keys[:1]}",
-                expected=f"{len(planned)} rows, first {[(plan.example_id, plan.sample) for plan in planned[:1]]}",
-                where=self._folder.where(name),
-                advice="Go on with as many processes as the run was started with, or choose another --out",
+                "the stored samples belong to other rows than these steps read",
+                found=f"{len(actual_keys)} rows, first {actual_keys[:1]}",
+                expected=f"{len(expected_keys)} rows, first {expected_keys[:1]}",
+                where=self._folder.where(record.path),
+                advice="Resume with as many processes as the run was started with, or choose another --out",
             )
+        rows = {plan.index: shard.row(index) for index, plan in enumerate(expected)}
+        return [rows.get(plan.index) for plan in planned]
 
     def _shard(self, first_step: int) -> str:
         return f"shards/{self._name(first_step)}.parquet"
 
-    def _draft(self, first_step: int) -> str:
-        return f"{_DRAWN}/{self._name(first_step)}.json"
+    def _draft(self, first_step: int, planned: Sequence[PlannedRow]) -> AppendOnlyLines:
+        path = self._folder.path / "drawn" / f"{self._name(first_step)}.jsonl"
+        return AppendOnlyLines(path, {"rows": [list(key) for key in _keys(planned)]})
 
     def _name(self, first_step: int) -> str:
         return f"step-{first_step:08d}-rank-{self._rank:04d}"
 
 
-def stored_rows(run_dir: Path) -> Iterator[CachedRow]:
-    """Every scored response that a run has kept, block by block in the order of steps, then of processes."""
-    folder = LocalFolder(run_dir / SAMPLES)
-    records = Ledger(folder).committed()
-    for path in sorted(records):
-        shard = read_shard(folder, records[path])
-        for place in range(len(shard)):
-            yield shard.row(place)
+def _keys(planned: Sequence[PlannedRow]) -> list[tuple[str, int]]:
+    return [(plan.example_id, plan.sample) for plan in planned]

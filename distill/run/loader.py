@@ -137,9 +137,7 @@ def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> Li
         run.student,
         model,
         accelerator.device,
-        run.order,
         run.steps,
         lambda step: [index for indices in run.order.micro_batches_of(step)[rank::ranks] for index in indices],
         rank=rank,
-        is_main=accelerator.is_main_process,
     )

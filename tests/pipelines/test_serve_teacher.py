@@ -18,7 +18,7 @@ import pytest
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.live.teacher import TeacherService
+from dpkd.distill.live.teacher import TeacherServers
 from dpkd.teacher_cache.engines.engine import ScoreRequest, results_only
 from dpkd.teacher_cache.options.serve import ServeConfig
 from dpkd.teacher_cache.serve import serve_teacher, server_command
@@ -66,7 +66,7 @@ def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Pa
         assert len(family) >= 2
         cache, student = TeacherCache.open(toy_cache), locate_model(str(toy_student), "student")
         row = cache.read(cache.shards("teacher")[0]).row(0)
-        with TeacherService(cache, [f"http://127.0.0.1:{port}"], student, 64, 0.01) as teacher:
+        with TeacherServers(cache, [f"http://127.0.0.1:{port}"], student, 64, 0.01) as teacher:
             requests = [ScoreRequest(0, row.prompt_ids.tolist(), row.response_ids.tolist())]
             scored = next(iter(results_only(teacher.score(requests))))
         assert abs(scored.logprobs_T - row.response_logprobs).max() < 1e-3

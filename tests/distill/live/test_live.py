@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.samples import stored_rows
 from support.vllm_servers import VllmServer, free_port
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
+from dpkd.core.identity import derive_seed
 from dpkd.core.models import locate_model
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.live import rows as live_module
-from dpkd.distill.live.rows import LiveRows, draw_seed
-from dpkd.distill.live.sampler import TransformersSampler
-from dpkd.distill.live.store import stored_rows
-from dpkd.distill.live.teacher import TeacherService
+from dpkd.distill.live.rows import LiveRows
+from dpkd.distill.live.teacher import TeacherServers
+from dpkd.distill.live.transformers_sampler import TransformersSampler
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import open_cache_rows
@@ -127,8 +128,8 @@ class Loop:
 
     def open(self) -> LiveRows:
         return LiveRows(
-            self.config, self.cache, self.rows, self.student, self.model, CPU, self.order, self.steps, self.places,
-            rank=self.rank, is_main=self.rank == 0, patience_s=self.patience_s,
+            self.config, self.cache, self.rows, self.student, self.model, CPU, self.steps, self.places,
+            rank=self.rank, patience_s=self.patience_s,
         )  # fmt: skip
 
     def cached(self, step: int) -> list[CachedRow]:
@@ -179,7 +180,7 @@ def drawn_by(loop: Loop, weights_of: int, step: int, rows: list[CachedRow], samp
     sampler = TransformersSampler(model, sampling, num_tokens=600, device=CPU, copies=False, batch_size=1)
     found = []
     for row in rows:
-        seed = draw_seed(loop.config.seed, row.example_id, sample, step)
+        seed = derive_seed(loop.config.seed, row.example_id, sample, step)
         found += sampler.draw([GenerateRequest(0, row.prompt_ids.tolist(), seed)], threading.Event())
     return [drawn.response_ids.tolist() for drawn in found]
 
@@ -335,7 +336,7 @@ def test_samples_of_lost_weights_are_not_drawn_again(loop: Callable[..., Loop]) 
 
 def test_another_number_of_processes_is_refused(loop: Callable[..., Loop]) -> None:
     loop(ranks=2, steps=1).run()
-    with pytest.raises(UserError, match=r"stored samples are of other rows .*found 2 rows.*expected 3 rows.*processes"):
+    with pytest.raises(UserError, match=r"samples belong to other rows .*found 2 rows.*expected 3 rows.*processes"):
         loop(steps=1).run()
 
 
@@ -392,8 +393,9 @@ def test_a_server_that_stays_away_leaves_a_run_that_goes_on(
     if staleness:
         # drawn with weights that the checkpoint does not hold, so kept without scores
         drafts = sorted((first.config.out / "samples" / "drawn").iterdir())
-        assert drafts[0].name == f"step-{stopped_at:08d}-rank-0000.json"
-        assert {row["finish_reason"] for row in json.loads(drafts[0].read_text())} <= {"stop", "length"}
+        assert drafts[0].name == f"step-{stopped_at:08d}-rank-0000.jsonl"
+        _, *lines = drafts[0].read_text().splitlines()
+        assert {json.loads(line)["finish_reason"] for line in lines} <= {"stop", "length"}
     gate.open()
     second = loop("broken", gate.url, staleness=staleness)
     second.model.load_state_dict(first.model.state_dict())
@@ -445,7 +447,7 @@ def test_a_row_that_cannot_be_scored_makes_no_pair(
     monkeypatch.undo()
     assert_bitwise(rejected(loop(steps=1).run()[0]), rejected(rows))
 
-    monkeypatch.setattr(TeacherService, "_check_identity", lambda *_: None)
+    monkeypatch.setattr(TeacherServers, "_check_identity", lambda *_: None)
     monkeypatch.setattr(ServerEngine, "score", lambda self, requests: (FailedRequest(r.index, "no") for r in requests))
     with pytest.raises(UserError, match=r"could score none of the student's responses of step 1"):
         loop("none", steps=1).run()
@@ -458,21 +460,21 @@ def test_a_server_with_another_model_is_refused(
     with VllmServer(toy_student) as other:
         cache, student = TeacherCache.open(toy_cache), locate_model(str(toy_student), "student")
         with pytest.raises(UserError) as refusal:
-            TeacherService(cache, [other.url], student, 64, 0.05)
+            TeacherServers(cache, [other.url], student, 64, 0.05)
         text = str(refusal.value)
-        assert "does not hold the cache's teacher, toy-teacher" in text
+        assert "does not run the cache's teacher, toy-teacher" in text
         assert f"{other.url} with {toy_student}" in text
         assert "expected at most 0.05 (teacher_tolerance)" in text
         assert "a mean difference of" in text
-        TeacherService(cache, [other.url], student, 64, 100.0).close()
+        TeacherServers(cache, [other.url], student, 64, 100.0).close()
         with pytest.raises(UserError, match=rf"too short.*found 512 tokens.*{other.url}"):
-            TeacherService(cache, [other.url], student, 600, 0.05)
+            TeacherServers(cache, [other.url], student, 600, 0.05)
 
 
 def test_no_server_at_all_is_refused(toy_cache: Path, toy_student: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=rf"no server has answered for 1 s.*{url}"):
-        TeacherService(TeacherCache.open(toy_cache), [url], locate_model(str(toy_student), "student"), 64, 0.05, 1.0)
+        TeacherServers(TeacherCache.open(toy_cache), [url], locate_model(str(toy_student), "student"), 64, 0.05, 1.0)
 
 
 def test_responses_that_do_not_fit_the_student_are_refused(loop: Callable[..., Loop]) -> None:

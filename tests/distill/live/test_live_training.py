@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.samples import stored_rows
 from support.trainer_processes import TwoRanks
 from support.vllm_servers import VllmServer
 
 from dpkd.core.files import write_atomic
 from dpkd.core.identity import file_sha256
-from dpkd.distill.live.store import stored_rows
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 

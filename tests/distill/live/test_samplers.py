@@ -13,13 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
-from dpkd.distill.live.sampler import (
-    DrawCancelledError,
-    Drawn,
-    Sampler,
-    TransformersSampler,
-    open_sampler,
-)
+from dpkd.distill.live.sampler import Sampler, open_sampler
+from dpkd.distill.live.store import Drawn
+from dpkd.distill.live.transformers_sampler import TransformersSampler
 from dpkd.distill.live.vllm_sampler import VllmSampler
 from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.engines.engine import GenerateRequest, Sampling, ScoreRequest, results_only
@@ -180,7 +176,7 @@ def test_a_cancelled_draw_ends_soon(model: PreTrainedModel) -> None:
     responses = sampler.draw([GenerateRequest(i, prompt, i) for i, prompt in enumerate(PROMPTS)], cancelled)
     next(responses)
     cancelled.set()
-    with pytest.raises(DrawCancelledError):
+    with pytest.raises(KeyboardInterrupt):
         next(responses)
 
 
@@ -202,11 +198,11 @@ def test_the_sampler_follows_the_options(source: ModelSource, model: PreTrainedM
         sample_temperature=0.0,
     )  # fmt: skip
     with torch.no_grad():
-        sampler = open_sampler(config, source, model, CPU, GREEDY, 64)
+        sampler = open_sampler(config, source, model, CPU, 24, 64)
         before = ids_of(draw(sampler))
         model.get_output_embeddings().weight.mul_(-1)  # type: ignore[union-attr]
         assert ids_of(draw(sampler)) == before
-        fresh = open_sampler(config.model_copy(update={"staleness": 0}), source, model, CPU, GREEDY, 64)
+        fresh = open_sampler(config.model_copy(update={"staleness": 0}), source, model, CPU, 24, 64)
         assert ids_of(draw(fresh)) != before
 
 
@@ -220,7 +216,7 @@ def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTra
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    sampler = open_sampler(config, source, model, CPU, DRAWN, 100)
+    sampler = open_sampler(config, source, model, CPU, 16, 100)
     assert isinstance(sampler, VllmSampler)
 
     def furthest() -> float:
@@ -228,7 +224,7 @@ def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTra
         with torch.no_grad():
             logprobs = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0].float(), dim=-1)
         ours = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
-        scored = next(iter(results_only(sampler.engine.score([ScoreRequest(0, prompt, response)]))))
+        scored = next(iter(results_only(sampler.score([ScoreRequest(0, prompt, response)]))))
         return float(np.abs(scored.logprobs_T - ours).max())
 
     try:
@@ -247,7 +243,7 @@ def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTra
         assert torch.equal(torch.rand(3), expected)
         cancelled = threading.Event()
         cancelled.set()
-        with pytest.raises(DrawCancelledError):
+        with pytest.raises(KeyboardInterrupt):
             next(sampler.draw([GenerateRequest(0, prompt, 0)], cancelled))
     finally:
         sampler.close()
@@ -258,7 +254,7 @@ def test_a_vllm_engine_is_refused_where_it_would_disturb_training(source: ModelS
         cache="c", student="s", out="o", student_samples="live", teacher_url=("http://h:1",), sampler="vllm"
     )
     with pytest.raises(UserError, match=r"--sampler vllm .*training must wait for it.*staleness=0"):
-        open_sampler(config, source, model, CPU, DRAWN, 100)
+        open_sampler(config, source, model, CPU, 16, 100)
     adapters = config.model_copy(update={"staleness": 0, "lora_rank": 4})
-    with pytest.raises(UserError, match=r"--sampler vllm takes whole weights.*Choose --sampler transformers"):
-        open_sampler(adapters, source, model, CPU, DRAWN, 100)
+    with pytest.raises(UserError, match=r"--sampler vllm needs whole weights.*Choose --sampler transformers"):
+        open_sampler(adapters, source, model, CPU, 16, 100)

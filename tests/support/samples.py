@@ -1,0 +1,21 @@
+"""The student's responses that a live run has stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpkd.distill.live.store import SAMPLES
+from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.shards import Ledger, read_shard
+
+
+def stored_rows(run_dir: Path) -> Iterator[CachedRow]:
+    """Every scored response, block by block in the order of steps, then of ranks."""
+    folder = LocalFolder(run_dir / SAMPLES)
+    records = Ledger(folder).committed()
+    for path in sorted(records):
+        shard = read_shard(folder, records[path])
+        for index in range(len(shard)):
+            yield shard.row(index)
