@@ -37,7 +37,6 @@ from dpkd.distill.rows.sources import check_positions
 from dpkd.teacher_cache.engines.engine import FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
 
 #: how long a checkpoint waits for the scores of a drawn block, in seconds; unscored blocks are scored on resuming
 SETTLE_S = 30.0
