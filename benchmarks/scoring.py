@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpkd.evaluate.metrics.exact_match import score
+from dpkd.evaluate.metrics.scores import score
 
 Pairs = list[tuple[str, tuple[str, ...]]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9
 #: a second sign, for more series than colours and for print in grey
 HATCHES = ("", "//", "..", "xx")
 FORMATS = ("png", "svg")
+GRID = "#DDDDDD"
 _DPI = 150
+_LEGEND_CHARACTERS, _COMMAND_CHARACTERS = 110, 360
 
 
 def require_matplotlib() -> None:
@@ -52,30 +55,73 @@ def new_figure(
     return figure, panels
 
 
-def grouped_bars(panel: Axes, series: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
-    """Draw a bar with its interval (`mean`, `low`, `high`) for each value of each series, side by side by index.
+def grouped_bars(
+    panel: Axes,
+    series: Mapping[str, Sequence[Mapping[str, Any] | None]],
+    labels: Sequence[str],
+    colours: Mapping[str, int] | None = None,
+) -> None:
+    """Draw a bar with its interval (`mean`, `low`, `high`) for each value of each series, side by side by label.
 
-    A value that is None, or whose mean is None, has no bar and leaves its space empty.
+    A value that is None, or whose mean is None, has no bar and leaves its space empty. `colours` are indices by name;
+    None: in the order of the series.
     """
     width = 0.8 / len(series)
-    for number, (name, values) in enumerate(series.items()):
-        shift = (number - (len(series) - 1) / 2) * width
-        shown = {index + shift: value for index, value in enumerate(values) if value and value["mean"] is not None}
+    for index, (name, values) in enumerate(series.items()):
+        shift = (index - (len(series) - 1) / 2) * width
+        shown = {place + shift: value for place, value in enumerate(values) if value and value["mean"] is not None}
         means = [value["mean"] for value in shown.values()]
         # rounding may put an end of the interval just on the wrong side of the mean
         below = [max(0.0, value["mean"] - value["low"]) for value in shown.values()]
         above = [max(0.0, value["high"] - value["mean"]) for value in shown.values()]
+        colour = colours[name] if colours else index
         panel.bar(
             list(shown),
             means,
             width * 0.92,
             yerr=[below, above],
             label=name,
-            color=COLOURS[number % len(COLOURS)],
-            hatch=HATCHES[number // len(COLOURS) % len(HATCHES)],
+            color=COLOURS[colour % len(COLOURS)],
+            hatch=HATCHES[colour // len(COLOURS) % len(HATCHES)],
             edgecolor="white",
             error_kw={"elinewidth": 1.0, "capsize": 2.5, "ecolor": "#333333"},
         )
+    panel.set_xticks(range(len(labels)), labels)
+    panel.set_xlim(-0.6, len(labels) - 0.4)
+    panel.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def caption_text(lines: Sequence[str], command: str, whole: str, width: int) -> str:
+    """`lines` and the command, wrapped to `width` characters; the file `whole` has a long command in full."""
+    if len(command) > _COMMAND_CHARACTERS:
+        command = f"{command[:_COMMAND_CHARACTERS]} ... (complete in {whole})"
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in (*lines, command))
+
+
+def frame_figure(figure: Figure, panels: Sequence[Axes], caption: str, title: str | None = None) -> None:
+    """Put one legend of all panels above them, with the title, and the caption below."""
+    # names and paths are text: a $ in them starts no formula
+    figure.supxlabel(caption, fontsize=6.5, color="#555555", x=0.01, ha="left", parse_math=False)
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        # as many entries per line as fit, so that long names stay inside the figure
+        num_columns = max(1, min(4, len(handles), _LEGEND_CHARACTERS // (max(map(len, handles)) + 6)))
+        # the title belongs to the legend: the layout would put a figure's title and a legend in the same place
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside upper center",
+            ncols=num_columns,
+            frameon=False,
+            fontsize=9,
+            title=title,
+            title_fontsize=11,
+        )
+    elif title:
+        figure.suptitle(title, fontsize=11)
 
 
 def save_figure(figure: Figure, path: Path, description: str = "", formats: Sequence[str] = FORMATS) -> list[Path]:

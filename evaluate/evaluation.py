@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.core.identity import fingerprint
 from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import Progress, say
-from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.answers import ModelAnswers
 from dpkd.evaluate.answers.generation import LazyEngine, generate_answers
 from dpkd.evaluate.answers.perplexity import (
     ModelMetrics,
@@ -32,21 +31,21 @@ from dpkd.evaluate.views.output import REPORT, check_options, is_complete, save_
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import resolve_engine
 
-# options that change no number: where results go (a folder may move), and how much memory is used
+# options that change no number: where results go, and how much memory is used
 _FREE_OPTIONS = frozenset({"out", "max_num_seqs", "generations", "data_dir"})
 
 
 def evaluate(config: EvalConfig) -> Path:
     """Evaluate the models and predictions of `config` on its data; returns the path of `report.json`.
 
-    Run again after a crash it generates only what is missing; run again after the end it does nothing. Raises
+    After a crash, call it again: it generates only what is missing. If the report is complete it does nothing. Raises
     `UserError` for options that cannot be used, before any model runs.
     """
     require_matplotlib()
     engine = resolve_engine(config.engine) if config.model else None
-    # resolved first, so that the saved options say what was run and equal ones compare equal
+    # resolved first, so that the saved options record what ran
     config = config.model_copy(update={"seeds": config.resolved_seeds(), "data": resolve_sets(config)})
-    check_options(config, config.out, _FREE_OPTIONS)
+    check_options(config, config.out, _FREE_OPTIONS, REPORT)
     candidates = open_candidates(config)
     eval_sets = read_eval_sets(config, candidates)
     predictions = read_predictions(config, eval_sets)
@@ -67,20 +66,27 @@ def evaluate(config: EvalConfig) -> Path:
         return report_path
     save_options(config, config.out)
 
-    answers: dict[str, dict[tuple[str, int], list[Answer]]] = {}
+    answers: dict[str, ModelAnswers] = {}
     metrics: dict[str, ModelMetrics] = {}
     for candidate in candidates:
         assert engine is not None  # there are models
         answers[candidate.name], metrics[candidate.name] = _run_model(
             config, engine, candidate, eval_sets, identity.get("cache")
         )
-    leave_out_for_all(metrics.values(), eval_sets)
+    leave_out_for_all([of_model.references for of_model in metrics.values()])
     answers |= {given.name: given.answers for given in predictions}
     num_answers = sum(len(answers_N) for of_model in answers.values() for answers_N in of_model.values())
     with Progress("scoring", num_answers, "responses") as progress:
         scored_sets = score_sets(config, eval_sets, answers, progress, metrics)
     report = build_report(
-        config, identity, fingerprint(identity), eval_sets, scored_sets, in_cache, in_train_data, runs, metrics
+        config,
+        identity,
+        eval_sets,
+        scored_sets,
+        metrics,
+        in_cache=in_cache,
+        in_train_data=in_train_data,
+        runs=runs,
     )
     return write_all(config.out, report, scored_sets)
 
@@ -91,8 +97,8 @@ def _run_model(
     candidate: Candidate,
     eval_sets: Sequence[EvalSet],
     cache: str | None,
-) -> tuple[dict[tuple[str, int], list[Answer]], ModelMetrics]:
-    """A model's answers and what it says about gold responses, from one engine, and its distance from the teacher."""
+) -> tuple[ModelAnswers, ModelMetrics]:
+    """A model's answers and its perplexity of gold responses, from one engine, and its distance from the teacher."""
     pairs = reference_pairs(config, candidate, eval_sets)
     with LazyEngine(engine_name, candidate, engine_options(config, engine_name, candidate, pairs)) as engine:
         answers = generate_answers(config, engine, candidate, eval_sets)
@@ -110,7 +116,7 @@ def _identity(
     eval_sets: Sequence[EvalSet],
     predictions: Sequence[Predictions],
 ) -> dict[str, Any]:
-    """What the report is a function of: settings, and models and data by content; no path and no software."""
+    """What the report depends on: settings, and models and data by content; no path and no software version."""
     paths = {"model", "data", "cache", "predictions", "train_data", "run"}
     settings = config.model_dump(mode="json", exclude={*paths, *_FREE_OPTIONS})
     return {

@@ -27,7 +27,7 @@ def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
 
     It runs in the trainer's own process and returns the mean over the prompts, 0 to 100.
     """
-    from dpkd.evaluate.metrics.exact_match import rouge_l
+    from dpkd.evaluate.metrics.rouge import rouge
     from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
     from dpkd.teacher_cache.engines.open import open_engine
 
@@ -43,7 +43,7 @@ def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
         with open_engine("transformers", student, options) as engine:
             for result in results_only(engine.generate(iter(requests), sampling)):
                 answer = student.decode([int(token) for token in result.response_ids])
-                scores.append(rouge_l(answer, prompts[result.index].references))
+                scores.append(rouge(answer, prompts[result.index].references).rouge_l)
         return sum(scores) / len(scores)
 
     return evaluate

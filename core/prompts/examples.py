@@ -117,7 +117,7 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
     """
     seen: set[str] = set()
     num_rows = 0
-    for line, row in _rows(source):
+    for line, row in raw_rows(source):
         if limit is not None and num_rows >= limit:
             break
         num_rows += 1
@@ -134,7 +134,8 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
         raise UserError("the data holds no row", where=source.name, advice="Give a file with at least one row")
 
 
-def _rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
+def raw_rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
+    """Line (from 1) and content of each row; raises `UserError` for a file that cannot be read."""
     path = source.path
     if path is None:
         yield from enumerate(source.dataset, start=1)

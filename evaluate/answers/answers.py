@@ -1,6 +1,6 @@
-"""Answers on disk: one Parquet file per model, data set and seed, which records what made it.
+"""Answers on disk: one Parquet file per model, data set and seed, with a fingerprint of all inputs.
 
-Until a file is complete its answers are in a log of JSON lines next to it: a killed run repeats only those in progress.
+Until a file is complete, its answers are in a log of JSON lines beside it: a killed run repeats only those in progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SCHEMA = pa.schema(
 class Answer:
     """One answer: text without special tokens, ids with their EOS, and why it ended.
 
-    An answer of a predictions file is text only: it has no ids and no finish reason.
+    Answers from a predictions file are text only: no ids and no finish reason.
     """
 
     example_id: str
@@ -43,8 +43,12 @@ class Answer:
 
     @property
     def num_tokens(self) -> int | None:
-        """Length in tokens, EOS included; None where only the text is known."""
+        """Length in tokens, with EOS; None if only the text is known."""
         return None if self.finish_reason is None else len(self.response_ids)
+
+
+#: the answers of one model by (data set, seed), in the order of the set's examples
+ModelAnswers = dict[tuple[str, int], list[Answer]]
 
 
 def answers_path(folder: Path, model: str, data: str, seed: int) -> Path:
@@ -53,12 +57,12 @@ def answers_path(folder: Path, model: str, data: str, seed: int) -> Path:
 
 
 def partial_answers(path: Path, fingerprint: str) -> AppendOnlyLines:
-    """The log of answers for the file `path` while it is not complete: a line each, `Answer` as a dict."""
+    """The log of answers for the file `path` until it is complete: one line for each `Answer`."""
     return AppendOnlyLines(path.with_suffix(".partial.jsonl"), {"fingerprint": fingerprint})
 
 
 def write_answers(path: Path, answers: list[Answer], fingerprint: str) -> None:
-    """Write `answers` to `path`, completely or not at all; `fingerprint` goes into the schema's metadata."""
+    """Write `answers` to `path`, completely or not at all, with `fingerprint` in the schema's metadata."""
     columns = {name: [getattr(answer, name) for answer in answers] for name in _SCHEMA.names}
     table = pa.table(columns, schema=_SCHEMA.with_metadata({_FINGERPRINT: fingerprint.encode()}))
     with replacing(path) as temporary:
@@ -66,9 +70,9 @@ def write_answers(path: Path, answers: list[Answer], fingerprint: str) -> None:
 
 
 def read_answers(path: Path, fingerprint: str, example_ids: list[str]) -> list[Answer] | None:
-    """The answers at `path`; None if they must be generated: no file, an unreadable one, or one of other inputs.
+    """The answers at `path`; None if they must be generated: no file, an unreadable one, or one from other inputs.
 
-    The last two print a line, as the user may not expect the work to be repeated.
+    The last two print a line, because the user may not expect to repeat the work.
     """
     if not path.exists():
         return None

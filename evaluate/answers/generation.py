@@ -1,4 +1,4 @@
-"""Answers of one model to every data set with every seed, from one engine, resumed answer by answer."""
+"""The answers of one model to every data set with every seed, from one engine, resumed answer by answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed, fingerprint
 from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.progress import Progress, say
-from dpkd.evaluate.answers.answers import Answer, answers_path, partial_answers, read_answers, write_answers
+from dpkd.evaluate.answers.answers import (
+    Answer,
+    ModelAnswers,
+    answers_path,
+    partial_answers,
+    read_answers,
+    write_answers,
+)
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.options.eval import EvalConfig
@@ -26,12 +33,12 @@ from dpkd.teacher_cache.engines.engine import (
 )
 from dpkd.teacher_cache.engines.open import open_engine
 
-# part of every fingerprint: raised when the same inputs would be answered otherwise
+# part of every fingerprint: increment it when the same inputs would give other answers
 _FORMAT_VERSION = 1
 
 
 class LazyEngine:
-    """The engine of one model: it starts when it is first needed, once, and stops at the end of the block."""
+    """The engine of one model: it starts when it is first needed, and stops at the end of the block."""
 
     def __init__(self, name: ResolvedEngine, candidate: Candidate, options: EngineOptions) -> None:
         self.name = name
@@ -39,7 +46,7 @@ class LazyEngine:
         self._engine: Engine | None = None
 
     def start(self, work: str) -> Engine:
-        """The running engine; `work` says what it is started for. Raises `UserError` when it cannot start."""
+        """The running engine; `work` is the reason to print if it starts now. Raises `UserError` if it cannot start."""
         if self._engine is None:
             say(f"model {self._candidate.name}: starting {self.name} for {work}")
             self._engine = open_engine(self.name, self._candidate.source, self._options)
@@ -72,21 +79,20 @@ class _File:
 def request_seed(seed: int, example_id: str) -> int:
     """The seed of one request, below 2**31: a pure function of the evaluation's seed and the example.
 
-    So an answer does not depend on the other rows, on their order, or on where a run was resumed. The model's
-    probabilities do, by rounding: an engine adds up another batch in another order, and a sampled answer may then take
-    another token where two are nearly as likely. Finished files are kept as they are.
+    So an answer does not depend on the other rows, on their order, or on where a run was resumed, except for rounding:
+    in another batch the engine adds in another order, and may then sample another token if two are about equally
+    likely. Finished files are never generated again.
     """
     return derive_seed(seed, example_id, bits=64) % 2**31
 
 
 def generate_answers(
     config: EvalConfig, engine: LazyEngine, candidate: Candidate, eval_sets: Sequence[EvalSet]
-) -> dict[tuple[str, int], list[Answer]]:
-    """The answers of `candidate` by (data set, seed), in the order of the set's examples.
+) -> ModelAnswers:
+    """The answers of `candidate` to all sets with all seeds.
 
-    Answers that the same inputs made are reused; the engine starts only for missing ones. Each answer is saved as it
-    arrives, and a file is written with its last one: after a crash only the answers then in progress are repeated.
-    Raises `UserError` when the engine cannot start, and for a shared directory of answers that other inputs made.
+    Existing answers from the same inputs are reused; the engine starts only for missing ones. Each answer is saved as
+    it arrives. Raises `UserError` if the engine cannot start, and if `--generations` has answers from other inputs.
     """
     sampling = Sampling(
         config.temperature, config.top_p, config.max_new_tokens, tuple(candidate.source.stop_token_ids())
@@ -133,9 +139,9 @@ def _open_files(
             finished = read_answers(path, file_fingerprint, example_ids)
             if finished is None and config.generations is not None and path.exists():
                 raise UserError(
-                    "the shared answers include a file that other inputs made",
+                    "the directory of answers has a file that was made from other inputs",
                     where=path,
-                    advice="Give another --generations, or the model another name; nothing was overwritten",
+                    advice="Choose another --generations or another name for the model; nothing was overwritten",
                 )
             partial = partial_answers(path, file_fingerprint)
             answers: dict[str, Answer] = {answer.example_id: answer for answer in finished or ()}
@@ -143,7 +149,7 @@ def _open_files(
                 answers = {answer.example_id: answer for answer in partial.read(lambda value: Answer(**value))}
             file = _File(eval_set, seed, path, file_fingerprint, partial, [answers.get(key) for key in example_ids])
             if finished is None and file.num_missing == 0:
-                _write(file)  # the process was killed between the last answer and its file
+                _write(file)  # the process was killed after the last answer and before writing the file
             files.append(file)
     return files
 

@@ -1,15 +1,14 @@
-"""What a model says about gold responses, and how far it is from the teacher of a cache: measured once, kept on disk.
+"""Metrics of a model itself: perplexity of gold responses, and distance from the teacher of a cache.
 
-The name of each file has the fingerprint of everything that its values depend on, so nothing stale is ever read.
+They are measured once and kept on disk. Each file's name has the fingerprint of everything that its values depend on.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -25,12 +24,12 @@ from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ScoreRequest, results_only
 
-# part of every fingerprint: raised when the same inputs would be measured otherwise
+# part of every fingerprint: increment it when the same inputs would give other values
 _FORMAT_VERSION = 2
-_SHORT = 16  # digits of a fingerprint in a file's name
+_SHORT = 16  # digits of the fingerprint in a file's name
 _BATCH_ROWS = 16  # measured and saved together
 
-#: ids of a prompt, ids of the response to it
+#: token ids of a prompt and of its response
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -38,8 +37,8 @@ Pair = tuple[Sequence[int], Sequence[int]]
 class References:
     """Gold responses of one set (N examples) under one model.
 
-    `nll_N` is -log q of each with its EOS (nats; NaN for a prompt and response longer than the positions of one of the
-    models), `num_tokens_N` counts the model's own tokens, EOS included, `num_bytes_N` the text's bytes in UTF-8.
+    `nll_N` is -log q of each with its EOS, in nats (NaN if prompt and response are longer than the positions of one of
+    the models). `num_tokens_N` counts the model's own tokens with EOS, `num_bytes_N` the text's bytes in UTF-8.
     """
 
     nll_N: np.ndarray
@@ -49,14 +48,14 @@ class References:
 
 @dataclass(frozen=True)
 class ModelMetrics:
-    """Metrics of a model itself: `references` by set; `to_teacher`, values of each cached row by name (or None)."""
+    """`references` by set; `to_teacher`: values of each cached row by name, or None."""
 
     references: dict[str, References] = field(default_factory=dict)
     to_teacher: dict[str, list[float]] | None = None
 
 
 def reference_pairs(config: EvalConfig, candidate: Candidate, eval_sets: Sequence[EvalSet]) -> dict[str, list[Pair]]:
-    """By set, each prompt and its gold response (the first reference) as in training; empty without perplexity."""
+    """By set, each prompt and its gold response (the first reference), encoded as in training; empty if not needed."""
     if not config.perplexity:
         return {}
     return {
@@ -71,7 +70,7 @@ def reference_pairs(config: EvalConfig, candidate: Candidate, eval_sets: Sequenc
 def engine_options(
     config: EvalConfig, engine: str, candidate: Candidate, pairs: Mapping[str, Sequence[Pair]]
 ) -> EngineOptions:
-    """What the engine must hold: the longest answer that may be generated, and the longest gold response that fits."""
+    """Engine options with room for the longest answer to generate and the longest gold response that fits."""
     options = config.engine_options()
     lengths = (_length(pair) for of_set in pairs.values() for pair in of_set)
     longest = max((length for length in lengths if length <= _limit(candidate, engine)), default=0)
@@ -85,9 +84,9 @@ def measure_references(
     pairs: Mapping[str, Sequence[Pair]],
     engine: LazyEngine,
 ) -> dict[str, References]:
-    """-log q of the gold responses `pairs` of each set; the engine starts only for missing ones.
+    """-log q of the gold responses in `pairs`, by set; the engine starts only for missing ones.
 
-    Raises `UserError` for a model whose log-probs are not finite.
+    Raises `UserError` if the model's log-probs are not finite.
     """
     logs, values = {}, {}
     for name, of_set in pairs.items():
@@ -96,9 +95,10 @@ def measure_references(
         )
         path = config.generations_dir() / candidate.name / name / f"references-{made_by[:_SHORT]}.jsonl"
         logs[name] = AppendOnlyLines(path, {"fingerprint": made_by})
-        values[name] = dict(row for rows in logs[name].read(_parse_rows) for row in rows)
+        rows = logs[name].read(lambda line: [(int(row), float(nll)) for row, nll in line])
+        values[name] = dict(pair for pairs_of_line in rows for pair in pairs_of_line)
     batches = [(name, batch) for name, of_set in pairs.items() for batch in _batches(of_set, candidate, engine.name)]
-    # a batch is measured as a whole: a resumed evaluation then rounds like one that was never interrupted
+    # whole batches: a resumed evaluation then rounds like one that was never interrupted
     missing = [(name, batch) for name, batch in batches if any(row not in values[name] for row in batch)]
     if missing:
         num_total = sum(len(batch) for _, batch in batches)
@@ -122,29 +122,28 @@ def measure_references(
     }
 
 
-def leave_out_for_all(metrics: Iterable[ModelMetrics], eval_sets: Sequence[EvalSet]) -> None:
-    """Drop, for all models, responses that one model's positions cannot hold: all perplexities are over equal rows."""
-    by_model = [of_model.references for of_model in metrics if of_model.references]
-    for eval_set in eval_sets if by_model else ():
-        of_set = [references[eval_set.name] for references in by_model]
+def leave_out_for_all(by_model: Sequence[Mapping[str, References]]) -> None:
+    """Drop, for all models, responses too long for one of them: all perplexities are then over the same rows."""
+    for name in dict.fromkeys(name for references in by_model for name in references):
+        of_set = [references[name] for references in by_model if name in references]
         unknown_N = np.isnan([references.nll_N for references in of_set]).any(axis=0)
         for references in of_set:
             references.nll_N[unknown_N] = np.nan
         if unknown_N.any():
             say(
-                f"data {eval_set.name}: {int(unknown_N.sum())} gold responses are longer than the positions of a model "
-                "and are left out of perplexity"
+                f"data {name}: {int(unknown_N.sum())} gold responses are longer than the positions of a model and are "
+                "left out of perplexity"
             )
 
 
 def measure_to_teacher(config: EvalConfig, candidate: Candidate, cache: str) -> dict[str, list[float]] | None:
-    """Values of each of at most `config.cache_rows` rows of `config.cache`, whose fingerprint is `cache`.
+    """Values for each of at most `config.cache_rows` rows of `config.cache`, whose fingerprint is `cache`.
 
-    `tokens`; sums over them: `nll`, `kld`, `rkld`, `top1_agreement`; of the first `kld_first`, `rkld_first` (nats).
-    None where they are not defined, such as for another tokenizer.
+    `tokens`; sums over tokens: `nll`, `kld`, `rkld` (nats), `top1_agreement`; at the first token: `kld_first`,
+    `rkld_first`. None if they are not defined, for example with another tokenizer.
     """
     made_by = {"format_version": _FORMAT_VERSION, **candidate.identity, "cache": cache, "rows": config.cache_rows}
-    # a set's folder cannot have this name: names start with a letter or digit
+    # no set has a folder of this name: names start with a letter or digit
     path = config.generations_dir() / candidate.name / f"_teacher-{fingerprint(made_by)[:_SHORT]}.json"
     if path.exists():
         try:
@@ -164,12 +163,12 @@ def _length(pair: Pair) -> int:
 
 
 def _limit(candidate: Candidate, engine: str) -> float:
-    """Longest prompt and response that the engine scores: vLLM adds a token of its own."""
+    """Longest prompt and response that the engine scores: vLLM adds one token."""
     return (candidate.source.max_positions or math.inf) - (engine == "vllm")
 
 
 def _batches(pairs: Sequence[Pair], candidate: Candidate, engine: str) -> Iterator[list[int]]:
-    """Rows of similar length (padding costs as much as text), longest first, without those that do not fit."""
+    """Rows of similar length (padding costs as much as text), longest first, without those that are too long."""
     rows = [row for row, pair in enumerate(pairs) if _length(pair) <= _limit(candidate, engine)]
     rows.sort(key=lambda row: -_length(pairs[row]))
     for start in range(0, len(rows), _BATCH_ROWS):
@@ -188,7 +187,3 @@ def _nll(engine: Engine, pairs: Sequence[Pair], candidate: Candidate) -> list[fl
             advice="Check the checkpoint and --set dtype, or skip perplexity with --no-perplexity",
         )
     return values
-
-
-def _parse_rows(line: Any) -> list[tuple[int, float]]:
-    return [(int(row), float(nll)) for row, nll in line]

@@ -1,17 +1,16 @@
-"""Answers that exist already: JSON lines with a `prediction` each, matched to a set by row order or by `example_id`."""
+"""Existing answers: JSON lines with a `prediction` each, matched to a set by row order or by `example_id`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
+from dpkd.core.json_lines import read_json_lines
 from dpkd.core.progress import say
-from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.answers import Answer, ModelAnswers
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.options.eval import EvalConfig
 
@@ -20,81 +19,65 @@ DEFAULT_SEED = 0
 
 @dataclass(frozen=True)
 class Predictions:
-    """The given answers under one name: by (set, seed), in the order of the set's examples; `identity` by content."""
+    """The existing answers under one name; `identity` is the sha256 of each set's file."""
 
     name: str
     identity: dict[str, str]
-    answers: dict[tuple[str, int], list[Answer]]
+    answers: ModelAnswers
 
 
 def read_predictions(config: EvalConfig, eval_sets: Sequence[EvalSet]) -> list[Predictions]:
-    """The predictions of `config`; raises `UserError` for a file that does not fit its set and a set without one."""
+    """The predictions of `config`; raises `UserError` for a file that does not match its set and a set without one."""
     by_name: dict[str, dict[str, str]] = {}
     names = [eval_set.name for eval_set in eval_sets]
-    for key, place in config.predictions.items():
+    for key, file in config.predictions.items():
         name, _, data = key.partition(":")
         if not data and len(names) > 1:
             raise UserError(
-                f"it is not said which set the predictions {name!r} answer",
+                f"it is unclear which set the predictions {name!r} answer",
                 found=f"{len(names)} sets: {', '.join(names)}",
                 where="--predictions",
                 advice=f"Give --predictions {name}:{names[0]}=FILE for each set",
             )
-        by_name.setdefault(name, {})[data or names[0]] = place
-    return [_read_name(name, places, eval_sets) for name, places in by_name.items()]
+        by_name.setdefault(name, {})[data or names[0]] = file
+    return [_read_name(name, files, eval_sets) for name, files in by_name.items()]
 
 
-def _read_name(name: str, places: dict[str, str], eval_sets: Sequence[EvalSet]) -> Predictions:
+def _read_name(name: str, files: dict[str, str], eval_sets: Sequence[EvalSet]) -> Predictions:
     names = [eval_set.name for eval_set in eval_sets]
-    if unlike := sorted(set(places) ^ set(names)):
+    if difference := sorted(set(files) ^ set(names)):
         raise UserError(
             f"the predictions {name!r} do not answer each set once",
-            found=", ".join(sorted(places)),
+            found=", ".join(sorted(files)),
             expected=", ".join(sorted(names)),
             where="--predictions",
-            advice=f"Give one --predictions {name}:SET=FILE for each --data; the difference is {', '.join(unlike)}",
+            advice=f"Give one --predictions {name}:SET=FILE for each --data; the difference is {', '.join(difference)}",
         )
-    answers: dict[tuple[str, int], list[Answer]] = {}
+    answers: ModelAnswers = {}
     for eval_set in eval_sets:
-        for seed, found in _read_file(Path(places[eval_set.name]), eval_set).items():
+        for seed, found in _read_file(Path(files[eval_set.name]), eval_set).items():
             answers[eval_set.name, seed] = found
-    identity = {data: file_sha256(Path(place)) for data, place in places.items()}
+    identity = {data: file_sha256(Path(file)) for data, file in files.items()}
     return Predictions(name, identity, answers)
 
 
 def _read_file(path: Path, eval_set: EvalSet) -> dict[int, list[Answer]]:
     by_seed: dict[int, list[tuple[str | None, str]]] = {}
-    for line, row in _lines(path):
+    for line, row in read_json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
             found = f"keys {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
             raise UserError(
                 f"line {line} has no text `prediction`", found=found, where=path,
-                advice='Write {"prediction": "the answer"} a line',
+                advice='Write {"prediction": "the answer"} on each line',
             )  # fmt: skip
         seed = row.get("seed", DEFAULT_SEED)
         if not isinstance(seed, int) or seed < 0:
-            raise UserError(f"line {line} has a `seed` that is no number from 0", found=repr(seed), where=path)
+            raise UserError(f"line {line} has a `seed` that is not an integer from 0", found=repr(seed), where=path)
         example_id = row.get("example_id")
         by_seed.setdefault(seed, []).append((None if example_id is None else str(example_id), row["prediction"]))
     if not by_seed:
         raise UserError("the file of predictions is empty", where=path, advice="Give a line for each row of the set")
     return {seed: _match(by_seed[seed], seed, path, eval_set) for seed in sorted(by_seed)}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError("the file of predictions is missing", where=path, advice="Give a file of JSON lines") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the file of predictions cannot be read: {error}", where=path) from None
-    # not splitlines: it also splits at characters that JSON lets stand within a text
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                yield line, json.loads(content)
-            except json.JSONDecodeError as error:
-                raise UserError(f"line {line} is not JSON: {error.msg}", where=path) from None
 
 
 def _match(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set: EvalSet) -> list[Answer]:
@@ -114,9 +97,9 @@ def _by_order(given: list[tuple[str | None, str]], seed: int, path: Path, eval_s
     texts = [text for _, text in given]
     num_examples = len(eval_set.examples)
     if len(texts) == eval_set.num_rows:
-        return [texts[place] for place in eval_set.places]
+        return [texts[index] for index in eval_set.indices]
     if len(texts) == num_examples:
-        say(f"{path}: a prediction for each of the {num_examples} rows that are evaluated, none for those left out")
+        say(f"{path}: one prediction for each of the {num_examples} evaluated rows, none for the rows left out")
         return texts
     left_out = f" ({num_examples} without those left out)" if num_examples != eval_set.num_rows else ""
     raise UserError(
@@ -124,7 +107,7 @@ def _by_order(given: list[tuple[str | None, str]], seed: int, path: Path, eval_s
         found=f"{len(texts)} of seed {seed}",
         expected=f"{eval_set.num_rows}{left_out}",
         where=path,
-        advice="Write one line a row in the set's order, or give each line its `example_id`",
+        advice="Write one line for each row in the set's order, or give each line its `example_id`",
     )
 
 
@@ -133,19 +116,19 @@ def _by_id(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set:
     for example_id, text in given:
         if example_id in texts:
             raise UserError(
-                f"the example_id {example_id!r} stands on two lines of seed {seed}", where=path,
-                advice="Give each sample of an example a `seed` of its own",
+                f"two lines of seed {seed} have the example_id {example_id!r}", where=path,
+                advice="Give each sample of an example its own `seed`",
             )  # fmt: skip
         texts[example_id] = text
-    wanted = [example.example_id for example in eval_set.examples]
-    if missing := [example_id for example_id in wanted if example_id not in texts]:
+    ids = [example.example_id for example in eval_set.examples]
+    if missing := [example_id for example_id in ids if example_id not in texts]:
         raise UserError(
             f"{len(missing)} rows of data {eval_set.name} have no prediction of seed {seed}",
             found=f"none for example_id {missing[0]!r}",
-            expected=f"all {len(wanted)}, such as {wanted[0]!r}",
+            expected=f"all {len(ids)}, such as {ids[0]!r}",
             where=path,
             advice="A row without an `id` has the example_id line-00000001, counted from 1",
         )
-    if extra := len(texts) - len(wanted):
-        say(f"{path}: {extra} predictions are of rows that are not evaluated, and are not used")
-    return [texts[example_id] for example_id in wanted]
+    if extra := len(texts) - len(ids):
+        say(f"{path}: {extra} predictions are for rows that are not evaluated, and are not used")
+    return [texts[example_id] for example_id in ids]

@@ -1,4 +1,4 @@
-"""Scores of every answer, by model and data set, and the table that holds them one row an answer."""
+"""Scores of every answer, by model and data set, and the table with one row per answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from dpkd.core.errors import UserError
 from dpkd.core.files import replacing
 from dpkd.core.progress import Progress
-from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.answers import Answer, ModelAnswers
 from dpkd.evaluate.answers.perplexity import ModelMetrics, References
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
-from dpkd.evaluate.metrics.exact_match import Scores, score
+from dpkd.evaluate.metrics.scores import Scores, score
 from dpkd.evaluate.options.eval import EvalConfig
 
 _SCHEMA = pa.schema(
@@ -46,8 +46,8 @@ _SCHEMA = pa.schema(
 class ScoredSet:
     """One model's answers to one data set: S seeds by N examples.
 
-    `scores` holds the arrays [S, N] of `metrics.Scores` by name, `bucket_SN` each answer's length bucket: that of its
-    example, or its own. `references` is what the model makes of the gold responses; None where it was not measured.
+    `scores` has the values [S, N] of each field of `Scores`, `bucket_SN` each answer's length bucket: its example's or
+    its own. `references` are the gold responses under the model; None if not measured.
     """
 
     model: str
@@ -62,14 +62,11 @@ class ScoredSet:
 def score_sets(
     config: EvalConfig,
     eval_sets: Sequence[EvalSet],
-    answers: Mapping[str, Mapping[tuple[str, int], list[Answer]]],
+    answers: Mapping[str, ModelAnswers],
     progress: Progress,
     metrics: Mapping[str, ModelMetrics],
 ) -> list[ScoredSet]:
-    """The scores of every answer; `answers[model][set, seed]` is in the set's order.
-
-    `metrics` are those of the models themselves; predictions have none.
-    """
+    """The scores of every answer; `metrics` are those of the models themselves, predictions have none."""
     scored_sets = []
     for model, answers_of in answers.items():
         for eval_set in eval_sets:
@@ -104,8 +101,8 @@ def bucket_indices(
         counts = [[answer.num_tokens for answer in answers] for answers in answers_SN]
         if any(count is None for row in counts for count in row):
             raise UserError(
-                "buckets by the answers' tokens need answers whose tokens are known",
-                found="predictions, which are text alone",
+                "buckets by the answers' tokens need answers with known tokens",
+                found="predictions, which are text only",
                 where="--bucket-by",
                 advice="Give --bucket-by words, or --bucket-of reference",
             )
@@ -114,39 +111,39 @@ def bucket_indices(
 
 
 def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
-    """Write one row a model, data set, seed and example to `path` (Parquet), one row group a set and seed."""
+    """Write one row per model, data set, seed and example to `path` (Parquet), a row group per model, set and seed."""
     with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
         for scored in scored_sets:
-            for place in range(len(scored.seeds)):
-                writer.write_table(pa.Table.from_pylist(_rows(scored, place), schema=_SCHEMA))
+            for index in range(len(scored.seeds)):
+                writer.write_table(pa.Table.from_pylist(_rows(scored, index), schema=_SCHEMA))
 
 
-def _rows(scored: ScoredSet, place: int) -> list[dict[str, Any]]:
+def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
     eval_set = scored.eval_set
     buckets = buckets_of(eval_set.edges)
     return [
         {
             "model": scored.model,
             "data": eval_set.name,
-            "seed": scored.seeds[place],
+            "seed": scored.seeds[seed_index],
             "example_id": example.example_id,
             "category": example.category,
-            "bucket": buckets[scored.bucket_SN[place, row]].label,
+            "bucket": buckets[scored.bucket_SN[seed_index, row]].label,
             "question": eval_set.question(row),
             "prompt": eval_set.prompt_text(scored.model, row),
             "references": list(example.references),
             "response": answer.response,
-            **{name: values_SN[place, row] for name, values_SN in scored.scores.items()},
+            **{name: values_SN[seed_index, row] for name, values_SN in scored.scores.items()},
             "finish_reason": answer.finish_reason,
             "num_tokens": answer.num_tokens,
             **_of_reference(scored.references, row),
         }
-        for row, (example, answer) in enumerate(zip(eval_set.examples, scored.answers_SN[place], strict=True))
+        for row, (example, answer) in enumerate(zip(eval_set.examples, scored.answers_SN[seed_index], strict=True))
     ]
 
 
 def _of_reference(references: References | None, row: int) -> dict[str, float | int | None]:
-    """Nats a token of the gold response, and its tokens with EOS; null where it was not measured."""
+    """Nats per token of the gold response, and its tokens with EOS; null if not measured."""
     if references is None or np.isnan(references.nll_N[row]):
         return {"reference_nll": None, "reference_tokens": None}
     num_tokens = int(references.num_tokens_N[row])

@@ -1,4 +1,4 @@
-"""Contamination: rows of an evaluation set whose prompt the models may have seen in training."""
+"""Contamination: rows of an evaluation set whose prompts the models may have seen in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpkd.evaluate.inputs.models import Candidate
 def find_in_cache(
     location: str | None, candidates: Sequence[Candidate], eval_sets: Sequence[EvalSet]
 ) -> dict[str, Any] | None:
-    """`cache`, the fingerprint of the cache at `location`, and `rows`, by set the ids of rows whose prompt is in it.
+    """`cache`: the fingerprint of the cache at `location`; `rows`: by set, the ids of rows whose prompt is in it.
 
     None without a location. Raises `UserError` for a cache that cannot be read or compared.
     """
@@ -24,18 +24,18 @@ def find_in_cache(
         return None
     if not candidates:
         raise UserError(
-            "comparing prompts with a cache needs a model's tokenizer, and no model is given",
+            "comparing prompts with a cache needs the tokenizer of a model, and there is no --model",
             where="--cache",
-            advice="Give --model too, or --train-data with the rows behind the cache",
+            advice="Add --model, or give --train-data with the rows of the cache instead",
         )
     contamination: dict[str, Any] = load_bridge("contamination")(location, candidates, eval_sets)
     return contamination
 
 
 def find_in_train_data(train_data: str | None, eval_sets: Sequence[EvalSet]) -> dict[str, Any] | None:
-    """`train_data`, the identity of the training data, and `rows`, by set the ids of rows whose prompt is in it.
+    """`train_data`: the identity of the training data; `rows`: by set, the ids of rows whose prompt is in it.
 
-    Prompts are equal if instruction and input (or all turns) are, up to white space and case. None without data.
+    Prompts are equal if instruction and input (or all turns) are, ignoring white space and case. None without data.
     """
     if train_data is None:
         return None

@@ -1,4 +1,4 @@
-"""The rows to evaluate: one set of examples for every model, and each row left out named by line."""
+"""The rows to evaluate: the same examples for every model; each row left out is listed with its line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dpkd.core.prompts.templates import EncodedPrompt, TemplateMismatchError
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.inputs.named_sets import open_set
 from dpkd.evaluate.metrics.buckets import num_words, resolve_edges
-from dpkd.evaluate.metrics.scripts import LostText, find_lost_text
+from dpkd.evaluate.metrics.rouge import LostText, find_lost_text
 from dpkd.evaluate.options.eval import EvalConfig
 
-_NUM_SAID = 3
+_NUM_PRINTED = 3
 _NOTHING_LOST = LostText(0, 0, 0)
 _NO_REFERENCE = "no reference to score against"
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One data set: `examples` in file order, `prompts[model][i]` the prompt of `examples[i]` for a model.
+    """One data set: `examples` in file order; `prompts[model][i]` is the prompt of `examples[i]` for a model.
 
-    `places[i]` is the place of `examples[i]` among the `num_rows` rows read, `lengths[i]` the length of its gold
-    response, which the bucket `edges` cut; `lost` says what Rouge's tokens lose of the references.
+    `indices[i]` is the index of `examples[i]` among the `num_rows` rows read, `lengths[i]` the length of its gold
+    response, which decides its bucket between `edges`. `lost` counts what Rouge's tokens lose of the references.
     """
 
     name: str
@@ -34,22 +34,22 @@ class EvalSet:
     prompts: dict[str, list[EncodedPrompt]]
     skipped: list[SkippedRow]
     num_rows: int = 0
-    places: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     edges: tuple[int, ...] = ()
     lost: LostText = _NOTHING_LOST
 
     @property
     def num_without_reference(self) -> int:
-        """Rows left out because there is nothing to score against."""
+        """Rows left out because they have no reference."""
         return sum(row.reason == _NO_REFERENCE for row in self.skipped)
 
     def prompt_text(self, model: str, index: int) -> str:
-        """The prompt of `examples[index]` as `model` was asked; the row's own words where the model was not asked."""
+        """The prompt of `examples[index]` as `model` got it; the row's own words if the model got none."""
         return self.prompts[model][index].text if model in self.prompts else self.question(index)
 
     def question(self, index: int) -> str:
-        """The own words of `examples[index]`, without a template."""
+        """The row's own words, without a template."""
         example = self.examples[index]
         if example.messages is not None:
             return "\n\n".join(turn.content for turn in example.messages)
@@ -57,20 +57,20 @@ class EvalSet:
 
 
 def read_eval_sets(config: EvalConfig, candidates: Sequence[Candidate]) -> list[EvalSet]:
-    """The data sets of `config`, in its order, with prompts encoded by every candidate's own tokenizer.
+    """The data sets of `config`, in its order, with prompts encoded by each candidate's own tokenizer.
 
-    A row that one model cannot take is left out for all, so that means over a set compare like with like.
-    Raises `UserError` for a file that is missing or malformed, and for a set of which no row is left.
+    A row that one model cannot take is left out for all models, so that their means are over the same rows. Raises
+    `UserError` for a missing or malformed file, and for a set without a usable row.
     """
     if config.bucket_by == "tokens" and not candidates:
         raise UserError(
             "buckets by tokens need a model's tokenizer",
             where="--bucket-by",
-            advice="Give --model beside --predictions, or --bucket-by words",
+            advice="Add --model, or give --bucket-by words",
         )
     sets = [_read_eval_set(name, path, config, candidates) for name, path in config.data.items()]
     for eval_set in sets:
-        _say_skipped(eval_set)
+        _print_skipped(eval_set)
         if eval_set.lost.message:
             say(f"data {eval_set.name}: {eval_set.lost.message}")
         if not eval_set.examples:
@@ -79,7 +79,7 @@ def read_eval_sets(config: EvalConfig, candidates: Sequence[Candidate]) -> list[
                 f"no row of data {eval_set.name} can be evaluated",
                 found=f"line {first.line}: {first.reason}",
                 where=config.data[eval_set.name],
-                advice="Give rows with a reference (`output`) and prompts within --max-prompt-tokens",
+                advice="Give rows with a reference (`output`) and prompts of at most --max-prompt-tokens",
             )
     return sets
 
@@ -89,7 +89,7 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
     examples: list[Example] = []
     prompts: dict[str, list[EncodedPrompt]] = {candidate.name: [] for candidate in candidates}
     skipped: list[SkippedRow] = []
-    places: list[int] = []
+    indices: list[int] = []
     num_rows = 0
     for num_rows, item in enumerate(iter_examples(source, config.limit), start=1):
         encoded = item if isinstance(item, SkippedRow) else _encode(item, config.max_prompt_tokens, candidates)
@@ -98,7 +98,7 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
             continue
         assert isinstance(item, Example)
         examples.append(item)
-        places.append(num_rows - 1)
+        indices.append(num_rows - 1)
         for candidate, prompt in zip(candidates, encoded, strict=True):
             prompts[candidate.name].append(prompt)
     identity = source.identity | {f"field {ours}": theirs for ours, theirs in config.field.items()}
@@ -110,7 +110,7 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
         prompts,
         skipped,
         num_rows,
-        places,
+        indices,
         lengths,
         resolve_edges(config.buckets, lengths) if lengths else (),
         find_lost_text([example.references for example in examples], config.rouge_tokenizer),
@@ -143,7 +143,7 @@ def _encode(
     return prompts
 
 
-def _say_skipped(eval_set: EvalSet) -> None:
+def _print_skipped(eval_set: EvalSet) -> None:
     if not eval_set.skipped:
         return
     without = eval_set.num_without_reference
@@ -151,7 +151,7 @@ def _say_skipped(eval_set: EvalSet) -> None:
         f"data {eval_set.name}: {len(eval_set.examples)} rows evaluated, {len(eval_set.skipped)} left out"
         + (f", {without} of them without a reference:" if without else ":")
     )
-    for row in eval_set.skipped[:_NUM_SAID]:
+    for row in eval_set.skipped[:_NUM_PRINTED]:
         say(f"  line {row.line}: {row.reason}")
-    if len(eval_set.skipped) > _NUM_SAID:
-        say(f"  and {len(eval_set.skipped) - _NUM_SAID} more; all are in report.json under `skipped`")
+    if len(eval_set.skipped) > _NUM_PRINTED:
+        say(f"  and {len(eval_set.skipped) - _NUM_PRINTED} more; all are in report.json under `skipped`")

@@ -1,4 +1,4 @@
-"""The models under evaluation: found, identified, and checked against the options before anything runs."""
+"""The models to evaluate: located, identified, and checked against the options before anything runs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Candidate:
 def open_candidates(config: EvalConfig) -> list[Candidate]:
     """The models of `config`, in its order.
 
-    Raises `UserError` for a directory without a checkpoint, a checkpoint trained with another template, and
-    one whose positions do not reach over prompt and answer. Reads weights (to hash them), loads none.
+    Raises `UserError` for a directory without a checkpoint, a checkpoint trained with another template, and one with
+    too few positions for prompt and answer. Hashes weights but loads none.
     """
     candidates = []
     for name, path in config.model.items():
         source = locate_model(path, f"model {name}")
         encoder = PromptEncoder(source.tokenizer, config.template)
         _check_template(source, encoder)
-        # the engine refuses this too, but only after the models before this one have answered
+        # the engine checks this too, but only after the earlier models have answered
         check_fits(source, config.engine_options())
         candidates.append(Candidate(name, source, encoder, _identity(source, encoder, config)))
     return candidates
@@ -49,18 +49,18 @@ def _identity(source: ModelSource, encoder: PromptEncoder, config: EvalConfig) -
 
 
 def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
-    """A checkpoint that says which template it was trained with is asked with no other."""
+    """Raise `UserError` if the checkpoint records another template than the one of the options."""
     path = source.path / "dpkd.json"
     if not path.is_file():
-        return  # not one of our checkpoints: nothing is known, the option decides
+        return  # not a checkpoint of dpkd: only the option can tell
     try:
         trained = json.loads(path.read_text(encoding="utf-8"))["template"]
         trained_with = {key: str(trained[key]) for key in ("name", "sha256")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the checkpoint's dpkd.json names no template: {type(error).__name__} {error}",
+            f"the checkpoint's dpkd.json has no template: {type(error).__name__} {error}",
             where=path,
-            advice="Delete the file to evaluate with --template alone",
+            advice="Delete the file to evaluate with the template of --template",
         ) from None
     asked_with = encoder.identity()
     if trained_with == asked_with:
@@ -71,7 +71,7 @@ def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
         found=f"{trained_with['name']} (sha256 {trained_with['sha256'][:12]}) in the checkpoint",
         expected=f"{asked_with['name']} (sha256 {asked_with['sha256'][:12]})",
         where=path,
-        advice="Train it again with this version's template"
+        advice="Train it again with the template of this version"
         if other_text
         else f"Give --template {trained_with['name']}",
     )

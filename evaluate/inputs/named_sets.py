@@ -1,22 +1,21 @@
-"""Where the data of an evaluation lies: sets by name in a data directory, and rows whose fields have other names."""
+"""Finding data: sets by name in a data directory, and rows whose fields have other names."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import ExampleSource, open_examples
+from dpkd.core.prompts.examples import ExampleSource, open_examples, raw_rows
 from dpkd.evaluate.options.eval import KNOWN_SETS, SET_PREFIX, EvalConfig
 
 DATA_VARIABLE = "DPKD_DATA"
 
 
 def resolve_sets(config: EvalConfig) -> dict[str, str]:
-    """The data of `config` with known names replaced by their files; raises `UserError` for one that is not there."""
+    """The data of `config` with known names replaced by their files; raises `UserError` for a missing one."""
     return {
         name: str(_find(place.removeprefix(SET_PREFIX), config.data_dir)) if place.startswith(SET_PREFIX) else place
         for name, place in config.data.items()
@@ -25,13 +24,13 @@ def resolve_sets(config: EvalConfig) -> dict[str, str]:
 
 def _find(name: str, data_dir: Path | None) -> Path:
     if name not in KNOWN_SETS:
-        raise UserError("no such set is known", found=repr(name), expected=", ".join(KNOWN_SETS), where="--data")
+        raise UserError("no set has this name", found=repr(name), expected=", ".join(KNOWN_SETS), where="--data")
     given = data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     if given is None:
         raise UserError(
-            f"no directory is given in which to look for the set {name!r}",
+            f"there is no data directory for the set {name!r}",
             where="--data",
-            advice=f"Give --data-dir DIR, the environment's {DATA_VARIABLE}, or --data {name}=FILE",
+            advice=f"Give --data-dir DIR, set the environment variable {DATA_VARIABLE}, or give --data {name}=FILE",
         )
     for file in KNOWN_SETS[name]:
         if (given / file).is_file():
@@ -47,11 +46,12 @@ def _find(name: str, data_dir: Path | None) -> Path:
 
 
 def open_set(place: str, fields: dict[str, str]) -> ExampleSource:
-    """The source at `place`, its rows' fields renamed: `fields[ours]` is the name in the rows."""
+    """The source at `place` with renamed fields: `fields[name]` is the name of the field in the rows."""
     source = open_examples(place)
     if not fields:
         return source
-    return ExampleSource(source.name, source.identity, dataset=list(_rename(_raw_rows(source), fields, source.name)))
+    rows = (row for _, row in raw_rows(source))
+    return ExampleSource(source.name, source.identity, dataset=list(_rename(rows, fields, source.name)))
 
 
 def _rename(rows: Iterable[Any], fields: dict[str, str], name: str) -> Iterator[Any]:
@@ -59,7 +59,7 @@ def _rename(rows: Iterable[Any], fields: dict[str, str], name: str) -> Iterator[
     keys: list[str] = []
     for row in rows:
         if not isinstance(row, dict):
-            yield row  # refused further on, with its line
+            yield row  # refused later, with its line
             continue
         keys = keys or [str(key) for key in row]
         renamed = {key: value for key, value in row.items() if key not in fields.values()}
@@ -71,27 +71,9 @@ def _rename(rows: Iterable[Any], fields: dict[str, str], name: str) -> Iterator[
         yield renamed
     if missing := [theirs for theirs in fields.values() if theirs not in found]:
         raise UserError(
-            "no row has the field that --field names",
+            "no row has the field given by --field",
             found=", ".join(keys) or "no field",
             expected=missing[0],
             where=name,
-            advice="Give --field NAME=FIELD with a field of the rows",
+            advice="Give --field NAME=FIELD with a field that the rows have",
         )
-
-
-def _raw_rows(source: ExampleSource) -> Iterator[Any]:
-    path = source.path
-    if path is None:
-        yield from source.dataset
-        return
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            yield from pq.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            yield from json.loads(path.read_text(encoding="utf-8"))
-        else:
-            yield from map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").splitlines()))
-    except (ValueError, OSError) as error:  # pyarrow's errors are among them
-        raise UserError(f"the rows cannot be read: {error}", where=path, advice="Give JSON lines or Parquet") from None

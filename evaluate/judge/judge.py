@@ -23,7 +23,7 @@ from dpkd.evaluate.options.judge import FREE_OPTIONS, JudgeConfig
 from dpkd.evaluate.views.output import check_options, is_complete, save_options
 from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
-_ADVICE = "Give another --out (with --verdicts its verdicts are used again); nothing was overwritten"
+_ADVICE = "Choose another --out (--verdicts reuses the verdicts of this one); nothing was overwritten"
 # refusals without a single reply after which the fault is not the questions'
 _MOST_REFUSALS = 5
 
@@ -66,7 +66,7 @@ def judge(config: JudgeConfig) -> Path:
     plan = _Plan(config)
     identity = plan.identity()
     path = config.out / "judge.json"
-    check_options(config, config.out, FREE_OPTIONS, _ADVICE)
+    check_options(config, config.out, FREE_OPTIONS, "judge.json", _ADVICE)
     if is_complete(path, identity, _ADVICE):
         say(f"the judging in {config.out} is complete already")
         return path

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpkd.core.plotting import COLOURS, grouped_bars, new_figure, save_figure
+from dpkd.core.plotting import COLOURS, caption_text, frame_figure, grouped_bars, new_figure, save_figure
 from dpkd.evaluate.judge.markdown import judge_text, made_text
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 _OUTCOMES = {"win": ("won", COLOURS[0]), "tie": ("tied", "#CCCCCC"), "loss": ("lost", COLOURS[1])}
 _WIDTH_INCHES = 8.0
-_CAPTION_CHARACTERS, _COMMAND_CHARACTERS = 125, 360
+_CAPTION_CHARACTERS = 125
 
 
 def plot_judge(report: Mapping[str, Any], path: Path) -> list[Path]:
@@ -30,11 +29,7 @@ def plot_judge(report: Mapping[str, Any], path: Path) -> list[Path]:
         _draw_pairs(panel, report)
     else:
         _draw_grades(panel, report)
-    handles, labels = panel.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
-    # names and paths are text: a $ in them starts no formula
-    figure.supxlabel(caption, fontsize=6.5, color="#555555", x=0.01, ha="left", parse_math=False)
+    frame_figure(figure, [panel], caption)
     return save_figure(figure, path, caption)
 
 
@@ -46,10 +41,7 @@ def _draw_grades(panel: Axes, report: Mapping[str, Any]) -> None:
         name: [model["data"][data][metric] if data in model["data"] else None for data in sets]
         for name, model in report["models"].items()
     }
-    grouped_bars(panel, scores)
-    panel.set_xticks(range(len(sets)), [f"{data}\nn = {report['data'][data]['n']}" for data in sets])
-    panel.set_xlim(-0.6, len(sets) - 0.4)
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    grouped_bars(panel, scores, [f"{data}\nn = {report['data'][data]['n']}" for data in sets])
     if metric == "grade":
         panel.set_ylim(1, 10)
         panel.set_ylabel("mean grade (1 to 10), with 95% intervals")
@@ -87,9 +79,6 @@ def _draw_pairs(panel: Axes, report: Mapping[str, Any]) -> None:
 
 def _caption(report: Mapping[str, Any]) -> str:
     """The provenance of the figure in a few lines; `judge.json` has all of it."""
-    command = report["command"]
-    if len(command) > _COMMAND_CHARACTERS:
-        command = f"{command[:_COMMAND_CHARACTERS]} ... (complete in judge.json)"
     rows = ", ".join(f"{data} {about['n']} of {about['num_rows']} rows" for data, about in report["data"].items())
     unread = ", ".join(
         f"{name} {100 * count['share']:.1f}%" + (f" ({count['num_refused']} refused)" if count["num_refused"] else "")
@@ -99,6 +88,5 @@ def _caption(report: Mapping[str, Any]) -> str:
         judge_text(report),
         f"Data: {rows}. Unparsable replies: {unread}. {made_text(report)}",
         f"Judging {report['fingerprint'][:SHOWN_DIGITS]}, made by",
-        command,
     ]
-    return "\n".join("\n".join(textwrap.wrap(line, _CAPTION_CHARACTERS)) for line in lines)
+    return caption_text(lines, report["command"], "judge.json", _CAPTION_CHARACTERS)

@@ -15,7 +15,7 @@ from dpkd.evaluate.judge.questions import JudgePrompt
 from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, compared
 from dpkd.evaluate.judge.tokens import count_tokens
 from dpkd.evaluate.judge.verdicts import Answered
-from dpkd.evaluate.metrics.bootstrap import differences_of, holm, mean_intervals, ratio_interval
+from dpkd.evaluate.metrics.bootstrap import holm, mean_intervals, paired_differences, ratio_interval
 from dpkd.evaluate.metrics.buckets import buckets_of
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.report.provenance import command_text
@@ -180,13 +180,13 @@ class _Graded:
             "n": int(chosen_SN.any(axis=0).sum()),
             "num_answers": int(chosen_SN.sum()),
             "num_grades": int(np.isfinite(values["grade"]).sum()),
-            **{name: interval.as_dict() for name, interval in zip(values, found, strict=True)},
+            **{name: interval._asdict() for name, interval in zip(values, found, strict=True)},
         }
         if config.grade_reference:
             counted_N = np.isfinite(values["grade"]).any(axis=0)
             ours_N, theirs_N = (np.nansum(values[name], axis=0)[counted_N] for name in ("grade", "reference_grade"))
             ratio = ratio_interval(ours_N, theirs_N, config.num_bootstrap, config.bootstrap_seed)
-            scores["ratio"] = {key: value and 100 * value for key, value in ratio.as_dict().items()}
+            scores["ratio"] = {key: value and 100 * value for key, value in ratio._asdict().items()}
         return scores
 
 
@@ -212,8 +212,8 @@ def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_predicti
 def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     """The mean of the differences that are not NaN, with interval, p-value and counts; `n` is how many there are."""
     known = differences_N[np.isfinite(differences_N)]
-    found = differences_of(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
-    return {"n": len(known), **found.as_dict()}
+    found = paired_differences(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
+    return {"n": len(known), **found._asdict()}
 
 
 def _by_bucket(judged: JudgedSet, model: str, differences_N: np.ndarray, config: JudgeConfig) -> list[dict[str, Any]]:
@@ -299,7 +299,7 @@ def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     net = difference(100 * mean_over_seeds(outcome_SN), config)
     return {
         **_counts(outcome_SN),
-        **{name: interval.as_dict() for name, interval in zip(("win", "tie", "loss"), intervals, strict=True)},
+        **{name: interval._asdict() for name, interval in zip(("win", "tie", "loss"), intervals, strict=True)},
         "net": {key: net[key] for key in ("mean", "low", "high", "smallest_resolvable")},
         "n": net["n"],
         "p_value": net["p_value"],
@@ -315,5 +315,5 @@ def _position(outcome_SN: np.ndarray, lean_SN: np.ndarray, config: JudgeConfig) 
         "share_agreeing": float((known == 0).mean()) if len(known) else None,
         "num_first_twice": int((known == 1).sum()),
         "num_second_twice": int((known == -1).sum()),
-        "first_less_second": lean.as_dict(),
+        "first_less_second": lean._asdict(),
     }

@@ -1,4 +1,4 @@
-"""A finished evaluation read back from its directory: its report, and each model's answers with their scores."""
+"""A finished evaluation, read from its directory: its report, and each model's answers with their scores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from dpkd.evaluate.answers.perplexity import References
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.buckets import buckets_of
-from dpkd.evaluate.metrics.exact_match import Scores
-from dpkd.evaluate.metrics.rouge import RougeTokenizer
-from dpkd.evaluate.metrics.scripts import find_lost_text
+from dpkd.evaluate.metrics.rouge import RougeTokenizer, find_lost_text
+from dpkd.evaluate.metrics.scores import Scores
 from dpkd.evaluate.options.eval import check_name
 from dpkd.evaluate.report.build import FORMAT_VERSION
 from dpkd.evaluate.views.output import REPORT, ROWS
@@ -36,22 +35,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The directory `place`, with the name that was given to it, its report, and the sha256 of its rows."""
+    """The evaluation in `directory`: the name given to it, its report, and the sha256 of its rows."""
 
-    place: Path
+    directory: Path
     name: str | None
     report: dict[str, Any]
     rows_sha256: str
 
     def renamed(self, name: str) -> str:
-        """What the model or run `name` of this evaluation is called in the merged report."""
+        """The name in the merged report of the model or run `name` of this evaluation."""
         if self.name is None:
             return name
         alone = {*self.report["models"]} == {name}
         return self.name if alone else f"{self.name}.{name}"
 
     def rows(self, model: str, data: str) -> dict[int, dict[str, Row]]:
-        """The rows of one model and set: by seed, by the example's id, in the set's order."""
+        """The rows of one model and set: by seed, then by example id, in the set's order."""
         table = self._table
         chosen = pc.and_(pc.equal(_texts(table, "model"), model), pc.equal(_texts(table, "data"), data))
         found: dict[int, dict[str, Row]] = {}
@@ -61,10 +60,10 @@ class Evaluation:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return pq.read_table(self.place / ROWS)
+        return pq.read_table(self.directory / ROWS)
 
     def parts(self) -> Iterator[tuple[str, str]]:
-        """Each (model, set) that was evaluated."""
+        """Each evaluated (model, set)."""
         for model, about in self.report["models"].items():
             for data in about["data"]:
                 yield model, data
@@ -75,7 +74,7 @@ def _texts(table: pa.Table, column: str) -> Any:
 
 
 def open_evaluation(text: str) -> Evaluation:
-    """The evaluation at DIR or NAME=DIR; raises `UserError` for one that is not finished or of another format."""
+    """The evaluation at DIR or NAME=DIR; raises `UserError` if it is not finished or has another format."""
     name, equals, place = text.partition("=")
     if not equals or Path(text).is_dir():
         name, place = "", text
@@ -101,7 +100,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
             "the directory holds no finished evaluation",
             found="no such directory" if not folder.is_dir() else f"no {REPORT}",
             where=folder,
-            advice="Give the --out of a `dpkd eval` that has ended",
+            advice="Give the --out directory of a finished `dpkd eval`",
         )
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -114,14 +113,14 @@ def _read_report(folder: Path) -> dict[str, Any]:
             found=version,
             expected=FORMAT_VERSION,
             where=path,
-            advice="Run its dpkd.toml again into a new --out; with --generations it generates nothing",
+            advice="Run its dpkd.toml again with a new --out; --generations reuses its answers",
         )
     return report
 
 
 def _check_rows(evaluation: Evaluation) -> None:
-    """The rows must be those of the report."""
-    path = evaluation.place / ROWS
+    """Raise `UserError` if the rows are not those of the report."""
+    path = evaluation.directory / ROWS
     try:
         table = pq.read_table(path, columns=["model", "data", "seed"])
     except (pa.ArrowException, OSError) as error:
@@ -133,7 +132,7 @@ def _check_rows(evaluation: Evaluation) -> None:
         expected = summary["n"] * len(summary["seeds"])
         if (found := pairs.count((model, data))) != expected:
             raise UserError(
-                f"the evaluation's rows are not those of its report: model {model}, data {data}",
+                f"the evaluation's rows do not match its report: model {model}, data {data}",
                 found=f"{found} rows",
                 expected=expected,
                 where=path,
@@ -149,12 +148,12 @@ def read_set(
     ids: list[str],
     tokenizer: RougeTokenizer,
 ) -> EvalSet:
-    """The set `name` as the rows of one model know it, of the examples `ids`; `about` is what its report says of it."""
+    """The set `name` from the rows of one model, with the examples `ids`; `about` is the report's entry for it."""
     first = next(iter(rows.values()))
     examples = [
         Example(
             example_id,
-            line=0,  # which the rows do not say
+            line=0,  # not known from the rows
             references=tuple(first[example_id]["references"]),
             prompt=first[example_id]["question"],
             category=first[example_id]["category"],
@@ -174,7 +173,7 @@ def read_set(
 
 
 def scored_set(rows: dict[int, dict[str, Row]], model: str, eval_set: EvalSet) -> ScoredSet:
-    """One model's answers to the examples of `eval_set`, which gets the prompts as this model was asked."""
+    """One model's answers to the examples of `eval_set`; the model's prompts are added to the set."""
     ids = [example.example_id for example in eval_set.examples]
     rows_SN = [[by_id[example_id] for example_id in ids] for by_id in rows.values()]
     labels = [bucket.label for bucket in buckets_of(eval_set.edges)]
@@ -191,7 +190,7 @@ def scored_set(rows: dict[int, dict[str, Row]], model: str, eval_set: EvalSet) -
 
 
 def _answer(row: Row) -> Answer:
-    # only how many ids there were is known, and nothing but their number is asked for from here on
+    # only the number of ids is known, and no more is needed here
     return Answer(row["example_id"], row["response"], [0] * (row["num_tokens"] or 0), row["finish_reason"])
 
 

@@ -1,4 +1,4 @@
-"""Which parts of several evaluations belong together: sets by content, models by name and content, settings alike."""
+"""Matching several evaluations: sets by content, models by name and content, settings that must agree."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dpkd.core.progress import say
 from dpkd.evaluate.merge.evaluations import Evaluation, Row
 from dpkd.evaluate.report.provenance import DECODING, drawn_text
 
-#: settings by which scores are made, and which no option lets differ
-_SCORING = {
+#: settings of the scores, which must always agree, with their flags
+SCORING = {
     "rouge_tokenizer": "--rouge-tokenizer",
     "bucket_by": "--bucket-by",
     "bucket_of": "--bucket-of",
 }
-#: what of the decoding must agree; engine and number type are stated
+# decoding settings that must agree; the report shows engine and dtype
 _DRAWING = tuple(key for key in DECODING if key not in ("engine", "dtype"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model on one set: under their names in the merged report, and those of the evaluation."""
+    """One model on one set: their names in the merged report, and in the evaluation."""
 
     model: str
     data: str
@@ -35,34 +35,33 @@ class Part:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the evaluation's report says of the model."""
+        """The evaluation's entry for the model."""
         found: dict[str, Any] = self.evaluation.report["models"][self.own_model]
         return found
 
     def rows(self) -> dict[int, dict[str, Row]]:
-        """By seed, by the example's id."""
+        """The rows by seed, then by example id."""
         return self.evaluation.rows(self.own_model, self.own_data)
 
 
 def check_scoring(evaluations: Sequence[Evaluation]) -> None:
-    """Raise `UserError` for scores that were made in different ways."""
+    """Raise `UserError` if scores were computed in different ways."""
     first = evaluations[0]
     for other in evaluations[1:]:
-        for key, flag in _SCORING.items():
+        for key, flag in SCORING.items():
             ours, theirs = first.report["settings"][key], other.report["settings"][key]
             if ours != theirs:
                 raise UserError(
                     f"the evaluations were scored with another `{key}`",
-                    found=f"{theirs} in {other.place}",
-                    expected=f"{ours} as in {first.place}",
-                    advice=f"Evaluate one of them again with the other's {flag}; with --generations nothing is "
-                    "generated again",
+                    found=f"{theirs} in {other.directory}",
+                    expected=f"{ours} as in {first.directory}",
+                    advice=f"Evaluate one of them again with the other's {flag}; --generations reuses its answers",
                 )
 
 
 def match_sets(evaluations: Sequence[Evaluation]) -> dict[tuple[Path, str], str]:
-    """The name in the merged report of each (evaluation, set): sets of equal content have one, the first's."""
-    contents: dict[str, tuple[str, Evaluation, str]] = {}  # by content: name, and where it was met first
+    """The name in the merged report of each (evaluation, set): sets of equal content get the first one's name."""
+    contents: dict[str, tuple[str, Evaluation, str]] = {}  # by content: name, first evaluation, its name there
     names: dict[str, str] = {}
     found = {}
     for evaluation in evaluations:
@@ -72,55 +71,55 @@ def match_sets(evaluations: Sequence[Evaluation]) -> dict[tuple[Path, str], str]
                 if own in names:
                     _, first, _ = contents[names[own]]
                     raise UserError(
-                        f"two sets of other content have the name {own!r}",
-                        found=f"sha256 {identity['sha256'][:12]} in {evaluation.place}",
-                        expected=f"{first.report['identities']['data'][own]['sha256'][:12]} as in {first.place}",
+                        f"two sets with different content have the name {own!r}",
+                        found=f"sha256 {identity['sha256'][:12]} in {evaluation.directory}",
+                        expected=f"{first.report['identities']['data'][own]['sha256'][:12]} as in {first.directory}",
                         advice="Merge evaluations of the same data, or evaluate one again with --data OTHER=FILE",
                     )
                 contents[content], names[own] = (own, evaluation, own), content
             name, first, first_own = contents[content]
             if name != own:
-                say(f"{evaluation.place}: the set {own} is {name} of {first.place}, and has its name here")
+                say(f"{evaluation.directory}: the set {own} equals {name} in {first.directory} and gets its name")
             edges = evaluation.report["data"][own]["edges"], first.report["data"][first_own]["edges"]
             if edges[0] != edges[1]:
                 raise UserError(
-                    f"the set {name} is cut into other buckets",
-                    found=f"edges {edges[0]} in {evaluation.place}",
-                    expected=f"{edges[1]} as in {first.place}",
-                    advice="Evaluate one again with the other's --buckets; with --generations nothing is generated",
+                    f"the set {name} has other buckets",
+                    found=f"edges {edges[0]} in {evaluation.directory}",
+                    expected=f"{edges[1]} as in {first.directory}",
+                    advice="Evaluate one again with the other's --buckets; --generations reuses its answers",
                 )
-            found[evaluation.place, own] = name
+            found[evaluation.directory, own] = name
     return found
 
 
 def match_models(evaluations: Sequence[Evaluation], sets: dict[tuple[Path, str], str]) -> list[Part]:
     """Every model on every set, each once.
 
-    A model that several evaluations have under one name must be the same by content; where they have it on the same
-    set with the same answers it is taken once. Raises `UserError` for two things of one name.
+    If several evaluations have the same model on the same set with the same answers, it counts once. Raises
+    `UserError` for different models, or different answers, with the same name.
     """
     parts: dict[tuple[str, str], Part] = {}
     firsts: dict[str, Part] = {}
     for evaluation in evaluations:
         for own_model, own_data in evaluation.parts():
-            name, data = evaluation.renamed(own_model), sets[evaluation.place, own_data]
+            name, data = evaluation.renamed(own_model), sets[evaluation.directory, own_data]
             part = Part(name, data, evaluation, own_model, own_data)
             if difference := _difference(firsts.setdefault(name, part), part):
                 raise _collision(firsts[name], part, difference)
             if (before := parts.get((name, data))) is not None:
                 if not _same_answers(before, part):
                     raise _collision(before, part, "other answers")
-                say(f"{name} on {data} stands in {before.evaluation.place} and in {evaluation.place} alike; taken once")
+                say(f"{name} on {data} is equal in {before.evaluation.directory} and {evaluation.directory}: used once")
                 continue
             parts[name, data] = part
     return list(parts.values())
 
 
 def _difference(first: Part, part: Part) -> str | None:
-    """What makes two models of one name different ones; None where nothing does."""
+    """Why two models of one name are different models; None if they are the same."""
     if (first.about["directory"] is None) != (part.about["directory"] is None):
         return "a model and predictions"
-    # predictions are named by their files, and each set has its own
+    # predictions have a file for each set, so these differ
     if part.about["directory"] is not None and first.about["fingerprint"] != part.about["fingerprint"]:
         return f"fingerprints {first.about['fingerprint'][:12]} and {part.about['fingerprint'][:12]}"
     if first.about["decoding"] != part.about["decoding"]:
@@ -129,7 +128,7 @@ def _difference(first: Part, part: Part) -> str | None:
 
 
 def _same_answers(first: Part, part: Part) -> bool:
-    """Whether two parts hold the same rows but for the names of model and set."""
+    """Whether two parts have the same rows, except for the names of model and set."""
 
     def plain(rows: dict[int, dict[str, Row]]) -> dict[int, dict[str, Row]]:
         return {
@@ -140,17 +139,17 @@ def _same_answers(first: Part, part: Part) -> bool:
 
 
 def _collision(first: Part, part: Part, difference: str) -> UserError:
-    place = part.evaluation.place
+    directory = part.evaluation.directory
     return UserError(
-        f"two evaluations have something of the name {part.model!r} ({difference})",
-        found=place,
-        expected=f"another name than in {first.evaluation.place}",
-        advice=f"Give one a name of its own: {place.resolve().name}={place}",
+        f"two evaluations use the name {part.model!r} for different things ({difference})",
+        found=directory,
+        expected=f"another name than in {first.evaluation.directory}",
+        advice=f"Rename one of them: {directory.resolve().name}={directory}",
     )
 
 
 def check_decoding(parts: Sequence[Part]) -> None:
-    """Answers of models must have been drawn alike; how given texts were drawn is not known."""
+    """Raise `UserError` if models drew their answers in different ways; for predictions this is unknown."""
     drawn = [part for part in parts if part.about["decoding"] is not None]
     for part in drawn[1:]:
         first = drawn[0]
@@ -158,9 +157,8 @@ def check_decoding(parts: Sequence[Part]) -> None:
             ours, theirs = first.about["decoding"][key], part.about["decoding"][key]
             if ours != theirs:
                 raise UserError(
-                    f"the answers of the models were drawn otherwise: `{key}`",
-                    found=f"{theirs} for {part.model} in {part.evaluation.place}",
-                    expected=f"{ours} as for {first.model} in {first.evaluation.place}",
-                    advice="Evaluate one of them again with the other's settings, or give --allow-different-decoding, "
-                    "and the report says which is which",
+                    f"the models drew their answers with different `{key}`",
+                    found=f"{theirs} for {part.model} in {part.evaluation.directory}",
+                    expected=f"{ours} as for {first.model} in {first.evaluation.directory}",
+                    advice="Evaluate one of them again with the other's settings, or give --allow-different-decoding",
                 )

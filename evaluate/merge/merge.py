@@ -1,6 +1,6 @@
-"""Several finished evaluations as one report: nothing is generated or scored again, everything is compared anew.
+"""Several finished evaluations as one report: nothing is generated or scored again, all comparisons are new.
 
-Sets are the same by content, rows by id. Whatever would compare unlike things is refused, with both values.
+Sets are matched by content, rows by id. What does not compare is refused, with both values.
 """
 
 from __future__ import annotations
@@ -8,31 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dpkd.core.errors import UserError
-from dpkd.core.identity import fingerprint
+from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import say
+from dpkd.evaluate.answers.perplexity import leave_out_for_all
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.merge.evaluations import open_evaluation, read_set, scored_set
 from dpkd.evaluate.merge.matching import Part, check_decoding, check_scoring, match_models, match_sets
 from dpkd.evaluate.merge.merged_report import build_merged_report, merged_identity
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.views.output import REPORT, check_options, is_complete, save_options, write_all
-from dpkd.evaluate.views.plots import require_matplotlib
 
 _FREE_OPTIONS = frozenset({"out"})
 
 
 def merge(config: MergeConfig) -> Path:
-    """One report of the evaluations of `config`; returns the path of its `report.json`.
+    """Merge the evaluations of `config` into one report; returns the path of its `report.json`.
 
-    Models that were evaluated on the same data stand side by side, their paired differences computed from the rows of
-    `per_example.parquet`. Called again after the end it says so. Raises `UserError` for evaluations that are not
-    finished or do not compare.
+    Intervals and paired differences are computed from the rows of each `per_example.parquet`. If the report is complete
+    it does nothing. Raises `UserError` for evaluations that are not finished or do not compare.
     """
     require_matplotlib()
-    check_options(config, config.out, _FREE_OPTIONS)
+    check_options(config, config.out, _FREE_OPTIONS, REPORT)
     evaluations = [open_evaluation(text) for text in config.evaluations]
     check_scoring(evaluations)
     sets = match_sets(evaluations)
@@ -46,7 +43,7 @@ def merge(config: MergeConfig) -> Path:
     kept = {data: _kept_rows(config, data, found) for data, found in _by_set(parts).items()}
     scored_sets = [scored for data, found in _by_set(parts).items() for scored in _scored(data, found, kept[data])]
     save_options(config, config.out)
-    report = build_merged_report(config, identity, fingerprint(identity), evaluations, parts, scored_sets)
+    report = build_merged_report(config, identity, evaluations, parts, scored_sets)
     return write_all(config.out, report, scored_sets)
 
 
@@ -58,23 +55,26 @@ def _by_set(parts: Sequence[Part]) -> dict[str, list[Part]]:
 
 
 def _kept_rows(config: MergeConfig, data: str, parts: Sequence[Part]) -> list[str]:
-    """The ids of the examples that are compared, in the set's order."""
+    """The ids of the examples to compare, in the set's order."""
     first, *others = ((part, list(next(iter(part.rows().values())))) for part in parts)
     kept = first[1]
     for part, ids in others:
         only_first, only_other = sorted({*first[1]} - {*ids}), sorted({*ids} - {*first[1]})
         if (only_first or only_other) and not config.common_rows:
             raise UserError(
-                f"the evaluations of the set {data} are of other rows",
-                found=f"{len(ids)} in {part.evaluation.place}",
-                expected=f"{len(first[1])} as in {first[0].evaluation.place}; one alone has such as "
+                f"the evaluations of the set {data} have different rows",
+                found=f"{len(ids)} in {part.evaluation.directory}",
+                expected=f"{len(first[1])} as in {first[0].evaluation.directory}; only one has "
                 f"{(only_first or only_other)[0]!r}",
-                advice="Evaluate again with the same --limit and --max-prompt-tokens, or give --common-rows to compare "
-                "on the rows that all have",
+                advice="Evaluate again with the same --limit and --max-prompt-tokens, or give --common-rows",
             )
         kept = [example_id for example_id in kept if example_id in set(ids)]
     if not kept:
-        raise UserError(f"no row of the set {data} was evaluated by all", where=first[0].evaluation.place)
+        raise UserError(
+            f"the evaluations of the set {data} have no row in common",
+            where=first[0].evaluation.directory,
+            advice="Evaluate again with the same --limit",
+        )
     return kept
 
 
@@ -88,19 +88,10 @@ def _scored(data: str, parts: Sequence[Part], kept: list[str]) -> list[ScoredSet
         for part, scored in zip(parts, scored_sets, strict=True):
             if (scored.bucket_SN[0] != scored_sets[0].bucket_SN[0]).any():
                 raise UserError(
-                    f"rows of the set {data} are in other buckets, as another tokenizer counted their tokens",
-                    found=part.evaluation.place,
-                    expected=f"those of {first.evaluation.place}",
-                    advice="Evaluate again with --bucket-by words; with --generations nothing is generated",
+                    f"rows of the set {data} are in different buckets, as two tokenizers counted their tokens",
+                    found=part.evaluation.directory,
+                    expected=f"those of {first.evaluation.directory}",
+                    advice="Evaluate again with --bucket-by words; --generations reuses the answers",
                 )
-    _leave_out_for_all(scored_sets)
+    leave_out_for_all([{data: scored.references} for scored in scored_sets if scored.references is not None])
     return scored_sets
-
-
-def _leave_out_for_all(scored_sets: Sequence[ScoredSet]) -> None:
-    """A gold response whose perplexity one model could not be asked for counts for none, as in one evaluation."""
-    measured = [scored.references for scored in scored_sets if scored.references is not None]
-    if measured:
-        unknown_N = np.isnan([references.nll_N for references in measured]).any(axis=0)
-        for references in measured:
-            references.nll_N[unknown_N] = np.nan

@@ -1,48 +1,40 @@
 """Means with 95% intervals and differences with p-values: percentile bootstrap over examples.
 
 An example is drawn with all of its seeds: answers to one prompt are not independent, so drawing them one by one would
-promise more than N examples can tell. The spread between the seeds of an example is part of the spread between the
-examples' means, so it is counted once.
+give intervals that are too narrow. The spread between the seeds of an example is part of the spread between the
+examples' means, so it counts once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
-#: what `smallest_resolvable` promises: this power at this two-sided level
+#: the level and the power that `smallest_resolvable` is about
 ALPHA, POWER = 0.05, 0.8
 
-# drawn indices held at once (8 bytes each), so that memory stays bounded for any number of examples
+# drawn indices in memory at once (8 bytes each), so that memory stays bounded for any number of examples
 _MAX_DRAWS = 2_000_000
 _TAILS = (ALPHA / 2, 1 - ALPHA / 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and the ends of its 95% interval, in the values' unit; all None where there is no value."""
+class Interval(NamedTuple):
+    """A mean and the ends of its 95% interval, in the values' unit; all None if there is no value."""
 
     mean: float | None
     low: float | None
     high: float | None
 
-    def as_dict(self) -> dict[str, float | None]:
-        """The form that `report.json` holds."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
 
+class Difference(NamedTuple):
+    """One model's mean score minus another's on the same examples, and what N examples can say about it.
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One model's mean score less another's on the same examples, with what N examples can say about it.
-
-    `p_value` is two-sided and agrees with the interval: below 0.05 where the interval leaves 0 out. An example is won
-    where the first model's score, averaged over seeds, is higher. `smallest_resolvable` is the true difference that a
-    set of this size would find significant at 5% in 80 of 100 repetitions, given the spread seen here (normal theory);
-    None under two examples.
+    `p_value` is two-sided and agrees with the interval: it is below 0.05 if the interval excludes 0. An example counts
+    as won if the first model's score, averaged over seeds, is higher. `smallest_resolvable` is the function's value.
     """
 
     mean: float | None
@@ -54,60 +46,44 @@ class Difference:
     losses: int
     smallest_resolvable: float | None
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The form that `report.json` holds."""
-        return asdict(self)
-
-
-def mean_interval(values_SN: np.ndarray, num_bootstrap: int, seed: int) -> Interval:
-    """The mean of S seeds by N examples and its 95% interval.
-
-    Equal inputs give equal intervals. Raises `ValueError` without a seed.
-
-    Args:
-        values_SN: one score per seed and example, any unit; NaN where an answer does not count. An example whose
-            answers do not all count weighs by the number of those that do; one of which none counts is not drawn.
-        num_bootstrap: resamples; each is a draw of N examples with replacement.
-        seed: of the resampling.
-    """
-    return mean_intervals(values_SN[None], num_bootstrap, seed)[0]
-
 
 def mean_intervals(values_KSN: np.ndarray, num_bootstrap: int, seed: int) -> list[Interval]:
-    """`mean_interval` of K scores at once; those with the same examples share the draws."""
+    """The means of K scores over S seeds by N examples, with their 95% intervals. Equal inputs give equal intervals.
+
+    Args:
+        values_KSN: any unit; NaN if an answer does not count. An example weighs by its number of answers that count;
+            one without any is not drawn. Scores with the same examples share the draws.
+        num_bootstrap: resamples; each is a draw of N examples with replacement.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there is no seed.
+    """
     if values_KSN.ndim != 3 or values_KSN.shape[1] == 0:
-        raise ValueError(f"values must be [seeds, examples] with a seed or more, not {values_KSN.shape[1:]}")
+        raise ValueError(f"values must be [scores, seeds, examples] with at least one seed, not {values_KSN.shape}")
     counts_KN = (~np.isnan(values_KSN)).sum(axis=1).astype(np.float64)
     sums_KN = np.nansum(values_KSN.astype(np.float64), axis=1)
-    intervals: list[Interval | None] = [None] * len(values_KSN)
+    intervals = [Interval(None, None, None)] * len(values_KSN)
     groups: dict[bytes, list[int]] = {}
     for index, counts_N in enumerate(counts_KN):
-        groups.setdefault((counts_N > 0).tobytes(), []).append(index)
+        if counts_N.any():
+            groups.setdefault((counts_N > 0).tobytes(), []).append(index)
     for members in groups.values():
         drawn_N = counts_KN[members[0]] > 0
-        if not drawn_N.any():
-            for index in members:
-                intervals[index] = Interval(None, None, None)
-            continue
         sums_MN, counts_MN = sums_KN[members][:, drawn_N], counts_KN[members][:, drawn_N]
-        means_MB = np.concatenate(
-            [
-                (sums_MN @ draws_BN.T) / (counts_MN @ draws_BN.T)
-                for draws_BN in _draws(int(drawn_N.sum()), num_bootstrap, seed)
-            ],
-            axis=1,
-        )
+        draws = _draws(int(drawn_N.sum()), num_bootstrap, seed)
+        means_MB = np.concatenate([(sums_MN @ draws_BN.T) / (counts_MN @ draws_BN.T) for draws_BN in draws], axis=1)
         lows, highs = np.quantile(means_MB, _TAILS, axis=1)
         means = sums_MN.sum(axis=1) / counts_MN.sum(axis=1)
         for index, mean, low, high in zip(members, means, lows, highs, strict=True):
             intervals[index] = Interval(float(mean), float(low), float(high))
-    return [interval for interval in intervals if interval is not None]
+    return intervals
 
 
 def ratio_interval(sums_N: np.ndarray, weights_N: np.ndarray, num_bootstrap: int, seed: int) -> Interval:
     """sum(sums) / sum(weights) over N examples, such as nats over tokens, and its 95% interval over examples.
 
-    Examples whose sum is NaN are not drawn; all None where none is left.
+    Examples whose sum is NaN are not drawn; all None if none is left.
     """
     drawn_N = ~np.isnan(sums_N)
     if not drawn_N.any():
@@ -120,21 +96,13 @@ def ratio_interval(sums_N: np.ndarray, weights_N: np.ndarray, num_bootstrap: int
     return Interval(float(sums_N.sum() / weights_N.sum()), float(low), float(high))
 
 
-def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, num_bootstrap: int, seed: int) -> Difference:
-    """Our mean less theirs on the same N examples; the two may have different numbers of seeds.
+def paired_differences(differences_KN: np.ndarray, num_bootstrap: int, seed: int) -> list[Difference]:
+    """K comparisons of two models over the same N examples.
 
-    Both are averaged over their seeds, and the N differences are drawn: what makes an example hard for both cancels.
-    The p-value is twice the smaller share of resampled means on either side of 0 (each with one more, so that it is
-    never 0), at most 1.
+    `differences_KN` is one model's score minus the other's, each averaged over its own seeds. Drawing the differences
+    cancels what makes an example hard for both. The p-value is twice the smaller share of resampled means on either
+    side of 0 (each with one more, so that it is never 0), at most 1.
     """
-    if ours_SN.shape[1] != theirs_SN.shape[1]:
-        raise ValueError(f"{ours_SN.shape[1]} examples cannot be paired with {theirs_SN.shape[1]}")
-    differences_N = ours_SN.astype(np.float64).mean(axis=0) - theirs_SN.astype(np.float64).mean(axis=0)
-    return differences_of(differences_N[None], num_bootstrap, seed)[0]
-
-
-def differences_of(differences_KN: np.ndarray, num_bootstrap: int, seed: int) -> list[Difference]:
-    """`paired_difference` of K comparisons over the same N examples at once, from each example's difference."""
     num_examples = differences_KN.shape[1]
     if num_examples == 0:
         return [Difference(None, None, None, None, 0, 0, 0, None)] * len(differences_KN)
@@ -145,10 +113,10 @@ def differences_of(differences_KN: np.ndarray, num_bootstrap: int, seed: int) ->
     )
     lows, highs = np.quantile(means_KB / num_examples, _TAILS, axis=1)
     smaller_sides = np.minimum((means_KB <= 0).sum(axis=1), (means_KB >= 0).sum(axis=1))
-    found = []
+    differences = []
     for differences_N, low, high, smaller_side in zip(differences_KN, lows, highs, smaller_sides, strict=True):
         wins, losses = int((differences_N > 0).sum()), int((differences_N < 0).sum())
-        found.append(
+        differences.append(
             Difference(
                 mean=float(differences_N.mean()),
                 low=float(low),
@@ -160,13 +128,13 @@ def differences_of(differences_KN: np.ndarray, num_bootstrap: int, seed: int) ->
                 smallest_resolvable=smallest_resolvable(differences_N),
             )
         )
-    return found
+    return differences
 
 
 def smallest_resolvable(differences_N: np.ndarray) -> float | None:
     """The smallest true mean of N differences that a test at 5% finds with power 80%: (z_0.975 + z_0.8) sd / sqrt(N).
 
-    Normal theory with the standard deviation seen; None under two examples.
+    Normal theory with the standard deviation of these differences; None for fewer than two examples.
     """
     if len(differences_N) < 2:
         return None
@@ -176,7 +144,7 @@ def smallest_resolvable(differences_N: np.ndarray) -> float | None:
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
-    """Holm's adjustment of a family of p-values: the chance of one false find in the family stays below the level."""
+    """Holm's adjustment of a family of p-values: it bounds the chance of one false positive in the family."""
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0

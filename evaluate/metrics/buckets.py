@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 #: an edge of the buckets: a length, or a statistic of the set's gold responses
 Statistic = Literal["median", "mean"]
 Edge = int | Statistic
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Rows of `low` words (or tokens) or more and fewer than `high`; `high` None is without end."""
+class Bucket(NamedTuple):
+    """Rows of at least `low` words (or tokens) and fewer than `high`; `high` None: no upper end."""
 
     low: int
     high: int | None
@@ -26,28 +24,28 @@ class Bucket:
 
 
 def resolve_edges(edges: Sequence[Edge], lengths: Sequence[int]) -> tuple[int, ...]:
-    """The edges as lengths, rising; `median` and `mean` are those of `lengths`, rounded to whole ones (at least 1).
+    """The edges as rising lengths; `median` and `mean` are those of `lengths`, rounded (at least 1).
 
-    Edges that fall together are one: a set whose median is its mean has a bucket less.
+    Equal edges become one: a set whose median equals its mean has one bucket less.
     """
-    from statistics import mean, median  # only here: options import this module, and help is to be quick
+    from statistics import mean, median  # late: the options import this module, and --help must be quick
 
     statistics = {"median": median, "mean": mean}
-    found = {
+    resolved = {
         max(1, round(statistics[edge](lengths))) if isinstance(edge, str) else edge
         for edge in edges
     }  # fmt: skip
-    return tuple(sorted(found))
+    return tuple(sorted(resolved))
 
 
 def buckets_of(edges: Sequence[int]) -> list[Bucket]:
-    """The `len(edges) + 1` buckets that strictly rising, positive `edges` cut [0, inf) into."""
+    """The `len(edges) + 1` buckets into which strictly rising, positive `edges` split [0, inf)."""
     bounds: list[int | None] = [*edges, None]
     return [Bucket(low, high) for low, high in zip([0, *edges], bounds, strict=True)]
 
 
 def bucket_index(length: int, edges: Sequence[int]) -> int:
-    """Which bucket `length` falls in. Left-closed: 30 words with edges (30, 70) are in bucket 1.
+    """The index of the bucket of `length`. Left-closed: 30 words with edges (30, 70) are in bucket 1.
 
     The paper does not state the side; its percentages on DollyEval imply left-closed (233/108/159 rows).
     """

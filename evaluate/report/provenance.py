@@ -1,4 +1,4 @@
-"""Where numbers come from, for whoever reads a report, a table or a plot: command, models, decoding, software."""
+"""Provenance, as shown in reports, tables and plots: command, models, decoding, software."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpkd.evaluate.options.eval import EvalConfig
 
 #: the settings that decide how answers are drawn
 DECODING = ("template", "temperature", "top_p", "seeds", "max_new_tokens", "engine", "dtype")
-#: characters of a fingerprint that are shown; `report.json` has all
+#: digits of a fingerprint that are shown; `report.json` has all
 SHOWN_DIGITS = 12
 
 _HIDDEN = "***"
@@ -22,7 +22,7 @@ _TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
 
 
 def redacted(text: str) -> str:
-    """`text` without what may be secret: user and password of a URL, values of its query, tokens of known services."""
+    """`text` without possible secrets: user and password of a URL, values of its query, tokens of known services."""
     text = _USER_OF_URL.sub(f"{_HIDDEN}@", text)
     if "://" in text:
         text = _QUERY_OF_URL.sub(rf"\1={_HIDDEN}", text)
@@ -30,10 +30,9 @@ def redacted(text: str) -> str:
 
 
 def command_text(config: Settings, command: str) -> str:
-    """The shell command with the options of `config` that are not the default, from wherever they came.
+    """The shell command with all options of `config` that differ from the default.
 
-    Spelled from the options and not from the command line: that of a recipe names a file that is gone by now, and a
-    notebook has none.
+    Built from the options, not from the command line: a recipe's steps and a notebook have none.
     """
     words = ["dpkd", command]
     for key, field in type(config).model_fields.items():
@@ -67,9 +66,9 @@ def _as_option(value: Any) -> str:
 
 
 def about_models(config: EvalConfig, identity: dict[str, Any]) -> dict[str, Any]:
-    """What `report.json` says of each model or set of predictions beside its scores; `data` waits for those.
+    """What `report.json` says of each model or set of predictions; `data` is filled with scores later.
 
-    `fingerprint` is taken of its identity: weights, config, tokenizer and template of a model, files of predictions.
+    `fingerprint` is of the identity: weights, config, tokenizer and template of a model, or files of predictions.
     """
     models: dict[str, Any] = {}
     for name in config.names:
@@ -95,7 +94,7 @@ def _files(config: EvalConfig, name: str) -> dict[str, str]:
 
 
 def decoding_text(report: dict[str, Any]) -> str:
-    """How the answers were drawn, in words; by model where it was not the same for all."""
+    """How the answers were drawn, in words; by model if it was not the same for all."""
     names: dict[str, list[str]] = {}
     for name, model in report["models"].items():
         names.setdefault(drawn_text(model["decoding"]), []).append(name)
@@ -125,7 +124,7 @@ def model_text(model: dict[str, Any]) -> str:
 
 
 def data_text(report: dict[str, Any], data: str) -> str:
-    """How many rows a set has, which are left out and which were trained on."""
+    """How many rows a set has, how many were left out, and contamination."""
     about = report["data"][data]
     text = f"{about['n']} rows"
     if num_skipped := len(report["skipped"][data]):
@@ -133,10 +132,10 @@ def data_text(report: dict[str, Any], data: str) -> str:
     if about["num_without_reference"]:
         text += f", {about['num_without_reference']} of them without a reference"
     if about["num_not_common"]:
-        text += f", {about['num_not_common']} more that only some of the evaluations have"
+        text += f", {about['num_not_common']} more in only some of the evaluations"
     for key, what in (("overlap", "training cache"), ("duplicates", "training data")):
         if report.get(key) and data in report[key]["rows"]:
-            text += f", {len(report[key]['rows'][data])} of the prompts also in the {what}"
+            text += f", {len(report[key]['rows'][data])} prompts also in the {what}"
     return text
 
 
@@ -146,7 +145,7 @@ def software_text(report: dict[str, Any]) -> str:
 
 
 def how_made(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """All of it as (what, text), in the order of interest."""
+    """The whole provenance as (what, text)."""
     lines = [("Command", report["command"])]
     for data, identity in report["identities"]["data"].items():
         sha256 = identity.get("sha256", "")

@@ -1,4 +1,4 @@
-"""The directory that a report goes into: what it may hold before, and all that it holds in the end."""
+"""The directory of a report: whether it is free, complete or another command's, and all files written to it."""
 
 from __future__ import annotations
 
@@ -9,48 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import write_text
+from dpkd.core.files import write_json, write_text
 from dpkd.core.identity import differences, fingerprint
+from dpkd.core.outputs import output_exists
 from dpkd.core.settings import Settings
 from dpkd.evaluate.answers.scoring import ScoredSet, write_per_example
-from dpkd.evaluate.report.build import write_report
-from dpkd.evaluate.views.markdown import markdown_table
+from dpkd.evaluate.views.markdown import report_markdown
 from dpkd.evaluate.views.page.page import html_page
 from dpkd.evaluate.views.plots import write_plots
 
 REPORT, ROWS, OPTIONS = "report.json", "per_example.parquet", "dpkd.toml"
-_ADVICE = "Give another --out (with --generations its answers are used again); nothing was overwritten"
+_ADVICE = "Choose another --out (--generations reuses the answers of this one); nothing was overwritten"
 
 
 def write_all(out: Path, report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> Path:
-    """Write the report in every form; `report.json`, whose path is returned, comes last and says that all are there."""
+    """Write the report in every form; returns the path of `report.json`, which comes last and marks the end."""
     write_per_example(out / ROWS, scored_sets)
-    write_text(out / "report.md", markdown_table(report))
+    write_text(out / "report.md", report_markdown(report))
     write_text(out / "report.html", html_page(report, scored_sets))
     write_plots(report, scored_sets, out)
-    write_report(out / REPORT, report)
+    write_json(out / REPORT, report)
     return out / REPORT
 
 
-def check_options(config: Settings, out: Path, free: frozenset[str], advice: str = _ADVICE) -> None:
-    """Refuse an output directory that a command with other options has begun to fill; `free` ones may differ."""
-    path = out / OPTIONS
-    if out.exists() and not out.is_dir():
-        raise UserError("the output directory is a file", where=out, advice="Give another --out")
-    if not path.exists():
-        if (out / REPORT).exists():
-            raise _other_run(out, [f"{REPORT} is there without the {OPTIONS} of its options"], advice)
-        return
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"the output directory's options cannot be read: {error}", where=path) from None
-    ours = tomllib.loads(config.to_toml())
-    for options in (found, ours):
-        for key in free:
-            options.pop(key, None)
-    if changed := differences(found, ours):
-        raise _other_run(out, changed, advice)
+def check_options(config: Settings, out: Path, free: frozenset[str], result: str, advice: str = _ADVICE) -> None:
+    """Raise `UserError` if a command with other options has written to `out`; those in `free` may differ."""
+    options = tomllib.loads(config.to_toml())
+    output_exists(out, OPTIONS, options, "report", ignore=free, result=result, advice=advice)
 
 
 def save_options(config: Settings, out: Path) -> None:
@@ -58,31 +43,28 @@ def save_options(config: Settings, out: Path) -> None:
     try:
         write_text(out / OPTIONS, config.to_toml())
     except OSError as error:
-        raise UserError(f"the output directory cannot be written: {error}", where=out) from None
+        raise UserError(
+            f"the output directory cannot be written: {error}", where=out, advice="Choose another --out"
+        ) from None
 
 
-def is_complete(report_path: Path, identity: dict[str, Any], advice: str = _ADVICE) -> bool:
-    """Whether the report is there; raises `UserError` for one of other models or data at the same paths."""
-    if not report_path.exists():
+def is_complete(path: Path, identity: dict[str, Any], advice: str = _ADVICE) -> bool:
+    """Whether the report at `path` exists; raises `UserError` if the same paths now hold other models or data."""
+    if not path.exists():
         return False
     try:
-        found = json.loads(report_path.read_text(encoding="utf-8"))
-        theirs = {
-            "format_version": found["format_version"],
-            "settings": found["settings"],
-            **found["identities"],
-        }
-        same = found["fingerprint"] == fingerprint(identity)
+        report = json.loads(path.read_text(encoding="utf-8"))
+        theirs = {"format_version": report["format_version"], "settings": report["settings"], **report["identities"]}
+        same = report["fingerprint"] == fingerprint(identity)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the report cannot be read: {type(error).__name__} {error}",
-            where=report_path,
-            advice="Delete it to write it again from the answers beside it",
+            where=path,
+            advice="Delete it and run the same command again: the answers are kept",
         ) from None
     if not same:
-        raise _other_run(report_path.parent, differences(theirs, identity) or ["fingerprint"], advice)
+        changed = "; ".join(differences(theirs, identity)) or "fingerprint"
+        raise UserError(
+            f"the output directory holds another report; differing: {changed}", where=path.parent, advice=advice
+        )
     return True
-
-
-def _other_run(out: Path, changed: Sequence[str], advice: str) -> UserError:
-    return UserError("the output directory holds another run", found="; ".join(changed), where=out, advice=advice)

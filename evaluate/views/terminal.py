@@ -1,24 +1,22 @@
-"""The report for whoever asked for it: tables drawn for a terminal, Markdown for a pipe."""
+"""The report on standard output: tables drawn for a terminal, Markdown for a pipe."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dpkd.evaluate.metrics.scripts import LostText
-from dpkd.evaluate.report.measures_tables import teacher_table
 from dpkd.evaluate.report.provenance import data_text
-from dpkd.evaluate.report.tables import BEST_MARK, Cell, Table, power_note, set_tables
-from dpkd.evaluate.views.markdown import introduction, markdown_table
+from dpkd.evaluate.report.tables import BEST_MARK, Cell, Table, lost_text, power_note, set_tables, teacher_table
+from dpkd.evaluate.views.markdown import introduction, report_markdown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print `report` to standard output: with `rich` on a terminal, else as `report.md` has it."""
+    """Print `report` to standard output: with `rich` on a terminal, otherwise the text of `report.md`."""
     if not sys.stdout.isatty():
-        print(markdown_table(report))
+        print(report_markdown(report))
         return
     from rich.console import Console
 
@@ -26,20 +24,20 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def draw_report(report: dict[str, Any], console: Console) -> None:
-    """Draw every table on `console`, its best means marked; texts are shown as they are, without markup."""
+    """Draw every table on `console` with its best means marked; markup in texts is shown, not interpreted."""
     from rich.text import Text
 
     _say(console, introduction(report))
     for data in report["data"]:
         console.rule(Text(f"{data}: {data_text(report, data)}"), style="dim", align="left")
-        if message := LostText(**report["data"][data]["lost_text"]).message:
-            _say(console, f"Rouge loses text here: {message}.", "bold yellow")
+        if lost := lost_text(report, data):
+            _say(console, f"Rouge loses text here: {lost}.", "bold yellow")
         for table in set_tables(report, data):
             _draw(console, table)
         if not report["comparisons"][data]:
             _say(console, power_note(report, data))
-    if (found := teacher_table(report)) is not None:
-        _draw(console, found)
+    if (teacher := teacher_table(report)) is not None:
+        _draw(console, teacher)
 
 
 def _draw(console: Console, table: Table) -> None:
@@ -62,7 +60,7 @@ def _cell(cell: Cell) -> Any:
     from rich.text import Text
 
     text = Text(f"{cell.value} {BEST_MARK}" if cell.best else cell.value, style="bold cyan" if cell.best else "")
-    # below the mean, so that the columns of a usual terminal hold them
+    # below the mean, so that the columns fit a terminal of usual width
     return text.append(f"\n{cell.interval}", style="not bold dim") if cell.interval else text
 
 

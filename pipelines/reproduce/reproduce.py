@@ -45,7 +45,7 @@ def reproduce(artefact: str, recipe: str | Path, *, dry_run: bool = False) -> li
 
 
 def _require_matplotlib(config: ReproduceConfig) -> None:
-    from dpkd.evaluate.views.plots import require_matplotlib
+    from dpkd.core.plotting import require_matplotlib
 
     if config.artefact.startswith("fig"):
         require_matplotlib()

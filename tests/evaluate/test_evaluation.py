@@ -22,7 +22,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.settings import read_toml
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.views.markdown import markdown_table
+from dpkd.evaluate.views.markdown import report_markdown
 
 MakeConfig = Callable[..., EvalConfig]
 WriteRows = Callable[[list[dict[str, Any]], str], Path]
@@ -68,7 +68,7 @@ def test_everything_is_written_and_agrees(config: EvalConfig, capsys: pytest.Cap
             for kind in ("png", "svg")
         ),
     }
-    assert (config.out / "report.md").read_text() == markdown_table(report)
+    assert (config.out / "report.md").read_text() == report_markdown(report)
     table = pq.read_table(config.out / "per_example.parquet").to_pandas()
     assert len(table) == 2 * 2 * (6 + 3)
     for model in ("teacher", "student"):
@@ -213,7 +213,7 @@ def test_answers_of_other_weights_are_generated_again(
     evaluate(config)
     before = _answers(config.out, "m", "d", 10)
     shutil.copytree(toy_student, model, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"holds another run: found .*models\.m\.model\.weights_sha256: "):
+    with pytest.raises(UserError, match=r"holds another report; differing: .*models\.m\.model\.weights_sha256: "):
         evaluate(config)
     (config.out / "report.json").unlink()
     capsys.readouterr()
@@ -228,8 +228,8 @@ def test_other_options_are_refused_and_nothing_is_overwritten(config: EvalConfig
     other = config.model_copy(update={"temperature": 0.5, "seeds": (10,)})
     with pytest.raises(
         UserError,
-        match=r"the output directory holds another run: found seeds: \[10, 20\] -> \[10\]; temperature: 1\.0 -> 0\.5 "
-        r"\(in .*out\)\. Give another --out",
+        match=r"holds another report; differing: seeds: \[10, 20\] -> \[10\]; temperature: 1\.0 -> 0\.5 "
+        r"\(in .*out\)\. Choose another --out",
     ):
         evaluate(other)
     assert _mtimes(config.out) == before
@@ -238,8 +238,8 @@ def test_other_options_are_refused_and_nothing_is_overwritten(config: EvalConfig
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("dpkd.toml", "= no TOML", r"options cannot be read.*dpkd\.toml"),
-        ("report.json", "{}", r"holds another run: found report\.json is there without the dpkd\.toml"),
+        ("dpkd.toml", "= no TOML", r"record of the output cannot be read.*dpkd\.toml"),
+        ("report.json", "{}", r"not empty and holds no report of dpkd: expected a file dpkd\.toml"),
     ],
 )
 def test_a_directory_of_something_else_is_refused(config: EvalConfig, name: str, content: str, message: str) -> None:
@@ -254,10 +254,10 @@ def test_a_broken_report_and_an_out_that_is_a_file_are_refused(config: EvalConfi
     config.out.mkdir()
     (config.out / "dpkd.toml").write_text(config.to_toml())
     (config.out / "report.json").write_text('{"format_version": 1')
-    with pytest.raises(UserError, match=r"the report cannot be read.*Delete it to write it again"):
+    with pytest.raises(UserError, match=r"the report cannot be read.*Delete it and run the same command again"):
         evaluate(config)
     file = config.out / "dpkd.toml"
-    with pytest.raises(UserError, match=r"the output directory is a file"):
+    with pytest.raises(UserError, match=r"the output is a file"):
         evaluate(config.model_copy(update={"out": file}))
     with pytest.raises(UserError, match=r"the output directory cannot be written"):
         evaluate(config.model_copy(update={"out": file / "below"}))
@@ -295,7 +295,7 @@ def test_shared_answers_of_other_inputs_are_not_overwritten(config: EvalConfig, 
     evaluate(config)
     before = _mtimes(config.out)
     changes = {"out": tmp_path / "second", "generations": config.out / "generations", "temperature": 0.5}
-    with pytest.raises(UserError, match=r"shared answers include a file that other inputs made.*another --generations"):
+    with pytest.raises(UserError, match=r"has a file that was made from other inputs.*another --generations"):
         evaluate(config.model_copy(update=changes))
     assert _mtimes(config.out) == before
 

@@ -60,7 +60,7 @@ def test_help_and_configs_import_no_heavy_library() -> None:
 def test_data_order_and_metrics_import_no_torch() -> None:
     code = (
         "import sys, dpkd.teacher_cache.store.order, dpkd.teacher_cache.store.schema\n"
-        "import dpkd.evaluate.metrics.exact_match\n"
+        "import dpkd.evaluate.metrics.scores\n"
         "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

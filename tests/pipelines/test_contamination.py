@@ -51,7 +51,7 @@ def test_prompts_of_the_cache_are_counted(
     assert report["overlap"]["rows"] == {"mixed": [row["id"] for row in trained_on]}
     assert report["identities"]["cache"] == report["overlap"]["cache"]
     assert "data mixed: 2 prompts are also in the cache" in capfd.readouterr().err
-    assert "2 of the prompts also in the training cache" in (config.out / "report.md").read_text()
+    assert "2 prompts also in the training cache" in (config.out / "report.md").read_text()
     assert evaluate(config) == path  # complete already
 
 

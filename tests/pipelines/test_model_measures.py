@@ -174,7 +174,7 @@ def test_divergence_from_the_teacher_of_the_cache(
         assert interval["mean"] == pytest.approx(expected[key], rel=1e-6), key
         assert interval["low"] < interval["mean"] < interval["high"], key
     for file in ("report.md", "report.html"):
-        assert "Against the teacher of the cache" in (config.out / file).read_text()
+        assert "Divergence from the teacher of the cache" in (config.out / file).read_text()
     assert report["models"]["student"]["data"]["d"]["perplexity"] is None  # not asked for
 
 

@@ -49,7 +49,7 @@ def test_by_row_order_with_a_line_for_rows_that_are_left_out(
     markdown = (config.out / "report.md").read_text()
     assert "## d (2 rows, 1 left out, 1 of them without a reference)" in markdown
     assert "Template" not in markdown
-    assert "to a model whose scores are unrelated" in markdown
+    assert "to a model with unrelated scores" in markdown
     assert not (config.out / "generations").exists()
 
 
@@ -60,7 +60,7 @@ def test_by_row_order_without_the_rows_that_are_left_out(
     config = make_config(predictions=f"p={lines}", data=f"d={data}")
     evaluate(config)
     assert _responses(config) == [("a", "a", 0), ("c", "no", 0)]
-    assert "a prediction for each of the 2 rows that are evaluated" in capsys.readouterr().err
+    assert "one prediction for each of the 2 evaluated rows" in capsys.readouterr().err
 
 
 def test_by_example_id_and_seed(
@@ -70,7 +70,7 @@ def test_by_example_id_and_seed(
     config = make_config(predictions=f"p={write_rows(lines, 'p.jsonl')}", data=f"d={data}")
     evaluate(config)
     assert _responses(config) == [("a", "a 3", 3), ("c", "c 3", 3), ("a", "a 7", 7), ("c", "c 7", 7)]
-    assert "1 predictions are of rows that are not evaluated" in capsys.readouterr().err
+    assert "1 predictions are for rows that are not evaluated" in capsys.readouterr().err
 
 
 def test_beside_a_model_and_for_several_sets(
@@ -95,7 +95,7 @@ def test_beside_a_model_and_for_several_sets(
     assert len(comparison["buckets"]) == 3
     assert evaluate(config) == path  # complete already
     first.write_text(first.read_text().replace("a", "z"))
-    with pytest.raises(UserError, match=r"holds another run: found predictions\.gold\.d: "):
+    with pytest.raises(UserError, match=r"holds another report; differing: predictions\.gold\.d: "):
         evaluate(config)
 
 
@@ -107,10 +107,10 @@ def test_beside_a_model_and_for_several_sets(
         ([{"text": "a"}], r"line 1 has no text `prediction`: found keys text .*p\.jsonl.*Write \{\"prediction\""),
         (["a"], r"line 1 has no text `prediction`: found str"),
         ([{"prediction": 5}], r"line 1 has no text `prediction`"),
-        ([{"prediction": "a", "seed": "x"}], r"line 1 has a `seed` that is no number from 0: found 'x'"),
+        ([{"prediction": "a", "seed": "x"}], r"line 1 has a `seed` that is not an integer from 0: found 'x'"),
         ([], r"the file of predictions is empty"),
         ([{"prediction": "a", "example_id": "a"}, {"prediction": "b"}], r"some lines have an `example_id`.*1 of 2"),
-        ([{"prediction": "a", "example_id": "a"}] * 2, r"the example_id 'a' stands on two lines of seed 0"),
+        ([{"prediction": "a", "example_id": "a"}] * 2, r"two lines of seed 0 have the example_id 'a'"),
         (
             [{"prediction": "a", "example_id": "a"}],
             r"1 rows of data d have no prediction of seed 0: found none for .*'c'",
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_files_that_are_missing_or_no_json(data: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(predictions=f"p={tmp_path / 'p.jsonl'}", data=f"d={data}")
-    with pytest.raises(UserError, match=r"the file of predictions is missing"):
+    with pytest.raises(UserError, match=r"the file is missing"):
         evaluate(config)
     (tmp_path / "p.jsonl").write_text('{"prediction": "a"}\n{oops\n')
     with pytest.raises(UserError, match=r"line 2 is not JSON"):
@@ -139,7 +139,7 @@ def test_each_set_needs_its_predictions(data: Path, make_config: MakeConfig, wri
     lines = write_rows([{"prediction": "a"}] * 3, "p.jsonl")
     sets = [f"d={data}", f"e={data}"]
     with pytest.raises(
-        UserError, match=r"not said which set the predictions 'p' answer: found 2 sets.*--predictions p:d"
+        UserError, match=r"unclear which set the predictions 'p' answer: found 2 sets.*--predictions p:d"
     ):
         evaluate(make_config(predictions=f"p={lines}", data=sets))
     with pytest.raises(UserError, match=r"do not answer each set once: found d, expected d, e .*difference is e"):
@@ -150,7 +150,7 @@ def test_what_needs_a_model_says_so(data: Path, make_config: MakeConfig, write_r
     options = {"predictions": f"p={write_rows([{'prediction': 'a'}] * 3, 'p.jsonl')}", "data": f"d={data}"}
     with pytest.raises(UserError, match=r"buckets by tokens need a model's tokenizer"):
         evaluate(make_config(**options, bucket_by="tokens"))
-    with pytest.raises(UserError, match=r"no model is given .*--cache.*--train-data"):
+    with pytest.raises(UserError, match=r"no --model .*--cache.*--train-data"):
         evaluate(make_config(**options, cache=tmp_path))
     with pytest.raises(UserError, match=r"nothing is to be evaluated: found neither"):
         make_config(data=f"d={data}")
@@ -169,7 +169,7 @@ def test_the_answers_own_tokens_need_a_model(
         bucket_by="tokens",
         bucket_of="prediction",
     )
-    with pytest.raises(UserError, match=r"buckets by the answers' tokens need answers whose tokens are known"):
+    with pytest.raises(UserError, match=r"buckets by the answers' tokens need answers with known tokens"):
         evaluate(config)
 
 
@@ -186,4 +186,4 @@ def test_the_command_prints_the_tables(data: Path, write_rows: WriteRows, tmp_pa
     environment = os.environ | {"DPKD_DATA": ""}
     again = subprocess.run(by_name, capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 2
-    assert again.stderr.startswith("error: no directory is given in which to look for the set 'dolly'")
+    assert again.stderr.startswith("error: there is no data directory for the set 'dolly'")

@@ -154,5 +154,5 @@ def test_a_template_of_the_same_name_and_other_text_is_refused(trained: Path, ma
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"template": "raw"}'])
 def test_a_dpkd_json_without_a_template_is_refused(trained: Path, make_config: MakeConfig, content: str) -> None:
     (trained / "dpkd.json").write_text(content)
-    with pytest.raises(UserError, match=r"dpkd\.json names no template.*Delete the file"):
+    with pytest.raises(UserError, match=r"dpkd\.json has no template.*Delete the file"):
         open_candidates(make_config(model=f"m={trained}", data="d=d.jsonl"))

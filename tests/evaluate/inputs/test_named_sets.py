@@ -37,7 +37,9 @@ def test_a_known_name_is_found_in_the_data_directory(
         "mine": "x.jsonl",
     }
     assert resolve_sets(make_config(**_GIVEN, data=data, data_dir=tmp_path)) == expected
-    with pytest.raises(UserError, match=r"no directory is given .*'dolly' .*--data-dir DIR.*DPKD_DATA.*dolly=FILE"):
+    with pytest.raises(
+        UserError, match=r"there is no data directory for the set 'dolly' .*--data-dir DIR.*DPKD_DATA.*dolly=FILE"
+    ):
         resolve_sets(make_config(**_GIVEN, data=data))
     monkeypatch.setenv("DPKD_DATA", str(tmp_path))
     assert resolve_sets(make_config(**_GIVEN, data=data)) == expected
@@ -45,7 +47,7 @@ def test_a_known_name_is_found_in_the_data_directory(
         resolve_sets(make_config(**_GIVEN, data="vicuna"))
     with pytest.raises(UserError, match=r"found no such directory"):
         resolve_sets(make_config(**_GIVEN, data="unni", data_dir=tmp_path / "none"))
-    with pytest.raises(UserError, match=r"no such set is known: found 'x', expected dolly, "):
+    with pytest.raises(UserError, match=r"no set has this name: found 'x', expected dolly, "):
         resolve_sets(make_config(**_GIVEN, data="x=set:x"))
 
 
@@ -80,7 +82,7 @@ def test_fields_that_do_not_fit(make_config: MakeConfig, write_rows: WriteRows) 
     with pytest.raises(UserError, match=r"the name 'reply' is none of instruction, input, output"):
         make_config(**_GIVEN, data=f"d={path}", field="reply=answers")
     path.write_text("{oops")
-    with pytest.raises(UserError, match=r"the rows cannot be read: .*d\.jsonl"):
+    with pytest.raises(UserError, match=r"line 1 is not JSON: .*d\.jsonl"):
         read_eval_sets(make_config(**_GIVEN, data=f"d={path}", field="output=answers"), [])
 
 
@@ -112,7 +114,7 @@ def test_prompts_of_the_training_data_are_counted(
     assert report["duplicates"]["rows"] == {"d": ["row-1", "row-4"]}
     assert report["identities"]["train_data"] == report["duplicates"]["train_data"]
     assert "data d: 2 prompts are also in the training data" in capsys.readouterr().err
-    assert "## d (6 rows, 2 of the prompts also in the training data)" in (config.out / "report.md").read_text()
+    assert "## d (6 rows, 2 prompts also in the training data)" in (config.out / "report.md").read_text()
     assert evaluate(config) == path  # complete already
 
 
@@ -127,8 +129,8 @@ def test_other_scripts_are_said_and_scored_by_another_tokenizer(
     config = make_config(**options)
     report = json.loads(evaluate(config).read_text())
     assert report["models"]["p"]["data"]["d"]["rouge_l"]["mean"] == 0.0
-    assert "data d: of 1 rows 1 have no reference with a letter a-z" in capsys.readouterr().err
-    assert "**Rouge loses text here:** of 1 rows 1 have" in (config.out / "report.md").read_text()
+    assert "data d: of 1 rows, 1 have no reference with a letter a-z" in capsys.readouterr().err
+    assert "**Rouge loses text here:** of 1 rows, 1 have" in (config.out / "report.md").read_text()
     config = make_config(**options, rouge_tokenizer="character", out=tmp_path / "other")
     report = json.loads(evaluate(config).read_text())
     assert report["models"]["p"]["data"]["d"]["rouge_l"]["mean"] == 100.0

@@ -90,17 +90,17 @@ def test_an_output_directory_of_something_else_is_left_alone(make: Make, tmp_pat
         config = make(endpoint)
         judge(config)
         for other in ({"limit": 2}, {"mode": "pairwise"}, {"reask": True}):
-            with pytest.raises(UserError, match=r"holds another run: found .*with --verdicts"):
+            with pytest.raises(UserError, match=r"holds another report; differing: .*--verdicts reuses"):
                 judge(make(endpoint, **other))
         prompt = tmp_path / "p.txt"
         prompt.write_text("{answer} Score: N")
-        with pytest.raises(UserError, match=r"holds another run: found prompt\.sha256"):
+        with pytest.raises(UserError, match=r"holds another report; differing: prompt\.sha256"):
             judge(make(endpoint, prompt=prompt))
         (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("a 1", "a one"))
-        with pytest.raises(UserError, match=r"holds another run: found answers\.predictions\.a\.d"):
+        with pytest.raises(UserError, match=r"holds another report; differing: answers\.predictions\.a\.d"):
             judge(config)
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match=r"the output directory is a file"):
+        with pytest.raises(UserError, match=r"the output is a file"):
             judge(make(endpoint, out=tmp_path / "file"))
         busy = tmp_path / "busy" / "verdicts.jsonl"
         with (

@@ -10,7 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.evaluate.metrics import bootstrap
-from dpkd.evaluate.metrics.bootstrap import Interval, mean_interval, ratio_interval
+from dpkd.evaluate.metrics.bootstrap import Interval, mean_intervals, ratio_interval
+
+
+def mean_interval(values_SN: np.ndarray, num_bootstrap: int, seed: int) -> Interval:
+    return mean_intervals(values_SN[None], num_bootstrap, seed)[0]
 
 
 def test_two_rows_by_hand() -> None:
@@ -27,7 +31,7 @@ def test_no_row_has_no_value() -> None:
 
 
 def test_no_seed_is_an_error() -> None:
-    with pytest.raises(ValueError, match="with a seed or more"):
+    with pytest.raises(ValueError, match="at least one seed"):
         mean_interval(np.empty((0, 5)), 1000, 0)
 
 

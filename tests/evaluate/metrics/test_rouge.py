@@ -12,8 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from support.toys import ROOT
 
-from dpkd.evaluate.metrics.rouge import RougeTokenizer, longest_common_subsequence, rouge
-from dpkd.evaluate.metrics.scripts import find_lost_text
+from dpkd.evaluate.metrics.rouge import RougeTokenizer, find_lost_text, longest_common_subsequence, rouge
 
 _KINDS = ["rouge1", "rouge2", "rougeL"]
 _DOLLY = ROOT / "examples" / "dolly" / "heldout.jsonl"
@@ -94,9 +93,9 @@ def test_texts_of_other_scripts_are_found_and_the_way_out_scores_them() -> None:
     chinese, mixed, english = "\u732b\u304c\u5ea7\u3063\u305f", "\u043c\u043e\u0441\u043a\u0432\u0430 ok", "a cat"
     rows = [(chinese,), (mixed,), (english,), (chinese, english)]
     lost = find_lost_text(rows, "default")
-    assert lost.as_dict() == {"num_rows": 4, "num_all_lost": 1, "num_mostly_lost": 1}
+    assert lost._asdict() == {"num_rows": 4, "num_all_lost": 1, "num_mostly_lost": 1}
     assert lost.message is not None
-    assert "of 4 rows 1 have no reference with a letter a-z or a digit and score Rouge 0" in lost.message
+    assert "of 4 rows, 1 have no reference with a letter a-z or a digit and always score Rouge 0" in lost.message
     assert "--rouge-tokenizer whitespace, or character" in lost.message
     assert rouge(chinese, [chinese]).rouge_l == 0.0
     assert rouge(chinese, [chinese], "character").rouge_l == 100.0

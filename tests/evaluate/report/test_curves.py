@@ -57,14 +57,14 @@ def test_a_run_is_read_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["oops", "[1]", '{"loss": 1}', '{"step": "x"}'])
 def test_a_broken_log_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     directory = _write_run(tmp_path / "run", f'{{"step": 1, "loss": 1}}\n{line}\n')
-    with pytest.raises(UserError, match=r"line 2 is no line of a run: .*metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"line 2 is not a training log's: .*metrics\.jsonl"):
         read_run("r", directory)
 
 
 def test_a_directory_that_is_no_run_is_refused(make_config: MakeConfig, write_rows: WriteRows, tmp_path: Path) -> None:
     given = write_rows([{"prediction": "x"}], "p.jsonl")
     data = write_rows([{"instruction": "a", "output": "b"}], "d.jsonl")
-    with pytest.raises(UserError, match=r"directory of the run 'r' has no metrics\.jsonl .*--out of a `dpkd train`"):
+    with pytest.raises(UserError, match=r"directory of the run 'r' has no metrics\.jsonl .*--out directory of a"):
         evaluate(make_config(predictions=f"p={given}", data=f"d={data}", run=f"r={tmp_path}"))
     with pytest.raises(UserError, match="the name 'a b' must start"):
         make_config(predictions=f"p={given}", data=f"d={data}", run=f"a b={tmp_path}")
@@ -109,5 +109,5 @@ def test_a_model_that_is_a_run_brings_its_curves(
     assert "other, training" in (config.out / "training_curves.svg").read_text()
     # the log of a run is part of what the report is of
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "loss": 8.0}\n')
-    with pytest.raises(UserError, match=r"holds another run: found runs\.other\.training"):
+    with pytest.raises(UserError, match=r"holds another report; differing: runs\.other\.training"):
         evaluate(config)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpkd.core.errors import UserError
+from dpkd.core.files import write_json
 from dpkd.core.progress import Progress
 from dpkd.core.prompts.examples import Example, SkippedRow
 from dpkd.core.prompts.templates import EncodedPrompt
@@ -23,10 +24,10 @@ from dpkd.evaluate.answers.answers import Answer
 from dpkd.evaluate.answers.scoring import ScoredSet, score_sets, write_per_example
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.inputs.eval_sets import EvalSet
-from dpkd.evaluate.metrics.exact_match import Scores
+from dpkd.evaluate.metrics.scores import Scores
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.report.build import build_report, write_report
-from dpkd.evaluate.views.markdown import markdown_table
+from dpkd.evaluate.report.build import build_report
+from dpkd.evaluate.views.markdown import report_markdown
 from dpkd.evaluate.views.plots import write_plots
 from dpkd.teacher_cache.engines.engine import FinishReason
 
@@ -47,7 +48,7 @@ def eval_set() -> EvalSet:
         prompts,
         [SkippedRow(9, "too long")],
         num_rows=5,
-        places=[0, 1, 2, 3],
+        indices=[0, 1, 2, 3],
         lengths=list(_WORDS),
         edges=(30, 70),
     )
@@ -87,7 +88,7 @@ def scored_sets(eval_set: EvalSet) -> list[ScoredSet]:
 def report(config: EvalConfig, eval_set: EvalSet, scored_sets: list[ScoredSet]) -> dict[str, Any]:
     settings = config.model_dump(mode="json") | {"seeds": [10, 20]}
     identity = {"settings": settings, "models": {"a": {"x": 1}, "b": {}}, "data": {"dolly": eval_set.identity}}
-    return build_report(config, identity, "f" * 64, [eval_set], scored_sets)
+    return build_report(config, identity, [eval_set], scored_sets, {})
 
 
 def test_summary_by_hand(report: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ def test_buckets_by_hand(report: dict[str, Any]) -> None:
 
 
 def test_the_report_says_what_it_is_of(report: dict[str, Any], tmp_path: Path) -> None:
-    write_report(tmp_path / "report.json", report)
+    write_json(tmp_path / "report.json", report)
     read = json.loads((tmp_path / "report.json").read_text())
     assert read == report
     assert read["skipped"] == {"dolly": [{"line": 9, "reason": "too long"}]}
@@ -133,7 +134,7 @@ def test_the_report_says_what_it_is_of(report: dict[str, Any], tmp_path: Path) -
 
 
 def test_markdown_by_value(report: dict[str, Any]) -> None:
-    text = markdown_table(report)
+    text = report_markdown(report)
     assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
     assert "## dolly (4 rows, 1 left out)" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -158,19 +159,19 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
     assert difference[4] == "3 / 1 / 0"
     assert difference[5] == "18.08"  # 2.8016 * 12.9099 / 2
     assert {line.count("|") for line in lines[:8]} == {6}
-    assert "a true difference of 18.08 in Rouge-L is found at the level of 5% in 80% of repetitions" in text
+    assert "a true difference of 18.08 in Rouge-L is found at the 5% level in 80% of repetitions" in text
 
 
 def test_markdown_says_greedy(report: dict[str, Any]) -> None:
     greedy = {"temperature": 0.0, "seeds": [10]}
     for model in report["models"].values():
         model["decoding"] |= greedy
-    assert "Answers: template alpaca, greedy, seed 10, at most 256 tokens." in markdown_table(report)
+    assert "Answers: template alpaca, greedy, seed 10, at most 256 tokens." in report_markdown(report)
 
 
 def test_markdown_says_whose_answers_were_drawn_otherwise(report: dict[str, Any]) -> None:
     report["models"]["b"]["decoding"] = None
-    text = markdown_table(report)
+    text = report_markdown(report)
     assert (
         "Answers: a: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens; b: given as text."
         in text
@@ -178,10 +179,10 @@ def test_markdown_says_whose_answers_were_drawn_otherwise(report: dict[str, Any]
 
 
 def test_perplexity_has_a_column_where_a_model_has_one(report: dict[str, Any]) -> None:
-    assert "Perplexity" not in markdown_table(report)
+    assert "Perplexity" not in report_markdown(report)
     report["models"]["a"]["data"]["dolly"]["perplexity"] = {"mean": 8.0, "low": 7.0, "high": 9.5}
     report["models"]["b"]["data"]["dolly"]["perplexity"] = None
-    header, _, a, b = [line for line in markdown_table(report).splitlines() if line.startswith("|")][8:12]
+    header, _, a, b = [line for line in report_markdown(report).splitlines() if line.startswith("|")][8:12]
     place = header.split(" | ").index("Perplexity")
     assert a.split(" | ")[place] == "8.00 [7.00, 9.50]"
     assert b.split(" | ")[place] == "-"
@@ -222,9 +223,9 @@ def test_answers_are_scored_against_their_own_row_and_best_reference(config: Eva
         ("d", 2): [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
     }
     with Progress("scoring", 4, "responses") as progress:
-        (scored,) = score_sets(config, [eval_set], {"m": by_seed}, progress)
+        (scored,) = score_sets(config, [eval_set], {"m": by_seed}, progress, {})
         own = config.model_copy(update={"bucket_of": "prediction"})
-        (by_own_length,) = score_sets(own, [eval_set], {"m": by_seed}, progress)
+        (by_own_length,) = score_sets(own, [eval_set], {"m": by_seed}, progress, {})
     assert progress.done == 8
     assert scored.seeds == (1, 2)
     assert scored.scores["rouge_l"] == pytest.approx(np.array([[100.0, 200 / 3], [0.0, 0.0]]))
@@ -285,6 +286,6 @@ def test_without_matplotlib_nothing_starts(
     make_config: Callable[..., EvalConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what the import system does for a blocked module
-    with pytest.raises(UserError, match=r"matplotlib is not installed.*Install dpkd\[report\]"):
+    with pytest.raises(UserError, match=r"plots need matplotlib, which is not installed.*pip install 'dpkd\[report\]"):
         evaluate(make_config(model="m=missing", data="d=missing.jsonl"))
     assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.toys import ROOT
 
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.views.page.assets import STYLE
 from dpkd.evaluate.views.page.svg import NUM_COLOURS, Line, _round_up, _ticks, grouped_bars, length_boxes, line_chart
 
+_STYLE = (ROOT / "evaluate/views/page/style.css").read_text(encoding="utf-8")
 _EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u00e9"
 
 
@@ -173,7 +174,7 @@ def test_contrast_by_the_examples_of_the_standard() -> None:
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_colours_keep_the_contrast_of_wcag_aa(mode: int) -> None:
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", STYLE.split("@media (prefers-color-scheme: dark)")[mode]))
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", _STYLE.split("@media (prefers-color-scheme: dark)")[mode]))
     assert len(colours) == 15
     for text in ("text", "soft", "mark"):
         for behind in ("back", "card"):
