@@ -54,7 +54,7 @@ def test_every_module_of_the_wheel_can_be_imported(site: Path) -> None:
     assert int(run(site, "-c", IMPORT_ALL, str(site))) == len(in_source) > 100
 
 
-def test_the_wheel_has_everything_but_python_too(site: Path) -> None:
+def test_the_wheel_has_every_data_file(site: Path) -> None:
     for name in PACKAGED:
         files = {
             path.relative_to(ROOT / name)

@@ -91,7 +91,7 @@ def _exists(out: Path, made_of: dict[str, Any], **more: Any) -> bool:
     return output_exists(out, "made_of.json", made_of, "student", **more)
 
 
-def test_an_output_has_one_owner(tmp_path: Path) -> None:
+def test_an_output_with_other_options_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert not _exists(out, {"seed": 1})
     out.mkdir()

@@ -246,7 +246,7 @@ def config_of(out: Path, cache: Path, student: Path, **options: Any) -> TrainCon
     return TrainConfig(out=out, cache=str(cache), student=str(student), **(defaults | options))
 
 
-def test_entries_without_a_logit_are_part_of_the_remainder() -> None:
+def test_entries_without_a_logit_are_part_of_the_tail() -> None:
     """By hand: position 0 keeps its first and last entry, position 1 loses its likeliest, position 2 nothing."""
     ids = torch.tensor([[3, 9, 1], [8, 2, -1], [0, 1, 2]])
     p = torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.3, 0.0], [0.5, 0.25, 0.25]])

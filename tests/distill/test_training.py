@@ -233,7 +233,7 @@ def test_data_with_tokens_that_the_student_has_no_embedding_for(
     assert not (tmp_path / "run").exists()
 
 
-def test_not_a_number_stops_before_the_update(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+def test_nan_stops_before_the_update(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     broken = shutil.copytree(toy_student, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
@@ -338,7 +338,7 @@ def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
         ({"batch_size": "many"}, "option 'batch_size' cannot be used: found 'many'"),
     ],
 )
-def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+def test_options_that_contradict(options: dict[str, Any], message: str) -> None:
     values = {"cache": "c", "student": "s", "out": "o"} | options
     with pytest.raises(UserError, match=message):
         TrainConfig.parse({key: value for key, value in values.items() if value is not None}, where="here")

@@ -67,7 +67,7 @@ def test_data_order_and_metrics_import_no_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
-def test_bad_input_is_one_line_and_status_2(
+def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, toy_teacher: Path, toy_student: Path, other_student: Path, toy_cache: Path, toy_data: Path,
     write_rows: Callable[..., Path],
 ) -> None:  # fmt: skip
@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert not out.exists()
 
 
-def test_bad_options_are_one_line_and_status_2(tmp_path: Path) -> None:
+def test_bad_options_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     recipe = tmp_path / "train.toml"
     recipe.write_text('student = "s"\ncache = "c"\nout = "o"\nbatch_sise = 3\n')
     assert_one_clear_line(
@@ -144,7 +144,7 @@ def test_no_command_shows_the_help() -> None:
     assert len(result.stderr.splitlines() + result.stdout.splitlines()) > 5
 
 
-def test_our_own_fault_is_status_1_with_the_traceback_in_a_file(tmp_path: Path) -> None:
+def test_an_internal_error_has_exit_code_1_and_a_traceback_file(tmp_path: Path) -> None:
     """A directory where the manifest should be is nothing that we foresaw."""
     from dpkd.pipelines.process import run_process
 
@@ -190,7 +190,7 @@ def test_an_interrupted_training_checkpoints_and_exits_130(
     assert str(len(lines)) in {path.name.removeprefix("checkpoint-") for path in checkpoints}
 
 
-def test_info_as_json_says_what_a_person_wants_to_know(toy_cache: Path) -> None:
+def test_info_as_json_has_the_main_facts(toy_cache: Path) -> None:
     import json
 
     facts = json.loads(dpkd("cache", "info", toy_cache, "--json").stdout)

@@ -31,7 +31,7 @@ def row(name: str, prompt: list[int], response: list[int], counts: list[int] | N
     return CachedRow(name, 0, "teacher", "stop", np.array(prompt), np.array(response), logprobs, top)
 
 
-def test_positions_stand_one_before_their_targets() -> None:
+def test_each_position_is_one_before_its_target() -> None:
     batch = collate(
         [TrainingRow(row("a", [1, 2, 3], [4, 5])), TrainingRow(row("b", [6], [7, 8, 9]))], with_distributions=False
     )
@@ -67,7 +67,7 @@ def test_entries_are_padded_with_no_token() -> None:
         collate([TrainingRow(row("a", [1], [2]))], with_distributions=True)
 
 
-def test_lookup_takes_entries_and_spreads_the_remainder() -> None:
+def test_lookup_uses_entries_and_spreads_the_tail() -> None:
     ids = torch.tensor([[4, 7], [4, -1], [4, -1]])
     logprobs = torch.tensor([[-0.5, -1.0], [-0.1, -torch.inf], [-0.1, -torch.inf]])
     counts = torch.tensor([2, 1, 1])

@@ -23,7 +23,7 @@ def make(groups: list[list[int]], seed: int = 0, budget: int = 120, passes: int 
 
 @settings(deadline=None)
 @given(lengths, st.integers(0, 5), st.sampled_from([1, 2]))
-def test_every_row_once_an_epoch_and_no_pass_above_the_budget(
+def test_every_row_once_an_epoch_and_no_micro_batch_above_the_budget(
     groups: list[list[int]], seed: int, sequences: int
 ) -> None:
     order = make(groups, seed, sequences=sequences)
@@ -55,7 +55,7 @@ def test_a_step_needs_no_step_before_it_and_ranks_share_the_same_passes(
     ]
 
 
-def test_passes_hold_rows_of_like_length_in_random_order() -> None:
+def test_micro_batches_have_rows_of_similar_length_in_random_order() -> None:
     random = np.random.default_rng(0)
     groups = [random.integers(20, 400, 128).tolist() for _ in range(8)]
     order = make(groups, budget=3200)

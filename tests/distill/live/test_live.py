@@ -296,7 +296,7 @@ def test_what_was_trained_on_is_stored_and_read_back_bitwise(loop: Callable[...,
 
 
 @pytest.mark.parametrize(("staleness", "every", "stop"), [(0, 1, 3), (0, 3, 4), (1, 1, 3), (1, 3, 3), (1, 3, 2)])
-def test_a_run_goes_on_from_a_checkpoint(loop: Callable[..., Loop], staleness: int, every: int, stop: int) -> None:
+def test_a_run_resumes_from_a_checkpoint(loop: Callable[..., Loop], staleness: int, every: int, stop: int) -> None:
     options = {"staleness": staleness, "sample_every": every}
     whole = [rejected(rows) for rows in loop("whole", **options).run()]
     first = loop("cut", **options)
@@ -365,7 +365,7 @@ def test_a_server_that_dies_and_comes_back_costs_no_sample(loop: Callable[..., L
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_server_that_stays_away_leaves_a_run_that_goes_on(
+def test_a_server_that_stays_away_leaves_a_run_that_can_resume(
     loop: Callable[..., Loop], gate: Gate, staleness: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_module, "SETTLE_S", 1.0)

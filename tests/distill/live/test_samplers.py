@@ -147,7 +147,7 @@ def test_the_trainer_finds_its_generator_mode_and_gradients_untouched(model: Pre
     assert torch.is_grad_enabled()
 
 
-def test_a_copy_draws_with_the_weights_of_its_last_refresh(model: PreTrainedModel) -> None:
+def test_a_sampler_uses_the_weights_of_its_last_refresh(model: PreTrainedModel) -> None:
     sampler = sampler_of(model, DRAWN, copies=True)
     old = ids_of(draw(sampler))
     assert old == ids_of(draw(sampler_of(model, DRAWN)))
@@ -180,7 +180,7 @@ def test_a_cancelled_draw_ends_soon(model: PreTrainedModel) -> None:
         next(responses)
 
 
-def test_memory_that_runs_out_is_explained(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_explained(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**inputs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

@@ -75,7 +75,7 @@ def test_equal_distributions_have_no_divergence(name: str) -> None:
     torch.testing.assert_close(divergence(name, p, p), torch.zeros(4), rtol=0, atol=1e-7)
 
 
-def test_kl_is_torch_s() -> None:
+def test_kl_equals_torchs() -> None:
     p, q = logits(0).log_softmax(1), logits(1).log_softmax(1)
     torch.testing.assert_close(
         forward_kl(p, q), functional.kl_div(q, p, log_target=True, reduction="none").sum(1), rtol=1e-5, atol=1e-6
@@ -87,7 +87,7 @@ def test_kl_is_torch_s() -> None:
     torch.testing.assert_close(cross_entropy_to(p, q), functional.cross_entropy(q, p.exp(), reduction="none"))
 
 
-def test_jsd_is_gkd_s() -> None:
+def test_jsd_equals_gkds() -> None:
     """`GKDTrainer.generalized_jsd_loss` of TRL 1.16.0, summed over the vocabulary; beta is the teacher's share."""
     p, q = logs([0.5, 0.25, 0.125, 0.125], [0.7, 0.1, 0.1, 0.1]), logs([0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.4, 0.1])
     for beta, theirs in [(0.1, (0.0519112758, 0.0436072238)), (0.5, (0.1306009740, 0.1202759519)),
@@ -350,7 +350,7 @@ def test_no_entries_at_all() -> None:
             torch.testing.assert_close(value, torch.zeros(2), rtol=0, atol=1e-7)
 
 
-def test_the_student_s_rest_does_not_cancel() -> None:
+def test_the_students_tail_is_computed_without_cancellation() -> None:
     # 1 - q(0) is 0 in float32; the rest is two tokens of e^-30
     q = torch.tensor([[30.0, 0.0, 0.0]])
     entries = (torch.tensor([[0]]), torch.tensor([[-1e-3]]), torch.tensor([1]), torch.tensor([-7.0]))

@@ -54,7 +54,9 @@ def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]
     return ids
 
 
-def test_a_held_corpus_gives_every_block_once_a_cycle(tokenizer: PreTrainedTokenizerBase, corpus_file: Path) -> None:
+def test_a_corpus_in_memory_gives_every_block_once_a_cycle(
+    tokenizer: PreTrainedTokenizerBase, corpus_file: Path
+) -> None:
     ids = stream_of(tokenizer, TEXTS)
     num_blocks = len(ids) // LENGTH
     assert len(ids) % LENGTH  # what is left over is less than a block and is not used

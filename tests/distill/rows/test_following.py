@@ -65,7 +65,7 @@ def wait_until(ready: Any, *processes: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.engine
-def test_both_processes_run_and_a_killed_trainer_goes_on(
+def test_both_processes_run_and_a_killed_trainer_resumes(
     tmp_path: Path, toy_teacher: Path, toy_student: Path, repeat_rows: Callable[[Path, int], Path]
 ) -> None:
     cache, run, steps = tmp_path / "cache", tmp_path / "run", 40
@@ -135,7 +135,7 @@ def grow(out: Path, toy_cache: Path) -> None:
         job.finish([])
 
 
-def test_nothing_more_comes_is_an_error_that_keeps_what_is_learnt(
+def test_a_cache_that_stops_growing_is_an_error_that_keeps_the_checkpoint(
     tmp_path: Path, toy_cache: Path, toy_student: Path
 ) -> None:
     cache = unfinished(tmp_path / "cache", toy_cache, 3)
@@ -175,7 +175,7 @@ def test_the_first_epoch_is_in_order_of_commitment_and_later_ones_are_permutatio
     assert FollowOrder(follower, seed=3, global_batch_size=10).rows_of(2) == first[20:30]
 
 
-def test_a_cache_that_nobody_begins_is_an_error(tmp_path: Path, toy_student: Path) -> None:
+def test_a_cache_that_no_job_writes_is_an_error(tmp_path: Path, toy_student: Path) -> None:
     with pytest.raises(UserError, match=r"no job has started the cache in 0 s \(in .*nowhere\)"):
         train(config(tmp_path / "run", tmp_path / "nowhere", toy_student, steps=1, follow_timeout_s=0.1))
     assert not (tmp_path / "run").exists()

@@ -43,7 +43,7 @@ names = st.sampled_from([f"e{number}" for number in range(12)])
 
 
 @given(st.lists(st.lists(names, max_size=7), min_size=1, max_size=6), st.integers(1, 11), st.integers(0, 9))
-def test_every_row_is_on_one_side_and_every_example_whole(ids: list[list[str]], num: int, seed: int) -> None:
+def test_every_example_is_entirely_in_one_part(ids: list[list[str]], num: int, seed: int) -> None:
     distinct = {example_id for group in ids for example_id in group}
     if num >= len(distinct):
         with pytest.raises(UserError, match=r"leaves no example to train on: found validation_examples \d+"):
@@ -118,7 +118,7 @@ def test_a_row_that_failed_in_a_round_moves_no_other_example(toy_cache: Path) ->
     assert {example_id for _, example_id, _ in places(validation)} == held_out - {lost}
 
 
-def test_nothing_left_is_said() -> None:
+def test_a_split_without_rows_is_refused() -> None:
     ids = [["a", "b"], ["a"]]
     with pytest.raises(UserError, match=r"no row is left to train on: found 3 rows, 2 examples held out"):
         split_rows(Rows(ids), ids, {"a", "b"})

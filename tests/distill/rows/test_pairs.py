@@ -136,7 +136,7 @@ def test_every_pair_of_the_rule_comes_once(
         assert [min(shards) for shards in starts] == sorted({shard_of[pair[0]] for pair in expected})
 
 
-def test_responses_of_both_origins_stand_against_all_of_the_student(tmp_path: Path) -> None:
+def test_responses_of_both_origins_pair_with_all_of_the_student(tmp_path: Path) -> None:
     rows: dict[Origin, list[Response]] = {
         "teacher": [("a", 0, [-1.0]), ("a", 1, [-0.5]), ("b", 0, [-1.0]), ("b", 1, [-1.5])],
         "reference": [("a", 0, [-3.0]), ("b", 0, [-0.1])],

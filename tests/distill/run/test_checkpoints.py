@@ -116,7 +116,7 @@ def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_stu
     assert_same_run(run, reference)
 
 
-def test_training_ends_when_nothing_gets_better(
+def test_training_stops_early_without_improvement(
     tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A rate that drives the student away; a run that is killed after the last validation ends there too."""
@@ -134,7 +134,7 @@ def test_training_ends_when_nothing_gets_better(
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "dpkd.json"])
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     tmp_path: Path,
     toy_cache: Path,
     toy_student: Path,
@@ -222,7 +222,7 @@ def test_best_is_smaller_or_larger_by_the_metric() -> None:
     assert not kld.is_over(None)
 
 
-def test_a_norm_that_stands_out_is_said() -> None:
+def test_a_large_gradient_norm_is_reported() -> None:
     spikes = NormSpikes()
     assert spikes.note(50.0) is None  # nothing to compare it with yet
     assert not any(spikes.note(1.0) for _ in range(40))
@@ -230,7 +230,7 @@ def test_a_norm_that_stands_out_is_said() -> None:
     assert spikes.note(25.0) == "gradient norm 25, 25 times the median of 42 steps"
 
 
-def test_two_signals_at_once_are_one_wish(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_signals_at_once_count_as_one(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A launcher hands on the Ctrl-C that the terminal has sent already; a person's second one comes later."""
     now = [100.0]
     monkeypatch.setattr("dpkd.distill.run.interrupts.time.monotonic", lambda: now[0])

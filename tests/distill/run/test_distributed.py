@@ -125,7 +125,7 @@ def test_fsdp2_gives_the_run_of_one_process(sharded: Path, reference: Path) -> N
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
 
-def test_a_sharded_checkpoint_goes_on_in_one_process(
+def test_a_sharded_checkpoint_resumes_in_one_process(
     tmp_path: Path, options: dict[str, Any], sharded: Path, reference: Path
 ) -> None:
     run = as_killed_after(3, sharded, tmp_path / "run")
@@ -133,7 +133,7 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(
     assert_same_run(run, reference)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_two_shards_of_accelerate(
+def test_a_run_of_one_process_resumes_on_two_fsdp_ranks(
     tmp_path: Path, options: dict[str, Any], reference: Path
 ) -> None:
     run = as_killed_after(3, reference, tmp_path / "run")
@@ -180,6 +180,6 @@ def test_every_row_goes_to_one_rank_once_an_epoch(ranks: int) -> None:
     assert sorted(epoch) == [(group, row) for group, size in enumerate([5, 7, 12]) for row in range(size)]
 
 
-def test_an_error_on_every_rank_is_said_once(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_an_error_on_every_rank_is_printed_once(tmp_path: Path, options: dict[str, Any]) -> None:
     texts = TwoRanks(tmp_path, {"out": tmp_path / "run", **options, **TWO, "batch_size": 500}).finish(2)
     assert sum("a step takes more rows than there are" in text for text in texts) == 1

@@ -79,7 +79,7 @@ def test_memory_is_measured(
     assert f"memory {lines[-1]['peak_memory_bytes'] / 1e9:.2f} GB" in capfd.readouterr().err
 
 
-def test_memory_is_this_process_s_and_not_that_of_the_one_that_started_it() -> None:
+def test_peak_memory_is_that_of_this_process_not_of_its_parent() -> None:
     show = "import torch; from dpkd.distill.run.logs import peak_memory_bytes as f; print(f(torch.device('cpu')))"
     start = f"import subprocess, sys; held = b'x' * 2**31; subprocess.run([sys.executable, '-c', {show!r}], check=True)"
     said = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout
@@ -87,7 +87,7 @@ def test_memory_is_this_process_s_and_not_that_of_the_one_that_started_it() -> N
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
-def test_sparing_memory_or_time_changes_no_number(
+def test_saving_memory_or_time_changes_no_number(
     tmp_path: Path, toy_cache: Path, toy_student: Path, option: str
 ) -> None:
     plain = metrics(train(config(tmp_path / "plain", toy_cache, toy_student, steps=2)))

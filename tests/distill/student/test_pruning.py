@@ -87,7 +87,7 @@ def test_which_layers_are_kept() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_leaving_nothing_out_leaves_the_logits_equal(family: str) -> None:
+def test_pruning_nothing_keeps_the_logits(family: str) -> None:
     model = made(family)
     assert torch.equal(logits(keep_layers(model, range(6))), logits(model))
     sizes_LW = neuron_sizes(model, [batch((4, 5))])
@@ -95,7 +95,7 @@ def test_leaving_nothing_out_leaves_the_logits_equal(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_leaving_out_layers_that_write_nothing_leaves_the_logits_equal(family: str) -> None:
+def test_pruning_layers_without_output_keeps_the_logits(family: str) -> None:
     model = made(family)
     stack = model.get_submodule(mlps_of(model)[0].output.split(".0.")[0])
     for layer in (1, 4):  # a layer whose last weights are 0 adds 0 to what passes through it
@@ -123,7 +123,7 @@ def kill_neurons(model: PreTrainedModel, dead: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_leaving_out_dead_neurons_leaves_the_logits_equal(family: str, tmp_path: Path) -> None:
+def test_pruning_dead_neurons_keeps_the_logits(family: str, tmp_path: Path) -> None:
     model = made(family)
     dead = [0, 3, 4, 9, 15, 21]
     kill_neurons(model, dead)

@@ -68,7 +68,7 @@ def test_measures_are_those_of_full_logits(toy_student: Path, toy_cache: Path) -
     assert measures["reward"] < 0  # the student finds the teacher's responses less likely than the teacher does
 
 
-def test_the_teacher_is_at_no_distance_from_its_cache(toy_teacher: Path, toy_cache: Path) -> None:
+def test_the_teacher_has_no_distance_from_its_cache(toy_teacher: Path, toy_cache: Path) -> None:
     measures = measure_model(str(toy_teacher), toy_cache, num_rows=9, device="cpu")
     assert measures["rows"] == 9
     for name in ("kl", "rkld", "kld_first", "rkld_first", "reward", "reward_sum"):

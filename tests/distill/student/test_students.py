@@ -151,7 +151,7 @@ def test_a_student_that_stands_is_measured_once(
     assert "before training: perplexity" in capsys.readouterr().err
 
 
-def test_the_teacher_as_its_own_student_is_at_no_distance(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
+def test_the_teacher_has_no_distance_from_itself(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
     measures = report(made(tmp_path / "s", toy_teacher, layers=2, cache=toy_cache))["before_training"]
     assert measures["kl"] == pytest.approx(0, abs=1e-4)
     assert measures["top1_agreement"] > 0.99
@@ -177,7 +177,7 @@ def test_a_random_student_of_a_config(tmp_path: Path, toy_teacher: Path, toy_cac
     assert not torch.equal(other["transformer.wte.weight"], ours["transformer.wte.weight"])
 
 
-def test_configs_of_no_use(tmp_path: Path, toy_teacher: Path) -> None:
+def test_unusable_configs(tmp_path: Path, toy_teacher: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match="the student's config is missing"):
         made(tmp_path / "s", toy_teacher, from_config=path)
@@ -249,7 +249,7 @@ def test_a_failure_while_it_is_written_leaves_nothing(
         ({"layers": 2, "seed": 1}, "--seed goes with --from-config"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
+def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         InitStudentConfig.parse({"teacher": "t", "out": "o"} | options, where="the command line")
 

@@ -29,20 +29,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["seed-10.parquet"]
 
 
-def test_another_fingerprint_is_said_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_fingerprint_is_reported_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_answers(tmp_path / "a.parquet", _ANSWERS, "f1")
     assert read_answers(tmp_path / "a.parquet", "f2", _IDS) is None
     assert "another model, data or settings (fingerprint f1, now f2)" in capsys.readouterr().err
 
 
-def test_other_rows_are_said_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_rows_are_reported_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_answers(tmp_path / "a.parquet", _ANSWERS, "f1")
     assert read_answers(tmp_path / "a.parquet", "f1", ["y", "x"]) is None
     assert "does not have the 2 expected rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept", [0, 4, 200, -1])
-def test_a_broken_file_is_said_and_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: int) -> None:
+def test_a_corrupt_file_is_reported_and_not_reused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: int
+) -> None:
     path = tmp_path / "a.parquet"
     write_answers(path, _ANSWERS, "f1")
     path.write_bytes(path.read_bytes()[:kept])

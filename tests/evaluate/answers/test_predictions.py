@@ -73,7 +73,7 @@ def test_by_example_id_and_seed(
     assert "1 predictions are for rows that are not evaluated" in capsys.readouterr().err
 
 
-def test_beside_a_model_and_for_several_sets(
+def test_predictions_with_a_model_and_for_several_sets(
     data: Path, make_config: MakeConfig, write_rows: WriteRows, rows: list[Any], toy_student: Path
 ) -> None:
     first = write_rows([{"prediction": text} for text in "abc"], "p.jsonl")

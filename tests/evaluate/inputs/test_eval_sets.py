@@ -116,7 +116,7 @@ def test_a_set_of_which_no_row_is_left_is_refused(
         _read(make_config(model=f"m={toy_teacher}", data=f"d={path}"))
 
 
-def test_a_model_that_is_not_there_is_named(make_config: MakeConfig) -> None:
+def test_a_missing_model_is_named(make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match=r"the model m is not found: found no directory '\./nowhere'"):
         open_candidates(make_config(model="m=./nowhere", data="d=d.jsonl"))
 
@@ -135,7 +135,7 @@ def trained(toy_student: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_student, tmp_path / "trained"))
 
 
-def test_the_template_that_a_checkpoint_was_trained_with_is_held_to(trained: Path, make_config: MakeConfig) -> None:
+def test_the_template_of_a_checkpoints_training_is_required(trained: Path, make_config: MakeConfig) -> None:
     alpaca = PromptEncoder(AutoTokenizer.from_pretrained(trained), "alpaca").identity()
     config = make_config(model=f"m={trained}", data="d=d.jsonl")
     (trained / "dpkd.json").write_text(json.dumps({"template": alpaca, "step": 5}))

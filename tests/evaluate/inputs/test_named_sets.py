@@ -75,7 +75,7 @@ def test_fields_by_option(make_config: MakeConfig, tmp_path: Path, suffix: str) 
     assert read_eval_sets(plain, [])[0].identity != eval_set.identity
 
 
-def test_fields_that_do_not_fit(make_config: MakeConfig, write_rows: WriteRows) -> None:
+def test_unknown_fields_are_refused(make_config: MakeConfig, write_rows: WriteRows) -> None:
     path = write_rows(_rows(), "d.jsonl")
     with pytest.raises(UserError, match=r"no row has the field .*found question, answers, .*expected reply .*d\.jsonl"):
         read_eval_sets(make_config(**_GIVEN, data=f"d={path}", field="output=reply"), [])
@@ -118,7 +118,7 @@ def test_prompts_of_the_training_data_are_counted(
     assert evaluate(config) == path  # complete already
 
 
-def test_other_scripts_are_said_and_scored_by_another_tokenizer(
+def test_other_scripts_are_reported_and_scored_with_another_tokenizer(
     make_config: MakeConfig, write_rows: WriteRows, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text = "\u732b\u304c\u5ea7\u3063\u305f"

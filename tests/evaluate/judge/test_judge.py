@@ -127,7 +127,7 @@ def test_nonsense_is_unparsable_and_counted(endpoint: Endpoint, options: dict[st
     assert "questions: 4, of which 0 are to be asked" in again.stdout
 
 
-def test_a_prompt_over_the_servers_length_is_set_aside(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_prompt_over_the_servers_length_fails(options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"prediction": "word " * (2000 if n == 1 else 1)}) + "\n" for n in range(NUM_ROWS))
     )

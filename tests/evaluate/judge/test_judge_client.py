@@ -85,21 +85,21 @@ def test_without_a_key_none_is_sent(serve: Callable[..., Endpoint], monkeypatch:
         (200, {}, b'{"choices": [{"message": {"content": 5}}]}'), (200, {"content-length": "900"}, b"{"),
     ],
 )  # fmt: skip
-def test_what_may_pass_is_tried_again(serve: Callable[..., Endpoint], trouble: Answer) -> None:
+def test_temporary_errors_are_retried(serve: Callable[..., Endpoint], trouble: Answer) -> None:
     endpoint = serve(trouble, trouble, GOOD)
     assert ask(endpoint.url, timeout_s=1.0)[0].content == "Score: 7"
     assert len(endpoint.bodies) == 3
     assert endpoint.bodies[0] == endpoint.bodies[2]
 
 
-def test_trouble_that_lasts_ends_with_what_was_said(serve: Callable[..., Endpoint]) -> None:
+def test_lasting_errors_end_with_the_servers_message(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(failure(500, "out of\n memory"))
     with pytest.raises(UserError, match=r"gives no answer: found HTTP 500: out of memory \(the last of 3 tries\)"):
         ask(endpoint.url)
     assert len(endpoint.bodies) == 3
 
 
-def test_a_server_that_is_not_there_and_one_that_is_slow(serve: Callable[..., Endpoint]) -> None:
+def test_a_missing_server_and_a_slow_one(serve: Callable[..., Endpoint]) -> None:
     with serving(lambda body: GOOD) as gone:
         pass
     with pytest.raises(UserError, match=r"gives no answer: found ConnectError.*The verdicts so far are kept"):
@@ -122,7 +122,7 @@ def test_delays_grow(serve: Callable[..., Endpoint]) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "1.0", "date"])
-def test_the_servers_own_wish_decides_for_all(serve: Callable[..., Endpoint], value: str) -> None:
+def test_retry_after_pauses_all_requests(serve: Callable[..., Endpoint], value: str) -> None:
     wish = formatdate(time.time() + 2, usegmt=True) if value == "date" else value  # a date counts whole seconds
     endpoint = serve(failure(429, retry_after=wish), GOOD)
     started_s = time.monotonic()

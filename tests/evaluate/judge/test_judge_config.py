@@ -45,13 +45,13 @@ def parse(**options: Any) -> JudgeConfig:
         ({"concurrency": 0}, r"option 'concurrency'"),
     ],
 )
-def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+def test_refused_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse(**options)
     assert "secret" not in str(caught.value)
 
 
-def test_addresses_are_taken_as_people_give_them() -> None:
+def test_the_url_may_have_a_path_or_a_slash() -> None:
     for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
         assert parse(judge_url=url).judge_url == "http://h/v1"
 

@@ -143,7 +143,7 @@ def test_prompts_that_cannot_be_used(tmp_path: Path, form: Form, text: str, mess
     assert str(path) in str(caught.value)
 
 
-def test_a_prompt_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+def test_a_prompt_that_is_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the prompt is missing .*none\.txt"):
         read_prompt(tmp_path / "none.txt", "score")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -96,7 +96,7 @@ def test_grades_by_model_seed_and_length() -> None:
     assert report["unparsable"]["b"]["share"] == 0.0
 
 
-def test_the_reference_is_graded_wherever_it_stands() -> None:
+def test_the_reference_is_graded_in_both_orders() -> None:
     def say(question: Question) -> str:
         # 4 to the answer and 8 to the reference, in the order in which the question shows them
         text = question.text()
@@ -176,7 +176,7 @@ def test_pairs_by_model_seed_and_length() -> None:
     )
 
 
-def test_a_judge_that_sees_only_the_place_finds_no_winner() -> None:
+def test_a_judge_that_sees_only_the_position_finds_no_winner() -> None:
     models = {"a": (1,), "b": (1,), "c": (1,)}
     judging = Judging(answers_of(models, 4), lambda _: "Verdict: A", read_prompt(None, "verdict"), mode="pairwise")
     rows = judging.report["pairs"]["d"]
@@ -187,7 +187,7 @@ def test_a_judge_that_sees_only_the_place_finds_no_winner() -> None:
         assert row["position"]["first_less_second"] == {"mean": 100.0, "low": 100.0, "high": 100.0}
 
 
-def test_a_judge_that_knows_better_finds_it_in_every_row() -> None:
+def test_a_perfect_judge_finds_the_winner_in_every_row() -> None:
     def say(question: Question) -> str:
         text = question.text()
         return f"Verdict: {'A' if text.index('b 1 ') < text.index('a 1 ') else 'B'}"

@@ -77,7 +77,7 @@ def test_a_question_holds_its_row_and_nothing_else(sources: dict[str, list[str]]
     assert "row-1" not in text
 
 
-def test_pairs_stand_in_both_orders(sources: dict[str, list[str]]) -> None:
+def test_pairs_are_judged_in_both_orders(sources: dict[str, list[str]]) -> None:
     first, second = asked(parse(sources, mode="pairwise", sets="e"))[:2]
     assert about([first, second]) == [
         ("e", "row-0", "b", 0, "a", 3, False),

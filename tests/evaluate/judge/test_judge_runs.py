@@ -45,7 +45,7 @@ def num_kept(config: JudgeConfig) -> int:
     return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
 
-def test_a_judge_that_goes_away_leaves_what_it_said(make: Make) -> None:
+def test_verdicts_survive_a_judge_that_goes_away(make: Make) -> None:
     num_good = 4
 
     def answer(body: dict[str, Any]) -> Answer:
@@ -146,7 +146,7 @@ def test_an_estimate_asks_and_writes_nothing(make: Make) -> None:
         assert sum(len(text) for text in endpoint.questions) / 4 == pytest.approx(found["prompt"], abs=1)
 
 
-def test_one_refused_question_is_set_aside(make: Make) -> None:
+def test_one_refused_question_is_recorded_as_failed(make: Make) -> None:
     def answer(body: dict[str, Any]) -> Answer:
         return failure(400, "too long") if "a 0" in body["messages"][0]["content"] else completion("Score: 8")
 
@@ -169,7 +169,7 @@ def test_a_judge_that_refuses_everything_ends_the_run(make: Make, limit: int) ->
         assert num_kept(config) == 0  # so that they are asked again
 
 
-def test_a_second_request_goes_on_from_the_first_reply(make: Make, tmp_path: Path) -> None:
+def test_a_second_request_continues_from_the_first_reply(make: Make, tmp_path: Path) -> None:
     def answer(body: dict[str, Any]) -> Answer:
         if "a 0" in body["messages"][0]["content"] and len(body["messages"]) > 1:
             return failure(400, "too long by now")

@@ -24,7 +24,7 @@ def kept(path: Path, *answered: Answered) -> Verdicts:
     return verdicts
 
 
-def test_what_is_added_is_there(tmp_path: Path) -> None:
+def test_added_verdicts_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "v.jsonl"
     assert Verdicts(path, JUDGE).read() == {}
     kept(path, FIRST)
@@ -77,7 +77,7 @@ def test_another_judges_verdicts_are_left_alone(tmp_path: Path) -> None:
         (2, '{"question": "q", "replies": [{}], "refused": null}', r"line 2 of the verdicts cannot be read: TypeError"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_said(tmp_path: Path, number: int, content: str, message: str) -> None:
+def test_a_corrupt_line_is_reported(tmp_path: Path, number: int, content: str, message: str) -> None:
     path = tmp_path / "v.jsonl"
     kept(path, FIRST, SECOND)
     lines = path.read_text().splitlines()
@@ -87,7 +87,7 @@ def test_a_line_that_cannot_be_read_is_said(tmp_path: Path, number: int, content
         Verdicts(path, JUDGE).read()
 
 
-def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:
+def test_a_write_error_is_reported(tmp_path: Path) -> None:
     verdicts = kept(tmp_path / "v.jsonl", FIRST)
     (tmp_path / "v.jsonl").unlink()
     (tmp_path / "v.jsonl").mkdir()

@@ -130,7 +130,7 @@ def test_a_merged_report_is_made_once_and_can_be_merged_again(
         _merge(out, *places)
 
 
-def test_sets_of_other_models_stand_beside_each_other(
+def test_sets_of_different_models_are_all_in_the_report(
     data: Path, other_data: Path, answers: Answers, run_eval: Evaluate, tmp_path: Path
 ) -> None:
     one = run_eval("a-and-b", predictions=[answers("a", 2), answers("b", 3)], data=f"d={data}")
@@ -141,7 +141,7 @@ def test_sets_of_other_models_stand_beside_each_other(
     assert "## e (6 rows)" in (tmp_path / "merged" / "report.md").read_text()
 
 
-def test_names_can_be_given_where_they_meet(
+def test_conflicting_names_can_be_renamed(
     data: Path, answers: Answers, run_eval: Evaluate, single: Single, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = single("a"), run_eval("a-and-k", predictions=[answers("a", 3), answers("k", 2)], data=f"d={data}")

@@ -32,7 +32,7 @@ def test_labels_say_the_half_open_range() -> None:
 
 
 @given(words=st.integers(0, 500), edges=st.lists(st.integers(1, 400), min_size=1, max_size=5, unique=True).map(sorted))
-def test_a_row_lies_within_its_bucket(words: int, edges: list[int]) -> None:
+def test_every_row_is_within_its_bucket(words: int, edges: list[int]) -> None:
     bucket = buckets_of(edges)[bucket_index(words, edges)]
     assert bucket.low <= words
     assert bucket.high is None or words < bucket.high

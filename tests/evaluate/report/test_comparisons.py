@@ -30,7 +30,7 @@ def test_wins_ties_and_losses_are_of_means_over_seeds() -> None:
     assert difference.mean == pytest.approx((0 + 0 + 5 - 8.5) / 4)
 
 
-def test_a_constant_gain_is_certain() -> None:
+def test_a_constant_difference_has_a_tight_interval() -> None:
     theirs = np.arange(40.0)[None]
     difference = paired_difference(theirs + 1, theirs, 999, 0)
     assert (difference.low, difference.high) == (1.0, 1.0)

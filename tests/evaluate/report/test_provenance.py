@@ -84,7 +84,7 @@ def test_secrets_are_left_out(text: str, safe: str) -> None:
     assert redacted(text) == safe
 
 
-def test_no_secret_stands_in_a_command() -> None:
+def test_no_command_contains_a_secret() -> None:
     config = EvalConfig.parse(
         {"model": "m=x", "data": "d=d.jsonl", "out": "o", "cache": "s3://id:secret@bucket/c?key=secret"}, where="a test"
     )

@@ -133,7 +133,7 @@ def test_every_id_that_the_script_asks_for_is_there_once_and_labelled(page: _Pag
     assert page.count("label") == page.count("select") + page.count("input")
 
 
-def test_tables_and_charts_can_be_read_aloud(page: _Page) -> None:
+def test_tables_and_charts_have_text_alternatives(page: _Page) -> None:
     assert page.count("caption") == page.count("table") == 4
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.elements if tag == "th")
     charts = [attrs for tag, attrs in page.elements if tag == "svg" and "aria-hidden" not in attrs]
@@ -190,7 +190,7 @@ def test_the_best_model_is_marked(page: _Page) -> None:
     assert any("evil" in text or "gold" in text for tag, text in page.texts if tag == "title")
 
 
-def test_bars_stand_at_their_values() -> None:
+def test_bars_are_drawn_at_their_values() -> None:
     intervals = [{"mean": 50.0, "low": 40.0, "high": 100.0}, {"mean": None, "low": None, "high": None}]
     svg = grouped_bars(["[0,3)", "<b>"], [("m", 4, intervals)], "title & more", ("words", "<i>"))
     (bar,) = re.findall(r'<rect class="s4" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)
@@ -210,7 +210,7 @@ def test_boxes_say_their_quantiles() -> None:
     assert 'class="s1"' in svg
 
 
-def test_curves_stand_at_their_values() -> None:
+def test_curves_are_drawn_at_their_values() -> None:
     lines = [Line("a <run>", 2, False, [0, 50, 100], [0.0, 1.0, 4.0]), Line("v", 2, True, [100], [2.0])]
     svg = line_chart(lines, "loss by step", ("step", "loss"))
     # x runs from 58 (0) to 546 (100), y from 244 (0) to 14 (4)

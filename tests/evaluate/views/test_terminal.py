@@ -66,7 +66,7 @@ def test_tables_are_drawn_with_intervals_and_the_best_marked(report_path: Path) 
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_a_narrow_terminal_is_kept_to(report_path: Path, width: int) -> None:
+def test_tables_fit_a_narrow_terminal(report_path: Path, width: int) -> None:
     report = json.loads(report_path.read_text())
     report["models"]["[bold]a-model-of-a-name-that-is-longer-than-many[/bold]"] = report["models"].pop("half")
     report["comparisons"]["d"] = []

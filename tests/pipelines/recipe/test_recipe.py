@@ -268,7 +268,7 @@ batch_size = 3
 """
 
 
-def test_a_recipe_runs_once_and_goes_on_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     text = recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data)
     command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(tmp_path / "r.toml")]
     write(tmp_path / "r.toml", text.replace("batch_size = 3", "batch_size = 300"))
@@ -330,7 +330,7 @@ def test_every_command_of_the_documents_is_one_that_exists() -> None:
     assert found >= 10
 
 
-def test_the_shipped_data_are_apart_and_attributed() -> None:
+def test_the_shipped_data_do_not_overlap_and_are_attributed() -> None:
     rows = {
         name: [json.loads(line) for line in (ROOT / "examples" / "dolly" / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "heldout")
@@ -344,12 +344,12 @@ def test_the_shipped_data_are_apart_and_attributed() -> None:
     assert "CC BY-SA 3.0" in readme
 
 
-def test_the_version_is_said_once() -> None:
+def test_the_version_is_in_the_changelog() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_what_steps_are_forked_from_asks_for_no_device() -> None:
+def test_the_parent_of_recipe_steps_touches_no_device() -> None:
     """A forked process cannot use a GPU that the one before it has so much as counted."""
     code = (
         "import importlib, torch\n"

@@ -98,7 +98,7 @@ def test_tables_4_and_5_go_by_the_papers_buckets(report: Path, tmp_path: Path) -
     assert [value["paper"] for value in rouge.values()] == [28.04, 21.65, 15.07]
 
 
-def test_a_method_that_the_paper_has_no_number_for_has_none_beside_it(report: Path, tmp_path: Path) -> None:
+def test_a_method_without_a_number_in_the_paper_has_an_empty_cell(report: Path, tmp_path: Path) -> None:
     found = table(report, tmp_path, "table1", paper="opt-1.3b", rows={"kd": "none", "dpkd": "DPKD"})
     assert (found["kd"]["held"]["paper"], found["dpkd"]["held"]["paper"]) == (None, 27.2)
     assert "| `kd` | - |" in (tmp_path / "table1.md").read_text()

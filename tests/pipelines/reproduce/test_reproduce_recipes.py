@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, content: str, message: str) -
         read_recipe(write(tmp_path / "r.toml", content))
 
 
-def test_every_artefact_has_a_recipe_and_a_tiny_twin() -> None:
+def test_every_artefact_has_a_recipe_and_a_tiny_version() -> None:
     made = {(tomllib.loads(path.read_text())["reproduce"]["artefact"], "tiny" in path.name) for path in LEADING}
     assert made == {(name, tiny) for name in ARTEFACTS for tiny in (True, False)}
     families = {tomllib.loads(path.read_text())["reproduce"].get("paper") for path in PAPER.glob("table1-*.toml")}
@@ -139,7 +139,7 @@ def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
 
 
 @pytest.mark.parametrize("path", LEADING, ids=lambda path: path.stem)
-def test_the_papers_numbers_stand_in_the_header(path: Path) -> None:
+def test_the_header_has_the_papers_numbers(path: Path) -> None:
     config = read_reproduce(path, read_recipe(path))
     if config.artefact in ("fig1", "fig2", "fig3", "fig4"):
         return  # the paper prints no numbers, or two of which the header speaks

@@ -40,7 +40,7 @@ def all_rows(cache: TeacherCache) -> list[CachedRow]:
     return [shard.row(i) for record in cache.shards() for shard in [cache.read(record)] for i in range(len(shard))]
 
 
-def test_every_row_stands_once_and_verifies(toy_cache: Path) -> None:
+def test_every_row_is_there_once_and_verifies(toy_cache: Path) -> None:
     cache = TeacherCache.open(toy_cache)
     rows = all_rows(cache)
     keys = [(row.origin, row.example_id, row.sample) for row in rows]
@@ -75,7 +75,7 @@ def test_responses_end_in_eos_exactly_when_they_stop(toy_cache: Path) -> None:
         assert len(row.response_ids) <= 12
 
 
-def test_a_round_lies_row_for_row_beside_the_cache(toy_cache: Path, toy_student: Path) -> None:
+def test_a_round_has_the_rows_of_the_cache(toy_cache: Path, toy_student: Path) -> None:
     cache = TeacherCache.open(toy_cache)
     held = cache.round("r0")
     for record in cache.shards():

@@ -39,7 +39,7 @@ def start_and_wait(arguments: list[str], out: Path, at_least: int) -> subprocess
     return process
 
 
-def test_killed_and_interrupted_jobs_go_on(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+def test_killed_and_interrupted_jobs_resume(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     out = tmp_path / "cache"
     # enough rows that a kill falls into the middle
     rows = [json.loads(line) for line in toy_data.read_text().splitlines()]

@@ -236,7 +236,7 @@ def test_a_killed_replica_costs_no_row_and_the_cache_is_that_of_vllm(
 
 
 @pytest.mark.engine
-def test_jobs_of_vllm_and_ray_take_each_other_up(
+def test_vllm_and_ray_resume_each_others_jobs(
     tmp_path: Path, cluster: str, options: dict[str, object], by_vllm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "cache"
@@ -272,7 +272,7 @@ def test_jobs_of_vllm_and_ray_take_each_other_up(
 
 
 @pytest.mark.engine
-def test_a_round_by_ray_lies_beside_the_cache(
+def test_a_round_can_be_written_by_ray(
     tmp_path: Path, cluster: str, options: dict[str, object], by_vllm: Path, toy_student: Path
 ) -> None:
     out = Path(shutil.copytree(by_vllm, tmp_path / "cache"))

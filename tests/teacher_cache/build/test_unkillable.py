@@ -245,7 +245,7 @@ def broken_teacher(tmp_path_factory: pytest.TempPathFactory, toy_teacher: Path) 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_a_prompt_that_breaks_the_model_is_set_aside(
+def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
     engine: str, tmp_path: Path, broken_teacher: tuple[Path, str], toy_student: Path, write_rows: WriteRows
 ) -> None:
     teacher, word = broken_teacher
@@ -317,7 +317,7 @@ def answers(engine: Any) -> dict[int, EngineResult | FailedRequest]:
 
 
 @pytest.mark.engine
-def test_a_failing_vllm_is_started_again_and_the_culprit_found(
+def test_a_failing_vllm_is_restarted_and_the_failing_row_found(
     toy_teacher: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -363,7 +363,7 @@ def test_a_failing_vllm_is_started_again_and_the_culprit_found(
 
 
 @pytest.mark.engine
-def test_memory_that_is_not_there_is_an_error_of_one_line(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+def test_out_of_memory_is_an_error_of_one_line(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     command = [
         sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher),
         "--data", str(toy_data), "--out", str(tmp_path / "cache"), "--engine", "vllm", "--max-new-tokens", "6",

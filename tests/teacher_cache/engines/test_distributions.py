@@ -23,7 +23,7 @@ def test_tail_by_hand() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0.1, 20))
-def test_tail_is_the_mass_outside(seed: int, top_k: int, scale: float) -> None:
+def test_the_tail_is_the_mass_outside_the_entries(seed: int, top_k: int, scale: float) -> None:
     logits = np.random.default_rng(seed).normal(size=(3, 40)) * scale
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     ranked = -np.sort(-logprobs, axis=1)
@@ -33,12 +33,12 @@ def test_tail_is_the_mass_outside(seed: int, top_k: int, scale: float) -> None:
     assert (np.abs(np.exp(rest.astype(np.float64)) - true) <= 3 * MASS_RESOLUTION).all()
 
 
-def test_nothing_is_outside_a_whole_vocabulary() -> None:
+def test_a_full_vocabulary_has_no_tail() -> None:
     top = np.log(np.full((1, 4), 0.25, np.float32))
     assert tail(top, top[:, 0], np.array([False]), vocab_size=4)[0] == -np.inf
 
 
-def test_a_sampled_token_outside_keeps_its_own_mass() -> None:
+def test_a_sampled_token_in_the_tail_keeps_its_probability() -> None:
     # the kept entry claims everything, yet a token of probability 1e-4 was drawn from outside
     top = np.zeros((1, 1), np.float32)
     rest = tail(top, np.log(np.array([1e-4], np.float32)), np.array([True]), vocab_size=10)

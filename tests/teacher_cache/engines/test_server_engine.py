@@ -346,7 +346,7 @@ def test_a_full_server_is_asked_again(two: VllmServer, teacher: ModelSource, tra
 
 
 @pytest.mark.parametrize("fault", [429, 500, 502, "drop", 5.0])
-def test_passing_faults_are_tried_again(
+def test_temporary_errors_are_retried(
     servers: Servers, teacher: ModelSource, transformers: Engine, fault: Fault
 ) -> None:
     left = itertools.chain([fault] * 2, itertools.repeat(None))
@@ -509,7 +509,7 @@ def test_addresses_are_taken_with_and_without_v1() -> None:
     assert "secret" not in str(error.value)
 
 
-def test_nobody_there_is_an_error(teacher: ModelSource, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_does_not_answer_is_an_error(teacher: ModelSource, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=rf"no server has answered for 1 s: found ConnectError.* \(in {url}\)"):
         connect(teacher, url, patience_s=1.0)

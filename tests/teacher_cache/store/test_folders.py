@@ -148,7 +148,7 @@ def test_a_cache_by_url_is_the_cache_of_a_directory(
 
 
 @pytest.mark.engine
-def test_a_killed_job_goes_on_in_an_object_store(s3: str, toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_a_killed_job_resumes_in_an_object_store(s3: str, toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
     out = f"{s3}/killed"
     command = [
         sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher),
