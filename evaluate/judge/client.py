@@ -1,4 +1,4 @@
-"""One OpenAI-compatible endpoint: chat completions over HTTP, tried again with back-off, the key kept to itself."""
+"""One OpenAI-compatible endpoint: chat completions over HTTP with retries and back-off; the key is never shown."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Messages = Sequence[dict[str, str]]
 
 _CONNECT_TIMEOUT_S = 10.0
 _LONGEST_DELAY_S = 60.0
-_LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is out of quota, not out of breath
-_SAID_EVERY_S = 30.0
-_REFUSALS = (400, 413, 422)  # of this question: too long, say, or against the endpoint's rules
-_PASSING = (408, 409, 425, 429)
+_LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is out of quota, not busy
+_PRINT_EVERY_S = 30.0
+_REFUSALS = (400, 413, 422)  # of this question: it is too long, or against the endpoint's rules
+_TRANSIENT = (408, 409, 425, 429)
 
 
-class _PassingTroubleError(Exception):
-    """A try that came to nothing and may come to something later, after `wait_s` where the server named a time."""
+class _TransientError(Exception):
+    """A failed try that may succeed later, after `wait_s` if the server named a time."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -38,19 +38,19 @@ class _PassingTroubleError(Exception):
 
 
 def read_key(config: JudgeConfig) -> str:
-    """The key of the environment, or no text; raises `UserError` where it cannot be used or must not be sent."""
+    """The key from the environment, or an empty text; raises `UserError` if it cannot be used or must not be sent."""
     variable = config.api_key_env or KEY_VARIABLE
     key = os.environ.get(variable, "").strip()
     if not key:
         if config.api_key_env is not None:
-            raise UserError(f"the environment has no {variable}", where="--api-key-env", advice=f"Set {variable}")
+            raise UserError(f"the environment variable {variable} is not set", where="--api-key-env", advice="Set it")
         return ""
     if not (key.isascii() and key.isprintable()):
-        # HTTP refuses it, with an error that shows it
-        raise UserError(f"the key in {variable} holds characters that no key has", expected="printable ASCII")
+        # httpx would refuse it with an error that shows the key
+        raise UserError(f"the key in {variable} has invalid characters", expected="printable ASCII", where=variable)
     if not config.key_may_be_sent:
         raise UserError(
-            "the key would go over plain http to another machine, where others can read it",
+            "the key would be sent over plain http to another machine, where others can read it",
             found=config.judge_url,
             expected="https, or an address of this machine",
             where="--judge-url",
@@ -60,9 +60,9 @@ def read_key(config: JudgeConfig) -> str:
 
 
 class JudgeClient:
-    """Asks the judge of `config`; an asynchronous context manager of one event loop.
+    """Asks the judge of `config`; an asynchronous context manager for one event loop.
 
-    What the server says is handed on without the key, even where the server repeats it.
+    Texts from the server are returned without the key, even if the server repeats it.
     """
 
     def __init__(self, config: JudgeConfig, key: str) -> None:
@@ -72,13 +72,13 @@ class JudgeClient:
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             follow_redirects=False,  # a redirect could take the key elsewhere
-            trust_env=not is_loopback(host),  # what goes to this machine goes through no proxy
+            trust_env=not is_loopback(host),  # no proxy for this machine
             timeout=httpx.Timeout(config.timeout_s, connect=_CONNECT_TIMEOUT_S),
-            # servers close connections that rest: ours go first, so that none is closed under a request
+            # servers close idle connections: close them first, so that no request meets a closed one
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
         )
-        self._not_before_s = 0.0  # monotonic clock: the server asked for rest until then, which holds for all
-        self._said_s = -_SAID_EVERY_S
+        self._not_before_s = 0.0  # monotonic clock: the server asked all requests to wait until then
+        self._printed_s = -_PRINT_EVERY_S
 
     async def __aenter__(self) -> Self:
         return self
@@ -89,60 +89,60 @@ class JudgeClient:
     async def ask(self, messages: Messages) -> Reply:
         """The judge's reply.
 
-        Raises `RequestRefusedError` where the server will not answer this question, `UserError` where it answers none:
-        at once for a wrong key, model or address, after `config.tries` for failures that could have passed.
+        Raises `RequestRefusedError` if the server will not answer this question, and `UserError` if it answers none:
+        at once for a wrong key, model or address, after `config.tries` for transient failures.
         """
         body = self._config.request_body() | {"messages": list(messages)}
         for tries in range(1, self._config.tries + 1):
             await asyncio.sleep(max(0.0, self._not_before_s - time.monotonic()))
             try:
                 return await self._post(body)
-            except _PassingTroubleError as trouble:
-                reason = trouble.reason
+            except _TransientError as failure:
+                reason = failure.reason
                 if tries == self._config.tries:
                     break
                 self._say(reason)
-                await self._rest(trouble, tries)
+                await self._wait(failure, tries)
         raise UserError(
-            "the judge gives no answer",
+            "the judge does not answer",
             found=f"{reason} (the last of {self._config.tries} tries)",
             where=self._url,
-            advice="The verdicts so far are kept: the same command goes on once it answers",
+            advice="The verdicts so far are kept: run the same command again when it answers",
         )
 
-    async def _rest(self, trouble: _PassingTroubleError, tries: int) -> None:
-        if trouble.wait_s is None:
-            # drawn from the upper half, so that questions that failed together do not return together
+    async def _wait(self, failure: _TransientError, tries: int) -> None:
+        if failure.wait_s is None:
+            # random, so that requests that failed together are not repeated together
             delay_s = min(self._config.retry_delay_s * 2.0 ** (tries - 1), _LONGEST_DELAY_S)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             return
-        if trouble.wait_s > _LONGEST_RETRY_AFTER_S:
+        if failure.wait_s > _LONGEST_RETRY_AFTER_S:
             raise UserError(
-                f"the judge asks to come back in {trouble.wait_s:.0f} s",
-                found=trouble.reason,
+                f"the judge asks to wait {failure.wait_s:.0f} s",
+                found=failure.reason,
                 expected=f"at most {_LONGEST_RETRY_AFTER_S:.0f} s",
                 where=self._url,
-                advice="The verdicts so far are kept: run the same command then",
+                advice="The verdicts so far are kept: run the same command after that time",
             )
-        self._not_before_s = max(self._not_before_s, time.monotonic() + trouble.wait_s)
+        self._not_before_s = max(self._not_before_s, time.monotonic() + failure.wait_s)
 
     async def _post(self, body: dict[str, Any]) -> Reply:
         try:
             response = await self._client.post(self._url, json=body)
         except httpx.RequestError as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise _PassingTroubleError(self._clean(reason)) from None
+            raise _TransientError(self._clean(reason)) from None
         status = response.status_code
         if status == 200:
             return self._reply(response)
         reason = f"HTTP {status}: {self._message(response)}"
-        if status in _PASSING or status >= 500:
-            raise _PassingTroubleError(reason, _retry_after_s(response.headers.get("retry-after")))
+        if status in _TRANSIENT or status >= 500:
+            raise _TransientError(reason, _retry_after_s(response.headers.get("retry-after")))
         if status in _REFUSALS:
             raise RequestRefusedError(reason)
-        raise self._lasting(status, reason)
+        raise self._permanent(status, reason)
 
-    def _lasting(self, status: int, reason: str) -> UserError:
+    def _permanent(self, status: int, reason: str) -> UserError:
         if status in (401, 403):
             variable = self._config.api_key_env or KEY_VARIABLE
             return UserError(
@@ -153,10 +153,12 @@ class JudgeClient:
             )
         if status == 404:
             advice = "Give --judge-url with the path before /chat/completions (often /v1) and a --judge-model it has"
-            return UserError("the judge is not at the address", found=reason, where=self._url, advice=advice)
+            return UserError("there is no judge at this address", found=reason, where=self._url, advice=advice)
         if 300 <= status < 400:
-            return UserError("the judge redirects", found=reason, where=self._url, advice="Give its own address")
-        return UserError("the judge refuses every question", found=reason, where=self._url)
+            return UserError("the judge redirects", found=reason, where=self._url, advice="Give the final address")
+        return UserError(
+            "the judge refuses every question", found=reason, where=self._url, advice="Check its documentation"
+        )
 
     def _reply(self, response: httpx.Response) -> Reply:
         try:
@@ -164,10 +166,10 @@ class JudgeClient:
             choice = body["choices"][0]
             content = choice["message"].get("content")
             if content is not None and not isinstance(content, str):
-                raise TypeError("`content` is no text")
+                raise TypeError("`content` is not text")
             usage = body.get("usage") or {}
             return Reply(
-                # a reply may be empty where all tokens went into reasoning
+                # a reply may be empty if all tokens went into reasoning
                 self._clean(content or ""),
                 self._text(choice.get("finish_reason")),
                 self._text(body.get("model")),
@@ -175,12 +177,12 @@ class JudgeClient:
                 _count(usage.get("completion_tokens")),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _PassingTroubleError(
-                f"the answer is no chat completion ({type(error).__name__}): {self._clean(_short(response.text))}"
+            raise _TransientError(
+                f"the response is not a chat completion ({type(error).__name__}): {self._clean(_short(response.text))}"
             ) from None
 
     def _message(self, response: httpx.Response) -> str:
-        """What the server says of an error, in one short line."""
+        """The server's error message, in one short line."""
         try:
             error = response.json()["error"]
             text = error["message"] if isinstance(error, dict) else error
@@ -189,7 +191,7 @@ class JudgeClient:
         return _short(self._clean(str(text)))
 
     def _clean(self, text: str) -> str:
-        """`text` without the key, and without halves of characters, which no file can hold."""
+        """`text` without the key, and without lone surrogates, which UTF-8 cannot encode."""
         text = text.replace(self._key, "***") if self._key else text
         return text.encode("utf-8", "replace").decode()
 
@@ -197,9 +199,9 @@ class JudgeClient:
         return self._clean(value) if isinstance(value, str) else None
 
     def _say(self, reason: str) -> None:
-        if time.monotonic() - self._said_s >= _SAID_EVERY_S:
-            self._said_s = time.monotonic()
-            say(f"{self._url} gives no answer ({reason}); trying again")
+        if time.monotonic() - self._printed_s >= _PRINT_EVERY_S:
+            self._printed_s = time.monotonic()
+            say(f"{self._url} does not answer ({reason}); trying again")
 
 
 def _short(text: str) -> str:
@@ -211,7 +213,7 @@ def _count(value: object) -> int | None:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds that a `Retry-After` asks for, as a number or as a date; None without one that can be read."""
+    """The seconds in a `Retry-After` header, a number or a date; None if it is missing or invalid."""
     if value is None:
         return None
     with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""One judging from options to report: check what is cheap, ask what is missing, count, write."""
+"""One judging from options to report: check everything cheap, ask what is missing, summarise, write."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dpkd.evaluate.views.output import check_options, is_complete, save_options
 from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
 _ADVICE = "Choose another --out (--verdicts reuses the verdicts of this one); nothing was overwritten"
-# refusals without a single reply after which the fault is not the questions'
+# this many refusals without a single reply cannot be due to the questions
 _MOST_REFUSALS = 5
 
 
 class _Plan:
-    """What a judging is made of before anything is asked."""
+    """Everything that a judging needs before the first question."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
@@ -45,7 +45,7 @@ class _Plan:
         return list({q.key: q for q in self.questions if q.key not in answered}.values())
 
     def identity(self) -> dict[str, Any]:
-        """What the report is a function of, beside the verdicts."""
+        """What the report depends on, besides the verdicts."""
         return {
             "format_version": FORMAT_VERSION,
             "settings": self.config.model_dump(mode="json", exclude=set(FREE_OPTIONS)),
@@ -57,9 +57,9 @@ class _Plan:
 def judge(config: JudgeConfig) -> Path:
     """Have the answers of `config` judged; returns the path of `judge.json`.
 
-    Each verdict is kept as it comes in: called again after a kill this asks only what is missing, called again after
-    the end it says so. Raises `UserError` before the first question for whatever in the options cannot be used, and
-    when the judge stops answering.
+    Each verdict is saved as it arrives. After a crash, call it again: it asks only what is missing. If the report is
+    complete it does nothing. Raises `UserError` for options that cannot be used, before the first question, and if the
+    judge stops answering.
     """
     require_matplotlib()
     key = read_key(config)
@@ -83,7 +83,7 @@ def judge(config: JudgeConfig) -> Path:
 
 
 def estimate(config: JudgeConfig) -> dict[str, Any]:
-    """How many questions `judge` would ask now, and about how many tokens they take; asks nothing, writes nothing."""
+    """How many questions `judge` would ask now, and about how many tokens they take; asks and writes nothing."""
     plan = _Plan(config)
     answered = plan.verdicts.read()
     return estimate_tokens(config, plan.questions, plan.missing(answered), answered)
@@ -96,7 +96,7 @@ def _form(config: JudgeConfig) -> Form:
 
 
 def _judge_identity(config: JudgeConfig, prompt: JudgePrompt) -> dict[str, Any]:
-    """Who is asked and how: verdicts with another one are not mixed. The prompt is part of each question's key."""
+    """Who is asked and how; verdicts of different judges are never mixed. Prompts are part of the questions' keys."""
     return {
         "url": config.judge_url,
         "body": config.request_body(),
@@ -105,11 +105,11 @@ def _judge_identity(config: JudgeConfig, prompt: JudgePrompt) -> dict[str, Any]:
 
 
 def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:
-    """Ask every question that is missing; each answer goes to the file and to `answered`."""
+    """Ask every missing question; each answer goes to the file and to `answered`."""
     missing = plan.missing(answered)
     num_total = len({question.key for question in plan.questions})
     if not missing:
-        say(f"all {num_total} verdicts are there already")
+        say(f"all {num_total} verdicts exist already")
         return
     say(f"asking {plan.config.judge_model} at {plan.config.judge_url}: {len(missing)} of {num_total} questions")
     with Progress("judging", num_total, "verdicts", done=num_total - len(missing)) as progress:
@@ -117,19 +117,19 @@ def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:
 
 
 class _Asking:
-    """Questions under way: as many at once as `concurrency` allows."""
+    """Asks questions, up to `concurrency` at once."""
 
     def __init__(self, plan: _Plan, answered: dict[str, Answered], progress: Progress) -> None:
         self._plan, self._answered, self._progress = plan, answered, progress
-        self._refused: list[Answered] = []  # held back until the judge has replied to anything
+        self._refused: list[Answered] = []  # saved only when the judge has replied to any question
         keys = {question.key for question in plan.questions}
-        self._heard = any(found.replies for name, found in answered.items() if name in keys)
+        self._replied = any(found.replies for name, found in answered.items() if name in keys)
         self._num_asked = self._num_unread = 0
 
     async def run(self, questions: Sequence[Question], key: str) -> None:
-        """Return when all are answered; the first error ends all of them."""
+        """Return when all are answered; the first error stops all of them."""
         waiting = iter(questions)
-        asyncio.get_running_loop().set_exception_handler(_say_unless_interrupted)
+        asyncio.get_running_loop().set_exception_handler(_report_unless_interrupted)
         async with JudgeClient(self._plan.config, key) as client:
             workers = [
                 asyncio.create_task(self._work(client, waiting))
@@ -153,7 +153,7 @@ class _Asking:
             self._take(found)
 
     async def _replies(self, client: JudgeClient, question: Question) -> tuple[Reply, ...]:
-        """The reply, and a second one where the first cannot be read and that is wished."""
+        """The reply, and a second one if the first cannot be read and `--reask` is given."""
         messages = [{"role": "user", "content": question.text()}]
         first = await client.ask(messages)
         if not self._plan.config.reask or Answered("", (first,)).parsed(question.prompt.form) is not None:
@@ -165,15 +165,15 @@ class _Asking:
         try:
             return first, await client.ask(messages)
         except RequestRefusedError:
-            return (first,)  # too long by now, say: it stays a reply that cannot be read
+            return (first,)  # perhaps too long by now: the reply stays unparsable
 
     def _take(self, found: Answered) -> None:
-        if found.refused is not None and not self._heard:
+        if found.refused is not None and not self._replied:
             self._refused.append(found)
             if len(self._refused) >= _MOST_REFUSALS:
                 raise self._all_refused()
             return
-        self._heard = True
+        self._replied = True
         for one in (*self._refused, found):
             self._plan.verdicts.append(one)
             self._answered[one.question] = one
@@ -184,14 +184,14 @@ class _Asking:
 
     def _all_refused(self) -> UserError:
         return UserError(
-            f"the judge has refused all of the first {len(self._refused)} questions",
+            f"the judge refused all of the first {len(self._refused)} questions",
             found=self._refused[0].refused,
             where=self._plan.config.judge_url,
-            advice="See what it says; fields of a request are taken out by --extra-body NAME=null",
+            advice="See its message; --extra-body NAME=null removes a field from the requests",
         )
 
 
-def _say_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A signal is raised in whichever task runs: it ends all of them, and is not reported as that task's fault."""
+def _report_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An interrupt is raised in the running task and stops all of them; it is not reported as an error of that task."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)

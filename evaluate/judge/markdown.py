@@ -7,11 +7,11 @@ from typing import Any
 
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS, decoding_text, model_text, software_text
-from dpkd.evaluate.report.tables import bucket_labels, interval_cell, number_text, p_value_text
+from dpkd.evaluate.report.tables import bucket_labels, difference_cells, interval_cell, number_text, p_value_text
 
 
 def judge_markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: what was asked, a section for each data set, what could not be read, the cost."""
+    """The report as Markdown: what was asked, a section for each data set, unparsable replies, the cost."""
     parts = ["# Judge\n", judge_text(report) + "\n"]
     for data, about in report["data"].items():
         parts.append(f"## {data} ({about['n']} of {about['num_rows']} rows)\n")
@@ -24,9 +24,9 @@ def judge_markdown(report: Mapping[str, Any]) -> str:
 def judge_text(report: Mapping[str, Any]) -> str:
     """Who judged and what was asked, in a few sentences."""
     judge, settings = report["judge"], report["settings"]
-    said = ", ".join(f"{name} ({count} replies)" for name, count in judge["models_said"].items())
+    names = ", ".join(f"{name} ({count} replies)" for name, count in judge["models_said"].items())
     asked = {
-        "pairwise": "pairs of answers in both orders; a win counts where both orders agree, else it is a tie",
+        "pairwise": "pairs of answers in both orders; a win needs both orders to agree, otherwise it is a tie",
         "pointwise": "a grade from 1 to 10 for each answer"
         + (" and for the reference in the same reply" if settings["grade_reference"] else ""),
     }[report["mode"]]
@@ -34,13 +34,13 @@ def judge_text(report: Mapping[str, Any]) -> str:
     seeds = f"{which} ({', '.join(map(str, _seeds(report)))})"
     prompt = f"{judge['prompt']['name']} (sha256 {judge['prompt']['sha256'][:SHOWN_DIGITS]})"
     return (
-        f"{judge['model']} at {judge['url']}, by its own name {said or 'unknown'}, was asked for {asked}: {seeds}, "
-        f"prompt {prompt}. In brackets 95% bootstrap intervals over rows."
+        f"{judge['model']} at {judge['url']}, which calls itself {names or 'unknown'}, was asked for {asked}: {seeds}, "
+        f"prompt {prompt}. In brackets: 95% bootstrap intervals over rows."
     )
 
 
 def _seeds(report: Mapping[str, Any]) -> list[int]:
-    """The seeds of the judged answers, rising."""
+    """The seeds of the judged answers, in ascending order."""
     if report["mode"] == "pairwise":
         rows = [seed for pairs in report["pairs"].values() for row in pairs for seed in row["seeds"]]
         return sorted({row[key] for row in rows for key in ("seed", "other_seed")})
@@ -49,7 +49,7 @@ def _seeds(report: Mapping[str, Any]) -> list[int]:
 
 
 def made_text(report: Mapping[str, Any]) -> str:
-    """Which answers were judged, how they were drawn, and the software, in two sentences."""
+    """Which answers were judged, how they were drawn, and the software."""
     judged = {"models": report["judged"]}
     models = ", ".join(f"{name} {model_text(model)}" for name, model in report["judged"].items())
     return f"Answers of {models}: {decoding_text(judged)}. Software: {software_text(dict(report))}."
@@ -60,7 +60,7 @@ def tokens_text(report: Mapping[str, Any]) -> str:
     tokens = report["tokens"]
     text = f"{tokens['num_requests']} requests: {tokens['prompt']} prompt and {tokens['completion']} completion tokens"
     if tokens["num_without_usage"]:
-        text += f" ({tokens['num_without_usage']} replies came without a count)"
+        text += f" ({tokens['num_without_usage']} replies without a count)"
     return text + ("." if tokens["cost"] is None else f", cost {tokens['cost']:.2f}.")
 
 
@@ -82,17 +82,7 @@ def _pointwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
     ]
     if comparisons := report["comparisons"][data]:
         header = ["Difference", "Grade", "p", "p (Holm)", "won / tied / lost", "resolvable"]
-        rows = [
-            [
-                f"`{row['model']}` - `{row['baseline']}`",
-                interval_cell(row, sign="+"),
-                p_value_text(row["p_value"]),
-                p_value_text(row["p_holm"]),
-                f"{row['wins']} / {row['ties']} / {row['losses']}",
-                number_text(row["smallest_resolvable"], 2),
-            ]
-            for row in comparisons
-        ]
+        rows = [[f"`{row['model']}` - `{row['baseline']}`", *difference_cells(row)] for row in comparisons]
         parts.append(markdown_table(header, rows))
     return parts
 
@@ -100,7 +90,7 @@ def _pointwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
 def _pairwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
     pairs = {f"`{row['model']}` against `{row['baseline']}`": row for row in report["pairs"][data]}
     if not pairs:
-        return ["No two models have both answered this set.\n"]
+        return ["No two models have answered this set.\n"]
     header = ["Pair", "won %", "tied %", "lost %", "won / tied / lost / undecided", "won - lost", "p", "p (Holm)"]
     rows = [
         [
@@ -149,5 +139,5 @@ def _unparsable(by_model: Mapping[str, Any]) -> str:
         ]
         for name, count in by_model.items()
     ]
-    note = "Questions without a verdict count in no mean: if their share differs between models, the means may mislead."
+    note = "Means leave out questions without a verdict. If their share differs between models, the means may mislead."
     return f"{markdown_table(header, rows)}\n{note}\n"

@@ -34,7 +34,7 @@ def plot_judge(report: Mapping[str, Any], path: Path) -> list[Path]:
 
 
 def _draw_grades(panel: Axes, report: Mapping[str, Any]) -> None:
-    """A bar for each model and data set: the mean grade, or its ratio to the reference's if that was graded."""
+    """A bar for each model and data set: the mean grade, or its ratio to the reference's grade if there is one."""
     metric = "ratio" if report["settings"]["grade_reference"] else "grade"
     sets = list(report["data"])
     scores = {
@@ -51,7 +51,7 @@ def _draw_grades(panel: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _draw_pairs(panel: Axes, report: Mapping[str, Any]) -> None:
-    """A bar for each pair and data set, filled by the shares won, tied and lost, with the number of decided pairs."""
+    """A bar for each pair and data set, split into the shares won, tied and lost, with the number of decided pairs."""
     rows = [(data, row) for data, pairs in report["pairs"].items() for row in pairs if row["win"]["mean"] is not None]
     left = [0.0] * len(rows)
     for outcome, (label, colour) in _OUTCOMES.items():

@@ -1,4 +1,4 @@
-"""What a judge is asked and how its replies are read: prompts from files, answers fenced in, one exact last line."""
+"""What a judge is asked and how its replies are read: prompts from files, fenced texts, one exact last line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _LABELS = {"instruction": "task", "answer": "answer", "answer_a": "answer A", "answer_b": "answer B"}
 _OPTIONAL = ("instruction", "reference", "mark")
 
-#: words with which chat templates mark turns, which some servers also read inside of a message
+#: words with which chat templates mark turns; some servers also act on them inside a message
 _CONTROL = re.compile(r"<[|\uff5c]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
 
 
@@ -52,7 +52,7 @@ _SHAPES: dict[Form, _Shape] = {
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A prompt with placeholders, the form of reply that it asks for, and the text that asks once more."""
+    """A prompt with placeholders, and the form of reply that it asks for."""
 
     form: Form
     name: str
@@ -60,32 +60,32 @@ class JudgePrompt:
 
     @property
     def sha256(self) -> str:
-        """Of the prompt's text, as hexadecimal text."""
+        """The hash of the prompt's text, as hexadecimal text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def reask(self) -> str:
-        """What a judge is told whose reply cannot be read."""
+        """What to send a judge whose reply cannot be read."""
         return _read(_FOLDER / "reask.txt").replace("{form}", _SHAPES[self.form].text).strip()
 
     def render(self, parts: Mapping[str, str], references: Sequence[str]) -> str:
-        """The question: each of `parts` (`instruction` and answers by placeholder) and each reference in its fence.
+        """The question: each of `parts` (`instruction` and answers, by placeholder) and each reference in a fence.
 
-        A fence carries a mark that none of the texts holds, so no text can close it.
+        A fence has a mark that occurs in none of the texts, so no text can close it.
         """
         mark = _mark([*parts.values(), *references])
         blocks = {name: _fence(_LABELS[name], text, mark) for name, text in parts.items()}
         blocks["reference"] = "\n\n".join(_fence("reference", text, mark) for text in references)
         blocks["mark"] = mark
-        # one pass: braces within a text are no placeholders
+        # one pass, so that braces within a text are not placeholders
         return _PLACEHOLDER.sub(lambda match: blocks[match[1]], self.text)
 
 
 def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
     """The prompt in the file `path`, or the shipped one of `form`.
 
-    Raises `UserError` for a file that is missing, lacks a placeholder, has one that is not known, or does not ask for
-    the line that is read.
+    Raises `UserError` for a file that is missing, lacks a placeholder, has an unknown one, or does not ask for the
+    expected last line.
     """
     shape = _SHAPES[form]
     if path is None:
@@ -95,11 +95,11 @@ def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
     found = _PLACEHOLDER.findall(text)
     if unknown := [name for name in found if name not in known]:
         raise UserError(
-            "the prompt has a placeholder that is not known",
+            "the prompt has an unknown placeholder",
             found=f"{{{unknown[0]}}}",
             expected=", ".join(f"{{{name}}}" for name in known),
             where=path,
-            advice="A word of small letters in braces is always taken for a placeholder",
+            advice="Every word of lower-case letters in braces is a placeholder",
         )
     if missing := [name for name in shape.needed if name not in found]:
         raise UserError(
@@ -107,11 +107,11 @@ def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
             found=", ".join(f"{{{name}}}" for name in dict.fromkeys(found)) or "none",
             expected=f"{{{missing[0]}}}",
             where=path,
-            advice="Put it where the text is to stand",
+            advice="Put it where the text belongs",
         )
     if shape.word not in text:
         raise UserError(
-            "the prompt does not ask for the line that is read",
+            "the prompt does not ask for the last line that dpkd reads",
             expected=repr(shape.text),
             where=path,
             advice=f"Ask for a last line of exactly that form, with the word {shape.word!r}",
@@ -120,9 +120,9 @@ def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
 
 
 def parse_reply(form: Form, reply: str) -> tuple[str, ...] | None:
-    """What the last line of a reply says: a grade, two grades, or a verdict; None for any other form.
+    """The last line of a reply: a grade, two grades, or a verdict; None for any other form.
 
-    White space at the end of the reply does not count; nothing else is forgiven and nothing is searched for.
+    White space at the end of the reply is ignored. Nothing else is corrected or searched for.
     """
     last = reply.rstrip().rpartition("\n")[2]
     match = _SHAPES[form].line.fullmatch(last)
@@ -130,12 +130,12 @@ def parse_reply(form: Form, reply: str) -> tuple[str, ...] | None:
 
 
 def question_key(form: Form, text: str) -> str:
-    """The name of a question by content: equal questions have equal answers, whoever they are about."""
+    """The hash of a question: equal questions are asked once, whichever models they are about."""
     return fingerprint({"form": form, "text": text})
 
 
 def defuse(text: str) -> str:
-    """`text` with a space in each word that a chat template could take for the end of a turn."""
+    """`text` with a space in each word that a chat template could read as the end of a turn."""
     return _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
@@ -144,7 +144,7 @@ def _fence(label: str, text: str, mark: str) -> str:
 
 
 def _mark(texts: Sequence[str]) -> str:
-    """Twelve hexadecimal digits that stand in none of `texts`; a function of them, so that a question keeps its key."""
+    """Twelve hexadecimal digits that occur in none of `texts`; derived from them, so that a question keeps its key."""
     digest = fingerprint(list(texts))
     while any(digest[:12] in text for text in texts):
         digest = hashlib.sha256(digest.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a judge's verdicts say: grades, ratios and wins with intervals by model, data set and length bucket."""
+"""The report on verdicts: grades, ratios and wins with intervals by model, data set and length bucket."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_judge_report(
     questions: Sequence[Question],
     answered: Mapping[str, Answered],
 ) -> dict[str, Any]:
-    """Everything that `judge.json` holds; each of `questions` has its answer in `answered`, by key."""
+    """Everything in `judge.json`; `answered` has the answer to each of `questions`, by key."""
     outcomes = {_place(question): _read(question, answered) for question in questions}
     report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -71,7 +71,7 @@ def build_judge_report(
 
 
 def write_per_verdict(path: Path, questions: Sequence[Question], answered: Mapping[str, Answered]) -> None:
-    """Write one row a question to `path` (Parquet): what it is about, what was replied, what was read of it."""
+    """Write one row per question to `path` (Parquet): what it is about, the reply, what was read from it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,7 +101,7 @@ def _place(question: Question) -> _Place:
 
 
 def _read(question: Question, answered: Mapping[str, Answered]) -> tuple[str, ...] | None:
-    """What was read of the reply; of two grades that of the answer comes first, wherever it stood."""
+    """What was read from the reply; of two grades, that of the answer comes first."""
     found = answered[question.key].parsed(question.prompt.form)
     return found[::-1] if found is not None and question.prompt.form == "scores" and question.swapped else found
 
@@ -121,7 +121,7 @@ def _about_judge(
 
 
 def _unparsable(questions: Sequence[Question], answered: Mapping[str, Answered]) -> dict[str, Any]:
-    """By model: questions about it, and those whose reply says nothing that can be read."""
+    """By model: questions about it, and how many have an unparsable reply or none."""
     counts: dict[str, Counter[str]] = {}
     for question in questions:
         found = answered[question.key]
@@ -140,7 +140,7 @@ def _unparsable(questions: Sequence[Question], answered: Mapping[str, Answered])
 
 
 class _Graded:
-    """The grades [S, N] of one model's answers to one set, NaN where a reply could not be read."""
+    """The grades [S, N] of one model's answers to one set; NaN if a reply is unparsable."""
 
     def __init__(self, judged: JudgedSet, model: str, outcomes: _Outcomes, by_prediction: bool) -> None:
         self.judged, self.model, self.by_prediction = judged, model, by_prediction
@@ -197,7 +197,7 @@ def bucket_indices(judged: JudgedSet, model: str) -> np.ndarray:
 
 
 def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_prediction: bool) -> list[dict[str, Any]]:
-    """Paired differences of grades, over the rows that have grades of both models."""
+    """Paired differences of grades, over the rows with grades of both models."""
     rows: list[dict[str, Any]] = []
     for model, other in compared(list(graded), config.baseline):
         ours, theirs = graded[model], graded[other]
@@ -210,7 +210,7 @@ def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_predicti
 
 
 def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
-    """The mean of the differences that are not NaN, with interval, p-value and counts; `n` is how many there are."""
+    """The mean of the `n` differences that are not NaN, with interval, p-value and counts."""
     known = differences_N[np.isfinite(differences_N)]
     found = paired_differences(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
     return {"n": len(known), **found._asdict()}
@@ -231,7 +231,7 @@ def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_over_seeds(values_SN: np.ndarray) -> np.ndarray:
-    """The mean of each example's values that are not NaN [N]; NaN where there is none."""
+    """The mean of each example's values that are not NaN [N]; NaN if there is none."""
     counts_N = np.isfinite(values_SN).sum(axis=0)
     return np.where(counts_N > 0, np.nansum(values_SN, axis=0) / np.maximum(counts_N, 1), np.nan)
 
@@ -242,32 +242,32 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def both_orders(verdict: str | None, verdict_swapped: str | None) -> tuple[float, float]:
-    """The outcome of a pair and the judge's lean to the place, from its two verdicts.
+    """The outcome of a pair, and the judge's preference for a position, from its two verdicts.
 
-    Outcome: 1 where the first order's A won in both orders, -1 where it lost in both, 0 else. Lean: 1 where the answer
-    that stood first was preferred in both orders, -1 the second, halves where one of them was a tie, 0 where the orders
-    agree. NaN both where a verdict is missing.
+    Outcome: 1 if A of the first order won in both orders, -1 if it lost in both, else 0. Preference: 1 if the first
+    answer won in both orders, -1 if the second did, a half if one of them was a tie, 0 if the orders agree. Both are
+    NaN if a verdict is missing.
     """
     if verdict is None or verdict_swapped is None:
         return float("nan"), float("nan")
-    by_place = {"A": 1.0, "B": -1.0, "tie": 0.0}
-    first, second = by_place[verdict], by_place[verdict_swapped]
+    by_position = {"A": 1.0, "B": -1.0, "tie": 0.0}
+    first, second = by_position[verdict], by_position[verdict_swapped]
     outcome = first if first == -second else 0.0
     return outcome, (first + second) / 2
 
 
 def _pairs(judged: JudgedSet, outcomes: _Outcomes, config: JudgeConfig, by_prediction: bool) -> list[dict[str, Any]]:
-    """For each pair of models who won how often, and how far the order of the answers decided."""
+    """For each pair of models, wins, ties and losses, and how much the order of the answers mattered."""
     rows: list[dict[str, Any]] = []
     for model, other in compared(judged.models, config.baseline):
         seeds = judged.seeds(model)
-        outcome_SN, lean_SN = np.empty((2, len(seeds), len(judged.rows)))
+        outcome_SN, preference_SN = np.empty((2, len(seeds), len(judged.rows)))
         for s, seed in enumerate(seeds):
             for n, example in enumerate(judged.rows):
                 read = [outcomes[judged.name, example.example_id, model, seed, other, swap] for swap in (False, True)]
-                outcome_SN[s, n], lean_SN[s, n] = both_orders(*(found[0] if found else None for found in read))
+                outcome_SN[s, n], preference_SN[s, n] = both_orders(*(found[0] if found else None for found in read))
         row: dict[str, Any] = {"model": model, "baseline": other, **_won(outcome_SN, config)}
-        row["position"] = _position(outcome_SN, lean_SN, config)
+        row["position"] = _position(outcome_SN, preference_SN, config)
         row["seeds"] = [
             {"seed": seed, "other_seed": other_seed, **_counts(outcome_SN[s])}
             for s, (seed, other_seed) in enumerate(zip(seeds, judged.seeds(other), strict=True))
@@ -292,7 +292,7 @@ def _counts(outcomes: np.ndarray) -> dict[str, int]:
 
 
 def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
-    """Counts of pairs, shares in per cent of the pairs with both verdicts, and the wins less the losses."""
+    """Counts of pairs, shares in per cent of the pairs with both verdicts, and wins minus losses."""
     known_SN = np.isfinite(outcome_SN)
     shares = [np.where(known_SN, 100.0 * (outcome_SN == value), np.nan) for value in (1, 0, -1)]
     intervals = mean_intervals(np.stack(shares), config.num_bootstrap, config.bootstrap_seed)
@@ -306,14 +306,14 @@ def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     }
 
 
-def _position(outcome_SN: np.ndarray, lean_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
-    """How far the place of an answer decides: 0 for a judge that does not look at it."""
-    known = lean_SN[np.isfinite(lean_SN)]
-    lean = mean_intervals(100 * lean_SN[None], config.num_bootstrap, config.bootstrap_seed)[0]
+def _position(outcome_SN: np.ndarray, preference_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+    """How much the position of an answer matters: 0 for a judge that ignores it."""
+    known = preference_SN[np.isfinite(preference_SN)]
+    preference = mean_intervals(100 * preference_SN[None], config.num_bootstrap, config.bootstrap_seed)[0]
     return {
         "num_pairs": len(known),
         "share_agreeing": float((known == 0).mean()) if len(known) else None,
         "num_first_twice": int((known == 1).sum()),
         "num_second_twice": int((known == -1).sum()),
-        "first_less_second": lean._asdict(),
+        "first_less_second": preference._asdict(),
     }

@@ -1,8 +1,7 @@
-"""The answers to judge, from an evaluation's directory or from files of predictions, and the questions about them."""
+"""The answers to judge, from an evaluation's directory or from predictions, and the questions about them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import derive_seed, file_sha256
+from dpkd.core.identity import derive_seed
 from dpkd.evaluate.judge.questions import JudgePrompt, question_key
+from dpkd.evaluate.merge.evaluations import open_evaluation
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.report.provenance import about_models
@@ -22,7 +22,7 @@ _ABOUT = ("directory", "files", "fingerprint", "decoding")
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """One example: its references and, by model, the prompt, the answers by seed and the length bucket of each."""
+    """One example: its references and, by model, the prompt, and the answers and their length buckets by seed."""
 
     example_id: str
     references: tuple[str, ...]
@@ -33,7 +33,7 @@ class JudgedRow:
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """One data set: `rows` in file order of the `num_rows` that there are, `edges` of its length buckets."""
+    """One data set: the judged `rows` in file order, out of `num_rows`; `edges` of its length buckets."""
 
     name: str
     rows: list[JudgedRow]
@@ -52,9 +52,10 @@ class JudgedSet:
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that may be judged; `identity` is by content, `by_prediction` says that each answer has its bucket.
+    """All answers that can be judged; `identity` is by content.
 
-    `about` says of each model where its answers are from: directory or files, fingerprint, decoding.
+    `about` has the origin of each model's answers: directory or files, fingerprint, decoding. `by_prediction`: buckets
+    go by the answers' own lengths.
     """
 
     sets: list[JudgedSet]
@@ -67,7 +68,7 @@ class Answers:
 class Question:
     """One question about the answer of `model` to `row`, or about it and that of `other`.
 
-    `swapped` is whether the answer of `model` stands second, as B; `key` names the question by content.
+    `swapped`: the answer of `model` comes second, as B. `key` identifies the question by content.
     """
 
     data: str
@@ -81,7 +82,7 @@ class Question:
     key: str = ""
 
     def text(self) -> str:
-        """What the judge reads."""
+        """The text that the judge reads."""
         parts = {"instruction": self.row.prompts[self.model]}
         ours = self.row.answers[self.model][self.seed]
         if self.prompt.form == "score":
@@ -96,12 +97,12 @@ class Question:
 
 
 def read_answers(config: JudgeConfig) -> Answers:
-    """The answers that `config` names, before anything is chosen; raises `UserError` for what cannot be read."""
+    """All answers of the report or the predictions in `config`; raises `UserError` if they cannot be read."""
     return _from_predictions(config) if config.report is None else _from_report(config.report)
 
 
 def choose(answers: Answers, config: JudgeConfig) -> list[JudgedSet]:
-    """The models, sets, rows and seeds to judge; raises `UserError` for a name that is not there."""
+    """The models, sets, rows and seeds to judge; raises `UserError` for an unknown name."""
     names = list(dict.fromkeys(model for found in answers.sets for model in found.models))
     _check_known(config.only, names, "model", "--only")
     _check_known(config.sets, [found.name for found in answers.sets], "data set", "--sets")
@@ -118,7 +119,7 @@ def choose(answers: Answers, config: JudgeConfig) -> list[JudgedSet]:
 
 
 def compared(models: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
-    """Which models are compared, as (model, the one that it is held against): each later one with each before it.
+    """Which models to compare, as (model, baseline): each model with all before it, or all with `baseline`.
 
     A set that the baseline has not answered has no comparison.
     """
@@ -128,9 +129,9 @@ def compared(models: Sequence[str], baseline: str | None) -> list[tuple[str, str
 
 
 def make_questions(sets: Sequence[JudgedSet], config: JudgeConfig, prompt: JudgePrompt) -> Iterator[Question]:
-    """Every question, row by row: questions about one row have a beginning in common, which servers keep.
+    """Every question, row by row: questions about one row start with the same text, which servers cache.
 
-    Raises `UserError` where two models of a pair have different numbers of answers.
+    Raises `UserError` if two models of a pair have different numbers of answers.
     """
     for judged in sets:
         pairs = compared(judged.models, config.baseline)
@@ -144,7 +145,7 @@ def make_questions(sets: Sequence[JudgedSet], config: JudgeConfig, prompt: Judge
                         for swapped in (False, True):
                             bare.append(Question(judged.name, row, model, seed, other, other_seed, swapped, prompt))
             else:
-                # one draw for all models, so that they are compared with the reference at the same place
+                # one draw for all models, so that the reference comes first for all or for none
                 swapped = prompt.form == "scores" and _draw(config.seed, judged.name, row.example_id) % 2 == 1
                 for model in judged.models:
                     for seed in judged.seeds(model):
@@ -154,50 +155,27 @@ def make_questions(sets: Sequence[JudgedSet], config: JudgeConfig, prompt: Judge
 
 
 def _from_report(folder: Path) -> Answers:
-    import pyarrow.parquet as pq
-
-    path = folder / "per_example.parquet"
+    evaluation = open_evaluation(str(folder))
+    report = evaluation.report
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        rows = pq.read_table(path, columns=_COLUMNS).to_pylist()
         edges = {data: tuple(about["edges"]) for data, about in report["data"].items()}
-        by_prediction = report["settings"].get("bucket_of") == "prediction"
         about = {name: {key: model[key] for key in _ABOUT} for name, model in report["models"].items()}
-    except FileNotFoundError as error:
-        raise UserError(
-            "the directory holds no finished evaluation",
-            found=f"no {Path(error.filename or str(path)).name}",
-            where=folder,
-            advice="Give the --out of a `dpkd eval` that has ended",
-        ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's errors are among them
+        by_prediction = report["settings"]["bucket_of"] == "prediction"
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"the evaluation cannot be read: {type(error).__name__} {error}",
             where=folder,
-            advice="One that an older dpkd has written is to be made again; its answers are used again",
+            advice="Delete its report.json and run `dpkd eval` again: the answers are kept",
         ) from None
     by_set: dict[str, dict[str, JudgedRow]] = {data: {} for data in edges}
-    for row in rows:
+    for row in evaluation.table.select(_COLUMNS).to_pylist():
         fresh = JudgedRow(row["example_id"], tuple(row["references"]), {}, {}, {})
-        found = by_set[row["data"]].setdefault(row["example_id"], fresh)
-        found.prompts[row["model"]] = row["prompt"]
-        found.answers.setdefault(row["model"], {})[row["seed"]] = row["response"]
-        found.buckets.setdefault(row["model"], {})[row["seed"]] = row["bucket"]
-    sets = [JudgedSet(data, list(found.values()), edges[data], len(found)) for data, found in by_set.items()]
-    for judged in sets:
-        _check_whole(judged, path)
-    return Answers(sets, {"per_example": file_sha256(path)}, about, by_prediction)
-
-
-def _check_whole(judged: JudgedSet, path: Path) -> None:
-    shapes = {tuple((model, tuple(by_seed)) for model, by_seed in row.answers.items()) for row in judged.rows}
-    if len(shapes) != 1:
-        raise UserError(
-            f"the evaluation does not hold each row of data {judged.name} once for each model and seed",
-            found=f"{len(shapes)} different sets of answers",
-            where=path,
-            advice="Run `dpkd eval` again",
-        )
+        judged = by_set[row["data"]].setdefault(row["example_id"], fresh)
+        judged.prompts[row["model"]] = row["prompt"]
+        judged.answers.setdefault(row["model"], {})[row["seed"]] = row["response"]
+        judged.buckets.setdefault(row["model"], {})[row["seed"]] = row["bucket"]
+    sets = [JudgedSet(data, list(rows.values()), edges[data], len(rows)) for data, rows in by_set.items()]
+    return Answers(sets, {"per_example": evaluation.rows_sha256}, about, by_prediction)
 
 
 def _from_predictions(config: JudgeConfig) -> Answers:
@@ -208,32 +186,27 @@ def _from_predictions(config: JudgeConfig) -> Answers:
     options = config.eval_config()
     options = options.model_copy(update={"data": resolve_sets(options)})
     eval_sets = read_eval_sets(options, [])
-    given = read_predictions(options, eval_sets)
+    predictions = read_predictions(options, eval_sets)
     sets = []
     for eval_set in eval_sets:
         labels = [bucket.label for bucket in buckets_of(eval_set.edges)]
-        answers = {
-            found.name: {seed: texts for (data, seed), texts in found.answers.items() if data == eval_set.name}
-            for found in given
-        }
         rows = []
-        for place, example in enumerate(eval_set.examples):
-            label = labels[bucket_index(eval_set.lengths[place], eval_set.edges)]
-            by_model = {
-                name: {seed: texts[place].response for seed, texts in by.items()} for name, by in answers.items()
+        for index, example in enumerate(eval_set.examples):
+            label = labels[bucket_index(eval_set.lengths[index], eval_set.edges)]
+            answers = {
+                one.name: {
+                    seed: answers_N[index].response
+                    for (data, seed), answers_N in one.answers.items()
+                    if data == eval_set.name
+                }
+                for one in predictions
             }
-            rows.append(
-                JudgedRow(
-                    example.example_id,
-                    tuple(example.references),
-                    {name: eval_set.prompt_text(name, place) for name in answers},
-                    by_model,
-                    {name: dict.fromkeys(by_seed, label) for name, by_seed in by_model.items()},
-                )
-            )
+            prompts = {name: eval_set.prompt_text(name, index) for name in answers}
+            buckets = {name: dict.fromkeys(by_seed, label) for name, by_seed in answers.items()}
+            rows.append(JudgedRow(example.example_id, tuple(example.references), prompts, answers, buckets))
         sets.append(JudgedSet(eval_set.name, rows, eval_set.edges, len(rows)))
     identity = {
-        "predictions": {found.name: found.identity for found in given},
+        "predictions": {one.name: one.identity for one in predictions},
         "data": {eval_set.name: eval_set.identity for eval_set in eval_sets},
     }
     about = about_models(options, {"settings": {}, **identity})
@@ -243,13 +216,15 @@ def _from_predictions(config: JudgeConfig) -> Answers:
 def _check_known(given: Sequence[str], known: Sequence[str], what: str, where: str) -> None:
     for name in given:
         if name not in known:
-            raise UserError(f"no such {what}", found=repr(name), expected=", ".join(known), where=where)
+            raise UserError(
+                f"there is no {what} of this name", found=repr(name), expected=", ".join(known), where=where
+            )
 
 
 def _choose_rows(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) -> JudgedSet:
     rows = judged.rows[: config.limit]
     if config.sample is not None and config.sample < len(rows):
-        # the smallest draws: a larger sample holds a smaller one
+        # the smallest draws: a larger sample includes a smaller one
         drawn = sorted(rows, key=lambda row: _draw(config.seed, judged.name, row.example_id))[: config.sample]
         kept = {row.example_id for row in drawn}
         rows = [row for row in rows if row.example_id in kept]
@@ -271,7 +246,7 @@ def _choose_rows(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) 
 
 
 def _draw(seed: int, data: str, example_id: str) -> int:
-    """64 bits for one row: a pure function, so other rows and their order do not change it."""
+    """64 bits for one row, which do not depend on other rows or their order."""
     return derive_seed(seed, data, example_id, bits=64)
 
 

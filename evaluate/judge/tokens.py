@@ -1,4 +1,4 @@
-"""What a judge costs: tokens used as the server counted them, and an estimate of those to come."""
+"""The cost of a judge: tokens used, as counted by the server, and an estimate of the tokens still needed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dpkd.evaluate.judge.rows import Question
 from dpkd.evaluate.judge.verdicts import Answered
 from dpkd.evaluate.options.judge import JudgeConfig
 
-# English prose in tokenizers of 30,000 to 200,000 entries has 4 to 5; the lower end, so that the estimate is not low
-_CHARACTERS_A_TOKEN = 4.0
+# English prose has 4 to 5 with vocabularies of 30,000 to 200,000; the lower value, so that the estimate is not low
+_CHARACTERS_PER_TOKEN = 4.0
 
 
 def count_tokens(config: JudgeConfig, answered: Sequence[Answered]) -> dict[str, Any]:
-    """Requests, tokens and, where both prices are given, the cost of `answered`.
+    """Requests, tokens and, if both prices are given, the cost of `answered`.
 
-    Tokens are those of the server's `usage`; replies without it are counted and add nothing.
+    Tokens are those of the server's `usage`; replies without it are only counted.
     """
     replies = [reply for found in answered for reply in found.replies]
     counted = [reply for reply in replies if reply.prompt_tokens is not None and reply.completion_tokens is not None]
@@ -37,28 +37,28 @@ def estimate_tokens(
     missing: Sequence[Question],
     answered: Mapping[str, Answered],
 ) -> dict[str, Any]:
-    """What the `missing` ones of `questions` will take.
+    """An estimate for the `missing` ones of `questions`.
 
-    Where some are answered, by their tokens a character and a reply; else by 4 characters a token, and the longest
-    reply. A second request for an unreadable reply is not foreseen before there are replies.
+    If some are answered, from their tokens per character and per reply; else from 4 characters per token and the
+    longest reply, without second requests for unreadable replies.
     """
-    there = {q.key: q for q in questions if q.key in answered}
+    known = {q.key: q for q in questions if q.key in answered}
     sizes = [
-        (len(there[key].text()), reply.prompt_tokens, reply.completion_tokens)
-        for key in there
+        (len(known[key].text()), reply.prompt_tokens, reply.completion_tokens)
+        for key in known
         for reply in answered[key].replies
         if reply.prompt_tokens is not None and reply.completion_tokens is not None
     ]
     measured = bool(sizes)
     if measured:
-        tokens_a_character = sum(prompt for _, prompt, _ in sizes) / sum(length for length, _, _ in sizes)
-        replies_a_question = len(sizes) / len(there)
+        tokens_per_character = sum(prompt for _, prompt, _ in sizes) / sum(length for length, _, _ in sizes)
+        replies_per_question = len(sizes) / len(known)
         completion_tokens = sum(completion for _, _, completion in sizes) / len(sizes)
     else:
-        tokens_a_character, replies_a_question = 1 / _CHARACTERS_A_TOKEN, 1.0
+        tokens_per_character, replies_per_question = 1 / _CHARACTERS_PER_TOKEN, 1.0
         completion_tokens = float(config.max_tokens)
-    prompt = round(sum(len(question.text()) for question in missing) * tokens_a_character * replies_a_question)
-    completion = round(len(missing) * completion_tokens * replies_a_question)
+    prompt = round(sum(len(question.text()) for question in missing) * tokens_per_character * replies_per_question)
+    completion = round(len(missing) * completion_tokens * replies_per_question)
     return {
         "num_questions": len({question.key for question in questions}),
         "num_missing": len(missing),
@@ -70,15 +70,15 @@ def estimate_tokens(
 
 
 def estimate_text(found: Mapping[str, Any]) -> str:
-    """The estimate in lines for the terminal."""
+    """The estimate as lines for the terminal."""
     basis = (
-        "from the replies that are there"
+        "from the replies so far"
         if found["measured"]
-        else "4 characters a token, and replies as long as --max-tokens allows"
+        else "4 characters per token, and replies as long as --max-tokens allows"
     )
     cost = "" if found["cost"] is None else f"\ncost: about {found['cost']:.2f}"
     return (
-        f"questions: {found['num_questions']}, of which {found['num_missing']} are to be asked\n"
+        f"questions: {found['num_questions']}, {found['num_missing']} of them still to ask\n"
         f"tokens: about {found['prompt']} of prompts and {found['completion']} of replies ({basis}){cost}"
     )
 

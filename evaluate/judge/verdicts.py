@@ -1,4 +1,4 @@
-"""A judge's replies on disk, one line each, written as they arrive: a run that was killed asks only for the rest."""
+"""A judge's replies on disk, one line each, written as they arrive: a killed run asks only the rest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Answered:
 
 
 class Verdicts:
-    """The file of replies at `path`, given by the judge that `judge` describes; its first line is that description."""
+    """The file of replies at `path`; its first line, the description `judge`, says who gave them."""
 
     def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class Verdicts:
         """All answers so far by the question's key; a last line that a crash cut short is dropped.
 
         Raises `UserError` if the file belongs to another judge or a line cannot be read: replies cost money, so none
-        is dropped without a word.
+        is dropped silently.
         """
         advice = "Choose another --out (or --verdicts); nothing was overwritten"
         answered = self._lines.read_strictly(_parse, "verdicts", advice)

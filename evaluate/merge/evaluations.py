@@ -51,7 +51,7 @@ class Evaluation:
 
     def rows(self, model: str, data: str) -> dict[int, dict[str, Row]]:
         """The rows of one model and set: by seed, then by example id, in the set's order."""
-        table = self._table
+        table = self.table
         chosen = pc.and_(pc.equal(_texts(table, "model"), model), pc.equal(_texts(table, "data"), data))
         found: dict[int, dict[str, Row]] = {}
         for row in table.filter(chosen).to_pylist():
@@ -59,7 +59,8 @@ class Evaluation:
         return found
 
     @cached_property
-    def _table(self) -> pa.Table:
+    def table(self) -> pa.Table:
+        """`per_example.parquet`."""
         return pq.read_table(self.directory / ROWS)
 
     def parts(self) -> Iterator[tuple[str, str]]:

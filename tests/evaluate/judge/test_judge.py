@@ -124,7 +124,7 @@ def test_nonsense_is_unparsable_and_counted(endpoint: Endpoint, options: dict[st
     assert report["models"]["a"]["data"]["d"]["grade"] == {"mean": None, "low": None, "high": None}
     assert report["unparsable"]["a"]["num_asked_again"] == 2
     again = subprocess.run([*command, "--estimate"], capture_output=True, text=True, check=True)
-    assert "questions: 4, of which 0 are to be asked" in again.stdout
+    assert "questions: 4, 0 of them still to ask" in again.stdout
 
 
 def test_a_prompt_over_the_servers_length_fails(options: dict[str, Any], tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_a_model_that_the_server_does_not_have(options: dict[str, Any]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: the judge is not at the address: found HTTP 404: The model `gpt-9` does not exist")
+    assert last.startswith(
+        "error: the judge is no judge at this address: found HTTP 404: The model `gpt-9` does not exist"
+    )
 
 
 def test_a_killed_judging_asks_only_for_what_is_missing(

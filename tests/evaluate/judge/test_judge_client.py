@@ -94,7 +94,7 @@ def test_temporary_errors_are_retried(serve: Callable[..., Endpoint], trouble: A
 
 def test_lasting_errors_end_with_the_servers_message(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(failure(500, "out of\n memory"))
-    with pytest.raises(UserError, match=r"gives no answer: found HTTP 500: out of memory \(the last of 3 tries\)"):
+    with pytest.raises(UserError, match=r"does not answer: found HTTP 500: out of memory \(the last of 3 tries\)"):
         ask(endpoint.url)
     assert len(endpoint.bodies) == 3
 
@@ -102,7 +102,7 @@ def test_lasting_errors_end_with_the_servers_message(serve: Callable[..., Endpoi
 def test_a_missing_server_and_a_slow_one(serve: Callable[..., Endpoint]) -> None:
     with serving(lambda body: GOOD) as gone:
         pass
-    with pytest.raises(UserError, match=r"gives no answer: found ConnectError.*The verdicts so far are kept"):
+    with pytest.raises(UserError, match=r"does not answer: found ConnectError.*The verdicts so far are kept"):
         ask(gone.url)
 
     def slow(body: dict[str, Any]) -> Answer:
@@ -150,7 +150,7 @@ def test_a_wish_that_cannot_be_read_is_none(serve: Callable[..., Endpoint]) -> N
 
 def test_a_wish_beyond_patience_ends_the_run(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(failure(429, "quota", retry_after="86400"), GOOD)
-    with pytest.raises(UserError, match=r"asks to come back in 86400 s: found HTTP 429: quota, expected at most 600 s"):
+    with pytest.raises(UserError, match=r"asks to wait 86400 s: found HTTP 429: quota, expected at most 600 s"):
         ask(endpoint.url)
     assert len(endpoint.bodies) == 1
 
@@ -160,7 +160,7 @@ def test_a_wish_beyond_patience_ends_the_run(serve: Callable[..., Endpoint]) -> 
     [
         (failure(401, f"bad key {KEY}"), rf"not accept the key: found HTTP 401: bad key \*\*\*; {KEY_VARIABLE} is set"),
         (failure(403), r"does not accept the key: found HTTP 403"),
-        (failure(404, "no model 'judge'"), r"not at the address: found HTTP 404: no model 'judge'.*often /v1"),
+        (failure(404, "no model 'judge'"), r"no judge at this address: found HTTP 404: no model 'judge'.*often /v1"),
         (failure(302, location="http://127.0.0.1:9/"), r"the judge redirects: found HTTP 302"),
         (failure(402, "no credit"), r"refuses every question: found HTTP 402: no credit"),
     ],
@@ -195,10 +195,10 @@ def test_the_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert read_key(config_for("https://judge.example/v1", api_key_env="OPENAI_API_KEY")) == "not-asked-for"
     monkeypatch.setenv(KEY_VARIABLE, f" {KEY}\n")
     assert read_key(config_for("https://judge.example/v1")) == KEY
-    with pytest.raises(UserError, match=r"the environment has no NO_SUCH_KEY .*--api-key-env.*Set NO_SUCH_KEY"):
+    with pytest.raises(UserError, match=r"NO_SUCH_KEY is not set .*--api-key-env.*Set it"):
         read_key(config_for("https://judge.example/v1", api_key_env="NO_SUCH_KEY"))
     monkeypatch.setenv(KEY_VARIABLE, "sk-\u00e9")
-    with pytest.raises(UserError, match=r"holds characters that no key has: expected printable ASCII") as caught:
+    with pytest.raises(UserError, match=r"has invalid characters: expected printable ASCII") as caught:
         read_key(config_for("https://judge.example/v1"))
     assert "sk-" not in str(caught.value)
 

@@ -126,13 +126,17 @@ def test_a_prompt_of_ones_own(tmp_path: Path) -> None:
         (
             "score",
             "{answer} {anwser} Score: N",
-            r"placeholder that is not known: found \{anwser\}, expected \{answer\}",
+            r"unknown placeholder: found \{anwser\}, expected \{answer\}",
         ),
-        ("score", "{answer_a} Score: N", r"not known: found \{answer_a\}"),
+        ("score", "{answer_a} Score: N", r"unknown placeholder: found \{answer_a\}"),
         ("score", "Score: N", r"lacks a placeholder: found none, expected \{answer\}"),
         ("verdict", "{answer_a} Verdict: A", r"lacks a placeholder: found \{answer_a\}, expected \{answer_b\}"),
-        ("score", "{answer} Grade: N", r"does not ask for the line that is read: expected 'Score: N'"),
-        ("scores", "{answer_a} {answer_b} Score: N", r"does not ask for the line that is read: expected 'Scores: N M'"),
+        ("score", "{answer} Grade: N", r"does not ask for the last line that dpkd reads: expected 'Score: N'"),
+        (
+            "scores",
+            "{answer_a} {answer_b} Score: N",
+            r"does not ask for the last line that dpkd reads: expected 'Scores: N M'",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_used(tmp_path: Path, form: Form, text: str, message: str) -> None:

@@ -110,10 +110,10 @@ def test_rows_are_limited_and_drawn(sources: dict[str, list[str]]) -> None:
 
 def test_names_that_are_not_there(sources: dict[str, list[str]]) -> None:
     for options, message in (
-        ({"only": "c"}, r"no such model: found 'c', expected a, b \(in --only\)"),
-        ({"sets": "f"}, r"no such data set: found 'f', expected d, e \(in --sets\)"),
-        ({"baseline": "c"}, r"no such model: found 'c', expected a, b \(in --baseline\)"),
-        ({"baseline": "a", "only": "b"}, r"no such model: found 'a', expected b \(in --baseline\)"),
+        ({"only": "c"}, r"no model of this name: found 'c', expected a, b \(in --only\)"),
+        ({"sets": "f"}, r"no data set of this name: found 'f', expected d, e \(in --sets\)"),
+        ({"baseline": "c"}, r"no model of this name: found 'c', expected a, b \(in --baseline\)"),
+        ({"baseline": "a", "only": "b"}, r"no model of this name: found 'a', expected b \(in --baseline\)"),
         ({"mode": "pairwise", "only": "b"}, r"pairs need two models: found b"),
         (
             {"mode": "pairwise", "answer_seeds": "all"},
@@ -127,7 +127,9 @@ def test_names_that_are_not_there(sources: dict[str, list[str]]) -> None:
 def test_a_directory_without_an_evaluation(
     tmp_path: Path, sources: dict[str, list[str]], make_config: Callable[..., EvalConfig]
 ) -> None:
-    with pytest.raises(UserError, match=r"holds no finished evaluation: found no report\.json .*`dpkd eval` that has"):
+    with pytest.raises(
+        UserError, match=r"holds no finished evaluation: found no report\.json .*of a finished `dpkd eval`"
+    ):
         read_answers(parse({"report": tmp_path}))
     out = evaluate(make_config(**sources, seeds="none")).parent
     report = json.loads((out / "report.json").read_text())
@@ -136,7 +138,7 @@ def test_a_directory_without_an_evaluation(
     with pytest.raises(UserError, match=r"the evaluation cannot be read: KeyError 'fingerprint'"):
         read_answers(parse({"report": out}))
     (out / "per_example.parquet").unlink()
-    with pytest.raises(UserError, match=r"holds no finished evaluation: found no per_example\.parquet"):
+    with pytest.raises(UserError, match=r"the evaluation has no per_example\.parquet"):
         read_answers(parse({"report": out}))
 
 
@@ -148,5 +150,5 @@ def test_an_evaluation_that_lacks_answers(
     out = evaluate(make_config(**sources, seeds="none")).parent
     table = pq.read_table(out / "per_example.parquet")
     pq.write_table(table.slice(1), out / "per_example.parquet")
-    with pytest.raises(UserError, match=r"does not hold each row of data d once for each model and seed"):
+    with pytest.raises(UserError, match=r"rows do not match its report: model a, data d"):
         read_answers(parse({"report": out}))

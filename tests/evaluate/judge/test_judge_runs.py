@@ -53,7 +53,7 @@ def test_verdicts_survive_a_judge_that_goes_away(make: Make) -> None:
 
     with serving(answer) as endpoint:
         config = make(endpoint)
-        with pytest.raises(UserError, match=r"the judge gives no answer: found HTTP 500"):
+        with pytest.raises(UserError, match=r"the judge does not answer: found HTTP 500"):
             judge(config)
         assert num_kept(config) == 4
         assert not (config.out / "judge.json").exists()
@@ -80,7 +80,7 @@ def test_a_finished_judging_asks_nothing(make: Make, capsys: pytest.CaptureFixtu
         assert {file: file.read_bytes() for file in config.out.iterdir()} == before
         path.unlink()
         judge(config)  # a lost report is written again from the verdicts
-        assert "all 12 verdicts are there already" in capsys.readouterr().err
+        assert "all 12 verdicts exist already" in capsys.readouterr().err
         assert {file: file.read_bytes() for file in config.out.iterdir()} == before
         assert len(endpoint.bodies) == 12
 
@@ -141,7 +141,7 @@ def test_an_estimate_asks_and_writes_nothing(make: Make) -> None:
         assert not config.out.exists()
         assert (found["num_questions"], found["num_missing"], found["completion"]) == (12, 12, 1200)
         assert found["cost"] == pytest.approx((found["prompt"] * 2 + 1200 * 10) / 1e6)
-        assert "questions: 12, of which 12 are to be asked" in estimate_text(found)
+        assert "questions: 12, 12 of them still to ask" in estimate_text(found)
         judge(config)
         assert sum(len(text) for text in endpoint.questions) / 4 == pytest.approx(found["prompt"], abs=1)
 
