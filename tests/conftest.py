@@ -1,4 +1,4 @@
-"""Fixtures that tests of several rooms share: toy models, data, a toy cache, the small real teacher."""
+"""Fixtures for tests of several packages: toy models, data, a toy cache, the small real teacher."""
 
 from __future__ import annotations
 

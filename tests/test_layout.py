@@ -1,4 +1,4 @@
-"""The shape of the source: who may import whom, no import circles, nothing dangerous, everything packaged."""
+"""The layout of the source: allowed imports, no circles, no dangerous calls, everything packaged."""
 
 from __future__ import annotations
 

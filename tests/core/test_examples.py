@@ -1,4 +1,4 @@
-"""Rows in, examples out: every accepted form, and every refusal by line."""
+"""Rows as examples: every accepted form, and every error with its line."""
 
 from __future__ import annotations
 

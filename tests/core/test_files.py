@@ -1,4 +1,4 @@
-"""What core promises of files: complete or absent, torn lines repaired, one owner to an output directory."""
+"""Files of core: atomic writes, repaired torn lines, and output directories with one owner."""
 
 from __future__ import annotations
 

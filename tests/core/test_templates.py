@@ -1,4 +1,4 @@
-"""Prompts and response ids: the paper's template letter for letter, the seam by value, EOS once."""
+"""Prompts and response ids: the paper's template to the letter, the boundary by value, and one EOS."""
 
 from __future__ import annotations
 

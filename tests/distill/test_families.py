@@ -1,4 +1,4 @@
-"""The three commands for toy models of several families, held to the losses that plain torch finds from full logits."""
+"""The three commands on toy models of several families, against the losses of plain torch on full logits."""
 
 from __future__ import annotations
 

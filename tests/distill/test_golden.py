@@ -1,4 +1,4 @@
-"""Golden loss curves of the two presets: 30 steps of a toy world that may not drift unseen.
+"""Golden loss curves of the two presets: 30 steps of a toy world that must not change unnoticed.
 
 `python tests/distill/test_golden.py` writes them anew; its diff is to be read and explained by the commit.
 """

@@ -1,4 +1,4 @@
-"""A toy world: a tiny teacher that has learnt a task, and a smaller student that every objective brings nearer to it.
+"""A toy world: a tiny teacher that has learnt a task, and a smaller student that every objective brings closer to it.
 
 The task puts an animal and a colour of the instruction into a sentence, in one of two wordings, so that the teacher's
 distribution is not a point. Held-out instructions are combinations that neither model is trained on.

@@ -1,4 +1,4 @@
-"""Training runs on the toy cache: what is written, what is refused, and that stopping loses nothing."""
+"""Training runs on the toy cache: outputs, errors, and resuming."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_token_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cache: 
 
 
 def test_what_is_measured_is_what_full_logits_say(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    """One step over the whole cache, against the student's full distribution beside the cached one by plain torch."""
+    """One step over the whole cache, against plain torch on the student's full distribution and the cached one."""
     cache = TeacherCache.open(toy_cache)
     rows = [shard.row(index) for _, shard in cache.scan(cache.shards()) for index in range(len(shard))]
     line = metrics(train(config(tmp_path / "run", toy_cache, toy_student, steps=1, batch_size=len(rows))))[0]

@@ -1,4 +1,4 @@
-"""Short rows and the options of a short evaluation, for the tests of this room."""
+"""Short rows and the options of a short evaluation, for the tests of evaluate."""
 
 from __future__ import annotations
 

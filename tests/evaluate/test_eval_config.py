@@ -1,4 +1,4 @@
-"""Options of an evaluation: the text forms, the defaults that depend, and every refusal by its words."""
+"""Options of an evaluation: text forms, defaults that depend on other options, and the message of every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole evaluation of real (toy) checkpoints: right answers, resumption, and what an output directory refuses."""
+"""A complete evaluation of real (toy) checkpoints: answers, resuming, and refused output directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it costs to ask for help, and how it fails."""
+"""The command line: the time that help takes, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that a model was trained on are counted, and the cache that says so is checked."""
+"""Contamination: prompts that are also in a cache are counted, and the cache is verified."""
 
 from __future__ import annotations
 

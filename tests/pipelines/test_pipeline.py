@@ -1,4 +1,4 @@
-"""The main job as a person runs it: the commands one after the other, real vLLM, a toy model."""
+"""The commands one after the other, as you run them, with real vLLM and a toy model."""
 
 from __future__ import annotations
 

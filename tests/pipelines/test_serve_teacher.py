@@ -1,4 +1,4 @@
-"""`dpkd serve-teacher`: the cache's teacher and no other, one line when it answers, and nothing left when it ends."""
+"""`dpkd serve-teacher`: only the cache's teacher, one line when it answers, and nothing left running at its end."""
 
 from __future__ import annotations
 

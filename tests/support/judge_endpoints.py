@@ -1,4 +1,4 @@
-"""HTTP endpoints on loopback for tests of the judge: one that fails as told, and one that counts for a real one."""
+"""HTTP endpoints on loopback for tests of the judge: one that fails as scripted, and one that counts requests."""
 
 from __future__ import annotations
 

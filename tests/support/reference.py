@@ -64,7 +64,7 @@ def full_logprobs(model: Any, row: CachedRow) -> Tensor:
     """log q over the whole width of the logits, at each response position of `row`."""
     ids = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
     log_q_SV = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
-    # what stands at place i predicts token i + 1
+    # position i predicts token i + 1
     return log_q_SV[len(row.prompt_ids) - 1 : len(ids) - 1]
 
 

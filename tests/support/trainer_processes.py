@@ -1,4 +1,4 @@
-"""`dpkd train` in processes of its own, forked from a server that has the imports already: a start costs no seconds."""
+"""`dpkd train` in new processes, forked from a server that has imported everything, so they start at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs whose prompt is read once: the same log-probs and gradients as two sequences, and refused where they differ."""
+"""Pairs whose prompt is read once: the log-probs and gradients of two sequences, or an error where they differ."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def logprobs_and_gradient(model: PreTrainedModel, pairs: list[TrainingRow], *, s
             batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields,
             (target_logprob,),
         )  # fmt: skip
-    # every position with a weight of its own, so that none can stand for another
+    # every position has a different weight, so none can be mistaken for another
     (read["target"] * torch.linspace(-1, 1, len(read["target"]))).sum().backward()
     gradient = torch.cat([parameter.grad.ravel() for parameter in model.parameters() if parameter.grad is not None])
     return read["target"].detach(), gradient

@@ -1,4 +1,4 @@
-"""Batches by a token budget: every row once an epoch, no pass above the budget, a pure function of the step."""
+"""Batches by a token budget: every row once per epoch, within the budget, a pure function of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live samples against a real vLLM server: whose weights draw them, what is kept, what happens when things break."""
+"""Live samples with a real vLLM server: which weights draw them, what is stored, and what happens after failures."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Loop:
 
 @pytest.fixture
 def loop(tmp_path: Path, server: VllmServer, toy_cache: Path, toy_student: Path) -> Callable[..., Loop]:
-    """A loop with options of training in place of the defaults; `run` names its directory."""
+    """A loop with the given training options; `run` names its directory."""
 
     def make(run: str = "run", url: str = server.url, **options: Any) -> Loop:
         fields = {name: options.pop(name) for name in ("patience_s", "steps", "rank", "ranks") if name in options}
@@ -485,7 +485,7 @@ def test_responses_that_do_not_fit_the_student_are_refused(loop: Callable[..., L
 def test_a_vllm_sampler_draws_with_the_newest_weights(loop: Callable[..., Loop]) -> None:
     trainer = loop("one", sampler="vllm", staleness=0, steps=3)
     found = [ids_of(rejected(rows)) for rows in trainer.run()]
-    # again from weights that stand still: the first step is the same, the later ones are not
+    # again with constant weights: the first step is the same, the later ones are not
     still = loop("two", sampler="vllm", staleness=0, steps=3)
     live = still.open()
     try:

@@ -119,7 +119,7 @@ def test_a_killed_live_run_ends_as_the_one_that_was_not(
 def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
     tmp_path: Path, toy_cache: Path, toy_student: Path, url: str
 ) -> None:
-    """Half of a step's samples on each rank; one that cannot go on says so, and neither waits for ever."""
+    """Each rank has half of a step's samples; an error on one ends both instead of a wait without end."""
     run = tmp_path / "run"
     here = {"out": run, "cache": toy_cache, "student": toy_student, "teacher_url": url}
     options = here | DEFAULTS | SEQUENCE | {"batch_size": 2}

@@ -1,4 +1,4 @@
-"""Draws of the training student: what is drawn, and what it does not depend on."""
+"""Samples of the training student: their distribution, and what they must not depend on."""
 
 from __future__ import annotations
 

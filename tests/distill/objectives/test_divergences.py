@@ -1,4 +1,4 @@
-"""Divergences: against torch and GKD's numbers, by closed form, by property, and at the edges of what is cached."""
+"""Divergences: against torch and GKD's numbers, closed forms, properties, and at the edges of the cached entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cache gives a loss is what a teacher in memory would: both levels, against plain transformers.
+"""A loss from the cache equals the loss with the teacher in memory: both levels, against plain transformers.
 
 The live side takes one row at a time, without padding, from the full logits of both models. The cached side takes the
 product's rows and collation and never sees the teacher.

@@ -1,4 +1,4 @@
-"""Preference losses: by hand arithmetic, by property, and against the numbers of another library."""
+"""Preference losses: hand arithmetic, properties, and the numbers of another library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniLLM's loss: its gradient by enumeration of a world of two tokens, its returns by hand."""
+"""MiniLLM's loss: its gradient by enumeration with a vocabulary of two tokens, its returns by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus as blocks: what stands in them, that each comes once a cycle, and that a block's number is enough."""
+"""The corpus as blocks: their content, that each comes once per cycle, and that its number is enough to read one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_streamed_corpus_packs_every_document_once_a_cycle(
     orders = []
     for cycle in range(3):
         found = corpus.blocks(cycle * num_blocks, num_blocks).reshape(-1).tolist()
-        # the last document of the cycle may be cut; every other one stands whole between two EOS
+        # the last document of the cycle may be cut; every other one is complete, between two EOS
         documents = [tokenizer.decode(part) for part in split(found)]
         assert Counter(documents) <= Counter(TEXTS)
         assert len(documents) >= len(TEXTS) - 1

@@ -1,4 +1,4 @@
-"""Training while the cache is written: both processes run, the order is kept, and a kill loses nothing."""
+"""Training while the cache is being written: both processes run, the order is recorded, and a kill loses nothing."""
 
 from __future__ import annotations
 

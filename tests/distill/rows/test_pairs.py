@@ -1,4 +1,4 @@
-"""Pairs of several samples: each pair once, the best against the worst, over the borders of shards and lost rows."""
+"""Pairs of several samples: each pair once, best against worst, across shards and failed rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cache_of(
     students: dict[Origin, Sequence[Response | None]],
     size: int,
 ) -> tuple[TeacherCache, Round]:
-    """A cache with these rows and a round with a student row, or none, beside each."""
+    """A cache with these rows, and a round with a student row, or none, for each."""
     ours, theirs = LocalFolder(directory), LocalFolder(directory / "rounds" / "r0")
     records = [record for origin in sorted(rows) for record in write_shards(ours, origin, origin, rows[origin], size)]
     beside = [
@@ -92,7 +92,7 @@ logprobs = st.lists(st.sampled_from([-0.5, -1.0, -2.0, -4.0]), min_size=1, max_s
 
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[list[Response], list[Response | None], int]:
-    """Examples with one to four samples each, a student row beside each that may have failed, and a shard size."""
+    """Examples with one to four samples, a student row for each that may have failed, and a shard size."""
     rows: list[Response] = []
     students: list[Response | None] = []
     for number in range(draw(st.integers(1, 6))):
@@ -180,7 +180,7 @@ def test_an_epoch_decodes_every_shard_few_times(tmp_path: Path, monkeypatch: pyt
     for place in BatchOrder(source.group_sizes, 0, sum(source.group_sizes)).rows_of(0):
         source.row(*place)
     assert len(reads) == 2 * 68
-    # once with its own window, once more where an example goes on from another one's
+    # once with its own window, and again where an example continues from the window before
     assert max(reads.values()) <= 2
 
 

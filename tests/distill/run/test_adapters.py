@@ -1,4 +1,4 @@
-"""LoRA: only the adapters learn, what is written computes what was trained, and a stop loses nothing."""
+"""LoRA: only adapters are trained, saved students compute the same, and an interrupt loses nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_merged_weights_compute_what_the_adapters_do(runs: tuple[Path, Path], to
 
 
 def test_the_weights_beneath_stay_as_they_are(runs: tuple[Path, Path], toy_student: Path) -> None:
-    """Merged less adapters is the student before training; what is no linear layer is untouched to the bit."""
+    """Merged weights minus the adapters are the initial student; other layers are equal bit for bit."""
     merged, adapter = runs
     base, ours, deltas = (
         load_file(toy_student / "model.safetensors"),

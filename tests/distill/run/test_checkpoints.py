@@ -1,4 +1,4 @@
-"""What is kept of a run: checkpoints that are what was written, the best student, and nothing lost to a kill."""
+"""What a run saves: verified checkpoints, the best student, and no loss by a kill."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def as_killed(reference: Path, run: Path) -> Path:
 def test_kills_at_random_steps_change_nothing(
     tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
 ) -> None:
-    """SIGKILL in steps, in validations and in writes; each time the same command goes on."""
+    """SIGKILL in steps, in validations and in writes; the same command resumes each time."""
     run, chance = tmp_path / "run", random.Random(7)
     options = {"out": run, "cache": toy_cache, "student": toy_student, **COMMON}
     kills = 0
@@ -177,7 +177,7 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     options = config(tmp_path / "run", toy_cache, toy_student, best_metric="rouge_l")
     run = train(options, evaluate)
     assert [line["rouge_l"] for line in lines(run, "validation")] == [40.0, 10.0, 30.0, 20.0, 30.0]
-    # the student before training is measured, but is no result of it; an equal score is not better
+    # the initial student is measured, but is not a result of training; an equal score is not better
     assert json.loads((run / "best" / "dpkd.json").read_text())["steps"] == 4
     assert all("tokenizer.json" in names and len(prompts) == 4 for names, prompts in seen)
     assert all(prompt.references and prompt.prompt_ids for prompt in seen[0][1])

@@ -1,4 +1,4 @@
-"""Two real processes (gloo, on the CPU) give the run of one: curve, rows, weights, checkpoints, interrupts."""
+"""Two real processes (gloo, on the CPU) equal one: curve, rows, weights, checkpoints, interrupts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def lines(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """The same rows, curve and weights, but for the order in which sums are added up."""
+    """The same rows, curve and weights, up to the order in which sums are added."""
     for name in ("metrics", "validation"):
         ours, theirs = lines(run, name), lines(reference, name)
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -143,7 +143,7 @@ def test_a_run_of_one_process_resumes_on_two_fsdp_ranks(
 
 
 def test_sigterm_on_all_ranks_leaves_one_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Each rank hears of it at its own time; they stop before the same step, and one process goes on from there."""
+    """The signal reaches ranks at different times; they stop before the same step, and one process resumes."""
     run = tmp_path / "run"
     changed = {"steps": 4000, "save_every": 1000, "gradient_accumulation_steps": 1, "sharding": "fsdp2"}
     ranks = TwoRanks(tmp_path, {"out": run, **options, **TWO, **changed})

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the model card, trackers, memory; and what it may do to spare memory or time."""
+"""What a run reports: model card, trackers, memory; and its options to save memory or time."""
 
 from __future__ import annotations
 

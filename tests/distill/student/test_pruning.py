@@ -1,4 +1,4 @@
-"""Layers and neurons left out: what stays computes what it computed before."""
+"""Pruned layers and neurons: what is kept computes the same as before."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_sizes_are_the_mean_activation_times_the_norm_of_the_outgoing_weights() 
 
 
 def collate_second(rows: list[tuple[int, int]]) -> Batch:
-    """The second of `rows` alone, with the ids that it has beside the first."""
+    """Only the second of `rows`, with the same ids as next to the first."""
     both = batch(*rows)
     length = sum(rows[1])
     ids = both.input_ids_BS[1, :length].numpy()

@@ -1,4 +1,4 @@
-"""What a model makes of a cache's rows, against plain torch from full logits in float64."""
+"""A model measured on a cache's rows, against plain torch on full logits in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making students: pruned, random and copied ones; known again; measured before training."""
+"""Making students: pruned, random and copied; recognised when finished; measured before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers on disk: the round trip, and every reason for which a file is not reused."""
+"""Answers on disk: the round trip, and every reason not to reuse a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that exist already: matched by order or by id, refused where they do not fit, scored like generated ones."""
+"""Given predictions: matched by order or by id, refused if they do not match, scored like generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are evaluated: one set for all models, every other row named; and what a model is refused for."""
+"""Which rows are evaluated: the same for all models, with all skipped rows listed; and which models are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets by name, rows with other field names, and rows that also stand in the training data."""
+"""Sets by name, rows with other field names, and rows that are also in the training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge against a real vLLM server: a toy model that is held to a form, or left to its nonsense; kills."""
+"""The judge with a real vLLM server: a toy model with constrained or free replies, and kills."""
 
 from __future__ import annotations
 

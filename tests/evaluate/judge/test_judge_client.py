@@ -1,4 +1,4 @@
-"""An endpoint that fails: what is tried again and when, what ends a run, and where the key does not go."""
+"""An endpoint that fails: what is retried and when, what ends a run, and where the key never appears."""
 
 from __future__ import annotations
 

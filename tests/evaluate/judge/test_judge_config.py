@@ -1,4 +1,4 @@
-"""Options of the judge: what is refused before anything is read or asked."""
+"""Options of the judge: errors before anything is read or asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a judge: prompts with their placeholders, texts that cannot leave their fence, one exact last line."""
+"""Questions to a judge: placeholders of prompts, texts that cannot leave their fence, one exact last line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_shipped_prompts_hold_every_text_and_ask_for_what_is_read(form: Form, pa
     if form != "scores":  # there the reference is one of the answers
         assert [content for label, content in held if label == "reference"] == ["It is 4.", "Four"]
     assert not re.search(r"\{[a-z_]+\}", text)
-    # the lines that the prompt asks for are read, once a number stands for each letter
+    # the lines that the prompt asks for can be parsed, with a number in place of each letter
     asked = [line for line in text.splitlines() if re.match(r"(Scores?|Verdict): ", line)]
     assert asked
     for line in [*asked, *(line for line in prompt.reask.splitlines() if ": " in line)]:

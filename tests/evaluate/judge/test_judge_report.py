@@ -1,4 +1,4 @@
-"""The numbers of a judging, by hand: grades, ratios, wins in both orders, the judge's lean, tokens."""
+"""The numbers of a judge's report, by hand: grades, ratios, wins in both orders, position bias, tokens."""
 
 from __future__ import annotations
 

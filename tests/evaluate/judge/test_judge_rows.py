@@ -1,4 +1,4 @@
-"""Which answers are judged: out of an evaluation or files of predictions, chosen, and put into questions."""
+"""Which answers are judged: from an evaluation or files of predictions, selected, and put into questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole judgings against endpoints that fail: what is kept, asked again and refused, and what is written nowhere."""
+"""Complete runs with endpoints that fail: what is kept, asked again and refused, and what is never written."""
 
 from __future__ import annotations
 

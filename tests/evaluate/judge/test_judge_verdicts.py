@@ -1,4 +1,4 @@
-"""Verdicts on disk: whole lines, one judge a file, nothing thrown away unseen."""
+"""Verdicts on disk: complete lines, one judge per file, nothing discarded silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging evaluations: the numbers of one evaluation of all, and a refusal for whatever does not compare."""
+"""Merging evaluations: the numbers of a single evaluation, and an error for what cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rouge equal to `rouge_score` to the last digit, with each tokenizer; and the texts that its tokens lose."""
+"""Rouge equal to `rouge_score` to the last digit, with each tokenizer; and texts whose letters it loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paired differences: hand cases, closed forms, and what they promise on simulated sets."""
+"""Paired differences: hand cases, closed forms, and coverage on simulated sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training curves: what a real run leaves, thinned by value, in the report, its page and its plots."""
+"""Training curves: the logs of a real run, thinned by value, in the report, its page and its plots."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_run_is_read_as_it_stands(tmp_path: Path) -> None:
         {"step": 1, "loss": 3.0, "kld": None, "reward_margin": 0.5, "epoch": 0},
         {"step": 2, "loss": float("nan"), "kld": None, "reward_margin": -0.5, "epoch": 0},
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'  # the run goes on
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'  # the run is still writing
     run = read_run("r", _write_run(tmp_path / "run", text, '{"step": 2, "loss": 2.5, "rouge_l": 11.0}\n'))
     assert run["num_steps"] == 2
     assert {metric: curve["values"] for metric, curve in run["training"].items()} == {

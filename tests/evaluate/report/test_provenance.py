@@ -1,4 +1,4 @@
-"""The command that a report names: it makes the same options again, and no secret stands in it."""
+"""The command in a report: it gives the same options again and contains no secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: it loads without a complaint, sorts, filters, searches and opens examples."""
+"""The page in a real Chromium: it loads without errors, sorts, filters, searches and opens examples."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_it_loads_without_a_complaint_and_asks_for_nothing(page: Driver, report:
 
 
 def test_a_request_that_the_page_would_make_is_stopped_by_its_policy(page: Driver) -> None:
-    """So the test above is no accident of a page without links: what a text slips in is neither loaded nor run."""
+    """The test above does not pass by accident: what a text injects is neither loaded nor run."""
     page.execute_script(
         "const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image);"
         "const script = document.createElement('script'); script.textContent = 'document.title = 1';"
@@ -166,7 +166,7 @@ def test_an_example_opens_and_its_markup_is_text(page: Driver) -> None:
         page.execute_script("return document.querySelectorAll('#browser img, #browser b, #browser script').length") == 0
     )
     assert page.get_log("browser") == []
-    # the answers stand side by side
+    # the answers are side by side
     tops = {round(part.location["y"]) for part in page.find_elements(By.CSS_SELECTOR, "details[open] .part")}
     assert len(tops) == 1
 
@@ -260,4 +260,4 @@ def test_every_chart_is_drawn(page: Driver) -> None:
     for figure in figures:
         picture = Image.open(io.BytesIO(figure.screenshot_as_png)).convert("RGB")
         colours = {colour for _, colour in picture.getcolors(picture.width * picture.height) or []}
-        assert any(max(colour) - min(colour) > 100 for colour in colours)  # bars, boxes or curves beside the grey
+        assert any(max(colour) - min(colour) > 100 for colour in colours)  # bars, boxes or curves, not only grey

@@ -1,4 +1,4 @@
-"""The page: self-contained, safe with any model's text, and holding what the report holds."""
+"""The page: self-contained, safe with any model's text, and equal to the report."""
 
 from __future__ import annotations
 

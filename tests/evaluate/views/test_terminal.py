@@ -1,4 +1,4 @@
-"""What stands on the terminal: drawn tables on a real one, the very `report.md` in a pipe."""
+"""Standard output: drawn tables on a terminal, `report.md` in a pipe."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_tables_fit_a_narrow_terminal(report_path: Path, width: int) -> None:
     lines = _drawn(report, width)
     assert max(map(len, lines)) <= width
     text = "".join(re.split(r"\s+", " ".join(lines)))
-    assert "[bo" in text  # a name is no markup
+    assert "[bo" in text  # a name is not markup
 
 
 def test_a_real_terminal_gets_tables_and_a_pipe_gets_markdown(report_path: Path) -> None:

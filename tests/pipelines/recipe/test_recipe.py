@@ -1,4 +1,4 @@
-"""Recipes: checked before they run, in order, skipping what is complete; and the shipped ones are sound."""
+"""Recipes: checked before they run, run in order, skipping finished steps; and the shipped ones are valid."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_scripts_are_sound_shell() -> None:
 
 
 def test_every_command_of_the_documents_is_one_that_exists() -> None:
-    """Each `dpkd ...` line in a shell block parses against the real command line; each script is there."""
+    """Every `dpkd ...` line of a shell block has a command and flags that exist; every script exists."""
     group = get_command(make_app())
     found = 0
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
@@ -350,7 +350,7 @@ def test_the_version_is_in_the_changelog() -> None:
 
 
 def test_the_parent_of_recipe_steps_touches_no_device() -> None:
-    """A forked process cannot use a GPU that the one before it has so much as counted."""
+    """A forked process cannot use a GPU if its parent has even counted the GPUs."""
     code = (
         "import importlib, torch\n"
         "from dpkd.pipelines.recipe.step_process import READ_ONCE\n"

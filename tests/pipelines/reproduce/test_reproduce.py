@@ -1,4 +1,4 @@
-"""Tables and figures of the paper from outputs of real steps: our numbers, the paper's beside them, and of what."""
+"""Tables and figures of the paper from outputs of real steps: our numbers, the paper's, and their provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that lead to the paper's tables and figures: what the format adds, what is refused, and the shipped ones."""
+"""Recipes for the paper's tables and figures: their format, its errors, and the shipped recipes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_every_artefact_has_a_recipe_and_a_tiny_version() -> None:
 def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Dry runs in an empty directory: neither models nor data are at hand, and nothing is written."""
+    """Dry runs in an empty directory, without models and data; nothing is written."""
     header = path.read_text().split("\n\n")[0]
     command = re.search(r"dpkd reproduce (\w+) --recipe (\S+)", header)
     assert command is not None
@@ -133,7 +133,7 @@ def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
     assert list(tmp_path.iterdir()) == []
     if "tiny" not in path.stem and "toy" not in path.stem:
         assert "never run here" in header or "seconds after" in header
-        assert "an unknown number" not in shown  # what is not here is assumed by the recipe
+        assert "an unknown number" not in shown  # the recipe has assumptions for files that do not exist
     with pytest.raises(UserError, match=r"inputs of the recipe are missing: found no model models/\S+ \((hf|bash) "):
         check_inputs(steps, read_reproduce(path, steps))
 
@@ -142,9 +142,9 @@ def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
 def test_the_header_has_the_papers_numbers(path: Path) -> None:
     config = read_reproduce(path, read_recipe(path))
     if config.artefact in ("fig1", "fig2", "fig3", "fig4"):
-        return  # the paper prints no numbers, or two of which the header speaks
+        return  # the paper prints no numbers, or only two, which the header has
     if "tiny" in path.stem and config.artefact == "table1":
-        return  # stands for three families, whose recipes have them
+        return  # covers three families, whose recipes have the numbers
     header = path.read_text().split("\ninclude")[0]
     for method, values in paper_values(config.artefact, config.paper).items():
         for column, value in values.items():
@@ -222,7 +222,7 @@ def test_sizes_are_told_from_configs_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 def edited(tmp_path: Path, name: str, old: str, new: str) -> Path:
-    """A shipped recipe with a change, and what it includes beside it."""
+    """A shipped recipe with a change, in a directory with the recipes that it includes."""
     for path in SHIPPED:
         (tmp_path / path.name).write_text(path.read_text())
     text = (tmp_path / name).read_text()

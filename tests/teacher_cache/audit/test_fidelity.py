@@ -1,4 +1,4 @@
-"""Fidelity by value: against full logits and shards decoded by hand, and against a cache of the whole vocabulary."""
+"""Fidelity by value: against full logits, shards decoded by hand, and a cache of the full vocabulary."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_comparison_matches_entries_by_id() -> None:
         top = Distributions(np.array(counts), np.array(ids), np.log(logprobs), np.zeros(len(counts)))
         return Scores(np.array([-1.0, -2.0]), top)
 
-    # position 0 in another order; in position 1 token 9 stands where 8 did
+    # position 0 in another order; position 1 with token 9 in place of 8
     one = scores([4, 5, 4, 9], [0.5, 0.3, 0.6, 0.1], [2, 2])
     two = scores([5, 4, 4, 8], [0.3, 0.25, 0.6, 0.1], [2, 2])
     found = compare(one, two, vocab_size=10)["entries"]

@@ -1,4 +1,4 @@
-"""The cache as a whole: what it holds, what it refuses, and that nothing in it can change unseen."""
+"""Complete caches: contents, errors, and detection of any change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache job killed in the middle goes on where it stopped, with the real engine and a real kill."""
+"""A killed cache job resumes where it stopped, with the real engine and a real kill."""
 
 from __future__ import annotations
 

@@ -301,6 +301,6 @@ def test_a_replica_that_cannot_write_ends_the_job_with_its_words(
         filler(job, LAYOUT, rows, SAMPLING, progress)
     assert not job.ledger.committed()
     deadline_s = time.monotonic() + 30
-    while replicas():  # they end with the job, though the cluster goes on
+    while replicas():  # they end with the job, while the cluster keeps running
         assert time.monotonic() < deadline_s
         time.sleep(0.1)

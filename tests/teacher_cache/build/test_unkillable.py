@@ -343,7 +343,7 @@ def test_a_failing_vllm_is_restarted_and_the_failing_row_found(
         assert {i: a.response_ids.tolist() for i, a in again.items()} == {
             i: a.response_ids.tolist() for i, a in sound.items()
         }
-        # whenever one request is under way: it alone is set aside
+        # whenever one request is running: only that one fails
         fault |= {"index": "3", "times": 100}
         found = answers(engine)
         assert [i for i, answer in found.items() if isinstance(answer, FailedRequest)] == [3]

@@ -1,4 +1,4 @@
-"""The mass outside the kept entries, against the full distribution."""
+"""The tail mass, against the full distribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both engines against each other: the same ids in give the same log-probs out."""
+"""Both engines against each other: the same ids give the same log-probs."""
 
 from __future__ import annotations
 

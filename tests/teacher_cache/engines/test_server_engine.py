@@ -1,4 +1,4 @@
-"""The engine over HTTP against real vLLM servers on loopback, with a proxy before them where faults are needed."""
+"""The engine over HTTP against real vLLM servers on loopback, behind a proxy where a test needs errors."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ Fault = int | str | None
 
 @dataclass
 class Proxy:
-    """Hands requests on to a real server; `fault` may give a status to answer, `drop`, or seconds to stay silent."""
+    """Forwards requests to a real server. `fault` may return a status to answer, `drop`, or seconds to wait."""
 
     target: str
     fault: Callable[[str, bytes], Fault] = lambda path, body: None
@@ -440,7 +440,7 @@ def outage(servers: Servers, teacher: ModelSource) -> Outage:
         servers.two.start()
         found.waited = by_index([first[1], *waiting])
         deadline_s = time.monotonic() + 60
-        while not all(server.up for server in engines[0]._pool.servers):  # each engine finds out for itself
+        while not all(server.up for server in engines[0]._pool.servers):  # each engine notices by itself
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         stopping = engines[0].generate(requests(16), sampling)

@@ -1,4 +1,4 @@
-"""The log-prob codec: the stated bound, exactness on the grid, and its refusals."""
+"""The log-prob codec: its error bound, exactness on the grid, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_logprob_is_within_half_a_grid_step(case: tuple[np.ndarray, np.nda
     logprobs, counts = case
     decoded = decode_logprobs(encode_logprobs(logprobs, counts), counts)
     assert decoded.shape == logprobs.shape
-    # float32 itself is coarser than the grid's error far from 0: one unit in the last place is allowed beside it
+    # far from 0, float32 is coarser than the grid: one unit in the last place is allowed in addition
     allowed = MAX_ERROR_NATS + np.spacing(np.abs(logprobs).astype(np.float32))
     assert (np.abs(decoded.astype(np.float64) - logprobs) <= allowed).all()
 

@@ -1,4 +1,4 @@
-"""Caches by URL, with the promises of a local one: against a real server that speaks S3, and fsspec's memory."""
+"""Caches by URL, with the guarantees of a local one, on a real S3 server and fsspec's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data order: every row once, by seed and epoch alone, inside windows."""
+"""The data order: every row once, a function of seed and epoch only, within windows."""
 
 from __future__ import annotations
 

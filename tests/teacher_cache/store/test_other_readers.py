@@ -1,4 +1,4 @@
-"""The examples of docs/cache-format.md run, and give what our own reader gives."""
+"""The examples of docs/cache-format.md run, and agree with our reader."""
 
 from __future__ import annotations
 
