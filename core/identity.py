@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpkd.core.errors import UserError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -92,27 +90,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         elif a != b:
             lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
     return lines
-
-
-def is_made(directory: Path, marker: str, made_of: dict[str, Any], what: str) -> bool:
-    """Whether `directory` holds the `what` that is `made_of`, as its file `marker` says; False where it is empty.
-
-    Raises `UserError` when it holds anything else.
-    """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
-    if not (directory / marker).is_file():
-        raise UserError(
-            f"the output holds something else than a {what}", where=directory, advice="Choose another --out"
-        )
-    held = json.loads((directory / marker).read_bytes())
-    if canonical_json(held) != canonical_json(made_of):
-        raise UserError(
-            f"the output holds another {what}; differing: {'; '.join(differences(held, made_of))}",
-            where=directory,
-            advice="Choose another --out",
-        )
-    return True
 
 
 def _short(value: Any) -> str:

@@ -89,24 +89,43 @@ class ModelSource:
 
     def identity(self, dtype: str) -> dict[str, Any]:
         """Name, revision, dtype, vocabulary width and content hashes of this model."""
-        config = {
-            key: value
-            for key, value in self.config.to_dict().items()
-            if key not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-        }
         return {
             "name": self.path.resolve().name if self.revision is None else self.name,
             "revision": self.revision,
             "dtype": dtype,
             "vocab_size": self.vocab_size,
-            "config_sha256": fingerprint(config),
+            "config_sha256": config_sha256(self.config),
             # None where a server holds the weights and this machine does not
             "weights_sha256": weights_sha256(self.path) if any(self.path.glob("*.safetensors")) else None,
         }
 
+    def trained_template(self) -> dict[str, str] | None:
+        """Name and sha256 of the prompt template in the model's `dpkd.json`; None for a model without that file.
+
+        Raises `UserError` when the file names no template.
+        """
+        path = self.path / "dpkd.json"
+        if not path.is_file():
+            return None
+        try:
+            template = json.loads(path.read_text(encoding="utf-8"))["template"]
+            return {key: str(template[key]) for key in ("name", "sha256")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint's dpkd.json has no template: {type(error).__name__} {error}",
+                where=path,
+                advice="Delete the file to use the model with a template of your choice",
+            ) from None
+
     def tokenizer_identity(self) -> dict[str, Any]:
         """Content hash and size of this model's tokenizer."""
         return {"sha256": tokenizer_sha256(self.tokenizer), "num_tokens": len(self.tokenizer)}
+
+
+def config_sha256(config: PretrainedConfig) -> str:
+    """Hash of what a config says of the model itself: not of its name, its dtype or a version of transformers."""
+    other = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    return fingerprint({key: value for key, value in config.to_dict().items() if key not in other})
 
 
 def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSource:

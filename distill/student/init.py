@@ -1,9 +1,8 @@
-"""Make a student: of the teacher's layers and neurons, with random weights, or as a copy of another checkpoint."""
+"""Make a student: from a teacher's layers and neurons, with random weights, or as a copy of another checkpoint."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
-from dpkd.core.files import write_atomic
-from dpkd.core.identity import canonical_json, fingerprint, is_made
-from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.files import replacing_directory, write_atomic
+from dpkd.core.identity import canonical_json
+from dpkd.core.models import ModelSource, config_sha256, locate_model
+from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -22,9 +22,9 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-#: what the student is made of, by which it is known again
+#: what the student is made of, for a second `dpkd init-student` with the same --out
 _MARKER = "dpkd-student.json"
-#: number of parameters, and what was measured before training
+#: number of parameters, and metrics of the student before training
 REPORT = "student.json"
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -40,7 +40,7 @@ _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.saf
 
 @dataclass(frozen=True)
 class _Plan:
-    """A student before it is made: what it is made of, in words too, and what writes its model into a directory."""
+    """A student before it is made: what it is made of, the same in words, and what writes its model to a directory."""
 
     made_of: dict[str, Any]
     words: str
@@ -48,11 +48,11 @@ class _Plan:
 
 
 def init_student(config: InitStudentConfig) -> Path:
-    """Write the student that `config` describes to `config.out`; the directory.
+    """Write the student that `config` describes to the directory `config.out`, and return it.
 
-    With `config.cache` the student is then measured on it; the measures stand in student.json beside the number of
-    parameters. A student that was made of the same with the same options is left as it is, and so are its measures on
-    the same rows; other content is an error. Raises `UserError` when teacher, cache and options do not fit together.
+    With `config.cache` the student is then measured on the cache; student.json holds the metrics and the number of
+    parameters. A student that exists and was made with the same options is kept, and so are its metrics on the same
+    rows. Raises `UserError` when teacher, cache and options do not fit together, or `config.out` holds something else.
     """
     teacher = locate_model(config.teacher, "teacher")
     cache = None if config.cache is None else TeacherCache.open(config.cache)
@@ -65,7 +65,7 @@ def init_student(config: InitStudentConfig) -> Path:
     else:
         plan = _pruned(config, teacher, cache)
     choose_device(config.device)
-    if is_made(config.out, _MARKER, plan.made_of, "student"):
+    if output_exists(config.out, _MARKER, plan.made_of, "student"):
         say(f"the student {config.out} is complete")
     else:
         _write(config, teacher, plan)
@@ -86,7 +86,7 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, cache: TeacherCache
         assert cache is not None  # the config's own check
         made_of |= {"mlp_width": width, "cache": cache.fingerprint, "cache_rows": config.cache_rows}
         words += f", {width} neurons in every MLP"
-        check_mlp_width(_skeleton(teacher.config), width)
+        check_mlp_width(skeleton(teacher.config), width)
 
     def write(directory: Path) -> None:
         model = teacher.load("float32")
@@ -117,7 +117,7 @@ def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
             where=path,
             advice=f"Set its vocab_size to the teacher's {teacher.vocab_size}",
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # ids are the tokenizer's, which is the teacher's
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the student takes the teacher's tokenizer
         setattr(student_config, name, getattr(teacher.config, name, None))
 
     def write(directory: Path) -> None:
@@ -131,14 +131,7 @@ def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
             student.generation_config = GenerationConfig.from_pretrained(teacher.path)
         student.save_pretrained(directory)
 
-    content = student_config.to_dict()
-    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):  # say nothing of the student
-        content.pop(key, None)
-    made_of = {
-        "config": fingerprint(content),
-        "seed": seed,
-        "tokenizer": teacher.tokenizer_identity(),
-    }
+    made_of = {"config": config_sha256(student_config), "seed": seed, "tokenizer": teacher.tokenizer_identity()}
     return _Plan(made_of, f"random weights of {path}, seed {seed}", write)
 
 
@@ -172,60 +165,47 @@ def _copied(name: str, teacher: ModelSource) -> _Plan:
     check_width(source, teacher.vocab_size)
 
     def write(directory: Path) -> None:
-        directory.mkdir(parents=True)
-        for pattern in _MODEL_FILES:
-            for file in source.path.glob(pattern):
-                shutil.copyfile(file, directory / file.name)
+        _copy_files(source, _MODEL_FILES, directory)
 
     made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
     return _Plan(made_of, f"a copy of {name}", write)
 
 
 def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None:
-    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replacing_directory(config.out) as temporary:
         plan.write(temporary)
         copy_tokenizer(teacher, temporary)
-        parameters = _count_parameters(ModelSource(str(config.out), temporary).config)
+        model = skeleton(ModelSource(str(config.out), temporary).config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
         (temporary / REPORT).write_bytes(canonical_json({"parameters": parameters}))
         (temporary / _MARKER).write_bytes(canonical_json(plan.made_of))
         (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
-        if config.out.is_dir():
-            config.out.rmdir()  # empty, as `is_made` found it
-        temporary.replace(config.out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     say(f"the student {config.out}: {plan.words}; {parameters / 1e6:.1f}M parameters")
 
 
 def _measure(config: InitStudentConfig, cache: TeacherCache) -> None:
-    """Measure the student in `config.out` on `cache`, unless its report has it, and say what came out."""
+    """Measure the student in `config.out` on `cache`, unless its report has the metrics, and print them."""
     report_path = config.out / REPORT
     student = locate_model(str(config.out), "student")
-    if report_path.is_file():
-        report = json.loads(report_path.read_bytes())
-    else:
-        report = {"parameters": _count_parameters(student.config)}
+    report = json.loads(report_path.read_bytes())
     measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows}
     if report.get("measured_on") != measured_on:
         from dpkd.distill.student.measures import measure_student
 
-        measures = measure_student(
-            student, student.load("float32"), cache, config.cache_rows, choose_device(config.device)
-        )
-        report |= {"measured_on": measured_on, "before_training": measures}
+        model, device = student.load("float32"), choose_device(config.device)
+        metrics = measure_student(student, model, cache, config.cache_rows, device)
+        report |= {"measured_on": measured_on, "before_training": metrics}
         write_atomic(report_path, canonical_json(report))
-    measures = report["before_training"]
-    kl = "" if measures["kl"] is None else f", KL to the teacher {measures['kl']:.3f} nats a token"
+    metrics = report["before_training"]
+    kl = "" if metrics["kl"] is None else f", KL to the teacher {metrics['kl']:.3f} nats a token"
     say(
-        f"the student {config.out} before training: perplexity {measures['perplexity']:.5g}{kl} "
-        f"({measures['tokens']} response tokens of {measures['rows']} rows of {cache.folder})"
+        f"the student {config.out} before training: perplexity {metrics['perplexity']:.5g}{kl} "
+        f"({metrics['tokens']} response tokens of {metrics['rows']} rows of {cache.folder})"
     )
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of `config` whose weights have shapes and no memory."""
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of `config` without memory for its weights: for names, shapes and counts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -233,13 +213,12 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a model of `config`, tied ones counted once."""
-    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
-
-
 def copy_tokenizer(source: ModelSource, directory: Path) -> None:
-    """The tokenizer's own files, byte for byte: saving it anew could change them."""
-    for pattern in _TOKENIZER_FILES:
+    """Copy the tokenizer's files byte for byte: saving the tokenizer could change them."""
+    _copy_files(source, _TOKENIZER_FILES, directory)
+
+
+def _copy_files(source: ModelSource, patterns: tuple[str, ...], directory: Path) -> None:
+    for pattern in patterns:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, directory / file.name)

@@ -1,8 +1,7 @@
-"""A model held against a cache: perplexity of its responses, divergences from its distributions, implicit rewards."""
+"""A model measured on a cache: perplexity of its responses, divergences from its distributions, implicit rewards."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,15 +28,15 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 _BATCH_SIZE = 8
 _LOGITS_CHUNK = 1024
-_LARGEST_EXPONENT = 700.0  # exp of more is no float64; a model that far off is told apart by its log-probs
+_LARGEST_EXPONENT = 700.0  # exp of more overflows float64
 
 
 def sample_rows(cache: TeacherCache, num_rows: int) -> list[TrainingRow]:
-    """`num_rows` rows of `cache`, or all where it has fewer: always the same ones, shuffled over shards."""
-    rows = CacheRows(cache, cache.shards(), None)
+    """`num_rows` rows of `cache`, or all if it has fewer: always the same ones, spread over its shards."""
+    rows = CacheRows(cache, cache.shards())
     sizes = rows.group_sizes
-    places = BatchOrder(sizes, seed=0, global_batch_size=min(num_rows, sum(sizes))).rows_of(0)
-    return [rows.row(*place) for place in places]
+    order = BatchOrder(sizes, seed=0, global_batch_size=min(num_rows, sum(sizes)))
+    return [rows.row(*row_index) for row_index in order.rows_of(0)]
 
 
 def batches_of(rows: list[TrainingRow], device: torch.device, *, with_distributions: bool = False) -> Iterator[Batch]:
@@ -54,43 +53,27 @@ def measure_model(
     `device` is auto, cpu or cuda. Raises `UserError` for a model or a cache that cannot be read, and for a model with
     another tokenizer, or another prompt template, than the cache's.
     """
-    student, held = locate_model(path, "model"), TeacherCache.open(cache)
-    check_same_prompts(student, held)
-    return measure_student(student, student.load(dtype), held, num_rows, choose_device(device), beta)
+    student, teacher_cache = locate_model(path, "model"), TeacherCache.open(cache)
+    check_same_prompts(student, teacher_cache)
+    return measure_student(student, student.load(dtype), teacher_cache, num_rows, choose_device(device), beta)
 
 
 def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
-    """Raise `UserError` unless `model` reads the cache's rows as they were written.
+    """Raise `UserError` unless `model` has the cache's tokenizer and prompt template.
 
-    Its tokenizer is the cache's, and so is the template that it says it was trained with; of a checkpoint without
-    `dpkd.json`, the one that its tokenizer holds.
+    The template is the one in its `dpkd.json`; of a checkpoint without that file, the one of its tokenizer.
     """
     cache.check_tokenizer(model, "model")
-    held = cache.identities["template"]
-    ours = _trained_with(model) or PromptEncoder(model.tokenizer, held["name"]).identity()
-    if (ours["name"], ours["sha256"]) != (held["name"], held["sha256"]):
+    expected = cache.identities["template"]
+    actual = model.trained_template() or PromptEncoder(model.tokenizer, expected["name"]).identity()
+    if (actual["name"], actual["sha256"]) != (expected["name"], expected["sha256"]):
         raise UserError(
             "the model's prompt template is not the cache's",
-            found=f"{ours['name']} (sha256 {ours['sha256'][:12]}) of {model.name}",
-            expected=f"{held['name']} (sha256 {held['sha256'][:12]})",
+            found=f"{actual['name']} (sha256 {actual['sha256'][:12]}) of {model.name}",
+            expected=f"{expected['name']} (sha256 {expected['sha256'][:12]})",
             where=cache.folder,
             advice="Give a model that was trained with the cache's template, or another cache",
         )
-
-
-def _trained_with(model: ModelSource) -> dict[str, str] | None:
-    path = model.path / "dpkd.json"
-    if not path.is_file():
-        return None
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))["template"]
-        return {key: str(told[key]) for key in ("name", "sha256")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint's dpkd.json names no template: {type(error).__name__} {error}",
-            where=path,
-            advice="Delete the file to measure the model with the cache's template",
-        ) from None
 
 
 def measure_student(

@@ -14,20 +14,20 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from transformers import PreTrainedModel
 
-#: (projections into the neurons, projection out of them) by the names that families give them
+#: (projections into the neurons, projection out of them), as model families name them
 _MLP_NAMES = (
-    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen2, Gemma and most of today's
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen2, Gemma and most newer ones
     (("up_proj",), "down_proj"),
     (("c_fc",), "c_proj"),  # GPT-2
     (("fc1",), "fc2"),  # OPT (on the layer itself), Phi
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
 )
-#: the config's name of the number of neurons
+#: names of the number of neurons in configs
 _WIDTH_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-#: lists of the config with one value a layer
+#: lists in configs with one value a layer
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
@@ -44,13 +44,13 @@ def spread_layers(num_layers: int, num_kept: int) -> list[int]:
     """`num_kept` of `num_layers` layers, evenly from the first to the last (the first alone for one)."""
     if num_kept == 1:
         return [0]
-    return [round(place * (num_layers - 1) / (num_kept - 1)) for place in range(num_kept)]
+    return [round(index * (num_layers - 1) / (num_kept - 1)) for index in range(num_kept)]
 
 
 def choose_layers(num_layers: int, num_kept: int | None, keep: str | Sequence[int]) -> list[int]:
-    """Numbers (from 0, ascending) of the layers that `keep` means: a list, or a way to choose `num_kept` (None: all).
+    """Numbers (from 0, ascending) of the layers to keep: the list `keep`, or `num_kept` (None: all) chosen that way.
 
-    Raises `UserError` when the model has not so many layers.
+    Raises `UserError` when the model has fewer layers.
     """
     if not isinstance(keep, str):
         if max(keep) >= num_layers:
@@ -65,12 +65,9 @@ def choose_layers(num_layers: int, num_kept: int | None, keep: str | Sequence[in
         raise UserError(
             "the student would have more layers than the teacher", found=num_kept, expected=f"at most {num_layers}"
         )
-    ways: dict[str, Callable[[], list[int]]] = {
-        "spread": lambda: spread_layers(num_layers, num_kept),
-        "first": lambda: list(range(num_kept)),
-        "last": lambda: list(range(num_layers - num_kept, num_layers)),
-    }
-    return ways[keep]()
+    if keep == "spread":
+        return spread_layers(num_layers, num_kept)
+    return list(range(num_kept) if keep == "first" else range(num_layers - num_kept, num_layers))
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -82,20 +79,20 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     for name in _LAYER_LISTS:
         if getattr(text_config, name, None):
             setattr(text_config, name, [getattr(text_config, name)[layer] for layer in kept])
-    place = {str(layer): str(index) for index, layer in enumerate(kept)}
+    new_layer = {str(layer): str(index) for index, layer in enumerate(kept)}
     weights = {}
     for name, value in model.state_dict().items():
         if name.startswith(prefix):
             layer, _, rest = name[len(prefix) :].partition(".")
-            if layer not in place:
+            if layer not in new_layer:
                 continue
-            name = f"{prefix}{place[layer]}.{rest}"
+            name = f"{prefix}{new_layer[layer]}.{rest}"
         weights[name] = value
     return _rebuilt(model, config, weights)
 
 
 def mlps_of(model: PreTrainedModel) -> list[Mlp]:
-    """The MLP of every layer, in order; raises `UserError` for a family whose MLPs are not known here."""
+    """The MLP of every layer, in order; raises `UserError` for a model family whose MLPs are unknown."""
     prefix = f"{_layer_stack(model)}."
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     found: list[Mlp] = []
@@ -111,17 +108,17 @@ def mlps_of(model: PreTrainedModel) -> list[Mlp]:
     known = _width_name(model.config.get_text_config()) is not None
     if not known or len(found) != num_layers or len({mlp.width for mlp in found}) != 1:
         raise UserError(
-            f"the MLPs of a {model.config.model_type} are not known here, so that neurons cannot be left out",
+            f"neurons cannot be pruned: the MLPs of the model type {model.config.model_type} are unknown",
             found=f"{len(found)} MLPs of widths {sorted({mlp.width for mlp in found})} in {num_layers} layers"
-            + ("" if known else ", and no width in the config"),
-            expected=f"one MLP a layer, all of one width that the config names ({', '.join(_WIDTH_NAMES)})",
+            + ("" if known else " and no width in the config"),
+            expected=f"one MLP a layer, all of the width that the config gives ({', '.join(_WIDTH_NAMES)})",
             advice="Leave out --mlp-width and keep fewer --layers",
         )
     return found
 
 
 def check_mlp_width(model: PreTrainedModel, width: int) -> None:
-    """Raise `UserError` unless `width` neurons can be kept in every MLP of `model`; its weights are not looked at."""
+    """Raise `UserError` unless every MLP of `model` has `width` neurons; needs only the shapes of its weights."""
     largest = mlps_of(model)[0].width
     if width > largest:
         raise UserError(
@@ -133,10 +130,9 @@ def check_mlp_width(model: PreTrainedModel, width: int) -> None:
 
 @torch.no_grad()
 def neuron_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tensor, "L W"]:
-    """How much each neuron of each of the L layers writes: mean |activation| times the norm of its outgoing weights.
+    """Importance of each of the W neurons in each of the L layers: mean |activation| times norm of outgoing weights.
 
-    The mean is over every token of `batches`, prompts and responses alike; padding does not count. Batches must be on
-    the model's device.
+    The mean is over all tokens of `batches` except padding. Batches must be on the model's device.
     """
     mlps = mlps_of(model)
     first = next(model.parameters())
@@ -158,7 +154,7 @@ def neuron_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tens
         for batch in batches:
             real_N = batch.attention_mask_BS.flatten().bool()
             num_tokens += int(real_N.sum())
-            decoder = cast(Any, model).get_decoder()  # the head's logits are of no use here
+            decoder = cast(Any, model).get_decoder()  # without the head: no logits are needed
             decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
     finally:
         model.train(was_training)
@@ -172,9 +168,9 @@ def neuron_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tens
 
 
 def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"]) -> PreTrainedModel:
-    """A model of the same family whose MLPs have the `width` neurons of the largest `sizes_LW`, in their old order.
+    """A model of the same family that keeps in each MLP the `width` neurons of the largest `sizes_LW`, in their order.
 
-    `sizes_LW` has one row a layer of `model`. Raises `UserError` when there are fewer neurons.
+    `sizes_LW` has a row for each layer of `model`. Raises `UserError` when its MLPs have fewer neurons.
     """
     mlps = mlps_of(model)
     check_mlp_width(model, width)
@@ -186,11 +182,11 @@ def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"
         kept = sizes_W.argsort(descending=True, stable=True)[:width].sort().values.to(next(model.parameters()).device)
         for name in mlp.inputs:
             axis = _neuron_axis(model.get_submodule(name), is_output=False)
-            weights[f"{name}.weight"] = _kept(weights[f"{name}.weight"], axis, kept)
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].index_select(axis, kept)
             if f"{name}.bias" in weights:
-                weights[f"{name}.bias"] = _kept(weights[f"{name}.bias"], 0, kept)
+                weights[f"{name}.bias"] = weights[f"{name}.bias"][kept]
         axis = _neuron_axis(model.get_submodule(mlp.output), is_output=True)
-        weights[f"{mlp.output}.weight"] = _kept(weights[f"{mlp.output}.weight"], axis, kept)
+        weights[f"{mlp.output}.weight"] = weights[f"{mlp.output}.weight"].index_select(axis, kept)
     return _rebuilt(model, config, weights)
 
 
@@ -198,12 +194,8 @@ def _width_name(text_config: Any) -> str | None:
     return next((name for name in _WIDTH_NAMES if hasattr(text_config, name)), None)
 
 
-def _kept(weight: Tensor, axis: int, kept: Int[Tensor, " W"]) -> Tensor:
-    return weight.index_select(axis, kept)
-
-
 def _neuron_axis(module: nn.Module, *, is_output: bool) -> int:
-    """Axis of the weight along which neurons lie: `Linear` holds [out, in], GPT-2's `Conv1D` [in, out]."""
+    """The weight's axis of neurons: `Linear` has weights [out, in], GPT-2's `Conv1D` has [in, out]."""
     return int(is_output) if isinstance(module, nn.Linear) else int(not is_output)
 
 
@@ -217,15 +209,15 @@ def _layer_stack(model: PreTrainedModel) -> str:
     ]
     if len(stacks) != 1:
         raise UserError(
-            "the teacher's layers are not found: its modules hold not exactly one stack of them",
-            found=stacks,
-            expected=f"one list of {num_layers} layers",
+            "the teacher's layers cannot be identified",
+            found=f"lists of {num_layers} modules: {', '.join(stacks) or 'none'}",
+            expected="exactly one such list",
         )
     return stacks[0]
 
 
 def _rebuilt(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of `config` with `weights`; heads stay tied or untied as the config says."""
+    """A model of `config` with `weights`; its head is tied or not, as the config says."""
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_config(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +49,9 @@ def _identity(source: ModelSource, encoder: PromptEncoder, config: EvalConfig) -
 
 def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
     """Raise `UserError` if the checkpoint records another template than the one of the options."""
-    path = source.path / "dpkd.json"
-    if not path.is_file():
-        return  # not a checkpoint of dpkd: only the option can tell
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))["template"]
-        trained_with = {key: str(trained[key]) for key in ("name", "sha256")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint's dpkd.json has no template: {type(error).__name__} {error}",
-            where=path,
-            advice="Delete the file to evaluate with the template of --template",
-        ) from None
+    trained_with = source.trained_template()
+    if trained_with is None:
+        return
     asked_with = encoder.identity()
     if trained_with == asked_with:
         return
@@ -70,7 +60,7 @@ def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
         "the model was trained with another prompt template" + (" of the same name" if other_text else ""),
         found=f"{trained_with['name']} (sha256 {trained_with['sha256'][:12]}) in the checkpoint",
         expected=f"{asked_with['name']} (sha256 {asked_with['sha256'][:12]})",
-        where=path,
+        where=source.path / "dpkd.json",
         advice="Train it again with the template of this version"
         if other_text
         else f"Give --template {trained_with['name']}",

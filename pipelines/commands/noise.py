@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import write_atomic, write_text
-from dpkd.core.identity import canonical_json, is_made, software_versions
+from dpkd.core.files import replacing_directory, write_atomic, write_text
+from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
 from dpkd.pipelines.commands.noise_options import NoiseConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -49,7 +49,7 @@ def add_noise(config: NoiseConfig) -> Path:
     copies = []
     for (scale, seed), directory in config.copies().items():
         made_of = {"model": base, "scale": scale, "seed": seed}
-        if not is_made(directory, _MARKER, made_of, "copy"):
+        if not output_exists(directory, _MARKER, made_of, "copy"):
             _write_copy(source, directory, made_of)
         held = _read(directory / _MEASURES)
         if held.get("measured_on") != measured_on:
@@ -82,8 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _write_copy(source: ModelSource, directory: Path, made_of: dict[str, Any]) -> None:
     from dpkd.distill.student.init import copy_tokenizer
 
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_directory(directory) as temporary:
         model = source.load("float32")
         add_gaussian_noise(model, made_of["scale"], made_of["seed"])
         model.save_pretrained(temporary)
@@ -91,9 +90,6 @@ def _write_copy(source: ModelSource, directory: Path, made_of: dict[str, Any]) -
         if (source.path / "dpkd.json").is_file():  # the template that it was trained with
             shutil.copyfile(source.path / "dpkd.json", temporary / "dpkd.json")
         (temporary / _MARKER).write_bytes(canonical_json(made_of))
-        temporary.replace(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def add_gaussian_noise(model: torch.nn.Module, scale: float, seed: int) -> None:

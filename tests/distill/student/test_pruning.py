@@ -194,8 +194,10 @@ def test_more_neurons_than_the_teacher_has_is_an_error() -> None:
 
 def test_families_whose_mlps_are_not_known() -> None:
     experts = AutoModelForCausalLM.from_config(MixtralConfig(**GATED, num_local_experts=2))
-    with pytest.raises(UserError, match=r"MLPs of a mixtral are not known here.* found 0 MLPs of widths \[\] in 6"):
+    with pytest.raises(
+        UserError, match=r"MLPs of the model type mixtral are unknown.* found 0 MLPs of widths \[\] in 6"
+    ):
         mlps_of(experts)
     fixed = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
-    with pytest.raises(UserError, match=r"a bloom are not known here.* widths \[64\] .* no width in the config"):
+    with pytest.raises(UserError, match=r"type bloom are unknown.* widths \[64\] .* no width in the config"):
         mlps_of(fixed)

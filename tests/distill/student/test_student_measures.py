@@ -104,7 +104,7 @@ def test_a_model_of_another_template_is_refused(
     ):
         measure_model(str(model), toy_cache, num_rows=3, device="cpu")
     (model / "dpkd.json").write_text("{}")
-    with pytest.raises(UserError, match=r"dpkd\.json names no template"):
+    with pytest.raises(UserError, match=r"dpkd\.json has no template"):
         measure_model(str(model), toy_cache, num_rows=3, device="cpu")
     told = {"template": TeacherCache.open(toy_cache).identities["template"]}
     (model / "dpkd.json").write_text(json.dumps(told))
