@@ -70,7 +70,7 @@ def reference_pairs(config: EvalConfig, candidate: Candidate, eval_sets: Sequenc
 def engine_options(
     config: EvalConfig, engine: str, candidate: Candidate, pairs: Mapping[str, Sequence[Pair]]
 ) -> EngineOptions:
-    """Engine options with room for the longest answer to generate and the longest gold response that fits."""
+    """Engine options for the longest answer to generate and the longest gold response that fits the model."""
     options = config.engine_options()
     lengths = (_length(pair) for of_set in pairs.values() for pair in of_set)
     longest = max((length for length in lengths if length <= _limit(candidate, engine)), default=0)

@@ -1,4 +1,4 @@
-"""Options of an evaluation: which checkpoints, which data, how answers are drawn."""
+"""Options of `dpkd eval`: which models, which data, how answers are drawn and scored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOWN_SETS: dict[str, tuple[str, ...]] = {
     "vicuna": ("vicuna.jsonl", "vicuna/valid.jsonl"),
     "unni": ("unni_11plus.jsonl", "unni.jsonl", "uinst/11_/valid.jsonl"),
 }
-#: before a known set's name in the options: to be looked for in the data directory
+#: prefix of the name of a known set in the options; its file is found in the data directory later
 SET_PREFIX = "set:"
 ROW_FIELDS = ("instruction", "input", "output", "messages", "prompt", "id", "category")
 
@@ -44,7 +44,7 @@ def _as_edge(value: Any) -> Edge:
 
 
 class EvalConfig(Settings):
-    """Everything that `dpkd eval` can be told."""
+    """The options of `dpkd eval`."""
 
     set_only: ClassVar[frozenset[str]] = frozenset({"num_bootstrap", "bootstrap_seed", "max_num_seqs", "dtype"})
 
@@ -53,54 +53,56 @@ class EvalConfig(Settings):
     )
     predictions: dict[str, str] = Field(
         {},
-        description="NAME=FILE.jsonl: answers that exist already, a `prediction` a line in the order of the set's rows "
-        "or by `example_id`; NAME:SET=FILE where there are several sets; repeatable",
+        description="NAME=FILE.jsonl: existing answers, one `prediction` per line in the order of the set's rows or by "
+        "`example_id`; NAME:SET=FILE if there are several sets; repeatable",
     )
     data: dict[str, str] = Field(
         min_length=1,
-        description="NAME=FILE: rows with references (.jsonl, .json, .parquet, or a datasets name); or the name alone "
-        f"of a set that --data-dir holds: {', '.join(KNOWN_SETS)}; repeatable",
+        description="NAME=FILE: rows with references (.jsonl, .json, .parquet, or a datasets name); or only the name "
+        f"of a set in --data-dir: {', '.join(KNOWN_SETS)}; repeatable",
     )
     data_dir: Path | None = Field(
-        None, description="directory of the sets that are given by name; off: the environment's DPKD_DATA"
+        None, description="directory of the sets given by name; none: the environment variable DPKD_DATA"
     )
     run: dict[str, str] = Field(
         {},
-        description="NAME=DIR: a run of `dpkd train` whose curves the report shows; models that are runs are taken "
-        "anyway; repeatable",
+        description="NAME=DIR: a run of `dpkd train` whose curves the report shows; models that are runs are "
+        "included automatically; repeatable",
     )
     field: dict[str, str] = Field(
         {},
-        description=f"NAME=FIELD: which field of the data's rows is the {', '.join(ROW_FIELDS[:-1])} or "
-        f"{ROW_FIELDS[-1]}; repeatable",
+        description=f"NAME=FIELD: the field of the rows to use as {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]}; "
+        "repeatable",
     )
     out: Path = Field(description="directory for the report, the scores and the generated answers")
     cache: Location | None = Field(
         None,
-        description="teacher cache of the training: prompts of the data that also stand in it are counted, and each "
-        "model's divergence from its distributions is measured",
+        description="teacher cache of the training: count prompts of the data that are also in it, and measure each "
+        "model's divergence from its distributions",
     )
     cache_rows: int = Field(
-        256, ge=0, description="most rows of --cache over which divergences are measured; 0 measures none"
+        256, ge=0, description="largest number of rows of --cache for measuring divergences; 0 measures none"
     )
     perplexity: bool = Field(True, description="measure the perplexity of the gold responses under each model")
     train_data: str | None = Field(
-        None, description="rows that the models were trained on: prompts of the data that also stand there are counted"
+        None, description="rows that the models were trained on: count prompts of the data that are also in them"
     )
     generations: Path | None = Field(
         None,
-        description="directory where generated answers are kept and looked for, to be shared by evaluations with other "
-        "metrics or buckets; off: `generations` in --out",
+        description="directory of generated answers, which evaluations with other metrics or buckets can share; "
+        "none: `generations` in --out",
     )
-    engine: LocalEngineName = Field("auto", description="what runs the models; auto is vLLM where it is installed")
-    template: TemplateName = Field("alpaca", description="prompt template; must be the one trained with")
+    engine: LocalEngineName = Field(
+        "auto", description="what runs the models; auto is vLLM if it is installed, else transformers"
+    )
+    template: TemplateName = Field("alpaca", description="prompt template; the one that the models were trained with")
     temperature: float = Field(
         1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"
     )
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus: probability mass that is sampled from")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="probability mass of nucleus sampling")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None,
-        description="comma-separated seeds, one answer a row each; off: 10,20,30,40,50, or 10 when greedy",
+        description="comma-separated seeds, with one answer per row each; none: 10,20,30,40,50, or 10 if greedy",
     )
     buckets: tuple[Annotated[int | Statistic, BeforeValidator(_as_edge)], ...] = Field(
         (30, 70),
@@ -109,28 +111,28 @@ class EvalConfig(Settings):
         "responses",
     )
     bucket_by: Literal["words", "tokens"] = Field(
-        "words", description="what lengths count; tokens are the first model's"
+        "words", description="unit of lengths; tokens are those of the first model"
     )
     bucket_of: Literal["reference", "prediction"] = Field(
-        "reference", description="whose length decides: the gold response's or the answer's own"
+        "reference", description="whose length decides the bucket: that of the gold response or of the answer"
     )
     rouge_tokenizer: RougeTokenizer = Field(
         "default",
-        description="what Rouge compares: default keeps stemmed a-z and 0-9 alone, whitespace and character serve "
-        "other scripts",
+        description="tokens of Rouge: default keeps only a-z and 0-9, stemmed; whitespace and character suit other "
+        "scripts",
     )
-    max_new_tokens: int = Field(256, gt=0, description="longest answer, in tokens")
-    max_prompt_tokens: int = Field(256, gt=0, description="rows with a longer prompt are left out, in tokens")
-    limit: int | None = Field(None, gt=0, description="only the first so many rows of each data set; off: all")
+    max_new_tokens: int = Field(256, gt=0, description="length of the longest answer, in tokens")
+    max_prompt_tokens: int = Field(
+        256, gt=0, description="length of the longest prompt, in tokens; rows with a longer one are left out"
+    )
+    limit: int | None = Field(None, gt=0, description="use only the first rows of each data set; none: all")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models run")
     num_bootstrap: int = Field(
         10_000, ge=100, description="bootstrap resamples behind each 95% interval and each p-value"
     )
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
-    max_num_seqs: int = Field(64, gt=0, description="most answers generated at once")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="number type of the models' weights"
-    )
+    max_num_seqs: int = Field(64, gt=0, description="number of answers generated at once")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="data type of the models' weights")
 
     @field_validator("model", "data", "predictions", "run", mode="before")
     @classmethod
@@ -169,7 +171,7 @@ class EvalConfig(Settings):
             if colon:
                 check_name(data)
             if name in info.data.get("model", {}):
-                raise ValueError(f"the name {name!r} is given to a model too")
+                raise ValueError(f"a model has the name {name!r} too")
         return value
 
     _several = field_validator("seeds", "buckets", mode="before")(split_commas)
@@ -180,7 +182,7 @@ class EvalConfig(Settings):
         if value is None:
             return None
         if not value:
-            raise ValueError("no seed is given")
+            raise ValueError("there is no seed")
         if len(set(value)) != len(value):
             raise ValueError(f"a seed is given twice in {','.join(map(str, value))}")
         if info.data.get("temperature") == 0 and len(value) > 1:
@@ -198,7 +200,7 @@ class EvalConfig(Settings):
     def _something_is_evaluated(self) -> Self:
         if not self.model and not self.predictions:
             raise UserError(
-                "nothing is to be evaluated",
+                "there is nothing to evaluate",
                 found="neither a model nor predictions",
                 where="the options",
                 advice="Give --model NAME=DIR or --predictions NAME=FILE",
@@ -207,22 +209,22 @@ class EvalConfig(Settings):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What stands in the report: the models, then the names of the predictions."""
+        """The names in the report: the models, then the predictions."""
         given = dict.fromkeys(key.partition(":")[0] for key in self.predictions)
         return (*self.model, *given)
 
     def generations_dir(self) -> Path:
-        """Where generated answers are kept."""
+        """The directory of generated answers."""
         return self.generations or self.out / "generations"
 
     def resolved_seeds(self) -> tuple[int, ...]:
-        """The seeds in use: those given, else the paper's five when sampling and their first when greedy."""
+        """The seeds of the options; without any, the paper's five if sampling and the first of them if greedy."""
         if self.seeds is not None:
             return self.seeds
         return PAPER_SEEDS if self.temperature > 0 else PAPER_SEEDS[:1]
 
     def engine_options(self) -> EngineOptions:
-        """What an engine must hold to answer: no distribution is kept."""
+        """Engine options for generating answers; no distributions are needed."""
         return EngineOptions(
             max_length=self.max_prompt_tokens + self.max_new_tokens,
             top_k=0,

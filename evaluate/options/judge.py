@@ -1,4 +1,4 @@
-"""Options of a judge: which answers it is shown, where it is asked, and how."""
+"""Options of `dpkd judge`: which answers, which judge, and how to ask it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpkd.evaluate.options.eval import KNOWN_SETS, SET_PREFIX, EvalConfig
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
 
-#: options that change no number, or whose content is part of the identity instead
+#: options that change no number, or whose content is part of the identity
 FREE_OPTIONS = frozenset(
     {
         "out", "verdicts", "report", "predictions", "data", "data_dir", "prompt", "api_key_env", "allow_plain_http",
@@ -23,19 +23,19 @@ FREE_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-# fields of a request that other options or this program set; the last three may be left out by `null`
+# fields of a request that dpkd sets, with the option to use instead; those in _DROPPABLE can be removed by `null`
 _OURS = {"model": "--judge-model", "messages": "--prompt", "stream": None, "n": None}
 _DROPPABLE = {"max_tokens": "--max-tokens", "seed": "--seed", "temperature": None}
 
 
 class JudgeConfig(Settings):
-    """Everything that `dpkd judge` can be told."""
+    """The options of `dpkd judge`."""
 
     set_only: ClassVar[frozenset[str]] = frozenset(
         {"timeout_s", "tries", "retry_delay_s", "num_bootstrap", "bootstrap_seed"}
     )
 
-    report: Path | None = Field(None, description="directory of a finished `dpkd eval`, whose answers are judged")
+    report: Path | None = Field(None, description="directory of a finished `dpkd eval` with the answers to judge")
     predictions: dict[str, str] = Field(
         {}, description="NAME=FILE.jsonl: answers to judge, as for `dpkd eval`; instead of --report; repeatable"
     )
@@ -43,60 +43,61 @@ class JudgeConfig(Settings):
         {}, description="NAME=FILE: the rows that --predictions answer, as for `dpkd eval`; repeatable"
     )
     data_dir: Path | None = Field(
-        None, description="directory of the sets that are given by name; off: the environment's DPKD_DATA"
+        None, description="directory of the sets given by name; none: the environment variable DPKD_DATA"
     )
     field: dict[str, str] = Field({}, description="NAME=FIELD: fields of the rows, as for `dpkd eval`; repeatable")
     buckets: str | None = Field(
-        None, description="edges of the length buckets, as for `dpkd eval`; off: the report's, or 30,70"
+        None, description="edges of the length buckets, as for `dpkd eval`; none: those of the report, or 30,70"
     )
-    only: tuple[str, ...] = Field((), description="judge this model's answers alone; off: all models; repeatable")
-    sets: tuple[str, ...] = Field((), description="judge answers to this data set alone; off: all sets; repeatable")
+    only: tuple[str, ...] = Field((), description="judge only the answers of this model; repeatable")
+    sets: tuple[str, ...] = Field((), description="judge only answers to this data set; repeatable")
     out: Path = Field(description="directory for judge.json, the verdicts, tables and figures")
     verdicts: Path | None = Field(
         None,
-        description="file in which verdicts are kept and looked for, to be shared by runs that judge other rows or "
-        "models; off: verdicts.jsonl in --out",
+        description="file of verdicts, which runs over other rows or models can share; none: verdicts.jsonl in --out",
     )
     judge_url: str = Field(
         description="base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1", min_length=1
     )
-    judge_model: str = Field(description="the judge's name at the endpoint", min_length=1)
+    judge_model: str = Field(description="name of the judge model at the endpoint", min_length=1)
     api_key_env: str | None = Field(
-        None, description=f"environment variable that holds the key; off: {KEY_VARIABLE} where it is set", min_length=1
+        None, description=f"environment variable with the key; none: {KEY_VARIABLE}, if it is set", min_length=1
     )
     allow_plain_http: bool = Field(
-        False, description="send the key over http to another machine, where others can read it"
+        False, description="allow sending the key over http to another machine, where others can read it"
     )
     mode: Literal["pointwise", "pairwise"] = Field(
-        "pointwise", description="a grade from 1 to 10 for each answer, or pairs of answers, each asked in both orders"
+        "pointwise",
+        description="ask for a grade from 1 to 10 for each answer, or compare pairs of answers in both orders",
     )
-    baseline: str | None = Field(
-        None, description="the model that all others are compared with; off: every pair of models"
-    )
+    baseline: str | None = Field(None, description="model to compare all others with; none: every pair of models")
     grade_reference: bool = Field(
-        False, description="pointwise: have the reference graded in the same reply, and give the ratio of the two"
+        False, description="pointwise: also ask for a grade of the reference, and report the ratio of the two"
     )
-    prompt: Path | None = Field(None, description="file with the prompt; off: the one for the mode that dpkd ships")
-    reask: bool = Field(False, description="ask once more where a reply does not end in the form asked for")
-    limit: int | None = Field(None, gt=0, description="only the first so many rows of each data set; off: all")
+    prompt: Path | None = Field(None, description="file with the prompt; none: the prompt of dpkd for the mode")
+    reask: bool = Field(False, description="ask once more if a reply does not end with the required line")
+    limit: int | None = Field(None, gt=0, description="use only the first rows of each data set; none: all")
     sample: int | None = Field(
-        None, gt=0, description="only so many rows of each data set (after --limit), drawn by --seed; off: all"
+        None, gt=0, description="number of rows to draw by --seed from each data set (after --limit); none: all"
     )
     answer_seeds: Literal["first", "all"] = Field(
-        "first", description="which answers of a row are judged: those of the first seed, or of each"
+        "first", description="which answers of a row to judge: those of the first seed, or of all"
     )
-    max_tokens: int = Field(512, gt=0, description="longest reply of the judge, in tokens")
-    seed: int = Field(0, ge=0, description="seed sent with each question, and that of --sample")
+    max_tokens: int = Field(512, gt=0, description="length of the longest reply, in tokens")
+    seed: int = Field(0, ge=0, description="seed sent with each question, and seed of --sample")
     extra_body: dict[str, str] = Field(
-        {}, description="KEY=JSON: a further field of each request; null leaves a field of ours out; repeatable"
+        {},
+        description="KEY=JSON: an additional field of each request; null removes a field that dpkd sends; repeatable",
     )
-    concurrency: int = Field(8, gt=0, description="most questions asked at once")
+    concurrency: int = Field(8, gt=0, description="number of questions asked at once")
     timeout_s: float = Field(300.0, gt=0, description="longest wait for one reply, in seconds")
-    tries: int = Field(8, gt=0, description="tries of a question before the run stops, when the endpoint fails")
-    retry_delay_s: float = Field(1.0, gt=0, description="wait before the second try, in seconds; doubled each time")
+    tries: int = Field(8, gt=0, description="tries of a question before the run stops, if the endpoint fails")
+    retry_delay_s: float = Field(
+        1.0, gt=0, description="wait before the second try, in seconds; doubled for each further one"
+    )
     prompt_price: float | None = Field(None, ge=0, description="price of a million prompt tokens, in any currency")
     completion_price: float | None = Field(None, ge=0, description="price of a million completion tokens")
-    estimate: bool = Field(False, description="count questions and estimate tokens, and ask nothing")
+    estimate: bool = Field(False, description="only count the questions and estimate their tokens")
     num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples behind each 95% interval")
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
@@ -147,9 +148,9 @@ class JudgeConfig(Settings):
     def _url_is_plain(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{value!r} is no address of the form https://HOST/v1")
+            raise ValueError(f"{value!r} is not an address of the form https://HOST/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            # the address is printed and recorded, so it must hold no secret
+            # the address is printed and recorded, so it must not contain a secret
             raise ValueError(f"the address of {parts.hostname} holds more than a path; the key goes in {KEY_VARIABLE}")
         return value.rstrip("/").removesuffix("/chat/completions")
 
@@ -157,10 +158,10 @@ class JudgeConfig(Settings):
     def _options_fit(self) -> Self:
         if self.report is not None and (self.predictions or self.data or self.buckets or self.field):
             raise UserError(
-                "answers come from a report or from predictions, not from both",
-                found="--report beside --predictions, --data, --field or --buckets",
+                "answers come either from a report or from predictions",
+                found="--report together with --predictions, --data, --field or --buckets",
                 where="the options",
-                advice="The report has its own rows, answers and buckets: leave the others out",
+                advice="Leave the others out: the report has its own rows, answers and buckets",
             )
         if self.report is None:
             if not self.predictions:
@@ -173,7 +174,7 @@ class JudgeConfig(Settings):
             self.eval_config()
         if self.grade_reference and self.mode == "pairwise":
             raise UserError(
-                "references are graded, not compared in pairs",
+                "references can only be graded, not compared in pairs",
                 found="--grade-reference with --mode pairwise",
                 where="the options",
                 advice="Give --mode pointwise",
@@ -181,22 +182,22 @@ class JudgeConfig(Settings):
         return self
 
     def eval_config(self) -> EvalConfig:
-        """The options with which `dpkd eval` would read the predictions; raises `UserError` where it would."""
+        """The options with which `dpkd eval` would read the predictions; raises `UserError` as it would."""
         given = {key: getattr(self, key) for key in ("predictions", "data", "data_dir", "field", "out", "buckets")}
         return EvalConfig.parse({key: value for key, value in given.items() if value}, where="the options")
 
     @property
     def key_may_be_sent(self) -> bool:
-        """Whether nobody else can read the key on its way, or that was allowed."""
+        """Whether the key is safe on its way to the endpoint, or the options allow sending it anyway."""
         parts = urlsplit(self.judge_url)
         return parts.scheme == "https" or is_loopback(parts.hostname or "") or self.allow_plain_http
 
     def verdicts_path(self) -> Path:
-        """Where verdicts are kept."""
+        """The file of verdicts."""
         return self.verdicts or self.out / "verdicts.jsonl"
 
     def request_body(self) -> dict[str, Any]:
-        """What every request holds beside its messages."""
+        """The fields of every request, except its messages."""
         body: dict[str, Any] = {
             "model": self.judge_model,
             "temperature": 0.0,
@@ -211,8 +212,8 @@ class JudgeConfig(Settings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine by its name or number."""
-    from ipaddress import ip_address  # only here: help is to be quick
+    """Whether `host` is this machine, by name or address."""
+    from ipaddress import ip_address  # late: --help must be quick
 
     if host == "localhost":
         return True

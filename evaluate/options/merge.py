@@ -1,4 +1,4 @@
-"""Options of a merged report: which evaluations, and what may differ between them."""
+"""Options of `dpkd report`: which evaluations to merge, and what may differ between them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from dpkd.core.settings import Settings
 
 
 class MergeConfig(Settings):
-    """Everything that `dpkd report` can be told."""
+    """The options of `dpkd report`."""
 
     set_only: ClassVar[frozenset[str]] = frozenset({"num_bootstrap", "bootstrap_seed"})
 
     evaluations: tuple[str, ...] = Field(
         min_length=1,
-        description="directories of finished evaluations, DIR or NAME=DIR: NAME is then the name of its model, or "
-        "stands before the names of its models",
+        description="directories of finished evaluations, DIR or NAME=DIR: NAME renames its model, or is the prefix of "
+        "its models if there are several",
         json_schema_extra={"positional": "DIR..."},
     )
     out: Path = Field(description="directory for the merged report")
     allow_different_decoding: bool = Field(
         False,
-        description="compare answers that were drawn otherwise (template, temperature, top-p, seeds, longest answer); "
-        "the report says which",
+        description="compare answers drawn in different ways (template, temperature, top-p, seeds, longest answer); "
+        "the report says how",
     )
-    common_rows: bool = Field(
-        False, description="compare on the rows that all evaluations of a set have, where these are not the same"
-    )
+    common_rows: bool = Field(False, description="compare only the rows that all evaluations of a set have")
     num_bootstrap: int = Field(
         10_000, ge=100, description="bootstrap resamples behind each 95% interval and each p-value"
     )

@@ -73,7 +73,7 @@ def test_buckets_come_as_text() -> None:
         ({"seeds": "1,1"}, r"a seed is given twice in 1,1"),
         ({"seeds": "1,,2"}, r"option .seeds.1. cannot be used: found .., expected input should be a valid integer"),
         ({"seeds": "1,x"}, r"option 'seeds.1' cannot be used: found 'x'"),
-        ({"seeds": []}, r"no seed is given"),
+        ({"seeds": []}, r"there is no seed"),
         ({"seeds": "-1"}, r"option 'seeds.0' cannot be used"),
         ({"buckets": "70,30"}, r"the edges 70,30 do not rise strictly"),
         ({"buckets": "30,30"}, r"do not rise strictly"),

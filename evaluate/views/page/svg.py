@@ -36,7 +36,7 @@ def grouped_bars(
 ) -> str:
     """A group of bars for each bucket, a bar with its 95% interval for each model; an empty bucket has no bar.
 
-    A series is a name, a colour and an interval for each group; `labels` stand at the horizontal and the vertical axis.
+    A series is a name, a colour and an interval for each group; `labels` are those of the horizontal and the vertical axis.
     """
     highest = max((interval["high"] or 0.0 for _, _, found in series for interval in found), default=0.0)
     top = _round_up(highest or 1.0)
@@ -108,7 +108,7 @@ def length_boxes(rows: Sequence[tuple[str, Sequence[float], int | None]], title:
 
 
 def line_chart(lines: Sequence[Line], title: str, labels: tuple[str, str]) -> str:
-    """Curves over a shared axis from 0; dotted ones show their points. `labels` stand at the axes."""
+    """Curves over a shared axis from 0; dotted ones show their points. `labels` are those of the axes."""
     low, high = _span([value for line in lines for value in line.y])
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
@@ -171,7 +171,7 @@ def _round_up(value: float) -> float:
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest value, drawn apart where they are one."""
+    """The lowest and the highest value, moved apart if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2)
 
