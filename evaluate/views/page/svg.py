@@ -36,7 +36,7 @@ def grouped_bars(
 ) -> str:
     """A group of bars for each bucket, a bar with its 95% interval for each model; an empty bucket has no bar.
 
-    A series is a name, a colour and an interval for each group; `labels` are those of the horizontal and the vertical axis.
+    A series is a name, a colour and an interval for each group; `labels` are those of the two axes.
     """
     highest = max((interval["high"] or 0.0 for _, _, found in series for interval in found), default=0.0)
     top = _round_up(highest or 1.0)
