@@ -101,7 +101,7 @@ def test_a_model_that_is_a_run_brings_its_curves(
     for metric in ("loss", "kld", "rkld", "reward_margin"):
         assert run["training"][metric]["steps"] == [1, 2, 3, 4]
         assert run["training"][metric]["values"] == [line[metric] for line in written]
-        assert run["validation"][metric]["steps"] == [2, 4]
+        assert run["validation"][metric]["steps"] == [0, 2, 4]
     page = (config.out / "report.html").read_text()
     assert "<h2>Training</h2>" in page
     assert 'aria-label="Reward margin by step"' in page
