@@ -134,17 +134,15 @@ def cached_generate(
 ) -> tuple[float, int]:
     """Seconds and number of response tokens when the same rows become a finished cache."""
     from dpkd.core.progress import Progress
-    from dpkd.teacher_cache.build.assembling import ShardLayout
-    from dpkd.teacher_cache.build.filling import EngineFiller
+    from dpkd.teacher_cache.build.assembling import ShardLayout, fill
     from dpkd.teacher_cache.store.folders import open_folder
     from dpkd.teacher_cache.store.job import Job
 
     started_s = time.perf_counter()
     job = Job(open_folder(out), "teacher-cache", {"benchmark": out.name})
     with job.opened(config.to_toml(), {"teacher": len(rows)}), Progress("cache", len(rows), "rows") as progress:
-        EngineFiller(engine, model)(
-            job, ShardLayout("teacher", config.rows_per_shard, "teacher"), rows, drawn, progress
-        )
+        layout = ShardLayout("teacher", config.rows_per_shard, "teacher")
+        fill(engine, model.decode, job, layout, rows, drawn, progress)
         manifest = job.finish([])
     return time.perf_counter() - started_s, manifest.counts["positions"]
 

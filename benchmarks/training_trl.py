@@ -103,7 +103,7 @@ def pairs(arguments: argparse.Namespace) -> list[dict[str, str]]:
         drawn = cache.read_round(held, shards[group])
         shard = cache.read(shards[group])
         prompt, rejected = drawn.texts(index)
-        _, chosen = shard.texts(shard.place_of[drawn.key(index)])
+        _, chosen = shard.texts(shard.index_of[drawn.key(index)])
         made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return made
 

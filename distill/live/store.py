@@ -17,7 +17,6 @@ import numpy as np
 from dpkd.core.errors import UserError
 from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.models import ModelSource
-from dpkd.teacher_cache.build.assembling import SetAside
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
 from dpkd.teacher_cache.store.folders import LocalFolder
 from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow, to_table
@@ -75,8 +74,7 @@ class SampleStore:
         for plan in planned:
             answer = answers[plan.index]
             if isinstance(answer, FailedRequest):
-                row = SetAside(plan.example_id, plan.sample, plan.origin, answer.reason)
-                failed.append({"index": plan.index, **asdict(row)})
+                failed.append({"index": plan.index} | plan.as_failed(answer.reason))
                 continue
             ids, reason = answer.response_ids, reasons[plan.index]
             result = EngineResult(plan.index, ids, reason, answer.logprobs_T, answer.distributions)

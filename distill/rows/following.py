@@ -22,7 +22,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import check_positions
 from dpkd.teacher_cache.store.growing import GrowingCache
-from dpkd.teacher_cache.store.shards import ShardRecord, record_from_json
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 _POLL_S = 0.5
 
@@ -149,7 +149,7 @@ class FollowedRows:
 
     def _read_log(self) -> None:
         if self._log is not None:
-            for record in self._log.read(record_from_json)[len(self._shards) :]:
+            for record in self._log.read(lambda record: ShardRecord(**record))[len(self._shards) :]:
                 self._add(record)
 
     def _add(self, record: ShardRecord) -> None:

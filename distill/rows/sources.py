@@ -58,7 +58,7 @@ class CacheRows:
         if not self._pairs:
             return TrainingRow(students.row(index))
         shard = self._cache.read(record)
-        return TrainingRow(shard.row(shard.place_of[students.key(index)]), students.row(index))
+        return TrainingRow(shard.row(shard.index_of[students.key(index)]), students.row(index))
 
     def lengths_by_group(self) -> list[np.ndarray]:
         """See `RowSource.lengths_by_group`; reads the ids of all rows once."""

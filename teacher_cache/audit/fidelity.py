@@ -1,7 +1,8 @@
-"""How close a cache is to its live teacher: rows scored again, and the whole distribution beside what was kept.
+"""`dpkd cache fidelity`: compare a cache with its live teacher, by scoring rows again and with full distributions.
 
-Log-probs are natural logs of the full-vocabulary float32 log-softmax at temperature 1, errors and divergences in nats.
-Every error stands beside a control, the live teacher against itself: what is no larger than that is not the cache's.
+Log-probs are natural logs of the full-vocabulary float32 log-softmax at temperature 1; errors and divergences are in
+nats. Every error is reported with a control, the live teacher against itself: the cache is not the cause of an error
+that is no larger.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
+from dpkd.core.markdown import markdown_table
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.audit.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
@@ -35,37 +37,37 @@ if TYPE_CHECKING:
     from dpkd.teacher_cache.options.fidelity import FidelityConfig
 
 _SHORT = 12  # digits shown of a sha256
-_VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "cannot be told, the controls are above the grid"}
+_VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "unknown, the controls are larger than the grid"}
 
 
 def spread_rows(cache: TeacherCache, limit: int) -> list[CachedRow]:
-    """At most `limit` rows, spread evenly over the cache's rows in the order of its shards; always the same ones."""
+    """At most `limit` rows, evenly spaced over the cache in the order of its shards. Always the same ones."""
     num_rows = cache.manifest.counts["rows"]
     if not num_rows:
-        raise UserError("the cache holds no row to score again", where=cache.folder)
+        raise UserError("the cache has no rows", where=cache.folder)
     number = min(limit, num_rows)
-    wanted = [place * num_rows // number for place in range(number)]
+    wanted = [i * num_rows // number for i in range(number)]
     rows, begin = [], 0
     for record in cache.shards():
-        inside = [place - begin for place in wanted if begin <= place < begin + record.rows]
-        rows += [cache.read(record).row(place) for place in inside]
+        inside = [i - begin for i in wanted if begin <= i < begin + record.rows]
+        rows += [cache.read(record).row(i) for i in inside]
         begin += record.rows
     return rows
 
 
 def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
-    """Score rows of the cache with its live teacher and say how far the cache is from it; the report is plain JSON.
+    """Score rows of the cache with its live teacher and report how far they differ, as plain JSON.
 
     Keys: `cache` (location, fingerprint, teacher, tokenizer, engine, top-K, top mass, rows); `live` (engine, dtype);
-    `rows`, `positions` and `entries` that were measured; three comparisons as `compare` makes them, the cache against
+    `rows`, `positions` and `entries` that were compared; three comparisons as `compare` makes them, the cache against
     the `live` engine and against transformers, and two controls, the live engine against itself in other batches and
     against transformers (`cached_vs_live`, `cached_vs_transformers`, `live_vs_itself`, `live_vs_transformers`);
     `distributions` (None without), means over positions against transformers' full logits as `CutLoss` describes them,
     with `kl_grid` = `kl - kl_cut`; `bound` (None without), whether the largest error of a kept entry against the live
-    engine is within half a step of the grid and the larger control (`holds`: None where the controls are too large to
+    engine is within half a step of the grid and the larger control (`holds`: None if the controls are too large to
     tell); `size`, bytes of the whole cache.
 
-    Raises `UserError` when the teacher or its tokenizer is not the cache's.
+    Raises `UserError` if the teacher or its tokenizer is not the cache's.
     """
     cache = TeacherCache.open(config.cache)
     teacher = locate_model(config.teacher, "teacher")
@@ -107,7 +109,7 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
 def _live_engine(cache: TeacherCache, config: FidelityConfig) -> ResolvedEngine:
     if config.engine == "auto" and cache.manifest.identities["generation"]["engine"] == "transformers":
         return "transformers"
-    return resolve_engine(config.engine)  # a server runs vLLM too
+    return resolve_engine(config.engine)  # a server runs vLLM
 
 
 def _engine_options(
@@ -126,9 +128,9 @@ def _engine_options(
 
 
 def _two_orders(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two orders of rows that share no batching (of five rows and more), so that padding and neighbours differ.
+    """Two orders of rows with different batches (from five rows on), so that padding and neighbours differ.
 
-    The longest first, as a cache is built; and every fourth of that, from the first, the second and so on.
+    One has the longest first, as when a cache is built. The other takes every fourth of these, four times.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return by_length, [i for first in range(4) for i in by_length[first::4]]
@@ -154,14 +156,14 @@ def _memory_explained(teacher: ModelSource) -> Iterator[None]:
         raise UserError(
             f"transformers ran out of memory: {first_line(error)}",
             where=teacher.path,
-            advice="The whole distributions need the teacher in transformers: choose --device cpu",
+            advice="Full distributions need the teacher in transformers: choose --device cpu",
         ) from error
 
 
 def _score_fully(
     teacher: ModelSource, rows: Sequence[CachedRow], options: EngineOptions
 ) -> tuple[Scores, CutLoss | None]:
-    """Transformers' own scores of the rows, and what the rows' entries lose (None without entries)."""
+    """Transformers' scores of the rows, and what the kept entries lose (None without entries)."""
     model: Any = teacher.load(options.dtype).eval()
     model.to(choose_device(options.device))
     scores, losses = [], []
@@ -213,16 +215,16 @@ def _loss_facts(loss: CutLoss) -> dict[str, Any]:
 
 
 def _bound(compared: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The grid's promise, with what the live teacher differs from itself on top.
+    """Whether the error of the kept entries is within half a grid step plus the noise of the live teacher.
 
-    That noise is the larger control: generation and scoring, say, differ by more than two scorings of one engine do.
-    Where it is above the grid it would cover any error of the codec, so the promise is neither kept nor broken.
+    The noise is the larger control, because generation and scoring differ more than two scorings by one engine. If it
+    is larger than the grid, it would hide any error of the codec, and the result is unknown.
     """
-    found = {name: comparison["entries"] and comparison["entries"]["max"] for name, comparison in compared.items()}
-    if found["cached_vs_live"] is None:
+    errors = {name: comparison["entries"] and comparison["entries"]["max"] for name, comparison in compared.items()}
+    if errors["cached_vs_live"] is None:
         return None
-    noise = max(found["live_vs_itself"], found["live_vs_transformers"])
-    error = found["cached_vs_live"]
+    noise = max(errors["live_vs_itself"], errors["live_vs_transformers"])
+    error = errors["cached_vs_live"]
     within = error <= MAX_ERROR_NATS + noise
     return {
         "grid_nats": MAX_ERROR_NATS,
@@ -238,7 +240,7 @@ def _size(cache: TeacherCache) -> dict[str, Any]:
 
 
 def fidelity_table(report: dict[str, Any]) -> str:
-    """The report as Markdown for a person. Ends with a line break."""
+    """The report as Markdown. Ends with a line break."""
     cache, live, size, kept = report["cache"], report["live"], report["size"], report["distributions"]
     entries = f"top {cache['top_k']}" if cache["top_mass"] is None else f"top mass {cache['top_mass']:g}"
     if cache["top_mass"] is not None:
@@ -249,38 +251,43 @@ def fidelity_table(report: dict[str, Any]) -> str:
         f"({cache['weights'] or 'weights unknown'}), {cache['dtype']} by {cache['engine']}; "
         f"live in {live['dtype']} by {live['engine']}.",
         "",
-        "| log-prob distance (nats) | sampled max | mean | entries max | mean | by probability | other ids at |",
-        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    header = (
+        "log-prob distance (nats)",
+        "sampled max",
+        "mean",
+        "entries max",
+        "mean",
+        "by probability",
+        "other ids at",
+    )
     names = {
         "cached_vs_live": f"cache against live {live['engine']}",
         "cached_vs_transformers": "cache against transformers' full logits",
         "live_vs_itself": f"control: live {live['engine']} against itself",
         "live_vs_transformers": f"control: live {live['engine']} against transformers' full logits",
     }
-    lines += [f"| {name} | {' | '.join(_comparison_cells(report[key]))} |" for key, name in names.items()]
-    facts = {"bytes a position": f"{size['bytes_per_position']:.2f}"}
+    lines.append(markdown_table(header, [(name, *_comparison_cells(report[key])) for key, name in names.items()]))
+    facts = {"bytes per position": f"{size['bytes_per_position']:.2f}"}
     if kept is not None:
         facts |= {
-            "bytes a kept entry": f"{size['bytes_per_entry']:.3f}",
-            "entries a position": f"{size['entries_per_position']:.2f}",
+            "bytes per kept entry": f"{size['bytes_per_entry']:.3f}",
+            "entries per position": f"{size['entries_per_position']:.2f}",
             "KL(teacher to cached), nats": f"{kept['kl']:.5f}",
-            "of it the cut": f"{kept['kl_cut']:.5f}",
-            "of it the grid": f"{kept['kl_grid']:.2e}",
+            "of it from the cut": f"{kept['kl_cut']:.5f}",
+            "of it from the grid": f"{kept['kl_grid']:.2e}",
             "probability kept": f"{kept['mass_kept']:.4f}",
-            "stored remainder off by, max and mean": f"{_pair(kept['remainder_error'])}",
-            "stored total off 1 by, max and mean": f"{_pair(kept['total_error'])}",
+            "error of the stored tail mass, max and mean": f"{_pair(kept['remainder_error'])}",
+            "error of the stored total, max and mean": f"{_pair(kept['total_error'])}",
         }
-    lines += ["", "| measure | value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    lines.append(markdown_table(("measure", "value"), facts.items()))
     if report["bound"] is not None:
         bound = report["bound"]
-        lines += [
-            "",
-            f"Largest error of a kept entry: {bound['max_error_nats']:.6f} nats; promised: at most "
-            f"{bound['grid_nats']:.6f} (the grid) + {bound['noise_nats']:.6f} (the controls): "
-            f"{_VERDICTS[bound['holds']]}.",
-        ]
-    return "\n".join(lines) + "\n"
+        lines.append(
+            f"Largest error of a kept entry: {bound['max_error_nats']:.6f} nats. Bound: {bound['grid_nats']:.6f} (grid)"
+            f" + {bound['noise_nats']:.6f} (controls): {_VERDICTS[bound['holds']]}.\n"
+        )
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _comparison_cells(comparison: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pure measures of fidelity: two passes over the same tokens, and kept entries beside the whole distribution.
+"""Pure metrics of fidelity: two passes over the same tokens, and kept entries against the full distribution.
 
 Log-probs are natural logs of the full-vocabulary float32 log-softmax at temperature 1; errors and divergences in nats.
 """
@@ -16,14 +16,14 @@ from dpkd.teacher_cache.engines.engine import Distributions
 from dpkd.teacher_cache.engines.top_k import from_top_k
 
 _CHUNK_LOGITS = 2**24  # numbers in one [T, V] table of log-probs: 64 MiB, and the same again for its probabilities
-_LOWEST_LOGPROB = -1e4  # in place of -inf (a masked logit), whose product with its probability 0 would be no number
+_LOWEST_LOGPROB = -1e4  # replaces -inf (a masked logit), whose product with probability 0 is NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One pass over the rows' responses, T tokens in all: log p of each (nats) and the top of its distribution.
+    """One pass over the rows' responses, T tokens in all: the log-prob of each (nats) and the top of its distribution.
 
-    `distributions` is None where none are kept (top-K 0).
+    `distributions` is None with top-K 0.
     """
 
     logprobs_T: np.ndarray
@@ -47,13 +47,13 @@ def joined_distributions(parts: Sequence[Distributions]) -> Distributions:
 
 @dataclass(frozen=True, slots=True)
 class CutLoss:
-    """What kept entries lose of T whole distributions, position by position (float64).
+    """What kept entries lose of T full distributions, per position (float64).
 
-    `kl_T` is KL(teacher || kept) in nats: the mass outside is spread evenly over the tokens outside, and the stored
-    values are scaled to sum to one, without which rounding could make a divergence negative. `kl_cut_T` is that of the
-    same entries with exact values, so `kl_T - kl_cut_T` (never negative) is the price of the grid. `mass_kept_T` is the
-    teacher's probability inside the entries, `tail_error_T` the distance of the stored mass outside from the true
-    one, and `total_error_T` how far all that is stored is from summing to one (probabilities).
+    `kl_T` is KL(teacher || kept) in nats, with the tail mass spread evenly over the tail and the stored probabilities
+    scaled to sum to one (otherwise rounding could make it negative). `kl_cut_T` is the same with exact log-probs, so
+    `kl_T - kl_cut_T` (never negative) is the cost of the grid. `mass_kept_T` is the teacher's probability of the
+    entries, `tail_error_T` the error of the stored tail mass, and `total_error_T` the difference between 1 and the sum
+    of the stored probabilities.
     """
 
     kl_T: np.ndarray
@@ -69,12 +69,12 @@ class CutLoss:
 
 
 class FullDistributions:
-    """The teacher's whole distributions at T positions: log-probs [T, V], V the width of the logits (nats, float32)."""
+    """The teacher's full distributions at T positions: log-probs [T, V] (nats, float32), V the width of the logits."""
 
     def __init__(self, logprobs_TV: torch.Tensor) -> None:
         self._logprobs_TV = logprobs_TV
         self._probs_TV = logprobs_TV.exp()
-        # sums of the same float32 values in float64: what lies outside the entries is then a difference without noise
+        # sums of the same float32 values in float64, so that the tail mass is a difference without noise
         self._mass_T = _numpy(self._probs_TV.sum(1, dtype=torch.float64))
         products_TV = self._probs_TV * logprobs_TV.clamp(min=_LOWEST_LOGPROB)
         self._negentropy_T = _numpy(products_TV.sum(1, dtype=torch.float64))
@@ -85,16 +85,16 @@ class FullDistributions:
         return int(self._logprobs_TV.shape[1])
 
     def top(self, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and log-probs (nats) of the `top_k` likeliest tokens in rank order, each [T, K]."""
+        """Ids and log-probs (nats) of the `top_k` most likely tokens in rank order, each [T, K]."""
         top = torch.topk(self._logprobs_TV, top_k, dim=1)
         return _numpy(top.indices), _numpy(top.values)
 
     def logprobs_of(self, ids_T: np.ndarray) -> np.ndarray:
-        """Log-prob (nats) of one token a position."""
+        """Log-prob (nats) of one token per position."""
         return self._at(self._logprobs_TV, np.arange(len(ids_T)), ids_T)
 
     def scores(self, response_ids_T: np.ndarray, top_k: int, top_mass: float | None) -> Scores:
-        """What an engine would answer for these positions."""
+        """What an engine would return for these positions."""
         sampled_T = self.logprobs_of(response_ids_T)
         if top_k == 0:
             return Scores(sampled_T, None)
@@ -113,11 +113,11 @@ class FullDistributions:
         outside_T = np.where(num_outside_T > 0, np.maximum(self._mass_T - mass_kept_T, 0.0), 0.0)
 
         def divergence(logprobs_E: np.ndarray, tail_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """KL of the teacher from these entries and mass outside, and the total that they sum to."""
+            """KL to these entries and tail mass, and their total."""
             total_T = np.bincount(position_E, np.exp(logprobs_E), minlength=num_positions) + tail_T
             each_T = np.where(outside_T > 0, tail_T / np.maximum(num_outside_T, 1), 1.0)
             cross_T = np.bincount(position_E, probs_E * logprobs_E, minlength=num_positions)
-            with np.errstate(divide="ignore"):  # nothing stored for a mass that is there: infinitely far
+            with np.errstate(divide="ignore"):  # no stored tail mass where the teacher has some: infinite
                 cross_T = cross_T + np.where(outside_T > 0, outside_T * np.log(each_T), 0.0)
             return self._negentropy_T - cross_T + self._mass_T * np.log(total_T), total_T
 
@@ -128,8 +128,8 @@ class FullDistributions:
 
     @staticmethod
     def _at(table_TV: torch.Tensor, position_E: np.ndarray, ids_E: np.ndarray) -> np.ndarray:
-        places = (torch.from_numpy(index.astype(np.int64)).to(table_TV.device) for index in (position_E, ids_E))
-        return _numpy(table_TV[tuple(places)])
+        indices = (torch.from_numpy(index.astype(np.int64)).to(table_TV.device) for index in (position_E, ids_E))
+        return _numpy(table_TV[tuple(indices)])
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -139,16 +139,16 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 def full_distributions(
     model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]
 ) -> Iterator[tuple[slice, FullDistributions]]:
-    """`model`'s whole distributions over the response, in chunks of positions so that [T, V] stays small.
+    """`model`'s full distributions over the response, in chunks of positions so that [T, V] stays small.
 
-    One sequence, without padding; the keys and values of earlier chunks are kept, so nothing is computed twice.
+    One sequence without padding. The keys and values of earlier chunks are reused.
     """
     ids_S = torch.tensor([*map(int, prompt_ids), *map(int, response_ids)], device=model.device)
     chunk = max(_CHUNK_LOGITS // model.config.get_text_config().vocab_size, 1)
     past, fed = None, 0
     for start in range(0, len(response_ids), chunk):
         stop = min(start + chunk, len(response_ids))
-        # the logits at a place are those of the next one, so a response's last token is never fed
+        # the logits at a position predict the next token, so the response's last token is never an input
         end = len(prompt_ids) + stop - 1
         with torch.inference_mode():
             output = model(
@@ -163,16 +163,16 @@ def compare(ours: Scores, theirs: Scores, vocab_size: int) -> dict[str, Any]:
     """Distances |log p - log p| (nats) between two passes over the same T tokens.
 
     `sampled`: max and mean over the response tokens. `entries` (None without distributions): max and mean over the
-    entries that both hold, matched by token id; `weighted_mean`, the mean over positions of their distances weighted
-    by the probability that `theirs` gives them; `positions_with_other_ids`, where the two hold different sets.
+    entries that both have, matched by token id; `weighted_mean`, their distances weighted by the probability in
+    `theirs`, mean over positions; `positions_with_other_ids`, the number of positions where the two have different ids.
     """
     sampled = spread(np.abs(ours.logprobs_T.astype(np.float64) - theirs.logprobs_T))
     if ours.distributions is None or theirs.distributions is None:
         return {"sampled": sampled, "entries": None}
     keys, other_keys = (_entry_keys(scores.distributions, vocab_size) for scores in (ours, theirs))
-    _, places, other_places = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
-    other_E = theirs.distributions.logprobs_E[other_places].astype(np.float64)
-    error_E = np.abs(ours.distributions.logprobs_E[places] - other_E)
+    _, ours_index, theirs_index = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
+    other_E = theirs.distributions.logprobs_E[theirs_index].astype(np.float64)
+    error_E = np.abs(ours.distributions.logprobs_E[ours_index] - other_E)
     apart = np.setxor1d(keys, other_keys, assume_unique=True)
     entries = spread(error_E) | {
         "weighted_mean": float((np.exp(other_E) * error_E).sum() / len(theirs.logprobs_T)),
@@ -182,12 +182,12 @@ def compare(ours: Scores, theirs: Scores, vocab_size: int) -> dict[str, Any]:
 
 
 def _entry_keys(top: Distributions | None, vocab_size: int) -> np.ndarray:
-    """A number for every entry that names its position and its token."""
+    """A number for each entry that identifies its position and token."""
     assert top is not None
     position_E = np.repeat(np.arange(len(top.counts_T), dtype=np.int64), top.counts_T)
     return position_E * vocab_size + top.ids_E
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """Largest and mean of some distances."""
+    """Max and mean of distances."""
     return {"max": float(values.max(initial=0.0)), "mean": float(values.mean()) if len(values) else 0.0}

@@ -1,4 +1,4 @@
-"""`dpkd cache info`: what a person wants to know of a cache."""
+"""`dpkd cache info`: facts about a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT_CHARACTERS = 200
 def describe_cache(location: str | Path, num_samples: int = 3) -> dict[str, Any]:
     """Counts, sizes (bytes), mass kept, response lengths, finish reasons, sample rows, identities, rounds.
 
-    The manifest tells all but the sample rows, so a large cache answers at once.
+    All but the sample rows comes from the manifest, so this is fast for a large cache too.
     """
     cache = TeacherCache.open(location)
     rounds = {name: cache.round(name).manifest for name in cache.round_names}
@@ -55,12 +55,8 @@ def _by_origin(manifest: Manifest) -> dict[str, int]:
 def _histogram(manifest: Manifest) -> dict[str, int]:
     """Rows by response length in tokens, in bins that double: `1`, `2-3`, `4-7`, ..."""
     bins = [sum(column) for column in zip_longest(*(shard.lengths for shard in manifest.shards), fillvalue=0)]
-    first = next((place for place, count in enumerate(bins) if count), 0)
-    return {
-        "1" if place == 0 else f"{2**place}-{2 ** (place + 1) - 1}": count
-        for place, count in enumerate(bins)
-        if place >= first
-    }
+    first = next((i for i, count in enumerate(bins) if count), 0)
+    return {"1" if i == 0 else f"{2**i}-{2 ** (i + 1) - 1}": count for i, count in enumerate(bins) if i >= first}
 
 
 def _samples(cache: TeacherCache, number: int) -> list[dict[str, Any]]:

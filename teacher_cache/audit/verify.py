@@ -1,4 +1,4 @@
-"""`dpkd cache verify`: is the cache what it claims."""
+"""`dpkd cache verify`: check the whole content of a cache."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dpkd.teacher_cache.store.shards import ShardRecord, read_shards
 
 
 def verify_cache(location: str | Path) -> dict[str, int]:
-    """Check manifests, checksums and every value of a cache and its rounds; the counts that were checked.
+    """Check manifests, checksums and every value of a cache and its rounds; returns the number of rows, shards, rounds.
 
-    Raises `UserError` at the first thing that is wrong, naming shard and row.
+    Raises `UserError` at the first problem, with its shard and row.
     """
     cache = TeacherCache.open(location)
     rounds = [cache.round(name) for name in cache.round_names]
-    parts = [(cache.folder, cache.manifest), *((held.folder, held.manifest) for held in rounds)]
+    parts = [(cache.folder, cache.manifest), *((part.folder, part.manifest) for part in rounds)]
     num_rows = sum(manifest.counts["rows"] for _, manifest in parts)
     with Progress("verify", num_rows, "rows") as progress:
         for folder, manifest in parts:
             seen: set[int] = set()
-            # a round's shards lie beside the cache's, as its opening has checked
+            # opening a round has checked that it has the cache's shards
             for (record, shard), ours in zip(read_shards(folder, manifest.shards), cache.manifest.shards, strict=True):
                 _verify_shard(shard, record, folder.where(record.path), cache.vocab_size, progress)
-                _refuse_doubles(seen, shard, record, folder)
+                _check_unique(seen, shard, record, folder)
                 if manifest is not cache.manifest:
-                    _verify_beside(cache.read(ours), shard, folder.where(record.path))
+                    _check_same_rows(cache.read(ours), shard, folder.where(record.path))
     return {
         "rows": num_rows,
         "shards": sum(len(manifest.shards) for _, manifest in parts),
@@ -42,58 +42,58 @@ def verify_cache(location: str | Path) -> dict[str, int]:
 
 
 def _verify_shard(shard: ShardRows, record: ShardRecord, where: str, vocab_size: int, progress: Progress) -> None:
-    found = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
+    actual = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
     for index in range(len(shard)):
         row = shard.row(index)
         for problem in row_problems(row, vocab_size):
             raise UserError(f"row {index} ({row.example_id}): {problem}", where=where)
-        found["positions"] += len(row.response_ids)
-        found["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
-        found["unfinished"] += row.finish_reason == "length"
-        found["longest"] = max(found["longest"], len(row.prompt_ids) + len(row.response_ids))
+        actual["positions"] += len(row.response_ids)
+        actual["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
+        actual["unfinished"] += row.finish_reason == "length"
+        actual["longest"] = max(actual["longest"], len(row.prompt_ids) + len(row.response_ids))
         progress.advance()
-    found["rows"] = len(shard)
-    expected = {name: getattr(record, name) for name in found}
-    if found != expected:
+    actual["rows"] = len(shard)
+    expected = {name: getattr(record, name) for name in actual}
+    if actual != expected:
         raise UserError(
-            "what the shard holds is not what the manifest counts",
-            found=found,
+            "the shard's rows differ from the counts in the manifest",
+            found=actual,
             expected=expected,
             where=where,
         )
 
 
-def _refuse_doubles(seen: set[int], shard: ShardRows, record: ShardRecord, folder: Folder) -> None:
-    """Raise `UserError` for a row that stands twice. Hashes are kept, as a large cache's ids would not fit."""
+def _check_unique(seen: set[int], shard: ShardRows, record: ShardRecord, folder: Folder) -> None:
+    """Raise `UserError` for a row that appears twice. Only hashes are kept, because ids need much memory."""
     stem = record.path.rpartition("-")[0]
     for index in range(len(shard)):
         key = hash((stem, *shard.key(index)))
         if key in seen:
             example_id, sample = shard.key(index)
             raise UserError(
-                f"row {index} ({example_id}, sample {sample}) stands a second time", where=folder.where(record.path)
+                f"row {index} ({example_id}, sample {sample}) appears twice", where=folder.where(record.path)
             )
         seen.add(key)
 
 
-def _verify_beside(ours: ShardRows, theirs: ShardRows, where: str) -> None:
-    """Raise `UserError` unless a round's rows are the cache's, in the same order and with the same prompts."""
-    places = [ours.place_of.get(theirs.key(index), -1) for index in range(len(theirs))]
-    same_order = -1 not in places and places == sorted(places)
+def _check_same_rows(ours: ShardRows, theirs: ShardRows, where: str) -> None:
+    """Raise `UserError` unless a round has the cache's rows, in the same order and with the same prompts."""
+    indices = [ours.index_of.get(theirs.key(index), -1) for index in range(len(theirs))]
+    same_order = -1 not in indices and indices == sorted(indices)
     if not same_order or any(
-        not np.array_equal(ours.row(place).prompt_ids, theirs.row(index).prompt_ids)
-        for index, place in enumerate(places)
+        not np.array_equal(ours.row(ours_index).prompt_ids, theirs.row(index).prompt_ids)
+        for index, ours_index in enumerate(indices)
     ):
         raise UserError("the round's rows are not those of the cache", where=where)
 
 
 def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
-    """What is wrong with a row's values; nothing for a sound one."""
+    """The problems of a row's values; none for a valid row."""
     for name, ids in (("prompt", row.prompt_ids), ("response", row.response_ids)):
         if not len(ids):
             yield f"the {name} is empty"
         elif ids.min() < 0 or ids.max() >= vocab_size:
-            yield f"a {name} id stands outside the vocabulary of {vocab_size}"
+            yield f"a {name} id is outside the vocabulary of {vocab_size}"
     if len(row.response_logprobs) != len(row.response_ids):
         yield f"{len(row.response_ids)} response ids have {len(row.response_logprobs)} log-probs"
     elif not (np.isfinite(row.response_logprobs).all() and (row.response_logprobs <= 1e-5).all()):
@@ -108,7 +108,7 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         yield "the entry counts do not add up"
         return
     if len(top.ids_E) and (top.ids_E.min() < 0 or top.ids_E.max() >= vocab_size):
-        yield f"an entry id stands outside the vocabulary of {vocab_size}"
+        yield f"an entry id is outside the vocabulary of {vocab_size}"
     if np.isnan(top.log_tail_T).any() or (top.log_tail_T > 1e-6).any():
         yield "the tail mass is above 1 or not a number"
     position_E = np.repeat(np.arange(len(top.counts_T)), top.counts_T)
@@ -117,4 +117,4 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         yield "entries are not in rank order"
     mass_T = np.bincount(position_E, np.exp(top.logprobs_E.astype(np.float64)), minlength=len(top.counts_T))
     if (mass_T > np.exp(MAX_ERROR_NATS) + 1e-5).any():
-        yield "the entries of a position hold more mass than 1"
+        yield "the entries of a position have more mass than 1"

@@ -1,11 +1,11 @@
-"""From an engine's answers to committed shards, beside the engine and in whatever order they come."""
+"""From an engine's answers, in any order, to committed shards."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -24,58 +24,12 @@ from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow, to_table
 from dpkd.teacher_cache.store.shards import encode_shard
 
-_SHARDS_IN_FLIGHT = 4  # encoded or waiting to be written; bounds memory when the disk is slow
-
-
-def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:
-    """`rows`, the longest first inside every `window` of them: neighbours in a batch are then of like length.
-
-    The short ones come last because an engine is emptied at the end of a job, and they leave soonest. The window is a
-    shard: a larger one would keep more shards open at one time, and a kill would cost their rows.
-    """
-    source = iter(rows)
-    while part := list(itertools.islice(source, window)):
-        part.sort(key=lambda row: len(row.prompt_ids) + len(row.response_ids or ()), reverse=True)
-        yield from part
-
-
-def fill(
-    assembler: ShardAssembler,
-    rows: Iterable[PlannedRow],
-    engine: Engine,
-    sampling: Sampling | None,
-    progress: Progress | None = None,
-) -> None:
-    """Have `engine` answer the rows whose shards are not committed yet: draw responses, or (None) score given ones."""
-    pending = by_length(assembler.pending(rows), assembler.layout.rows_per_shard)
-    results: Iterator[EngineResult | FailedRequest]
-    if sampling is not None:
-        results = engine.generate((GenerateRequest(row.index, row.prompt_ids, row.seed) for row in pending), sampling)
-    else:
-        results = engine.score(
-            ScoreRequest(row.index, row.prompt_ids, row.response_ids) for row in pending if row.response_ids is not None
-        )
-    tokens = 0
-    for result in results:
-        assembler.add(result)
-        tokens += len(result.response_ids) if isinstance(result, EngineResult) else 0
-        if progress is not None:
-            progress.advance(1, tokens=tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """A row that is not in its shard, because the engine could not answer it."""
-
-    example_id: str
-    sample: int
-    origin: Origin
-    reason: str
+_SHARDS_IN_FLIGHT = 4  # being encoded or written; limits memory when the disk is slow
 
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """Row i of an origin belongs to shard i // `rows_per_shard`, named `stem`-NUMBER."""
+    """Row i of an origin belongs to shard i // `rows_per_shard`, whose file is named `stem`-NUMBER."""
 
     origin: Origin
     rows_per_shard: int
@@ -87,10 +41,9 @@ class ShardLayout:
 
 
 class ShardAssembler:
-    """Gathers results that arrive in any order into shards of fixed membership.
+    """Collects results, which arrive in any order, into shards with fixed rows, and commits each complete shard.
 
-    A cache has the same rows in the same places however often it was interrupted. Encoding and disk run on a thread of
-    their own.
+    The rows of a shard do not depend on how often the job was interrupted. A thread encodes and writes.
     """
 
     def __init__(self, job: Job, layout: ShardLayout, to_text: Callable[[list[int]], str]) -> None:
@@ -102,7 +55,7 @@ class ShardAssembler:
         self._writing: list[Future[None]] = []
 
     def pending(self, rows: Iterable[PlannedRow]) -> Iterator[PlannedRow]:
-        """The rows of shards that are not committed yet, taken note of as they pass."""
+        """The rows of shards that are not committed yet; remembers them."""
         current: int | None = None
         for row in rows:
             shard = row.index // self.layout.rows_per_shard
@@ -119,9 +72,9 @@ class ShardAssembler:
             self._close(current)
 
     def add(self, result: EngineResult | FailedRequest) -> None:
-        """Take a result; its shard is committed once all its rows are in."""
+        """Add a result; its shard is committed once all its rows have one."""
         if isinstance(result, EngineResult) and not np.isfinite(result.logprobs_T).all():
-            result = FailedRequest(result.index, "the model's log-probabilities are not finite numbers")
+            result = FailedRequest(result.index, "the model's log-probs are not finite")
         shard = result.index // self.layout.rows_per_shard
         self._results.setdefault(shard, {})[result.index] = result
         self._write_if_complete(shard)
@@ -143,7 +96,7 @@ class ShardAssembler:
         for row in planned:
             result = results[row.index]
             if isinstance(result, FailedRequest):
-                failed.append(asdict(SetAside(row.example_id, row.sample, row.origin, result.reason)))
+                failed.append(row.as_failed(result.reason))
             else:
                 rows.append((row, result, self._to_text(result.response_ids.tolist())))
         data, record = encode_shard(to_table(rows), self.layout.path(shard), self.layout.origin, failed)
@@ -159,10 +112,57 @@ class ShardAssembler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # an interrupt still commits the shards that are complete
+        # after an interrupt too: complete shards are committed
         try:
             self._settle(0)
         finally:
             self._writer.shutdown(wait=True)
         if kind is None and (self._planned or self._results):
             raise RuntimeError(f"{len(self._planned)} shards of {self.layout.origin} rows are incomplete")
+
+
+def fill(
+    engine: Engine,
+    to_text: Callable[[list[int]], str],
+    job: Job,
+    layout: ShardLayout,
+    rows: Iterable[PlannedRow],
+    sampling: Sampling | None,
+    progress: Progress | None = None,
+) -> None:
+    """Commit every shard of `rows` that is missing, with one engine.
+
+    Args:
+        to_text: decodes response ids.
+        sampling: how to draw responses; None: score the given ones.
+    """
+    with ShardAssembler(job, layout, to_text) as assembler:
+        pending = by_length(assembler.pending(rows), layout.rows_per_shard)
+        results: Iterator[EngineResult | FailedRequest]
+        if sampling is not None:
+            requests = (GenerateRequest(row.index, row.prompt_ids, row.seed) for row in pending)
+            results = engine.generate(requests, sampling)
+        else:
+            results = engine.score(
+                ScoreRequest(row.index, row.prompt_ids, row.response_ids)
+                for row in pending
+                if row.response_ids is not None
+            )
+        tokens = 0
+        for result in results:
+            assembler.add(result)
+            tokens += len(result.response_ids) if isinstance(result, EngineResult) else 0
+            if progress is not None:
+                progress.advance(1, tokens=tokens)
+
+
+def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:
+    """`rows` with the longest first inside every `window` of them, so that the rows of a batch are of similar length.
+
+    The short ones come last because they finish soonest when the engine runs empty at the end. The window is a shard: a
+    larger one would keep more shards open at one time, and a crash would lose their rows.
+    """
+    source = iter(rows)
+    while part := list(itertools.islice(source, window)):
+        part.sort(key=lambda row: len(row.prompt_ids) + len(row.response_ids or ()), reverse=True)
+        yield from part

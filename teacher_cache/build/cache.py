@@ -1,4 +1,4 @@
-"""Build a teacher cache: ask once, commit shard by shard, write the manifest last."""
+"""Build a teacher cache: ask the teacher once, commit shard by shard, write the manifest last."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 def build_cache(config: CacheConfig) -> Manifest:
-    """Build the cache (or, with `config.student`, the round) that `config` describes, or go on with it.
+    """Build the cache (with `config.student`: the round) that `config` describes, or resume it; returns the manifest.
 
-    Returns the manifest; a finished cache of the same options is left as it is. Rows that the engine cannot answer are
-    set aside: `Manifest.failed` lists them. Raises `UserError` for options, data or models that cannot be used, before
-    anything is written, and when engine or disk cannot go on; what is committed is kept.
+    A finished cache with the same options is left as it is. `Manifest.failed` lists the rows that the engine could not
+    answer. Raises `UserError` for options, data or models that cannot be used, before anything is written, and if the
+    engine or the disk fails; committed shards are kept.
     """
     if config.student is not None:
         from dpkd.teacher_cache.build.rounds import build_round
 
         return build_round(config)
-    assert config.data is not None  # the config's own check
+    assert config.data is not None  # checked by the config
     engine = resolve_engine(config.engine)
     source = open_examples(config.data)
     teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
@@ -98,7 +98,7 @@ def _identities(
 def _say_skipped(skipped: list[SkippedRow]) -> None:
     if not skipped:
         return
-    say(f"{len(skipped)} rows of the data are left out (all are listed in the manifest):")
+    say(f"{len(skipped)} rows of the data are skipped (all are listed in the manifest):")
     for row in skipped[:5]:
         say(f"  line {row.line}: {row.reason}")
     kinds = Counter(re.sub(r"\d+", "N", row.reason) for row in skipped[5:])

@@ -1,14 +1,17 @@
-"""Which rows a cache will hold, in which order: a pure function of data, tokenizer, template and options."""
+"""The rows of a cache and their order: a pure function of data, tokenizer, template and options."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from dpkd.core.errors import UserError
+from dpkd.core.identity import derive_seed
 from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
+from dpkd.teacher_cache.engines.engine import FinishReason
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow
 
@@ -16,21 +19,20 @@ NO_REFERENCE = "no reference response"
 
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
-    """Seed of one request (31 bits): what is drawn for a row does not depend on its neighbours."""
-    digest = hashlib.sha256(f"{seed}\0{example_id}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    """Seed of one request (31 bits), so that a response does not depend on the other rows."""
+    return derive_seed(seed, example_id, sample, bits=31)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """How many rows each origin will have, and what is left out."""
+    """How many rows each origin will have, and the skipped rows of the data."""
 
     num_rows: dict[Origin, int]
     skipped: list[SkippedRow]
 
 
 class RowPlan:
-    """The rows of a cache, made anew at every pass so that memory does not grow with the data."""
+    """The rows of a cache. They are made again at every pass, so that memory does not grow with the data."""
 
     def __init__(self, source: ExampleSource, encoder: PromptEncoder, config: CacheConfig) -> None:
         self._source, self._encoder, self._config = source, encoder, config
@@ -39,7 +41,7 @@ class RowPlan:
         )
 
     def survey(self) -> Survey:
-        """Count rows and list those left out; raises `UserError` when nothing is left."""
+        """Count the rows and list the skipped ones; raises `UserError` if no row can be used."""
         num_rows: dict[Origin, int] = dict.fromkeys(self.origins, 0)
         skipped: list[SkippedRow] = []
         for item in self._encoded():
@@ -54,34 +56,30 @@ class RowPlan:
         if not sum(num_rows.values()):
             first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
             raise UserError(
-                f"no row of the data can be used, {len(skipped)} are left out{first}", where=self._source.name
+                f"no row of the data can be used, {len(skipped)} are skipped{first}", where=self._source.name
             )
         return Survey(num_rows, skipped)
 
     def rows(self, origin: Origin) -> Iterator[PlannedRow]:
         """The rows of `origin` in data order."""
-        index = 0
+        index = itertools.count()
+        limit = self._config.max_new_tokens
         for item in self._encoded():
             if isinstance(item, SkippedRow):
                 continue
             example, prompt = item
-            made = self._teacher_rows(example, prompt) if origin == "teacher" else self._reference_rows(example, prompt)
-            for sample, fields in enumerate(made):
-                yield PlannedRow(index, example.example_id, sample, origin, prompt.text, prompt.ids, **fields)  # type: ignore[arg-type]
-                index += 1
-
-    def _teacher_rows(self, example: Example, prompt: EncodedPrompt) -> Iterator[dict[str, object]]:
-        for sample in range(self._config.num_samples):
-            yield {"seed": request_seed(self._config.seed, example.example_id, sample)}
-
-    def _reference_rows(self, example: Example, prompt: EncodedPrompt) -> Iterator[dict[str, object]]:
-        for reference in example.references:
-            ids = self._encoder.response_ids(prompt, reference)
-            cut = len(ids) > self._config.max_new_tokens
-            yield {
-                "response_ids": ids[: self._config.max_new_tokens],
-                "finish_reason": "length" if cut else "stop",
-            }
+            planned = partial(
+                PlannedRow, example_id=example.example_id, origin=origin, prompt=prompt.text, prompt_ids=prompt.ids
+            )
+            if origin == "teacher":
+                for sample in range(self._config.num_samples):
+                    seed = request_seed(self._config.seed, example.example_id, sample)
+                    yield planned(next(index), sample=sample, seed=seed)
+                continue
+            for sample, reference in enumerate(example.references):
+                ids = self._encoder.response_ids(prompt, reference)
+                ended: FinishReason = "length" if len(ids) > limit else "stop"
+                yield planned(next(index), sample=sample, response_ids=ids[:limit], finish_reason=ended)
 
     def _encoded(self) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
         return encode_examples(self._source, self._encoder, self._config.max_prompt_tokens, self._config.limit)
@@ -90,7 +88,7 @@ class RowPlan:
 def encode_examples(
     source: ExampleSource, encoder: PromptEncoder, max_prompt_tokens: int, limit: int | None = None
 ) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
-    """Examples with their prompts, in file order; rows without a usable prompt come out as `SkippedRow`."""
+    """Examples with their prompts, in file order; a row without a usable prompt becomes a `SkippedRow`."""
     for item in iter_examples(source, limit):
         if isinstance(item, SkippedRow):
             yield item

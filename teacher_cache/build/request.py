@@ -13,18 +13,18 @@ from dpkd.teacher_cache.store.manifest import Manifest
 
 
 def say_complete(what: str, manifest: Manifest) -> None:
-    """One line for a complete cache or round, and one more for every kind of row that was set aside."""
+    """Print one line for a complete cache or round, and its first failed rows."""
     counts = manifest.counts
     say(f"{what} is complete: {counts['rows']} rows, {counts['positions']} tokens, {counts['bytes']} bytes")
     if not manifest.failed:
         return
-    say(f"{counts['failed']} rows are set aside, as the engine cannot answer them (all are listed in the manifest):")
+    say(f"{counts['failed']} rows failed, because the engine could not answer them (all are listed in the manifest):")
     for row in manifest.failed[:5]:
         say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
 
 
 def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:
-    """The engine's options as `config` asks for them, with another `top_k` where given."""
+    """The engine's options in `config`, with another `top_k` if given."""
     return EngineOptions(
         max_length=config.max_prompt_tokens + config.max_new_tokens,
         top_k=config.most_entries if top_k is None else top_k,
@@ -38,12 +38,12 @@ def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptio
 
 
 def sampling(config: CacheConfig, stop_token_ids: list[int]) -> Sampling:
-    """How responses are drawn as `config` asks for it."""
+    """The sampling options in `config`."""
     return Sampling(config.temperature, config.top_p, config.max_new_tokens, tuple(stop_token_ids))
 
 
 def logprobs_identity(config: CacheConfig) -> dict[str, Any]:
-    """How log-probs were taken and are kept. `top_mass` is there only where it picks the number of entries."""
+    """How log-probs are computed and stored. `top_mass` is a key only if it decides the number of entries."""
     picked = {} if config.top_mass is None else {"top_mass": config.top_mass}
     return {
         "mode": "raw_logprobs",
@@ -56,6 +56,6 @@ def logprobs_identity(config: CacheConfig) -> dict[str, Any]:
 
 
 def engine_identity(engine: ResolvedEngine, config: CacheConfig) -> dict[str, Any]:
-    """What runs the model, as far as it can change a result; a Ray cluster runs vLLM."""
+    """The engine and its arguments that can change a result; a Ray cluster runs vLLM."""
     changing = result_changing(config.engine_arg)
     return {"engine": "vllm" if engine == "ray" else engine} | ({"engine_args": changing} if changing else {})

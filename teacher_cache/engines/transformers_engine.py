@@ -47,12 +47,10 @@ class TransformersEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.generate`."""
         for batch in _batched(requests, _GENERATE_BATCH):
             yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.score`."""
         for batch in _batched(requests, _SCORE_BATCH):
             yield from self._answered(batch, self._score_batch)
 

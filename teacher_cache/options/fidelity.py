@@ -11,7 +11,7 @@ from dpkd.teacher_cache.engines.engine import LocalEngineName
 
 
 class FidelityConfig(Settings):
-    """Which cache is held against which live teacher, and by how many rows."""
+    """Which cache is compared with which live teacher, and on how many rows."""
 
     set_only: ClassVar[frozenset[str]] = frozenset({"dtype", "max_num_seqs"})
 

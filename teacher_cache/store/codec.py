@@ -1,9 +1,9 @@
-"""Log-probs as steps along the rank on a grid: two bytes that compress to half of one.
+"""Log-probs as differences between ranks on a grid: two bytes each, which compress to half a byte.
 
-Entries stand in rank order, so their negated log-probs rise. Rounding each to a multiple of `GRID_NATS` and storing
-the difference to its predecessor gives small non-negative integers; a position's first step is its distance from 0.
-Rounding happens before differencing, so errors do not add up: every decoded log-prob is within `GRID_NATS / 2` of the
-original (1/256 nat) plus float32 rounding.
+Entries are in rank order, so their negated log-probs increase. Each is rounded to a multiple of `GRID_NATS` and stored
+as the difference to the one before; the first entry of a position is stored as its distance from 0. Rounding happens
+before the difference, so errors do not add up: a decoded log-prob differs from the original by at most `GRID_NATS / 2`
+(1/256 nat) plus float32 rounding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _STEPS_PER_NAT = 128
 
 
 def encode_logprobs(logprobs_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
-    """Steps (uint16) of concatenated rank-ordered log-probs (nats, <= 0 up to rounding), `counts_T` to a position.
+    """Steps (uint16) of log-probs (nats) that are in rank order within each position; `counts_T` entries per position.
 
-    Raises ValueError when entries are not in rank order or lie below -511 nats.
+    Raises ValueError if entries are not in rank order or are below -511 nats.
     """
     levels_E = np.rint(-logprobs_E.astype(np.float64) * _STEPS_PER_NAT).astype(np.int64)
     levels_E = np.maximum(levels_E, 0)  # a float32 log-softmax can end a hair above 0
@@ -31,12 +31,12 @@ def encode_logprobs(logprobs_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
 
 
 def decode_logprobs(steps_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
-    """Log-probs (float32, nats) of `encode_logprobs`'s steps."""
+    """Log-probs (float32, nats) from the steps of `encode_logprobs`."""
     if len(steps_E) == 0:
         return np.zeros(0, np.float32)
     width = int(counts_T[0])
     if (counts_T == width).all():
-        # a fixed number of entries, the usual case: a table, about 1.5 times as fast
+        # the same number everywhere, the usual case: as a table this is about 1.5 times as fast
         levels_E = np.cumsum(steps_E.reshape(-1, width), axis=1, dtype=np.uint32).reshape(-1)
     else:
         # sums run over position bounds and may wrap; their differences do not
@@ -48,5 +48,5 @@ def decode_logprobs(steps_E: np.ndarray, counts_T: np.ndarray) -> np.ndarray:
 
 
 def _starts(counts_T: np.ndarray) -> np.ndarray:
-    """Index of the first entry of every position that has one."""
+    """Index of the first entry of each position that has entries."""
     return (np.cumsum(counts_T, dtype=np.int64) - counts_T)[counts_T > 0]

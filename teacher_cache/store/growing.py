@@ -1,4 +1,4 @@
-"""A cache that a running job is still writing: committed shards are visible at once, in the order they are seen."""
+"""A cache that a job is still writing: its shards can be read as soon as they are committed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
 
 
 class GrowingCache(CacheReader):
-    """A cache under construction, or one that has been finished meanwhile.
-
-    `num_rows` are the rows that the job plans, by origin; `manifest` is None until the cache is finished.
-    """
+    """A cache that is being built, or has been finished in the meantime. `manifest` is None until it is finished."""
 
     def __init__(
         self, folder: Folder, identities: dict[str, Any], planned: dict[str, int], manifest: Manifest | None = None
@@ -30,7 +27,7 @@ class GrowingCache(CacheReader):
 
     @classmethod
     def open(cls, location: str | Path) -> GrowingCache | None:
-        """The cache at `location`; None when no job has begun it. `UserError` for one of another kind."""
+        """The cache at `location`; None if no job has started it. Raises `UserError` for a round."""
         folder = open_folder(location)
         if folder.exists(MANIFEST):
             manifest = read_manifest(folder, CACHE_KIND)
@@ -40,42 +37,39 @@ class GrowingCache(CacheReader):
             return None
         if job["kind"] != CACHE_KIND:
             raise UserError(
-                "the directory holds another kind of thing", found=job["kind"], expected=CACHE_KIND, where=folder
+                "the directory contains something else", found=job["kind"], expected=CACHE_KIND, where=folder
             )
         return cls(folder, job["identities"], job["num_rows"])
 
     def num_rows(self, origin: str | None) -> int:
-        """Rows of `origin` (None: of all) that the cache has or, unfinished, will have but for any set aside."""
+        """Rows of `origin` (None: all); in an unfinished cache those that are planned, which may fail."""
         if self.manifest is not None:
             return sum(shard.rows for shard in self.manifest.shards if origin in (None, shard.origin))
         return sum(count for name, count in self._planned.items() if origin in (None, name))
 
     def new_shards(self) -> list[ShardRecord]:
-        """Shards that were committed since the last call, in order of their names.
-
-        The manifest is looked for first: when it appears, the ledger goes.
-        """
-        if self.finished():
+        """Shards that were committed since the last call, in the order of their names."""
+        if self.finished():  # asked first, because a job that finishes removes its ledger
             assert self.manifest is not None
-            found = {shard.path: shard for shard in self.manifest.shards}
+            committed = {shard.path: shard for shard in self.manifest.shards}
         else:
-            found = Ledger(self.folder).committed(self._known)
-        new = [found[path] for path in sorted(found.keys() - self._known)]
+            committed = Ledger(self.folder).committed(self._known)
+        new = [committed[path] for path in sorted(committed.keys() - self._known)]
         self.pass_over(new)
         return new
 
     def pass_over(self, records: list[ShardRecord]) -> None:
-        """Take `records` for known: `new_shards` does not give them again."""
+        """Keep `new_shards` from returning `records`."""
         self._known.update(record.path for record in records)
 
     def finished(self) -> bool:
-        """Whether the manifest is there; reads it when it is."""
+        """Whether the cache is finished; reads the manifest if it is."""
         if self.manifest is None and self.folder.exists(MANIFEST):
             self.manifest = read_manifest(self.folder, CACHE_KIND)
             if self.manifest.fingerprint != self.fingerprint:
-                raise UserError("the cache has been replaced by another one while it was followed", where=self.folder)
+                raise UserError("the cache was replaced by another one during training", where=self.folder)
         return self.manifest is not None
 
     def writer(self) -> str | None:
-        """Host and process of the job that is writing the cache; None when none is at work."""
+        """The process that is writing the cache, as text; None if there is none."""
         return holder(self.folder)

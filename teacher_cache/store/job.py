@@ -1,4 +1,4 @@
-"""A folder being filled: what it will be, who works in it, and what is committed."""
+"""An unfinished cache: what it will contain, which process writes to it, and which shards are committed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, differences, fingerprint, software_versions
+from dpkd.core.identity import canonical_json, differences, software_versions
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
@@ -21,10 +21,10 @@ JOB = "job.json"
 
 
 class Job:
-    """A cache (or round) under construction in `folder`.
+    """A cache (or round) that is being built in `folder`.
 
-    The identities are written first; another run with other identities is refused, one with the same goes on. One
-    process at a time works in a folder (`opened` holds its lock); workers of the same job may commit shards too.
+    The identities are written first: a later run with the same ones resumes, one with others is refused. One process at
+    a time writes to a folder (`opened` holds its lock); workers of that process may commit shards too.
     """
 
     def __init__(self, folder: Folder, kind: str, identities: dict[str, Any]) -> None:
@@ -35,10 +35,10 @@ class Job:
 
     @contextlib.contextmanager
     def opened(self, config_toml: str, num_rows: Mapping[Origin, int]) -> Iterator[Manifest | None]:
-        """Create or take up the folder, which stays locked while the block runs; the manifest when all is done.
+        """Create the folder or resume in it, and lock it while the block runs; gives the manifest if it is finished.
 
-        `num_rows` is how many rows the job will make, by origin. Raises `UserError` when the folder holds something
-        else, or another process works in it.
+        `num_rows` is the number of rows that the job will make, by origin. Raises `UserError` if the folder contains
+        something else, or another process writes to it.
         """
         manifest = self._finished()
         if manifest is not None:
@@ -46,37 +46,37 @@ class Job:
             return
         self._refuse_foreign_files()
         with locks.hold(self.folder) as self._lock:
-            # another process may have finished it while this one looked
+            # another process may have finished it in the meantime
             manifest = self._finished()
             if manifest is None:
-                self._take_up(config_toml, num_rows)
+                self._start(config_toml, num_rows)
             yield manifest
 
     def _finished(self) -> Manifest | None:
         if not self.folder.exists(MANIFEST):
             return None
         manifest = read_manifest(self.folder, self.kind)
-        self._refuse_other(manifest.identities, "a finished cache of other options")
-        if self.folder.exists(JOB):  # killed between the manifest and the tidying up
+        self._refuse_other(manifest.identities, "a finished cache with other options")
+        if self.folder.exists(JOB):  # killed between writing the manifest and cleaning up
             self._clean_up()
         return manifest
 
-    def _take_up(self, config_toml: str, num_rows: Mapping[Origin, int]) -> None:
-        held = read_job(self.folder)
-        if held is None:
+    def _start(self, config_toml: str, num_rows: Mapping[Origin, int]) -> None:
+        existing = read_job(self.folder)
+        if existing is None:
             body = {"kind": self.kind, "identities": self.identities, "num_rows": dict(num_rows)}
             self.folder.write(JOB, canonical_json(body))
         else:
-            self._refuse_other(held["identities"], "an unfinished cache of other options")
+            self._refuse_other(existing["identities"], "an unfinished cache with other options")
         self.folder.write("dpkd.toml", config_toml.encode())
         self.committed = self.ledger.committed()
 
-    def _refuse_other(self, held: dict[str, Any], what: str) -> None:
-        if fingerprint(held) != fingerprint(self.identities):
+    def _refuse_other(self, existing: dict[str, Any], what: str) -> None:
+        if changed := differences(existing, self.identities):
             raise UserError(
-                f"the output directory holds {what}; differing: {'; '.join(differences(held, self.identities))}",
+                f"the output directory contains {what}; differing: {'; '.join(changed)}",
                 where=self.folder,
-                advice="Choose another --out, or repeat the options that it was started with",
+                advice="Choose another --out, or give the options that it was started with",
             )
 
     def _refuse_foreign_files(self) -> None:
@@ -84,30 +84,29 @@ class Job:
             raise UserError("the output is a file, not a directory", where=self.folder)
         if self.folder.exists(JOB):
             return
-        held = sorted({name.split("/")[0] for name in self.folder.sizes()} - {LOCK, FLOCK})
-        if held:
+        names = sorted({name.split("/")[0] for name in self.folder.sizes()} - {LOCK, FLOCK})
+        if names:
             raise UserError(
-                "the output directory holds other files",
-                found=", ".join(held[:4]),
-                expected="an empty or absent directory",
+                "the output directory contains other files",
+                found=", ".join(names[:4]),
+                expected="an empty or missing directory",
                 where=self.folder,
                 advice="Choose another --out",
             )
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
-        """Write a shard and the record that makes it count; `UserError` when the lock is lost or the disk refuses."""
+        """Write a shard, then its record. Raises `UserError` if the lock is lost or the shard cannot be written."""
         if self._lock is not None:
             self._lock.check()
         self.ledger.commit(data, record)
         self.committed[record.path] = record
 
     def num_done(self, prefix: str = "shards/") -> int:
-        """Rows that are settled, set aside ones among them, in committed shards whose path starts with `prefix`."""
-        records = [record for path, record in self.committed.items() if path.startswith(prefix)]
-        return sum(record.num_settled for record in records)
+        """Rows, failed ones included, of the committed shards whose path starts with `prefix`."""
+        return sum(record.num_settled for path, record in self.committed.items() if path.startswith(prefix))
 
     def finish(self, skipped: list[dict[str, Any]]) -> Manifest:
-        """Write the manifest over the committed shards, in order of their names."""
+        """Write the manifest of the committed shards, in the order of their names."""
         manifest = Manifest(
             kind=self.kind,
             identities=self.identities,
@@ -116,7 +115,7 @@ class Job:
             files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
             software=software_versions(),
         )
-        manifest.write(self.folder)
+        self.folder.write(MANIFEST, manifest.to_bytes())
         self._clean_up()
         return manifest
 
@@ -127,10 +126,10 @@ class Job:
 
 
 def read_job(folder: Folder) -> dict[str, Any] | None:
-    """What an unfinished folder will be: `kind`, `identities`, `num_rows` by origin; None where no job is begun."""
+    """What an unfinished folder will be: `kind`, `identities`, `num_rows` by origin. None if no job has started."""
     try:
-        held = json.loads(folder.read(JOB))
-        return {"kind": held["kind"], "identities": held["identities"], "num_rows": held["num_rows"]}
+        job = json.loads(folder.read(JOB))
+        return {key: job[key] for key in ("kind", "identities", "num_rows")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The manifest: written last, it makes a directory a cache and says what the cache is."""
+"""The manifest: written last, it makes a directory a finished cache and describes it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
-from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord, record_from_json
+from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished cache (kind `teacher-cache`) or one round of it (kind `round`) holds.
+    """What a finished cache (kind `teacher-cache`) or one of its rounds (kind `round`) contains.
 
-    `identities` decide whether two caches are the same; their hash is the fingerprint. `files` are checksums of the
-    other files in the directory. `software` and `skipped` stand outside the fingerprint.
+    Two caches with the same `identities` are the same; the hash of the identities is the fingerprint. `files` are the
+    checksums of the other files in the directory. `software` and `skipped` are not part of the fingerprint.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Manifest:
 
     @property
     def densities(self) -> dict[str, float | None]:
-        """Bytes a position and a kept entry (None without entries), and entries a position."""
+        """Bytes per position, bytes per kept entry (None without entries), and entries per position."""
         counts = self.counts
         positions, entries = max(counts["positions"], 1), counts["entries"]
         return {
@@ -68,19 +68,19 @@ class Manifest:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, prompt and response."""
+        """Length of the longest row, prompt and response, in tokens."""
         return max((shard.longest for shard in self.shards), default=0)
 
     @property
     def mass_kept(self) -> float | None:
-        """Mean probability inside the kept entries over positions; None without distributions."""
+        """Probability of the kept entries, mean over positions; None without distributions."""
         positions = sum(shard.positions for shard in self.shards)
         if not positions or not sum(shard.entries for shard in self.shards):
             return None
         return sum(shard.mass_kept for shard in self.shards) / positions
 
     def to_bytes(self) -> bytes:
-        """The file's bytes: canonical JSON that ends with its own checksum."""
+        """The file's content: canonical JSON with its own checksum."""
         body = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
@@ -88,16 +88,11 @@ class Manifest:
             "mass_kept": self.mass_kept,
             "skipped_by_reason": dict(sorted(Counter(row["reason"] for row in self.skipped).items())),
         } | asdict(self)
-        body["manifest_sha256"] = fingerprint(body)
-        return canonical_json(body) + b"\n"
-
-    def write(self, folder: Folder) -> None:
-        """Finish the folder; nothing in it may change afterwards."""
-        folder.write(MANIFEST, self.to_bytes())
+        return canonical_json(body | {"manifest_sha256": fingerprint(body)}) + b"\n"
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:
-    """The manifest of a finished folder; `UserError` when it is absent, altered, or of another format or kind."""
+    """The manifest of a finished folder; raises `UserError` if it is missing, corrupt, or of another format or kind."""
     path = folder.where(MANIFEST)
     try:
         data = folder.read(MANIFEST)
@@ -110,9 +105,9 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         raise UserError(
             "the cache is unfinished: it has no manifest"
             if unfinished
-            else "the directory is no cache: it has no manifest",
+            else "the directory is not a cache: it has no manifest",
             where=folder,
-            advice="Run the same `dpkd cache-teacher` command again, it goes on where it stopped"
+            advice="Run the same `dpkd cache-teacher` command again: it resumes"
             if unfinished
             else "Give the --out of a finished `dpkd cache-teacher`",
         ) from None
@@ -130,36 +125,26 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         recorded = body.pop("manifest_sha256")
         intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
         if intact:
-            manifest = _from_body(body)
+            fields = {key: body[key] for key in ("kind", "identities", "skipped", "files", "software")}
+            manifest = Manifest(shards=[ShardRecord(**record) for record in body["shards"]], **fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise UserError("the manifest is not what was written: its checksum does not fit", where=path, advice=REBUILD)
+        raise UserError("the manifest is corrupt (checksum mismatch)", where=path, advice=REBUILD)
     if manifest.kind != kind:
-        raise UserError("the directory holds another kind of thing", found=manifest.kind, expected=kind, where=path)
+        raise UserError("the directory contains something else", found=manifest.kind, expected=kind, where=path)
     _check_files(folder, manifest)
     return manifest
 
 
-def _from_body(body: dict[str, Any]) -> Manifest:
-    return Manifest(
-        kind=body["kind"],
-        identities=body["identities"],
-        shards=[record_from_json(record) for record in body["shards"]],
-        skipped=body["skipped"],
-        files=body["files"],
-        software=body["software"],
-    )
-
-
 def _check_files(folder: Folder, manifest: Manifest) -> None:
-    """Sizes of shards and checksums of the small files: what can be known without reading the shards."""
+    """Check the sizes of the shards and the checksums of the small files, without reading the shards."""
     sizes = folder.sizes("shards")
     for shard in manifest.shards:
         size = sizes.get(shard.path)
         if size != shard.num_bytes:
             raise UserError(
-                "a shard of the cache is missing or cut short",
+                "a shard of the cache is missing or incomplete",
                 found="no file" if size is None else f"{size} bytes",
                 expected=f"{shard.num_bytes} bytes",
                 where=folder.where(shard.path),
@@ -167,11 +152,11 @@ def _check_files(folder: Folder, manifest: Manifest) -> None:
             )
     contents = folder.read_many(manifest.files)
     for name, digest in manifest.files.items():
-        found = hashlib.sha256(contents[name]).hexdigest() if name in contents else "no file"
-        if found != digest:
+        actual = hashlib.sha256(contents[name]).hexdigest() if name in contents else "no file"
+        if actual != digest:
             raise UserError(
-                "a file of the cache is not what was written",
-                found=found[:16],
+                "a file of the cache is corrupt (checksum mismatch)",
+                found=actual[:16],
                 expected=digest[:16],
                 where=folder.where(name),
                 advice=REBUILD,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: groups (shards) whose rows are mixed with each other; a reader holds this many decoded
+#: groups (shards) whose rows are mixed with each other; a reader keeps this many decoded
 WINDOW_GROUPS = 8
 
 
@@ -14,7 +14,7 @@ def epoch_order(group_sizes: Sequence[int], seed: int, epoch: int, window: int =
     """Every row once, as [N, 2] pairs (group, row inside the group).
 
     Groups are permuted, then rows are permuted inside windows of `window` groups, so that a reader touches few groups
-    at a time. Nothing else enters: not the number of ranks, nor what was read before.
+    at a time. The order depends on nothing else, such as the number of ranks or what was read before.
     """
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     groups = random.permutation(len(group_sizes))

@@ -1,4 +1,4 @@
-"""Open a finished cache by path alone, and read it shard by shard."""
+"""Open a finished cache by its path or URL, and read it shard by shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CACHE_KIND = "teacher-cache"
 ROUND_KIND = "round"
 _SHORT = 12  # digits shown of a sha256
-_DECODED_SHARDS = 16  # how many decoded shards a reader holds: two windows of the data order
+_DECODED_SHARDS = 16  # decoded shards that a reader keeps: two windows of the data order
 
 
 def round_folder(cache: Folder, name: str) -> Folder:
@@ -32,9 +32,9 @@ def round_folder(cache: Folder, name: str) -> Folder:
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round: its folder and manifest. Its shards lie beside the cache's, rows in the same order.
+    """A finished round: its folder and manifest. Its shards have the cache's names and rows, in the same order.
 
-    A round has the cache's rows but for those that student or teacher could not answer (`Manifest.failed`).
+    Rows that student or teacher could not answer are missing (`Manifest.failed`).
     """
 
     name: str
@@ -43,12 +43,12 @@ class Round:
 
     @cached_property
     def shards_by_path(self) -> dict[str, ShardRecord]:
-        """The round's shards by path, which is also the path of the cache's shard that each lies beside."""
+        """The round's shards by path, which is also the path of the cache's shard with the same rows."""
         return {shard.path: shard for shard in self.manifest.shards}
 
 
 class CacheReader:
-    """What a cache says of itself and how its shards are read, finished or not: each is checked as it is read."""
+    """A cache, finished or not: its identities, and its shards, which are checked as they are read."""
 
     def __init__(self, folder: Folder, identities: dict[str, Any]) -> None:
         self.folder, self.identities = folder, identities
@@ -56,7 +56,7 @@ class CacheReader:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the identities; the manifest's, once there is one."""
+        """sha256 of the identities."""
         return fingerprint(self.identities)
 
     @property
@@ -66,52 +66,52 @@ class CacheReader:
 
     @property
     def top_k(self) -> int:
-        """Most entries kept a position; 0 when the cache holds no distributions."""
+        """Largest number of entries kept per position; 0 if the cache has no distributions."""
         return int(self.identities["logprobs"]["top_k"])
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows of every shard but each origin's last."""
+        """Rows of every shard except the last one of each origin."""
         return int(self.identities["layout"]["rows_per_shard"])
 
     def scan(self, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
-        """The decoded rows of `records` in order, each shard read while the one before it is used; none is kept."""
+        """The decoded rows of `records` in order, read one shard ahead; none is kept in memory."""
         return read_shards(self.folder, records)
 
     def read(self, record: ShardRecord) -> ShardRows:
-        """The decoded rows of one shard; the last few stay in memory."""
+        """The decoded rows of one shard; the last few shards stay in memory."""
         return self._read(self.folder, record)
 
     def check_tokenizer(self, model: ModelSource, role: str) -> None:
         """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
-        held, ours = self.identities["tokenizer"], model.tokenizer_identity()
-        if held["sha256"] != ours["sha256"]:
+        expected, actual = self.identities["tokenizer"], model.tokenizer_identity()
+        if expected["sha256"] != actual["sha256"]:
             raise UserError(
                 f"the {role}'s tokenizer is not the cache's",
-                found=f"{_tokenizer(ours)} of {model.name}",
-                expected=f"{_tokenizer(held)} of {self.identities['teacher']['name']}",
+                found=f"{_tokenizer(actual)} of {model.name}",
+                expected=f"{_tokenizer(expected)} of {self.identities['teacher']['name']}",
                 where=self.folder,
                 advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
             )
 
     def check_teacher(self, model: ModelSource, *, advice: str) -> None:
-        """Raise `UserError` unless `model` is the teacher, by its weights (by its config, where only that is known)."""
-        held = self.identities["teacher"]
-        ours = model.identity(held["dtype"])
-        # a cache built through a server may not know the weights
-        key = "config_sha256" if held["weights_sha256"] is None else "weights_sha256"
-        if ours[key] != held[key]:
+        """Raise `UserError` unless `model` has the teacher's weights, or its config if the cache knows no weights."""
+        expected = self.identities["teacher"]
+        actual = model.identity(expected["dtype"])
+        # a cache that was built through a server may not know the weights
+        key = "config_sha256" if expected["weights_sha256"] is None else "weights_sha256"
+        if actual[key] != expected[key]:
             raise UserError(
                 "the teacher is not the one of the cache",
-                found=f"{key} {str(ours[key])[:_SHORT]} of {model.name}",
-                expected=f"{held[key][:_SHORT]} of {held['name']}",
+                found=f"{key} {str(actual[key])[:_SHORT]} of {model.name}",
+                expected=f"{expected[key][:_SHORT]} of {expected['name']}",
                 where=self.folder,
                 advice=advice,
             )
 
 
 class TeacherCache(CacheReader):
-    """A finished cache: manifest checked, shards checked as they are read (or all at once by `verify_shards`)."""
+    """A finished cache. Its manifest is checked; its shards are checked as they are read, or by `verify_shards`."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         super().__init__(folder, manifest.identities)
@@ -119,13 +119,13 @@ class TeacherCache(CacheReader):
 
     @classmethod
     def open(cls, location: str | Path) -> TeacherCache:
-        """The cache at a path or URL; `UserError` when it is absent, unfinished, altered or of another format."""
+        """The cache at a path or URL; raises `UserError` if it is missing, unfinished, corrupt or of another format."""
         folder = open_folder(location)
         return cls(folder, read_manifest(folder, CACHE_KIND))
 
     @property
     def origins(self) -> list[str]:
-        """Origins of the cache's rows, in the order of its shards."""
+        """Origins of the cache's rows, in the order of the shards."""
         return sorted({shard.origin for shard in self.manifest.shards})
 
     def shards(self, origin: str | None = None) -> list[ShardRecord]:
@@ -139,13 +139,13 @@ class TeacherCache(CacheReader):
         return sorted(parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST)
 
     def round(self, name: str) -> Round:
-        """The round `name`; raises `UserError` when it is absent, altered or of another cache."""
+        """The round `name`; raises `UserError` if it is missing, corrupt or of another cache."""
         folder = round_folder(self.folder, name)
         if name not in self.round_names and not folder.exists(JOB):
             raise UserError(
                 "the cache has no such round",
                 found=repr(name),
-                expected=" or ".join(map(repr, self.round_names)) or "none is there",
+                expected=" or ".join(map(repr, self.round_names)) or "no rounds",
                 where=self.folder,
                 advice=f"Build it with `dpkd cache-teacher --student DIR --round {name}`",
             )
@@ -159,15 +159,15 @@ class TeacherCache(CacheReader):
             )
         ours = [(shard.path, shard.rows) for shard in self.manifest.shards]
         if [(shard.path, shard.num_settled) for shard in manifest.shards] != ours:
-            raise UserError("the round's shards do not lie beside the cache's", where=folder)
+            raise UserError("the round's shards are not those of the cache", where=folder)
         return Round(name, folder, manifest)
 
-    def read_round(self, held: Round, record: ShardRecord) -> ShardRows:
-        """The decoded rows of the round that lie beside those of the cache's shard `record`."""
-        return self._read(held.folder, held.shards_by_path[record.path])
+    def read_round(self, round_: Round, record: ShardRecord) -> ShardRows:
+        """The decoded rows of the round's shard that has the rows of the cache's shard `record`."""
+        return self._read(round_.folder, round_.shards_by_path[record.path])
 
     def verify_shards(self) -> None:
-        """Read every shard of the cache and compare checksums; raises `UserError` at the first that differs."""
+        """Check every shard; raises `UserError` at the first that is missing or corrupt."""
         for record in self.manifest.shards:
             check_shard(self.folder, record)
 

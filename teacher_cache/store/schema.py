@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ Origin = Literal["teacher", "reference", "student"]
 
 
 def _list(value_type: pa.DataType) -> pa.DataType:
-    # Parquet gives list items the name `element` back, so they carry it from the start
+    # list items are named as Parquet returns them
     return pa.list_(pa.field("element", value_type, nullable=False))
 
 
@@ -50,16 +50,16 @@ _SPLIT = (
     "entry_logprob_steps",
     "log_remainder",
 )
-#: encodings that any Parquet reader knows; 2.3 to 2.8 bytes a kept entry with zstd (docs/cache-format.md)
+#: encodings that every Parquet reader supports; 2.3 to 2.8 bytes per kept entry with zstd (docs/cache-format.md)
 COLUMN_ENCODINGS = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT}
 DICTIONARY_COLUMNS = ["origin", "finish_reason"]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """A row before the engine has seen it; `index` is its place in the order of its origin.
+    """A row before the engine has seen it; `index` is its position among the rows of its origin.
 
-    `failed` is the reason why an earlier stage could not make it: it goes to no engine and is set aside.
+    `failed` is the reason why an earlier stage could not make the row: it becomes a failed row without an engine.
     """
 
     index: int
@@ -73,12 +73,16 @@ class PlannedRow:
     finish_reason: Literal["stop", "length"] = "stop"
     failed: str | None = None
 
+    def as_failed(self, reason: str) -> dict[str, Any]:
+        """This row in the list of failed rows."""
+        return {"example_id": self.example_id, "sample": self.sample, "origin": self.origin, "reason": reason}
+
 
 @dataclass(frozen=True, slots=True)
 class CachedRow:
-    """A row as it is read back. T response tokens (EOS counted), log-probs in nats, float32.
+    """A row read from a cache: T response tokens including the EOS, log-probs in nats, float32.
 
-    `distributions` is None in a cache that was written with top-K 0.
+    `distributions` is None in a cache with top-K 0.
     """
 
     example_id: str
@@ -94,7 +98,7 @@ class CachedRow:
 def unscored_row(
     prompt_ids: Sequence[int], response_ids: Sequence[int], example_id: str = "", sample: int = 0
 ) -> CachedRow:
-    """A reference response that no teacher has seen: it has no log-probs."""
+    """A reference response without a teacher's log-probs."""
     return CachedRow(
         example_id=example_id,
         sample=sample,
@@ -108,7 +112,7 @@ def unscored_row(
 
 
 def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
-    """One shard's table from planned rows, their results and the response texts."""
+    """The table of a shard from its planned rows, their results and the response texts."""
     columns: dict[str, list[object]] = {field.name: [] for field in ROW_SCHEMA}
     nothing = np.zeros(0, np.int32)
     for plan, result, text in rows:
@@ -145,7 +149,7 @@ def _column(values: list[object], kind: pa.DataType) -> pa.Array:
 
 
 class ShardRows:
-    """The rows of one shard. `row(i)` gives views, not copies, of all but the log-probs, which it decodes."""
+    """The rows of one shard. Arrays of a row are views of the table, except the log-probs, which are decoded."""
 
     def __init__(self, table: pa.Table) -> None:
         self._text = {name: table[name].to_pylist() for name in ("example_id", "sample", "origin", "finish_reason")}
@@ -160,11 +164,11 @@ class ShardRows:
         return self._table["prompt"][index].as_py(), self._table["response"][index].as_py()
 
     def key(self, index: int) -> tuple[str, int]:
-        """Example id and sample number of a row: what names it among those of its origin."""
+        """Example id and sample number of a row, which identify it within its origin."""
         return self._text["example_id"][index], self._text["sample"][index]
 
     @cached_property
-    def place_of(self) -> dict[tuple[str, int], int]:
+    def index_of(self) -> dict[tuple[str, int], int]:
         """Index of every row by its key."""
         return {self.key(index): index for index in range(len(self))}
 

@@ -1,4 +1,4 @@
-"""Shards on disk: written whole or not at all, committed by a record of their checksum."""
+"""Shards on disk: written atomically, and committed by a record with their checksum."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dpkd.teacher_cache.store.schema import COLUMN_ENCODINGS, DICTIONARY_COLUMNS
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What the manifest knows of a shard. `path` is relative to the cache (or round) directory.
+    """A shard's entry in the manifest. `path` is relative to the directory of the cache or round.
 
-    `positions` are response tokens, `entries` kept top-K entries, `num_bytes` the file's size; `mass_kept` is the
-    probability inside the entries summed over positions; `unfinished` counts rows that ended by length; `longest` is
-    the longest row, prompt and response, in tokens. `lengths` counts rows by response length, place i for lengths
-    from 2^i up to 2^(i+1) tokens. `failed` are the rows that the engine could not answer: they are not in the shard.
+    `positions` are response tokens, `entries` kept top-K entries, `num_bytes` is the file's size. `mass_kept` is the
+    probability of the entries, summed over positions. `unfinished` counts rows that reached the length limit. `longest`
+    is the longest row, prompt and response, in tokens. `lengths` counts rows by response length: index i for 2^i up to
+    2^(i+1) tokens. `failed` are the rows that the engine could not answer; they are not in the shard.
     """
 
     path: str
@@ -49,7 +49,7 @@ class ShardRecord:
 
     @property
     def num_settled(self) -> int:
-        """Rows that are done with: those of the shard and those that are set aside."""
+        """Rows of the shard, plus the failed ones."""
         return self.rows + len(self.failed)
 
 
@@ -92,12 +92,12 @@ def encode_shard(
 
 
 def read_shard(folder: Folder, record: ShardRecord) -> ShardRows:
-    """Read, check and decode a shard; raises `UserError` when it is missing or not what was written."""
+    """Read, check and decode a shard; raises `UserError` if it is missing or corrupt."""
     return ShardRows(_parse(check_shard(folder, record), folder.where(record.path)))
 
 
 def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
-    """`read_shard` of every record in order; a thread reads the next shard while the caller uses this one."""
+    """`read_shard` of every record in order; a thread reads one shard ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
         ahead = None
         for record in records:
@@ -109,7 +109,7 @@ def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tupl
 
 
 def check_shard(folder: Folder, record: ShardRecord) -> bytes:
-    """The shard's bytes when they are the ones that were committed, else `UserError`."""
+    """The bytes of a shard; raises `UserError` if they are missing or not those that were committed."""
     path = folder.where(record.path)
     try:
         data = folder.read(record.path)
@@ -118,7 +118,7 @@ def check_shard(folder: Folder, record: ShardRecord) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if digest != record.sha256:
         raise UserError(
-            "a shard of the cache is not what was written",
+            "a shard of the cache is corrupt (checksum mismatch)",
             found=f"sha256 {digest[:16]}… of {len(data)} bytes",
             expected=f"{record.sha256[:16]}… of {record.num_bytes} bytes",
             where=path,
@@ -135,15 +135,12 @@ def _parse(data: bytes, path: str) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
-        raise UserError(f"the shard is not Parquet: {error}", where=path) from None
+        raise UserError(f"the shard is not a Parquet file: {error}", where=path) from None
     if not table.schema.equals(ROW_SCHEMA):
-        raise UserError("the shard has another schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path)
+        raise UserError(
+            "the shard has the wrong schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path
+        )
     return table
-
-
-def record_from_json(value: dict[str, Any]) -> ShardRecord:
-    """Inverse of `dataclasses.asdict` for a record."""
-    return ShardRecord(**value)
 
 
 def _record_name(shard_path: str) -> str:
@@ -151,36 +148,35 @@ def _record_name(shard_path: str) -> str:
 
 
 class Ledger:
-    """Which shards of an unfinished directory are committed: one small file each, written after the shard.
+    """The committed shards of an unfinished directory: one small record file each, written after the shard.
 
-    A shard without a record was cut off by a kill and is written again. Records are files of their own rather than
-    lines of one, so that several writers need no lock and a torn write touches one shard alone.
+    A shard without a record was interrupted and is written again. Each record is a file, not a line of a common file:
+    several writers then need no lock, and an interrupted write affects only its own shard.
     """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
     def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
-        """Records by shard path, but for those of the `known` paths, which are not read again.
+        """Records by shard path, without those of the `known` paths, which are not read again.
 
-        A record that cannot be read counts as absent: its shard is written again.
+        A record that cannot be read is ignored: its shard is written again.
         """
-        passed_over = {_record_name(path) for path in known}
-        contents = self._folder.read_many(sorted(set(self._folder.sizes(LEDGER)) - passed_over))
+        contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER).keys() - set(map(_record_name, known))))
         shards = self._folder.sizes("shards") if contents else {}
         records = {}
         for content in contents.values():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = record_from_json(json.loads(content))
+                record = ShardRecord(**json.loads(content))
                 if record.path in shards:
                     records[record.path] = record
         return records
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
-        """Write the shard, then the record that makes it count."""
+        """Write the shard, then its record."""
         self._folder.write(record.path, data)
         self._folder.write(_record_name(record.path), json.dumps(asdict(record)).encode())
 
     def discard(self) -> None:
-        """Remove the records, once the manifest holds them."""
+        """Remove the records once they are in the manifest."""
         self._folder.delete(LEDGER)

@@ -111,7 +111,7 @@ def test_bad_options_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         dpkd("train", "--cache", "c", "--student", "s", "--out", "o", "--beta", "1", "--set", "beta=2"), "given twice"
     )
     assert_one_clear_line(dpkd("cache", "info", tmp_path / "none"), "the cache directory is missing")
-    assert_one_clear_line(dpkd("cache", "verify", tmp_path), "the directory is no cache")
+    assert_one_clear_line(dpkd("cache", "verify", tmp_path), "the directory is not a cache")
 
 
 def test_flags_toml_and_set_meet_in_one_config(tmp_path: Path) -> None:

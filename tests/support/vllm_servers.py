@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
+    """A port of the loopback address that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -61,23 +61,37 @@ class VllmServer:
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = Path(tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log")[1])
+        self._port = port
+        self.log = Path(tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        self._command += ["--host", "127.0.0.1", "--port", str(self.port), *ARGUMENTS, *arguments]
-        # an engine in this process leaves settings of its own in the environment
+        self._command += ["--host", "127.0.0.1", *ARGUMENTS, *arguments]
+        # an engine in this process leaves its settings in the environment
         own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
         self._environment = own | ENVIRONMENT | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def port(self) -> int:
+        """The port; a free one is chosen at the first use, so that nothing takes it before the server starts."""
+        self._port = self._port or free_port()
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """Address of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
     def start(self) -> None:
-        """Start it, where it does not run, and return at once; `wait` for it before use."""
+        """Start the server unless it runs, and return at once; `wait` for it before use."""
         if self._process is not None:
             return
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                [*self._command, "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
 
     def wait(self, timeout_s: float = 240.0) -> None:
@@ -102,7 +116,7 @@ class VllmServer:
         try:
             os.killpg(group.pid, how)
             group.wait(timeout=30)
-            while True:  # the children are not ours to wait for
+            while True:  # its children cannot be waited for
                 os.killpg(group.pid, signal.SIGKILL)
                 time.sleep(0.05)
         except ProcessLookupError:

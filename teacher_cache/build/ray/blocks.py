@@ -1,9 +1,11 @@
-"""A job's rows as blocks of whole shards, which Ray Data hands to the replicas."""
+"""A job's rows in blocks of whole shards, which Ray Data distributes to the replicas."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import fields
 
 import pyarrow as pa
 
@@ -12,33 +14,16 @@ from dpkd.teacher_cache.store.schema import PlannedRow
 
 _BLOCKS_PER_REPLICA = 2  # at least, so that a fast replica can help a slow one
 
-_ROW_TYPE = pa.struct(
-    {
-        "index": pa.int64(),
-        "example_id": pa.string(),
-        "sample": pa.int32(),
-        "origin": pa.string(),
-        "prompt": pa.string(),
-        "prompt_ids": pa.list_(pa.int32()),
-        "seed": pa.int64(),
-        "response_ids": pa.list_(pa.int32()),
-        "finish_reason": pa.string(),
-        "failed": pa.string(),
-    }
-)
-# one row of the dataset is a whole block: to replicas with a GPU Ray Data hands a number of rows, never a block
-_BLOCK_SCHEMA = pa.schema({"rows": pa.list_(_ROW_TYPE)})
-
 
 def to_block(rows: list[PlannedRow]) -> pa.Table:
-    """Planned rows as an Arrow table of one row."""
-    values = [{field.name: getattr(row, field.name) for field in _ROW_TYPE} for row in rows]
-    return pa.table([[values]], schema=_BLOCK_SCHEMA)
+    """Planned rows as an Arrow table of one row: Ray Data gives replicas with a GPU rows, never a whole block."""
+    names = [field.name for field in fields(PlannedRow)]
+    return pa.table({"rows": [json.dumps([{name: getattr(row, name) for name in names} for row in rows])]})
 
 
 def from_block(block: pa.Table) -> list[PlannedRow]:
     """Inverse of `to_block`."""
-    return [PlannedRow(**values) for values in block["rows"][0].as_py()]
+    return [PlannedRow(**values) for values in json.loads(block["rows"][0].as_py())]
 
 
 def split_blocks(
@@ -46,7 +31,8 @@ def split_blocks(
 ) -> Iterator[list[PlannedRow]]:
     """The rows of shards that are not in `committed`, in blocks of whole shards.
 
-    A block has up to `most_rows` rows, but at least one shard; a small job has smaller ones, for every replica some.
+    A block has at most `most_rows` rows, but at least one shard. In a small job the blocks are smaller, so that every
+    replica gets some.
     """
     shards = (
         list(members)

@@ -1,4 +1,4 @@
-"""The actor on a node of a Ray cluster: a vLLM engine that takes blocks of prompts and commits their shards."""
+"""The actor on a node of a Ray cluster: a vLLM engine that gets blocks of prompts and commits their shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
-from dpkd.teacher_cache.build.assembling import ShardAssembler, ShardLayout, fill
+from dpkd.teacher_cache.build.assembling import ShardLayout, fill
 from dpkd.teacher_cache.build.ray.blocks import from_block, paths_of
 from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, Sampling
 from dpkd.teacher_cache.engines.open import open_engine
@@ -22,13 +22,13 @@ from dpkd.teacher_cache.store.job import JOB, Job
 from dpkd.teacher_cache.store.schema import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
 
-# a committed shard, or the `refusal` that ends the job: of an exception Ray Data would make another, and log it
+# a committed shard, or the `refusal` that ends the job: Ray Data would wrap an exception in another and log it
 _REPORT_SCHEMA = pa.schema({"path": pa.string(), "rows": pa.int64(), "positions": pa.int64(), "refusal": pa.string()})
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a replica works on. `witness` is the job file of a local folder, path and content."""
+    """The work of a replica. `witness`: path and content of the job file of a local folder."""
 
     model: ModelSource
     options: EngineOptions
@@ -40,27 +40,26 @@ class Assignment:
 
 
 class _ReplicaJob(Job):
-    """A job's folder as a replica sees it: commits are reported, and the lock is the driver's."""
+    """A job in a replica: commits are reported, and the driver holds the lock."""
 
     def __init__(self, folder: Folder, kind: str) -> None:
         super().__init__(folder, kind, {})
-        # a replica that died starts anew, and learns here what it had committed of the block that it gets again
+        # a restarted replica gets the same block again and must know what it had committed
         self.committed = self.ledger.committed()
         self.reports: queue.SimpleQueue[ShardRecord | None] = queue.SimpleQueue()
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
-        """See `Job.commit`."""
         super().commit(data, record)
         self.reports.put(record)
 
 
 class Replica:
-    """The actor around one vLLM engine: takes a block, commits its shards, reports each."""
+    """The actor with one vLLM engine: gets a block, commits its shards and reports each."""
 
     def __init__(self, assignment: Assignment) -> None:
         self._assignment = assignment
         self._refusal: str | None = None
-        # one thread for all that the engine does; the actor's own thread reports meanwhile
+        # the engine has its own thread, so that the actor's thread can report in the meantime
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         try:
             self._job, self._model, self._engine = self._thread.submit(self._open).result()
@@ -74,9 +73,9 @@ class Replica:
         return job, model, open_engine("vllm", model, self._assignment.options)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        """Fill the block's shards; a report of each once it is committed, and one of the `UserError` that stops it.
+        """Fill the block's shards; yields a report of each committed shard, and of the `UserError` that stops it.
 
-        Shards that are there already are reported too: a block that Ray tries again has to yield as much as before.
+        Shards that already exist are reported too: when Ray retries a block, it must yield as much as before.
         """
         if self._refusal is None:
             rows = from_block(block)
@@ -94,8 +93,7 @@ class Replica:
 
     def _fill(self, rows: list[PlannedRow]) -> None:
         try:
-            with ShardAssembler(self._job, self._assignment.layout, self._model.decode) as assembler:
-                fill(assembler, rows, self._engine, self._assignment.sampling)
+            fill(self._engine, self._model.decode, self._job, self._assignment.layout, rows, self._assignment.sampling)
         finally:
             self._job.reports.put(None)
 
@@ -105,11 +103,11 @@ def _report(record: ShardRecord) -> pa.Table:
 
 
 def find_witness(folder: Folder) -> tuple[Path, bytes] | None:
-    """The job file of a local folder; a round's `sampled` folder has it above."""
+    """The job file of a local folder; for a round's `sampled` folder that of its parent."""
     if isinstance(folder, LocalFolder):
-        for place in (folder.path.absolute(), folder.path.absolute().parent):
-            if (place / JOB).is_file():
-                return place / JOB, (place / JOB).read_bytes()
+        for directory in (folder.path.absolute(), folder.path.absolute().parent):
+            if (directory / JOB).is_file():
+                return directory / JOB, (directory / JOB).read_bytes()
     return None
 
 
@@ -123,7 +121,7 @@ def _check_witness(witness: tuple[Path, bytes] | None) -> None:
 
 
 def _found_here(model: ModelSource) -> ModelSource:
-    """The model on this node, where the hub's files may lie elsewhere than on the driver's."""
+    """The model on this node, where the hub's files may be in another directory."""
     if model.path.is_dir():
         return model
     if model.revision is not None:
@@ -138,5 +136,5 @@ def _found_here(model: ModelSource) -> ModelSource:
 
 
 def counts_of(record: ShardRecord) -> tuple[int, int]:
-    """Rows that are settled, set aside ones among them, and response tokens."""
+    """Rows, failed ones included, and response tokens."""
     return record.num_settled, record.positions

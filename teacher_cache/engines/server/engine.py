@@ -1,19 +1,20 @@
-"""The engine `server`: vLLM's OpenAI-compatible HTTP servers, ids in and ids out (checked against vLLM 0.32)."""
+"""The engine `server`: vLLM's OpenAI-compatible HTTP servers, token ids in and out (checked against vLLM 0.32)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.engines.engine import (
+    Engine,
     EngineOptions,
     EngineResult,
     FailedRequest,
+    FinishReason,
     GenerateRequest,
     Sampling,
     ScoreRequest,
@@ -29,16 +30,31 @@ from dpkd.teacher_cache.engines.server.messages import (
     to_ints,
 )
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S, ServerPool
-from dpkd.teacher_cache.engines.top_k import from_top_k
+from dpkd.teacher_cache.engines.top_k import build_result
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
-_Request = TypeVar("_Request", GenerateRequest, ScoreRequest)
+
+class _Prepared(NamedTuple):
+    """A request as JSON, and the function from the body of the answer to the result."""
+
+    index: int
+    body: dict[str, Any]
+    to_result: Callable[[bytes], EngineResult]
+
+    def parse(self, content: bytes) -> EngineResult:
+        try:
+            return self.to_result(content)
+        except MALFORMED as error:
+            raise UserError(
+                f"a server's answer to request {self.index} is malformed: {error!r}",
+                advice="Check the version and the options of the servers",
+            ) from error
 
 
-class ServerEngine:
-    """Running vLLM servers that hold the same teacher. Each is checked when it joins, and when it comes back.
+class ServerEngine(Engine):
+    """Running vLLM servers with the same teacher. Each is checked when it joins and when it comes back.
 
     Args:
         patience_s: how long to wait while no server answers, in seconds.
@@ -57,7 +73,8 @@ class ServerEngine:
     ) -> None:
         if not options.server_urls:
             raise UserError(
-                "the engine server has no server", advice="Give --server-url http://HOST:PORT, one or several"
+                "the engine server needs the address of a server",
+                advice="Give --server-url http://HOST:PORT, once or several times",
             )
         self.vocab_size = model.vocab_size
         self._options = options
@@ -77,90 +94,63 @@ class ServerEngine:
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.generate`."""
+        def prepare(request: GenerateRequest) -> _Prepared:
+            prompt_ids = to_ints(request.prompt_ids)
 
-        def to_body(request: GenerateRequest) -> dict[str, Any]:
-            return generation_body(to_ints(request.prompt_ids), request.seed, sampling, self._options.top_k)
+            def to_result(content: bytes) -> EngineResult:
+                choice = first_choice(content)
+                if choice["prompt_token_ids"] != prompt_ids:
+                    raise ValueError("it has other prompt ids than the request")
+                reason, ids = choice["finish_reason"], choice["token_ids"]
+                stopped = reason == "stop" and ids and ids[-1] in sampling.stop_token_ids
+                if not stopped and (reason != "length" or len(ids) != sampling.max_new_tokens):
+                    raise ValueError(f"it ends after {len(ids)} tokens with {reason!r}")
+                return self._result(request.index, ids, reason, LogprobTable.of_generation(choice))
 
-        def to_result(request: GenerateRequest, content: bytes) -> EngineResult:
-            choice = first_choice(content)
-            if choice["prompt_token_ids"] != to_ints(request.prompt_ids):
-                raise ValueError("it is about other prompt ids than those sent")
-            reason, ids = choice["finish_reason"], choice["token_ids"]
-            ended = reason == "stop" and ids and ids[-1] in sampling.stop_token_ids
-            if not ended and (reason != "length" or len(ids) != sampling.max_new_tokens):
-                raise ValueError(f"it ends after {len(ids)} tokens with {reason!r}")
-            return self._result(request.index, np.array(ids, np.int32), reason, LogprobTable.of_generation(choice))
+            body = generation_body(prompt_ids, request.seed, sampling, self._options.top_k)
+            return _Prepared(request.index, body, to_result)
 
-        return self._run(requests, to_body, to_result)
+        return self._run(map(prepare, requests))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.score`."""
+        def prepare(request: ScoreRequest) -> _Prepared:
+            prompt_ids, ids = to_ints(request.prompt_ids), to_ints(request.response_ids)
 
-        def to_body(request: ScoreRequest) -> dict[str, Any]:
-            return scoring_body(to_ints(request.prompt_ids) + to_ints(request.response_ids), self._options.top_k)
+            def to_result(content: bytes) -> EngineResult:
+                table = LogprobTable.of_scoring(first_choice(content), len(prompt_ids), ids)
+                return self._result(request.index, ids, "stop", table)
 
-        def to_result(request: ScoreRequest, content: bytes) -> EngineResult:
-            ids = to_ints(request.response_ids)
-            table = LogprobTable.of_scoring(first_choice(content), len(request.prompt_ids), ids)
-            return self._result(request.index, np.array(ids, np.int32), "stop", table)
+            return _Prepared(request.index, scoring_body(prompt_ids + ids, self._options.top_k), to_result)
 
-        return self._run(requests, to_body, to_result)
+        return self._run(map(prepare, requests))
 
-    def _run(
-        self,
-        requests: Iterable[_Request],
-        to_body: Callable[[_Request], dict[str, Any]],
-        to_result: Callable[[_Request, bytes], EngineResult],
-    ) -> Iterator[EngineResult | FailedRequest]:
-        """Keep the servers full while pulling from `requests` no faster than places fall free."""
-        source = iter(requests)
-        pending: dict[Future[EngineResult], _Request] = {}
+    def _run(self, source: Iterator[_Prepared]) -> Iterator[EngineResult | FailedRequest]:
+        """Keep the servers full, reading from `source` only as they have capacity."""
+        pending: dict[Future[EngineResult], int] = {}
 
         def fill() -> None:
-            while len(pending) < self._pool.places and (request := next(source, None)) is not None:
-                pending[self._pool.submit(to_body(request), partial(_parsed, to_result, request))] = request
+            while len(pending) < self._pool.capacity and (request := next(source, None)) is not None:
+                pending[self._pool.submit(request.body, request.parse)] = request.index
 
         try:
             fill()
             while pending:
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 future = next(iter(done))
-                request = pending.pop(future)
-                fill()  # the free place is taken before the result is worked on
+                index = pending.pop(future)
+                fill()  # before the caller works on the result
                 try:
                     yield future.result()
                 except RequestRefusedError as refusal:
-                    yield FailedRequest(request.index, str(refusal))
+                    yield FailedRequest(index, str(refusal))
         finally:
             for future in pending:
-                future.cancel()  # closes the connection, upon which the server drops the work
+                future.cancel()  # closes the connection, and the server drops the request
 
-    def _result(self, index: int, response_ids: np.ndarray, finish_reason: Any, table: LogprobTable) -> EngineResult:
-        distributions = None
-        if self._options.top_k:
-            ids_TK, logprobs_TK = table.ranked(self._options.top_k)
-            distributions = from_top_k(
-                ids_TK, logprobs_TK, response_ids, table.own_T, self.vocab_size, self._options.top_mass
-            )
-        return EngineResult(index, response_ids, finish_reason, table.own_T, distributions)
+    def _result(self, index: int, ids: list[int], reason: FinishReason, table: LogprobTable) -> EngineResult:
+        ids_T, top_k = np.array(ids, np.int32), table.ranked(self._options.top_k)
+        return build_result(index, ids_T, reason, table.own_T, *top_k, self.vocab_size, self._options)
 
     def close(self) -> None:
-        """Leave the servers, which run on."""
+        """Disconnect; the servers keep running."""
         self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _parsed(to_result: Callable[[_Request, bytes], EngineResult], request: _Request, content: bytes) -> EngineResult:
-    try:
-        return to_result(request, content)
-    except MALFORMED as error:
-        raise UserError(
-            f"the answer to request {request.index} is not what was asked for: {error!r}",
-            advice="Check the versions and options of the servers",
-        ) from error

@@ -1,4 +1,4 @@
-"""One exchange with one HTTP server: the request, and what its failure means."""
+"""One HTTP request to one server, and what its failure means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 
 from dpkd.core.errors import UserError
 
-#: Longest wait for one answer, in seconds. Long, because a full queue is slow; a dead server is noticed by its health.
+#: Longest wait for one answer, in seconds. Long, because a full queue is slow; health checks find a dead server.
 REQUEST_TIMEOUT_S = 1800.0
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -26,14 +26,14 @@ _Trouble = Literal["unreachable", "broken", "busy", "failed"]
 
 
 class RequestRefusedError(Exception):
-    """An answer to one request that trying again would not change; its text is one line for a person."""
+    """A server refused a request, and would again; the text is one line for the user."""
 
 
 class NoAnswerError(Exception):
-    """A try that came to nothing and may come to something later.
+    """An attempt that failed, where another may succeed.
 
-    `unreachable`: no connection; `broken`: it ended, timed out or the work was aborted; `busy`: HTTP 429 or 503;
-    `failed`: another HTTP 5xx.
+    Its kinds: `unreachable`, no connection; `broken`, the connection was closed or timed out, or the server aborted the
+    request; `busy`, HTTP 429 or 503; `failed`, another HTTP 5xx.
     """
 
     def __init__(self, kind: _Trouble, reason: str) -> None:
@@ -43,22 +43,22 @@ class NoAnswerError(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """One server: its address without `/v1`, the id of its model, and what is known of its state."""
+    """One server: its address without `/v1`, the id of its model, and its state."""
 
     url: str
     model_id: str = ""
     up: bool = False
     tried: bool = False
-    answers: bool = False  # the last try of anything had an answer, so a check under way is no silence
-    told: bool = False  # the person knows that it does not answer
+    answers: bool = False  # the last request was answered, so a check that is running does not count as silence
+    reported: bool = False  # the user has been told that it does not answer
     in_flight: int = 0
-    heard_s: float = 0.0  # when it last answered, or last was given work after a rest (monotonic clock)
+    heard_s: float = 0.0  # when it last answered, or got work while it had none (monotonic clock)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def base_urls(urls: Sequence[str]) -> list[str]:
-    """Addresses without `/v1` and without doubles; raises `UserError` for one that is no HTTP address."""
+    """Addresses without `/v1` and without duplicates; raises `UserError` for one that is not an HTTP address."""
     bases = []
     for text in urls:
         try:
@@ -66,10 +66,10 @@ def base_urls(urls: Sequence[str]) -> list[str]:
         except httpx.InvalidURL as error:
             raise UserError(f"a server's address cannot be read: {error}", found=repr(text)) from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise UserError("a server's address is not one", found=repr(text), expected="http://HOST:PORT")
+            raise UserError("a server's address is not an HTTP address", found=repr(text), expected="http://HOST:PORT")
         if url.userinfo:
-            # an address is printed and logged, so it must not hold a secret
-            raise UserError(f"the address of the server {url.host} holds a password", advice=f"Set {KEY_VARIABLE}")
+            # addresses are printed and logged, so they must not contain a secret
+            raise UserError(f"the address of the server {url.host} contains a password", advice=f"Set {KEY_VARIABLE}")
         bases.append(str(url).rstrip("/").removesuffix("/v1").rstrip("/"))
     return list(dict.fromkeys(bases))
 
@@ -86,7 +86,7 @@ class ServerHttp:
         self._client = httpx.AsyncClient(
             headers=_authorization(),
             follow_redirects=False,
-            # vLLM closes connections that rest for 5 s: ours go first, so that none is closed under a request
+            # vLLM closes idle connections after 5 s: close ours before, so that none is closed during a request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
         )
 
@@ -99,7 +99,7 @@ class ServerHttp:
         *,
         timeout_s: float | None = None,
     ) -> bytes:
-        """The body of a 200 answer.
+        """The body of the answer, if its status is 200.
 
         Raises `NoAnswerError`, `RequestRefusedError` (4xx) or `UserError` (the key, a redirect).
         """
@@ -142,13 +142,13 @@ class ServerHttp:
 def _authorization() -> dict[str, str]:
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
-        # HTTP refuses it, with an error that shows it
-        raise UserError(f"the key in {KEY_VARIABLE} holds characters that no key has", expected="printable ASCII")
+        # httpx would refuse it with an error that shows the key
+        raise UserError(f"the key in {KEY_VARIABLE} contains invalid characters", expected="printable ASCII")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _message(response: httpx.Response) -> str:
-    """What the server says of an error, in one short line."""
+    """The server's error message in one short line."""
     try:
         error = response.json()["error"]
         text = error["message"] if isinstance(error, dict) else error

@@ -1,4 +1,4 @@
-"""What is sent to vLLM's completion endpoint and what comes back, as JSON (checked against vLLM 0.32)."""
+"""JSON to and from vLLM's completion endpoint (checked against vLLM 0.32)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import numpy as np
 from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.engines.server.http import NoAnswerError
 
-#: what reading an answer of another form raises
+#: exceptions that a malformed answer raises
 MALFORMED = (ValueError, KeyError, TypeError, IndexError)
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 
 
 def generation_body(ids: list[int], seed: int, sampling: Sampling, top_k: int) -> dict[str, Any]:
-    """The request to go on from the prompt `ids`, with the `top_k` likeliest tokens of each new position."""
+    """A request to continue the prompt `ids` and return the `top_k` most likely tokens of each new position."""
     return {
         "prompt": ids,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": seed if sampling.temperature > 0 else None,
-        # the stop ids say it all; a server adds those of its generation config otherwise
+        # otherwise the server adds the stop ids of its generation config
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": True,
         "logprobs": top_k,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
-        # neutral: a server takes what is not named from the model's generation config
+        # neutral values: the server takes absent ones from the model's generation config
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
@@ -43,28 +43,30 @@ def generation_body(ids: list[int], seed: int, sampling: Sampling, top_k: int) -
 
 
 def scoring_body(ids: list[int], top_k: int) -> dict[str, Any]:
-    """The request for the log-probs of `ids` themselves, with the `top_k` likeliest tokens of each position."""
+    """A request for the log-probs of `ids` and the `top_k` most likely tokens of each position."""
     return {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}  # vLLM refuses 0 tokens
 
 
 def to_ints(ids: Sequence[int]) -> list[int]:
-    """Ids as JSON takes them: it knows no numpy integers."""
+    """Ids as Python integers: JSON cannot encode those of numpy."""
     return [int(token) for token in ids]
 
 
 def first_choice(content: bytes) -> dict[str, Any]:
-    """The only answer of a response's body; raises `NoAnswerError` where the server gave the request up."""
+    """The answer in a response's body; raises `NoAnswerError` if the server aborted the request."""
     choice = json.loads(content)["choices"][0]
     if choice["finish_reason"] == "abort":
-        raise NoAnswerError("broken", "the server aborted the request")  # it is being stopped
+        raise NoAnswerError("broken", "the server aborted the request")  # it is stopping
     return choice
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobTable:
-    """What JSON says of T positions: each token's own log-prob, and `counts_T` entries each, concatenated.
+    """The log-probs of T positions as a server sends them.
 
-    A position has K entries, or K + 1 where its own token is outside the top K; the own token comes first.
+    `own_T` is the log-prob of each position's own token. `counts_T` is the number of entries at each position; their
+    ids and log-probs are concatenated. A position has K entries, or K + 1 if its own token, which comes first, is not
+    one of the top K.
     """
 
     own_T: np.ndarray
@@ -74,7 +76,7 @@ class LogprobTable:
 
     @classmethod
     def of_generation(cls, choice: dict[str, Any]) -> LogprobTable:
-        """Of every new position of an answer to `generation_body`."""
+        """Log-probs of the new positions in an answer to `generation_body`."""
         rows = choice["logprobs"]["top_logprobs"]
         return cls._of(
             choice["logprobs"]["token_logprobs"],
@@ -85,7 +87,7 @@ class LogprobTable:
 
     @classmethod
     def of_scoring(cls, choice: dict[str, Any], first_position: int, ids: list[int]) -> LogprobTable:
-        """Entries of `prompt_logprobs` from `first_position` on, where `ids` stand."""
+        """Log-probs of `ids`, which start at `first_position`, in an answer to `scoring_body`."""
         rows = choice["prompt_logprobs"][first_position:]
         return cls._of(
             [row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True)],
@@ -104,13 +106,13 @@ class LogprobTable:
         )
 
     def ranked(self, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `top_k` likeliest ids of each position in rank order, [T, K], and their log-probs."""
+        """The `top_k` most likely ids of each position in rank order, [T, K], and their log-probs."""
         if len(self.counts_T) and self.counts_T.min() < top_k:
-            raise ValueError(f"a position has {self.counts_T.min()} entries, {top_k} were asked for")
-        held_TW = np.arange(top_k + 1) < self.counts_T[:, None]
-        ids_TW = np.zeros(held_TW.shape, np.int64)
-        logprobs_TW = np.full(held_TW.shape, -np.inf, np.float32)
-        ids_TW[held_TW], logprobs_TW[held_TW] = self.ids_E, self.logprobs_E
+            raise ValueError(f"a position has {self.counts_T.min()} entries, expected {top_k}")
+        filled_TW = np.arange(top_k + 1) < self.counts_T[:, None]
+        ids_TW = np.zeros(filled_TW.shape, np.int64)
+        logprobs_TW = np.full(filled_TW.shape, -np.inf, np.float32)
+        ids_TW[filled_TW], logprobs_TW[filled_TW] = self.ids_E, self.logprobs_E
         order_TK = np.argsort(-logprobs_TW, axis=1, kind="stable")[:, :top_k]
         return np.take_along_axis(ids_TW, order_TK, axis=1), np.take_along_axis(logprobs_TW, order_TK, axis=1)
 

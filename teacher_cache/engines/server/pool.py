@@ -1,4 +1,4 @@
-"""Several HTTP servers as one: places in flight, retries with back-off, and servers that go and come back."""
+"""Several HTTP servers as one: load balancing, retries with back-off, and servers that stop and come back."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from dpkd.teacher_cache.engines.server.http import (
 #: How long a job waits while no server answers, in seconds.
 PATIENCE_S = 300.0
 
-_QUIET_S = 5.0  # a server at work that says nothing for this long is asked for its health
-_SILENCE_S = 30.0  # and is given up when that has no answer either for this long
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 5.0
-_MOST_FAILURES = 3  # tries of a request that a healthy server answers with 5xx
-_MOST_BREAKS = 5  # tries of a request that loses its connection: more, as every kill of a server costs one
+_QUIET_S = 5.0  # a busy server that has not answered for this long gets a health check
+_SILENCE_S = 30.0  # one that has not answered the health check for this long is lost
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.25, 5.0
+_MAX_FAILURES = 3  # attempts of a request that a healthy server answers with 5xx
+_MAX_BREAKS = 5  # attempts of a request that loses its connection: more, because each kill of a server costs one
 
 _Answer = TypeVar("_Answer")
 
 
 @dataclass
-class _Tries:
-    """What one request has been through."""
+class _Attempts:
+    """The attempts of one request so far."""
 
     total: int = 0
     failures: int = 0
@@ -47,10 +47,10 @@ class _Tries:
 
 
 class ServerPool:
-    """Sends requests to whichever server has the fewest in flight, from an event loop on a thread of its own.
+    """Sends each request to the server with the fewest in flight, from an event loop on its own thread.
 
-    A task per server brings it into the rotation once `verify` passes, watches it, and does so again after an
-    outage: what comes back at an address may be another model. A `UserError` of `verify` ends all work.
+    A task per server adds it once `verify` passes and watches it. After an outage the server is verified again, because
+    another model may come back at the same address. A `UserError` from `verify` ends all work.
     """
 
     def __init__(
@@ -71,29 +71,29 @@ class ServerPool:
         self._last_reason = ""
         self._none_up_since_s: float | None = time.monotonic()
         self._completed_s = time.monotonic()
-        self._keepers: list[asyncio.Task[None]] = []
+        self._watchers: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server-pool", daemon=True)
         self._thread.start()
 
     @property
-    def places(self) -> int:
-        """How many requests the servers that answer may have in flight together."""
+    def capacity(self) -> int:
+        """How many requests may be in flight on all servers that answer."""
         return self._max_in_flight * max(1, sum(server.up for server in self.servers))
 
     def open(self) -> None:
-        """Return once every server was tried and one can be used; raises `UserError` when none answers in time."""
+        """Return once every server has been tried and one can be used; raises `UserError` if none answers in time."""
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
     def submit(self, body: Mapping[str, Any], parse: Callable[[bytes], _Answer]) -> Future[_Answer]:
-        """Send a completion request; `parse` gets the answer's body and may raise `NoAnswerError` to have it again.
+        """Send a completion request; `parse` gets the answer's body and may raise `NoAnswerError` to try again.
 
-        The future raises `RequestRefusedError` for this request's own fault, `UserError` where nothing can go on.
+        The future raises `RequestRefusedError` if only this request failed, `UserError` if no request can succeed.
         """
         return asyncio.run_coroutine_threadsafe(self._answer(body, parse), self._loop)
 
     def close(self) -> None:
-        """Abort what is in flight and end the thread."""
+        """Abort the requests in flight and end the thread."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
@@ -102,7 +102,7 @@ class ServerPool:
         self._loop.close()
 
     async def _open(self) -> None:
-        self._keepers = [asyncio.create_task(self._keep(server)) for server in self.servers]
+        self._watchers = [asyncio.create_task(self._look_after(server)) for server in self.servers]
         await self._until(lambda: self._none_up_since_s is None and all(server.tried for server in self.servers))
 
     async def _close(self) -> None:
@@ -113,27 +113,27 @@ class ServerPool:
         await self._http.close()
 
     async def _answer(self, body: Mapping[str, Any], parse: Callable[[bytes], _Answer]) -> _Answer:
-        """Try a request until it has an answer or the trouble is its own."""
-        tries, last = _Tries(), None
+        """Try a request until it is answered, or is itself the cause of the failures."""
+        attempts, last = _Attempts(), None
         while True:
             server = await self._until(partial(self._claim, last))
             try:
                 answer = parse(await self._complete(server, body))
                 self._completed_s = time.monotonic()
                 return answer
-            except NoAnswerError as trouble:
-                await self._judge(server, trouble, tries)
+            except NoAnswerError as failure:
+                await self._judge(server, failure, attempts)
                 elsewhere = any(other.up for other in self.servers if other is not server)
-                at_once = elsewhere and trouble.kind in ("unreachable", "broken")
+                at_once = elsewhere and failure.kind in ("unreachable", "broken")
             finally:
                 server.in_flight -= 1
                 self._notify()
             last = server
             if not at_once:
-                await asyncio.sleep(_back_off_s(tries.total))
+                await asyncio.sleep(_back_off_s(attempts.total))
 
     async def _complete(self, server: Server, body: Mapping[str, Any]) -> bytes:
-        """One try, given up when the server is found lost meanwhile (a server that hangs keeps its connections)."""
+        """One attempt. It ends when the server is lost: a server that hangs keeps its connections open."""
         whole = {"model": server.model_id, **body}
         post = asyncio.ensure_future(
             self._http.ask(server, "POST", "/v1/completions", whole, timeout_s=self._timeout_s)
@@ -148,32 +148,32 @@ class ServerPool:
             post.cancel()
             lost.cancel()
 
-    async def _judge(self, server: Server, trouble: NoAnswerError, tries: _Tries) -> None:
-        """Is it the server or the request? Raises where another try would not help."""
-        tries.total += 1
+    async def _judge(self, server: Server, failure: NoAnswerError, attempts: _Attempts) -> None:
+        """Decide whether server or request caused `failure`; raises if another attempt would not help."""
+        attempts.total += 1
         now_s = time.monotonic()
-        health = None if trouble.kind in ("unreachable", "broken") else await self._health(server)
-        if trouble.kind == "unreachable" or health is not None:
-            self._lose(server, trouble.reason)
-        elif trouble.kind == "broken":
-            tries.breaks += 1
-            server.wake.set()  # its keeper asks whether it is still there
-        elif trouble.kind == "failed":
-            tries.failures += 1
+        health = None if failure.kind in ("unreachable", "broken") else await self._health(server)
+        if failure.kind == "unreachable" or health is not None:
+            self._lose(server, failure.reason)
+        elif failure.kind == "broken":
+            attempts.breaks += 1
+            server.wake.set()  # its watcher checks its health
+        elif failure.kind == "failed":
+            attempts.failures += 1
         else:
-            tries.busy_since_s = tries.busy_since_s or now_s
-            if now_s - max(tries.busy_since_s, self._completed_s) > self._patience_s:
-                raise self._out_of_patience(trouble.reason)
-        if tries.failures >= _MOST_FAILURES or tries.breaks >= _MOST_BREAKS:
-            count = tries.failures + tries.breaks
-            raise RequestRefusedError(f"no answer in {count} tries: {trouble.reason}")
+            attempts.busy_since_s = attempts.busy_since_s or now_s
+            if now_s - max(attempts.busy_since_s, self._completed_s) > self._patience_s:
+                raise self._out_of_patience(failure.reason)
+        if attempts.failures >= _MAX_FAILURES or attempts.breaks >= _MAX_BREAKS:
+            count = attempts.failures + attempts.breaks
+            raise RequestRefusedError(f"no answer in {count} attempts: {failure.reason}")
 
     def _claim(self, last: Server | None) -> Server | None:
-        """A place on the server with the fewest in flight, on another than `last` where there is one."""
+        """Take a place on the server with the fewest requests, if possible not `last`; None if all are full."""
         free = [server for server in self.servers if server.up and server.in_flight < self._max_in_flight]
         if not free:
             return None
-        # a server that fails fast has few in flight and would draw every second try
+        # a server that fails fast has few in flight and would get every second attempt
         server = min(free, key=lambda server: (server is last, server.in_flight))
         if server.in_flight == 0:
             server.heard_s = time.monotonic()
@@ -181,13 +181,13 @@ class ServerPool:
         return server
 
     async def _until(self, ready: Callable[[], Any]) -> Any:
-        """What `ready` returns once that is true. Raises when the work must end or patience does."""
+        """The result of `ready` once it is true. Raises if the work must end, or if no server answers for too long."""
         started_s = time.monotonic()
         while True:
             if self._fatal is not None:
                 raise self._fatal
-            if found := ready():
-                return found
+            if result := ready():
+                return result
             if self._none_up_since_s is not None and not any(server.answers for server in self.servers):
                 waited_s = time.monotonic() - max(started_s, self._none_up_since_s)
                 if waited_s > self._patience_s:
@@ -200,13 +200,13 @@ class ServerPool:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _keep(self, server: Server) -> None:
+    async def _look_after(self, server: Server) -> None:
         try:
             while True:
                 await self._bring_up(server)
                 await self._watch(server)
         except Exception as error:
-            self._fatal = error  # raised to whoever waits; a keeper that died in silence would leave them waiting
+            self._fatal = error  # raised in everything that waits
             self._notify()
 
     async def _bring_up(self, server: Server) -> None:
@@ -215,12 +215,12 @@ class ServerPool:
             try:
                 await self._verify(server, self._http)
                 break
-            except NoAnswerError as trouble:
-                self._lose(server, trouble.reason)
+            except NoAnswerError as failure:
+                self._lose(server, failure.reason)
             await asyncio.sleep(_back_off_s(tries))
-        if server.told:
+        if server.reported:
             say(f"{server.url} answers again")
-        server.up, server.tried, server.told = True, True, False
+        server.up, server.tried, server.reported = True, True, False
         server.heard_s = time.monotonic()
         server.lost.clear()
         server.wake.clear()
@@ -238,22 +238,22 @@ class ServerPool:
             server.wake.clear()
             if not server.up or not suspect:
                 continue
-            trouble = await self._health(server)
-            if trouble is not None and (trouble.kind != "broken" or quiet_s >= _SILENCE_S):
-                self._lose(server, trouble.reason)
+            failure = await self._health(server)
+            if failure is not None and (failure.kind != "broken" or quiet_s >= _SILENCE_S):
+                self._lose(server, failure.reason)
 
     async def _health(self, server: Server) -> NoAnswerError | None:
-        """None when the server says that it is well."""
+        """None if the server is healthy, else why not."""
         try:
             await self._http.ask(server, "GET", "/health")
-        except NoAnswerError as trouble:
-            return trouble
+        except NoAnswerError as failure:
+            return failure
         except RequestRefusedError:
-            return None  # a gateway without the path: something answers
+            return None  # a gateway without this path, but it answers
         return None
 
     def _lose(self, server: Server, reason: str) -> None:
-        """Take a server out of the rotation and say so, once per outage."""
+        """Stop using a server, and tell the user once per outage."""
         server.up, server.tried, server.answers = False, True, False
         server.lost.set()
         server.wake.set()
@@ -261,8 +261,8 @@ class ServerPool:
         others = any(other.up for other in self.servers)
         if not others and self._none_up_since_s is None:
             self._none_up_since_s = time.monotonic()
-        if not server.told:
-            server.told = True
+        if not server.reported:
+            server.reported = True
             then = "its requests go to the others" if others else f"waiting for it, up to {self._patience_s:.0f} s"
             say(f"{server.url} does not answer ({reason}); {then}")
         self._notify()
@@ -272,10 +272,10 @@ class ServerPool:
             f"no server has answered for {self._patience_s:.0f} s",
             found=reason or None,
             where=", ".join(server.url for server in self.servers),
-            advice="Committed shards are kept: start the servers, and the same command goes on",
+            advice="Committed shards are kept. Start the servers and run the same command again: it resumes",
         )
 
 
 def _back_off_s(tries: int) -> float:
-    """Exponential, and drawn from the upper half so that requests that failed together do not return together."""
-    return min(_FIRST_DELAY_S * 2.0**tries, _LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
+    """Seconds to wait: exponential, and random so that requests that failed together do not return together."""
+    return min(_FIRST_DELAY_S * 2.0**tries, _MAX_DELAY_S) * random.uniform(0.5, 1.0)

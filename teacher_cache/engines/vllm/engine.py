@@ -131,7 +131,6 @@ class VllmEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.generate`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -161,7 +160,6 @@ class VllmEngine(Engine):
         return self._result(index, ids, reason, completion.logprobs, first_position=0)  # type: ignore[arg-type]
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.score`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

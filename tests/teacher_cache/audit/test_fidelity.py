@@ -267,7 +267,7 @@ def test_the_table_names_what_was_measured(toy_cache: Path, toy_teacher: Path) -
         "holds.",
     ):
         assert text in table
-    for holds, text in ((False, "DOES NOT HOLD"), (None, "cannot be told")):
+    for holds, text in ((False, "DOES NOT HOLD"), (None, "unknown, the controls are larger")):
         assert text in fidelity_table(report | {"bound": report["bound"] | {"holds": holds}})
 
 

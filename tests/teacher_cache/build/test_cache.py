@@ -148,7 +148,7 @@ def test_left_out_rows_are_counted_and_listed(
     data = write_rows([{"instruction": "ok"}, {"instruction": ""}, {"instruction": "long " * 300}])
     manifest = build_cache(config(tmp_path / "a", toy_teacher, data))
     assert [row["line"] for row in manifest.skipped] == [2, 3]
-    assert "2 rows of the data are left out" in capfd.readouterr().err
+    assert "2 rows of the data are skipped" in capfd.readouterr().err
     assert describe_cache(tmp_path / "a")["skipped"] == 2
     assert manifest.counts["rows"] == 1
 
@@ -157,7 +157,7 @@ def test_nothing_usable_is_an_error_and_writes_nothing(
     tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]
 ) -> None:
     with pytest.raises(
-        UserError, match="no row of the data can be used, 1 are left out; line 1: `instruction` is empty"
+        UserError, match="no row of the data can be used, 1 are skipped; line 1: `instruction` is empty"
     ):
         build_cache(config(tmp_path / "a", toy_teacher, write_rows([{"instruction": " "}])))
     assert not (tmp_path / "a").exists()
@@ -193,7 +193,7 @@ def test_bad_options_write_nothing(
 
 def test_a_directory_of_other_things_is_refused(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"holds other files: found thesis\.tex"):
+    with pytest.raises(UserError, match=r"contains other files: found thesis\.tex"):
         build_cache(config(tmp_path, toy_teacher, toy_data))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -216,10 +216,10 @@ def test_a_cut_or_missing_shard_is_found_at_opening(cache_copy: Path) -> None:
     shard = sorted((cache_copy / "shards").iterdir())[0]
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(UserError, match=f"missing or cut short: found {len(data) - 1} bytes, expected {len(data)}"):
+    with pytest.raises(UserError, match=f"missing or incomplete: found {len(data) - 1} bytes, expected {len(data)}"):
         TeacherCache.open(cache_copy)
     shard.unlink()
-    with pytest.raises(UserError, match="missing or cut short: found no file"):
+    with pytest.raises(UserError, match="missing or incomplete: found no file"):
         TeacherCache.open(cache_copy)
 
 
@@ -231,7 +231,7 @@ def test_unfinished_absent_and_newer_caches_say_so(cache_copy: Path, tmp_path: P
     with pytest.raises(UserError, match="newer format: found version 9, expected at most 1"):
         TeacherCache.open(cache_copy)
     manifest.unlink()
-    with pytest.raises(UserError, match="the directory is no cache"):
+    with pytest.raises(UserError, match="the directory is not a cache"):
         TeacherCache.open(cache_copy)
     (cache_copy / "job.json").write_text("{}")
     with pytest.raises(UserError, match="the cache is unfinished"):
@@ -244,7 +244,7 @@ def test_rounds_are_refused_by_name_teacher_and_tokenizer(
     with pytest.raises(UserError, match="no such round: found 'r9', expected 'r0'"):
         TeacherCache.open(cache_copy).round("r9")
     options = {"out": cache_copy, "engine": "transformers", "round": "r1", "max_new_tokens": 8, "top_k": 4}
-    with pytest.raises(UserError, match=r"the teacher is not the one of the cache; differing: .*weights_sha256"):
+    with pytest.raises(UserError, match=r"the teacher is not the one of the cache: found weights_sha256"):
         build_cache(CacheConfig(teacher=str(toy_student), student=str(toy_student), **options))
     with pytest.raises(UserError, match="the student's tokenizer is not the cache's"):
         build_cache(CacheConfig(teacher=str(toy_teacher), student=str(other_student), **options))
@@ -263,9 +263,9 @@ def test_a_round_takes_the_caches_options(
         "max_new_tokens": 5,
         "top_k": 4,
     }
-    with pytest.raises(UserError, match="the data are not those of the cache"):
+    with pytest.raises(UserError, match="the data is not that of the cache"):
         build_cache(CacheConfig(**options, data=str(write_rows([{"instruction": "other"}]))))
-    with pytest.raises(UserError, match="a round has the template of its cache: found raw, expected chat"):
+    with pytest.raises(UserError, match="a round uses the template of its cache: found raw, expected chat"):
         build_cache(CacheConfig(**options, template="raw"))
     build_cache(CacheConfig(**options, data=str(toy_data)))
     assert 'template = "chat"' in (cache_copy / "rounds" / "r1" / "dpkd.toml").read_text()
@@ -294,7 +294,7 @@ def test_row_problems_names_each_fault(toy_cache: Path) -> None:
         "have 0 log-probs": replace(row, response_logprobs=row.response_logprobs[:0]),
         "not a finite number": replace(row, response_logprobs=row.response_logprobs * np.nan),
         "rank order": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E[::-1].copy())),
-        "more mass than 1": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E * 0)),
+        "have more mass than 1": replace(row, distributions=replace(top, logprobs_E=top.logprobs_E * 0)),
         "do not add up": replace(row, distributions=replace(top, ids_E=top.ids_E[1:])),
         "tail mass": replace(row, distributions=replace(top, log_tail_T=top.log_tail_T * 0 + 1)),
     }

@@ -258,7 +258,7 @@ def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=False)
     assert first.returncode == 3, first.stderr
-    assert "1 rows are set aside, as the engine cannot answer them" in first.stderr
+    assert "1 rows failed, because the engine could not answer them" in first.stderr
     assert "teacher r3, sample 0: " in first.stderr
     verify_cache(out)
     cache = TeacherCache.open(out)
@@ -275,8 +275,8 @@ def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
         assert held.manifest.counts["rows"] == 5
         verify_cache(out)
         rows_of = open_run(
-            TrainConfig(cache=out, student=str(toy_student), out=tmp_path / "run", steps=1, level="sequence",
-                        round="r0", device="cpu")
+            TrainConfig(cache=out, student=str(toy_student), out=tmp_path / "run", steps=1, batch_size=2,
+                        level="sequence", round="r0", device="cpu")
         ).rows  # fmt: skip
         assert rows_of.group_sizes == [2, 1, 2]
         pair = rows_of.row(1, 0)
@@ -299,8 +299,8 @@ def test_a_row_that_a_round_cannot_answer_leaves_the_others_paired(
     assert [(row["example_id"], row["reason"][:12]) for row in manifest.failed] == [("r2", "the student:")]
     verify_cache(out)
     source = open_run(
-        TrainConfig(cache=out, student=str(toy_teacher), out=tmp_path / "run", steps=1, level="sequence", round="r0",
-                    device="cpu")
+        TrainConfig(cache=out, student=str(toy_teacher), out=tmp_path / "run", steps=1, batch_size=2,
+                    level="sequence", round="r0", device="cpu")
     ).rows  # fmt: skip
     pairs = [source.row(group, i) for group, size in enumerate(source.group_sizes) for i in range(size)]
     assert [pair.chosen.example_id for pair in pairs] == ["r0", "r1", "r3", "r4", "r5"]

@@ -365,7 +365,7 @@ def test_a_request_that_always_fails_is_given_up(
         answers = {answer.index: answer for answer in engine.generate(requests(), GREEDY)}
     failed = answers.pop(3)
     assert isinstance(failed, FailedRequest)
-    assert failed.reason.startswith(f"no answer in {tries} tries: ")
+    assert failed.reason.startswith(f"no answer in {tries} attempts: ")
     assert len(by_index(answers.values())) == len(PROMPTS) - 1
     assert "does not answer" not in capsys.readouterr().err
 
@@ -392,7 +392,7 @@ def test_a_server_that_hangs_ends_patience(
 
 def test_one_of_several_models_is_chosen_by_name(two: VllmServer, toy_student: Path) -> None:
     refused(
-        "holds several models and none has the teacher's name: found first, second, expected .*toy-student",
+        "has several models and none has the teacher's name: found first, second, expected .*toy-student",
         locate_model(str(toy_student), "teacher"),
         two.url,
     )
@@ -481,7 +481,7 @@ def test_a_server_that_is_stopped_cuts_no_response(outage: Outage) -> None:
 def test_patience_ends_while_no_server_answers(outage: Outage, servers: Servers) -> None:
     assert re.fullmatch(
         rf"no server has answered for 3 s: found .+ \(in {servers.two.url}\)\. "
-        "Committed shards are kept: start the servers, and the same command goes on",
+        "Committed shards are kept. Start the servers and run the same command again: it resumes",
         str(outage.given_up),
     )
 
@@ -495,16 +495,18 @@ def refused(match: str, model: ModelSource, *urls: str, **changes: object) -> No
 
 
 def test_no_address_is_an_error(teacher: ModelSource) -> None:
-    refused("the engine server has no server. Give --server-url", teacher)
+    refused("the engine server needs the address of a server. Give --server-url", teacher)
 
 
 def test_addresses_are_taken_with_and_without_v1() -> None:
     urls = ["http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/", "https://b/gate/v1"]
     assert base_urls(urls) == ["http://a:1", "https://b/gate"]
     for wrong in ("localhost:8000", "ftp://a", "a"):
-        with pytest.raises(UserError, match=r"a server's address is not one: found '.+', expected http://HOST:PORT"):
+        with pytest.raises(
+            UserError, match=r"a server's address is not an HTTP address: found '.+', expected http://HOST:PORT"
+        ):
             base_urls([wrong])
-    with pytest.raises(UserError, match=r"the address of the server a holds a password\. Set VLLM_API_KEY") as error:
+    with pytest.raises(UserError, match=r"the address of the server a contains a password\. Set VLLM_API_KEY") as error:
         base_urls(["http://me:secret@a/v1"])
     assert "secret" not in str(error.value)
 
@@ -523,7 +525,7 @@ def test_a_server_that_is_down_at_the_start_is_done_without(servers: Servers, te
 
 def test_more_log_probs_than_the_server_gives_are_an_error(servers: Servers, teacher: ModelSource) -> None:
     refused(
-        r"fewer log-probs a position than top-k: found HTTP 400: .* 128.*, expected 200 .* --max-logprobs 200",
+        r"fewer log-probs per position than top-k: found HTTP 400: .* 128.*, expected 200 .* --max-logprobs 200",
         teacher,
         servers.one.url,
         top_k=200,
@@ -547,7 +549,7 @@ def test_another_key_is_an_error(odd: VllmServer, other_student: Path, monkeypat
         connect(model, odd.url)
     assert "wrong-key" not in str(error.value)
     monkeypatch.setenv(KEY_VARIABLE, "a\nkey")
-    with pytest.raises(UserError, match="the key in VLLM_API_KEY holds characters that no key has"):
+    with pytest.raises(UserError, match="the key in VLLM_API_KEY contains invalid characters"):
         connect(model, odd.url)
     monkeypatch.setenv(KEY_VARIABLE, KEY + "\n")  # as `cat` gives it from a file
     refused("log-probs after temperature", model, odd.url)
@@ -575,7 +577,7 @@ def test_servers_with_different_models_are_an_error(
     monkeypatch.setattr(ServerChecks, "_check_raw", passed)
     one, other = servers.one.url, odd.url
     refused(
-        r"hold different models: found log-probs -\d+\.\d+ and -\d+\.\d+ nat "
+        r"have different models: found log-probs -\d+\.\d+ and -\d+\.\d+ nats "
         rf"of the same token \(in ({one} and {other}|{other} and {one})\)",
         teacher,
         one,
@@ -593,7 +595,7 @@ def test_log_probs_after_temperature_are_an_error(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     refused(
-        r"gives log-probs after temperature: found -.+ and -.+ nat .*--logprobs-mode raw_logprobs",
+        r"returns log-probs after temperature: found -.+ and -.+ nats .*--logprobs-mode raw_logprobs",
         locate_model(str(other_student), "teacher"),
         odd.url,
     )

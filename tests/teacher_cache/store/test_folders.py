@@ -138,12 +138,12 @@ def test_a_cache_by_url_is_the_cache_of_a_directory(
     data = bytearray(folder.read(path))
     data[len(data) // 2] ^= 4
     folder.write(path, bytes(data))
-    with pytest.raises(UserError, match="is not what was written"):
+    with pytest.raises(UserError, match="is corrupt"):
         verify_cache(location)
-    with pytest.raises(UserError, match="finished cache of other options"):
+    with pytest.raises(UserError, match="finished cache with other options"):
         build_cache(config(location, toy_teacher, toy_data, seed=5))
     folder.delete(path)
-    with pytest.raises(UserError, match="missing or cut short: found no file"):
+    with pytest.raises(UserError, match="missing or incomplete: found no file"):
         TeacherCache.open(location)
 
 
@@ -227,7 +227,7 @@ def test_a_lost_lock_stops_the_job(s3: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_urls_without_a_driver_and_stores_that_refuse_are_errors(s3: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the URL cannot be used"):
         open_folder("carrierpigeon://coop/cache")
-    with pytest.raises(UserError, match=r"the storage refuses: .*nosuchbucket"):
+    with pytest.raises(UserError, match=r"the storage returned an error: .*nosuchbucket"):
         open_folder("s3://nosuchbucket/cache").write("a", b"b")
     assert isinstance(open_folder(f"file://{tmp_path}"), LocalFolder)
     assert isinstance(open_folder(s3), RemoteFolder)
