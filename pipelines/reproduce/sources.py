@@ -52,14 +52,16 @@ def read_noise(directory: Path) -> dict[str, Any]:
 def read_validations(runs: tuple[Path, ...]) -> list[dict[str, Any]]:
     """The validations of runs that follow each other, as one training: `step` and `epoch` count on, epochs from 1.
 
+    Those before a run's first step are left out: the paper has none, and a round starts where the last one ended.
     Raises `UserError` for a run that was not validated, or whose cache keeps no distributions.
     """
     lines: list[dict[str, Any]] = []
     first_step, first_epoch = 0, 0
     for run in runs:
         epochs = {line["step"]: line["epoch"] for line in _read_lines(run / "metrics.jsonl")}
-        found = _read_lines(run / "validation.jsonl")
-        for line in found:
+        for line in _read_lines(run / "validation.jsonl"):
+            if line["step"] == 0:
+                continue
             for name in ("rkld_first", "kld_first", "reward_chosen"):
                 if line.get(name) is None:
                     raise UserError(

@@ -146,8 +146,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def validations(run: Path) -> list[dict[str, Any]]:
+    """All but the validation before the first step."""
+    first, *others = lines_of(run / "validation.jsonl")
+    assert first["step"] == 0
+    return others
+
+
 def test_runs_that_follow_each_other_are_one_curve(runs: tuple[Path, Path]) -> None:
-    first, second = (lines_of(run / "validation.jsonl") for run in runs)
+    first, second = map(validations, runs)
     steps = first[-1]["step"]  # 32 rows of training, 8 a step
     assert steps == 4
     joined = read_validations(runs)
@@ -161,9 +168,9 @@ def test_figures_3_and_4_show_the_validations(runs: tuple[Path, Path], tmp_path:
         config = ReproduceConfig.parse({"artefact": name, "out": tmp_path, "runs": {"dpkd": list(runs)}}, where="test")
         build_artefact(config, COMMAND)
         content = json.loads((tmp_path / f"{name}.json").read_text())
-        held = [line for run in runs for line in lines_of(run / "validation.jsonl")]
+        expected = [line for run in runs for line in validations(run)]
         for key in ("rkld_first", "kld_first", "reward_chosen"):
-            assert [point[key] for point in content["runs"]["dpkd"]] == [line[key] for line in held]
+            assert [point[key] for point in content["runs"]["dpkd"]] == [line[key] for line in expected]
         assert is_png(tmp_path / f"{name}.png")
         shown = texts_of(tmp_path / f"{name}.svg")
         for part in (COMMAND, "held-out examples", "sequence level", "torch", str(runs[1]), "40 rows", "toy-teacher"):
@@ -174,9 +181,13 @@ def test_table_3_reads_the_least_rkld_and_the_largest_reward(
     report: Path, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     found = table(report, tmp_path, "table3", rows={"dpkd": "DPKD"}, runs={"dpkd": list(runs)})["dpkd"]
-    held = [line for run in runs for line in lines_of(run / "validation.jsonl")]
-    assert found["rKLD min"]["ours"] == {"mean": min(line["rkld_first"] for line in held), "low": None, "high": None}
-    assert found["reward max"]["ours"]["mean"] == max(line["reward_chosen"] for line in held)
+    expected = [line for run in runs for line in validations(run)]
+    assert found["rKLD min"]["ours"] == {
+        "mean": min(line["rkld_first"] for line in expected),
+        "low": None,
+        "high": None,
+    }
+    assert found["reward max"]["ours"]["mean"] == max(line["reward_chosen"] for line in expected)
     assert [found[column]["paper"] for column in found] == [24.62, 0.07, 0.97]
     with pytest.raises(UserError, match=r"a row of table3 has no run: found 'kd', expected runs\.kd"):
         table(report, tmp_path, "table3", runs={"dpkd": list(runs)}, rows={"kd": "DPKD"})
@@ -188,7 +199,7 @@ def test_missing_and_empty_outputs_are_named(tmp_path: Path, runs: tuple[Path, P
     copy = tmp_path / "run"
     copy.mkdir()
     (copy / "metrics.jsonl").write_text((runs[0] / "metrics.jsonl").read_text())
-    line = lines_of(runs[0] / "validation.jsonl")[0] | {"rkld_first": None}
+    line = validations(runs[0])[0] | {"rkld_first": None}
     (copy / "validation.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match="the validations have no rkld_first"):
         read_validations((copy,))
