@@ -1,15 +1,17 @@
-"""Typed, frozen options: unknown keys are refused, `none` switches an optional one off."""
+"""Typed, frozen options in named groups. One declaration gives the flag, the TOML key, the help and the errors."""
 
 from __future__ import annotations
 
-import difflib
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from dpkd.core.errors import UserError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def _as_text(value: Any) -> Any:
@@ -21,14 +23,14 @@ Location = Annotated[str, BeforeValidator(_as_text)]
 
 
 def split_commas(value: Any) -> Any:
-    """The parts of a text with commas, and one number as a list of it: what an option of several values is given as."""
+    """The parts of a comma-separated text; a single number as a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, (int, float)) else value
 
 
 def named_values(value: Any, form: str, example: str) -> Any:
-    """Texts `NAME=VALUE` as a dict, for a repeatable option; ValueError for another form or a name twice."""
+    """Texts `NAME=VALUE` as a dict, for a repeatable option; ValueError for another form or a repeated name."""
     pairs = [value] if isinstance(value, str) else value
     if not isinstance(pairs, (list, tuple)):
         return value
@@ -44,15 +46,52 @@ def named_values(value: Any, form: str, example: str) -> Any:
 
 
 class Settings(BaseModel):
-    """Base of every command's options. Values may come as text (`"8"`, `"10,20"`, `"none"`)."""
+    """Base of every command's options. Values may be given as text (`"8"`, `"10,20"`, `"none"`).
 
-    # validators are built when the first config is: a page of help, or a recipe's read without running it, needs few
+    A command's class either lists its fields itself or inherits them from groups: subclasses with a `title` each, the
+    most used group first. `--help`, saved TOML files and recorded commands keep that order.
+    """
+
+    # pydantic builds the validators when the first config is made: help needs none
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
     )
 
-    #: options that `--set` and TOML reach, but that have no flag of their own
-    set_only: ClassVar[frozenset[str]] = frozenset()
+    #: heading of the group in `--help`
+    title: ClassVar[str] = "Options"
+    #: of each of these groups of options at least one is required
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    #: a command line that works, for `--help` and for errors about missing options
+    example: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        # pydantic collects the fields of the last base first
+        fields = {key: cls.model_fields[key] for keys in cls.groups().values() for key in keys}
+        cls.model_fields.clear()
+        cls.model_fields.update(fields)
+
+    @classmethod
+    def groups(cls) -> dict[str, list[str]]:
+        """Option names by the title of their group, in the order of `--help`."""
+        groups: dict[str, list[str]] = {}
+        for base in cls.__mro__:
+            own = vars(base).get("__annotations__", {})
+            if issubclass(base, Settings) and (keys := [key for key in own if key in cls.model_fields]):
+                groups.setdefault(base.title, []).extend(keys)
+        return groups
+
+    @classmethod
+    def flag(cls, key: str) -> str:
+        """How the option is written on the command line: `--save-every`, or `DIR...` for an argument."""
+        extra = cls.model_fields[key].json_schema_extra
+        extra = extra if isinstance(extra, dict) else {}
+        return str(extra.get("positional") or f"--{extra.get('flag', key)}".replace("_", "-"))
+
+    @classmethod
+    def is_positional(cls, key: str) -> bool:
+        """Whether the command line takes the option without a flag."""
+        return not cls.flag(key).startswith("--")
 
     @model_validator(mode="before")
     @classmethod
@@ -69,65 +108,38 @@ class Settings(BaseModel):
             for key, value in values.items()
         }
 
+    @model_validator(mode="after")
+    def _one_of_each_is_given(self) -> Self:
+        for keys in self.one_of:
+            if not any(getattr(self, key) for key in keys):
+                raise ValueError(f"{self.flag(keys[0])} (or {', '.join(map(self.flag, keys[1:]))}) is required")
+        return self
+
     @classmethod
-    def parse(cls, values: dict[str, Any], *, where: str) -> Self:
-        """Validate `values`; raises `UserError` (first problem named, the rest counted) instead of pydantic's error."""
+    def parse(cls, values: dict[str, Any], *, where: str, flags: Collection[str] | None = None) -> Self:
+        """Validate `values`; raises one `UserError` for all problems.
+
+        Args:
+            values: by option name.
+            where: the file and table that the values come from.
+            flags: the names given on the command line, if this is one.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _first_problem(cls, error, where) from None
+            from dpkd.core.option_errors import explain  # only now: most commands have no error
 
-    @classmethod
-    def parse_known(cls, values: dict[str, Any], *, where: str) -> None:
-        """Raise `UserError` for keys of `values` that are no options."""
-        unknown = [key for key in values if key not in cls.model_fields]
-        if unknown:
-            raise _unknown_option(cls, unknown[0], len(unknown), where)
+            raise explain(cls, error, values, where, flags) from None
 
     def to_toml(self) -> str:
-        """The resolved options as TOML; options that are off are left out, as TOML has no null."""
+        """The resolved options as TOML; those that are None are left out, since TOML has no null."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-def _first_problem(cls: type[Settings], error: ValidationError, where: str) -> UserError:
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = ".".join(str(part) for part in first["loc"]) or cls.__name__
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return UserError(
-            f"unknown option {key!r}{more}",
-            where=where,
-            advice=f"Known options: {', '.join(sorted(cls.model_fields))}",
-        )
-    if first["type"] == "missing":
-        return UserError(
-            f"option {key!r} is needed{more}",
-            where=where,
-            advice=f"Give --{key.replace('_', '-')} or the TOML key {key!r}",
-        )
-    if first["type"] == "value_error":
-        return UserError(f"option {key!r} cannot be used{more}: {first['ctx']['error']}", where=where)
-    message = first["msg"]
-    return UserError(
-        f"option {key!r} cannot be used{more}",
-        found=repr(first["input"]),
-        expected=message[0].lower() + message[1:],
-        where=where,
-    )
-
-
-def _unknown_option(cls: type[Settings], key: str, count: int, where: str) -> UserError:
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    known = difflib.get_close_matches(key, cls.model_fields, n=1)
-    advice = f"Did you mean {known[0]!r}?" if known else f"Known options: {', '.join(sorted(cls.model_fields))}"
-    return UserError(f"unknown option {key!r}{more}", where=where, advice=advice)
-
-
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a dict; raises `UserError` when it is missing or not TOML."""
+    """A TOML file as a dict; raises `UserError` if it is missing or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

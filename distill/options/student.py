@@ -1,47 +1,49 @@
-"""Options of `dpkd init-student`. Imports nothing heavy: the command line reads it for `--help`."""
+"""Options of `dpkd init-student`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.settings import Location, Settings
+from dpkd.core.settings import DeviceName, Location, Settings
 
 
 class InitStudentConfig(Settings):
-    """How to make a student: of the teacher's layers and neurons, with random weights, or from another checkpoint."""
+    """How to make a student: from the teacher's layers and neurons, with random weights, or as a copy."""
+
+    example: ClassVar[str] = "dpkd init-student --teacher teacher --out student --layers 8"
 
     teacher: str = Field(description="teacher: a checkpoint directory or a hub name")
     out: Path = Field(description="directory of the student")
     layers: int | None = Field(
-        None, ge=1, description="layers of the teacher to keep; none: all, or as many as --keep lists"
+        None, ge=1, description="number of the teacher's layers to keep; none: all, or as many as --keep lists"
     )
     keep: Literal["spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
         "last",
-        description="which layers: the last (they start and recover best, docs/results/students.md), the first, "
-        "spread evenly from the first to the last, or comma-separated numbers from 0",
+        description="which layers to keep: the last ones (the best start, docs/results/students.md), the first ones, "
+        "evenly spread ones, or comma-separated numbers from 0",
     )
     mlp_width: int | None = Field(
         None,
         ge=1,
-        description="neurons to keep in every MLP, those with the largest activations on --cache; none: all",
+        description="number of neurons to keep in each MLP, by activation on --cache; none: all",
     )
     from_config: Path | None = Field(
-        None, description="a student with random weights of this config.json of transformers"
+        None, description="make a student with random weights from this config.json of transformers; none: do not"
     )
     from_checkpoint: str | None = Field(
         None,
-        description="a copy of this checkpoint (directory or hub name), which must have the teacher's tokenizer",
+        description="copy this checkpoint (directory or hub name); it must have the teacher's tokenizer; none: do not",
         json_schema_extra={"flag": "from"},
     )
     cache: Location | None = Field(
-        None, description="teacher cache on which neurons are chosen and the new student is measured; a path or URL"
+        None, description="teacher cache to choose neurons on and to measure the new student on; none: no measurement"
     )
-    cache_rows: int = Field(64, ge=1, description="rows of the cache that are read, at most")
-    seed: int = Field(0, ge=0, description="seed of --from-config's random weights")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to measure on")
+    cache_rows: int = Field(64, ge=1, description="largest number of rows of --cache to read")
+    seed: int = Field(0, ge=0, description="seed of the random weights of --from-config")
+    device: DeviceName = Field("auto", description="device to measure on; auto: CUDA if it is available")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -77,7 +79,7 @@ class InitStudentConfig(Settings):
         if len(whole) == 2:
             raise ValueError("give --from-config or --from, not both")
         if whole and prunes:
-            raise ValueError(f"{prunes[0]} is about the teacher's weights and does not go with {whole[0]}")
+            raise ValueError(f"{prunes[0]} selects the teacher's weights and does not go with {whole[0]}")
         if not whole and not prunes:
             raise ValueError(
                 "say what the student is: --layers N, --mlp-width N, --from-config FILE or --from CHECKPOINT"

@@ -1,25 +1,24 @@
-"""Options of `dpkd eval`: which models, which data, how answers are drawn and scored."""
+"""Options of `dpkd eval`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from dpkd.core.errors import UserError
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Location, Settings, named_values, split_commas
+from dpkd.core.settings import DeviceName, Location, Settings, named_values, split_commas
 from dpkd.evaluate.metrics.buckets import Edge, Statistic
 from dpkd.evaluate.metrics.rouge import RougeTokenizer
 from dpkd.teacher_cache.engines.engine import EngineOptions, LocalEngineName
 
-#: the seeds over which the paper's family (MiniLLM, DPKD) averages
+#: the seeds that the paper and MiniLLM average over
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 
-#: evaluation sets that are known by name, and the files that a data directory may hold them under, best first
+#: evaluation sets by name, and their file in --data-dir: the first one that exists
 KNOWN_SETS: dict[str, tuple[str, ...]] = {
     "dolly": ("dolly_eval.jsonl", "dolly.jsonl", "dolly/valid.jsonl"),
     "self-instruct": ("self_instruct_252.jsonl", "self_instruct.jsonl", "self-inst/valid.jsonl"),
@@ -27,7 +26,7 @@ KNOWN_SETS: dict[str, tuple[str, ...]] = {
     "vicuna": ("vicuna.jsonl", "vicuna/valid.jsonl"),
     "unni": ("unni_11plus.jsonl", "unni.jsonl", "uinst/11_/valid.jsonl"),
 }
-#: prefix of the name of a known set in the options; its file is found in the data directory later
+#: prefix of the name of a known set, whose file is in the data directory
 SET_PREFIX = "set:"
 ROW_FIELDS = ("instruction", "input", "output", "messages", "prompt", "id", "category")
 
@@ -43,96 +42,140 @@ def _as_edge(value: Any) -> Edge:
     raise ValueError(f"{value!r} is neither a length above 0 nor `median` or `mean`")
 
 
-class EvalConfig(Settings):
-    """The options of `dpkd eval`."""
+class InputOptions(Settings):
+    """What to evaluate on which data, and where to write the report."""
 
-    set_only: ClassVar[frozenset[str]] = frozenset({"num_bootstrap", "bootstrap_seed", "max_num_seqs", "dtype"})
+    title: ClassVar[str] = "Models and data"
 
     model: dict[str, str] = Field(
         {}, description="NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
     )
     predictions: dict[str, str] = Field(
         {},
-        description="NAME=FILE.jsonl: existing answers, one `prediction` per line in the order of the set's rows or by "
-        "`example_id`; NAME:SET=FILE if there are several sets; repeatable",
+        description="NAME=FILE.jsonl: existing answers to score, one `prediction` per line, in the order of the rows "
+        "or by `example_id`; NAME:SET=FILE if there are several data sets; repeatable",
     )
     data: dict[str, str] = Field(
         min_length=1,
-        description="NAME=FILE: rows with references (.jsonl, .json, .parquet, or a datasets name); or only the name "
-        f"of a set in --data-dir: {', '.join(KNOWN_SETS)}; repeatable",
+        description="NAME=FILE: rows with references (.jsonl, .json, .parquet or a datasets name); or only the name of "
+        f"a set in --data-dir: {', '.join(KNOWN_SETS)}; repeatable",
     )
+    out: Path = Field(description="directory for the report, the scores and the answers")
     data_dir: Path | None = Field(
-        None, description="directory of the sets given by name; none: the environment variable DPKD_DATA"
-    )
-    run: dict[str, str] = Field(
-        {},
-        description="NAME=DIR: a run of `dpkd train` whose curves the report shows; models that are runs are "
-        "included automatically; repeatable",
+        None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
     field: dict[str, str] = Field(
         {},
-        description=f"NAME=FIELD: the field of the rows to use as {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]}; "
+        description=f"NAME=FIELD: field of the rows that holds the {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]}; "
         "repeatable",
     )
-    out: Path = Field(description="directory for the report, the scores and the generated answers")
-    cache: Location | None = Field(
-        None,
-        description="teacher cache of the training: count prompts of the data that are also in it, and measure each "
-        "model's divergence from its distributions",
-    )
-    cache_rows: int = Field(
-        256, ge=0, description="largest number of rows of --cache for measuring divergences; 0 measures none"
-    )
-    perplexity: bool = Field(True, description="measure the perplexity of the gold responses under each model")
-    train_data: str | None = Field(
-        None, description="rows that the models were trained on: count prompts of the data that are also in them"
-    )
+    limit: int | None = Field(None, gt=0, description="use only the first N rows of each data set; none: all")
     generations: Path | None = Field(
         None,
-        description="directory of generated answers, which evaluations with other metrics or buckets can share; "
-        "none: `generations` in --out",
+        description="directory of generated answers, to share them between evaluations with other metrics or buckets; "
+        "none: OUT/generations",
     )
-    engine: LocalEngineName = Field(
-        "auto", description="what runs the models; auto is vLLM if it is installed, else transformers"
+    run: dict[str, str] = Field(
+        {},
+        description="NAME=DIR: a run of dpkd train whose curves to show; runs among the models are shown anyway; "
+        "repeatable",
     )
-    template: TemplateName = Field("alpaca", description="prompt template; the one that the models were trained with")
-    temperature: float = Field(
-        1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"
-    )
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="probability mass of nucleus sampling")
+
+
+class AnswerOptions(Settings):
+    """How models answer."""
+
+    title: ClassVar[str] = "Answers"
+
+    template: TemplateName = Field("alpaca", description="prompt template; use the one of the training")
+    temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="top-p (nucleus) of sampling")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None,
-        description="comma-separated seeds, with one answer per row each; none: 10,20,30,40,50, or 10 if greedy",
+        description="comma-separated seeds, one answer per row and seed; none: 10,20,30,40,50, or 10 if greedy",
     )
+    max_new_tokens: int = Field(256, gt=0, description="longest answer, in tokens")
+    max_prompt_tokens: int = Field(256, gt=0, description="skip rows with a longer prompt, in tokens")
+
+    _several_seeds = field_validator("seeds", mode="before")(split_commas)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        if not value:
+            raise ValueError("no seed is given")
+        if len(set(value)) != len(value):
+            raise ValueError(f"a seed is given twice in {','.join(map(str, value))}")
+        if info.data.get("temperature") == 0 and len(value) > 1:
+            raise ValueError(f"temperature 0 gives one answer for all {len(value)} seeds; give one seed or none")
+        return value
+
+
+class MetricOptions(Settings):
+    """What to measure."""
+
+    title: ClassVar[str] = "Metrics"
+
     buckets: tuple[Annotated[int | Statistic, BeforeValidator(_as_edge)], ...] = Field(
         (30, 70),
         min_length=1,
-        description="comma-separated edges of the length buckets: numbers, or `median` and `mean` of the set's gold "
-        "responses",
+        description="comma-separated edges of the length buckets: numbers, or `median` and `mean` of the set's "
+        "references",
     )
     bucket_by: Literal["words", "tokens"] = Field(
-        "words", description="unit of lengths; tokens are those of the first model"
+        "words", description="unit of the lengths; tokens are those of the first model"
     )
     bucket_of: Literal["reference", "prediction"] = Field(
-        "reference", description="whose length decides the bucket: that of the gold response or of the answer"
+        "reference", description="text whose length decides: the reference or the answer"
     )
     rouge_tokenizer: RougeTokenizer = Field(
         "default",
-        description="tokens of Rouge: default keeps only a-z and 0-9, stemmed; whitespace and character suit other "
+        description="tokens of Rouge: stemmed words of a-z and 0-9 (default); whitespace and character suit other "
         "scripts",
     )
-    max_new_tokens: int = Field(256, gt=0, description="length of the longest answer, in tokens")
-    max_prompt_tokens: int = Field(
-        256, gt=0, description="length of the longest prompt, in tokens; rows with a longer one are left out"
+    perplexity: bool = Field(True, description="measure the perplexity of the references under each model")
+    cache: Location | None = Field(
+        None,
+        description="teacher cache of the training: report prompts that are in it (contamination), and each model's "
+        "divergence from the teacher; none: neither",
     )
-    limit: int | None = Field(None, gt=0, description="use only the first rows of each data set; none: all")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models run")
-    num_bootstrap: int = Field(
-        10_000, ge=100, description="bootstrap resamples behind each 95% interval and each p-value"
+    cache_rows: int = Field(
+        256, ge=0, description="largest number of rows of --cache to measure divergences on; 0: measure none"
     )
+    train_data: str | None = Field(
+        None, description="rows that the models were trained on: report prompts that are among them; none: do not check"
+    )
+    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval and p-value")
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
-    max_num_seqs: int = Field(64, gt=0, description="number of answers generated at once")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="data type of the models' weights")
+
+    _several_buckets = field_validator("buckets", mode="before")(split_commas)
+
+    @field_validator("buckets")
+    @classmethod
+    def _edges_rise(cls, value: tuple[Edge, ...]) -> tuple[Edge, ...]:
+        if any(low >= high for low, high in pairwise(edge for edge in value if isinstance(edge, int))):
+            raise ValueError(f"the edges {','.join(map(str, value))} do not rise strictly")
+        return value
+
+
+class EvalEngineOptions(Settings):
+    """What runs the models."""
+
+    title: ClassVar[str] = "Engine"
+
+    engine: LocalEngineName = Field("auto", description="engine that runs the models; auto: vLLM if it is installed")
+    device: DeviceName = Field("auto", description="device of the models; auto: CUDA if it is available")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the weights")
+    max_num_seqs: int = Field(64, gt=0, description="largest number of requests in a batch")
+
+
+class EvalConfig(InputOptions, AnswerOptions, MetricOptions, EvalEngineOptions):
+    """What `dpkd eval` measures, and how."""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "predictions"),)
+    example: ClassVar[str] = "dpkd eval --model student=run --data dolly=heldout.jsonl --out report"
 
     @field_validator("model", "data", "predictions", "run", mode="before")
     @classmethod
@@ -152,7 +195,7 @@ class EvalConfig(Settings):
     def _fields_are_known(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if name not in ROW_FIELDS:
-                raise ValueError(f"the name {name!r} is none of {', '.join(ROW_FIELDS)}")
+                raise ValueError(f"the name {name!r} is not one of {', '.join(ROW_FIELDS)}")
         return value
 
     @field_validator("model", "data", "run")
@@ -171,45 +214,12 @@ class EvalConfig(Settings):
             if colon:
                 check_name(data)
             if name in info.data.get("model", {}):
-                raise ValueError(f"a model has the name {name!r} too")
+                raise ValueError(f"the name {name!r} is also the name of a model")
         return value
-
-    _several = field_validator("seeds", "buckets", mode="before")(split_commas)
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, value: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
-        if value is None:
-            return None
-        if not value:
-            raise ValueError("there is no seed")
-        if len(set(value)) != len(value):
-            raise ValueError(f"a seed is given twice in {','.join(map(str, value))}")
-        if info.data.get("temperature") == 0 and len(value) > 1:
-            raise ValueError(f"temperature 0 gives one answer for all {len(value)} seeds; give one seed or none")
-        return value
-
-    @field_validator("buckets")
-    @classmethod
-    def _edges_rise(cls, value: tuple[Edge, ...]) -> tuple[Edge, ...]:
-        if any(low >= high for low, high in pairwise(edge for edge in value if isinstance(edge, int))):
-            raise ValueError(f"the edges {','.join(map(str, value))} do not rise strictly")
-        return value
-
-    @model_validator(mode="after")
-    def _something_is_evaluated(self) -> Self:
-        if not self.model and not self.predictions:
-            raise UserError(
-                "there is nothing to evaluate",
-                found="neither a model nor predictions",
-                where="the options",
-                advice="Give --model NAME=DIR or --predictions NAME=FILE",
-            )
-        return self
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names in the report: the models, then the predictions."""
+        """Names in the report: the models, then the predictions."""
         given = dict.fromkeys(key.partition(":")[0] for key in self.predictions)
         return (*self.model, *given)
 
@@ -218,13 +228,13 @@ class EvalConfig(Settings):
         return self.generations or self.out / "generations"
 
     def resolved_seeds(self) -> tuple[int, ...]:
-        """The seeds of the options; without any, the paper's five if sampling and the first of them if greedy."""
+        """The seeds that are given; else the paper's five when sampling, and the first of them when greedy."""
         if self.seeds is not None:
             return self.seeds
         return PAPER_SEEDS if self.temperature > 0 else PAPER_SEEDS[:1]
 
     def engine_options(self) -> EngineOptions:
-        """Engine options for generating answers; no distributions are needed."""
+        """Options of the engine: lengths and precision; no distributions."""
         return EngineOptions(
             max_length=self.max_prompt_tokens + self.max_new_tokens,
             top_k=0,

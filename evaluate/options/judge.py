@@ -1,4 +1,4 @@
-"""Options of `dpkd judge`: which answers, which judge, and how to ask it."""
+"""Options of `dpkd judge`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.errors import UserError
 from dpkd.core.settings import Settings, named_values
 from dpkd.evaluate.options.eval import KNOWN_SETS, SET_PREFIX, EvalConfig
 
@@ -23,83 +22,108 @@ FREE_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-# fields of a request that dpkd sets, with the option to use instead; those in _DROPPABLE can be removed by `null`
+# fields of a request that dpkd sets; those of _DROPPABLE can be removed by `null`
 _OURS = {"model": "--judge-model", "messages": "--prompt", "stream": None, "n": None}
 _DROPPABLE = {"max_tokens": "--max-tokens", "seed": "--seed", "temperature": None}
 
 
-class JudgeConfig(Settings):
-    """The options of `dpkd judge`."""
+class JudgedOptions(Settings):
+    """Which answers to judge, and where to write the report."""
 
-    set_only: ClassVar[frozenset[str]] = frozenset(
-        {"timeout_s", "tries", "retry_delay_s", "num_bootstrap", "bootstrap_seed"}
-    )
+    title: ClassVar[str] = "Answers"
 
-    report: Path | None = Field(None, description="directory of a finished `dpkd eval` with the answers to judge")
+    report: Path | None = Field(None, description="directory of a finished dpkd eval, whose answers to judge")
     predictions: dict[str, str] = Field(
-        {}, description="NAME=FILE.jsonl: answers to judge, as for `dpkd eval`; instead of --report; repeatable"
+        {}, description="NAME=FILE.jsonl: answers to judge, as in dpkd eval, instead of --report; repeatable"
     )
     data: dict[str, str] = Field(
-        {}, description="NAME=FILE: the rows that --predictions answer, as for `dpkd eval`; repeatable"
+        {}, description="NAME=FILE: the rows that --predictions answer, as in dpkd eval; repeatable"
     )
-    data_dir: Path | None = Field(
-        None, description="directory of the sets given by name; none: the environment variable DPKD_DATA"
-    )
-    field: dict[str, str] = Field({}, description="NAME=FIELD: fields of the rows, as for `dpkd eval`; repeatable")
-    buckets: str | None = Field(
-        None, description="edges of the length buckets, as for `dpkd eval`; none: those of the report, or 30,70"
-    )
-    only: tuple[str, ...] = Field((), description="judge only the answers of this model; repeatable")
-    sets: tuple[str, ...] = Field((), description="judge only answers to this data set; repeatable")
     out: Path = Field(description="directory for judge.json, the verdicts, tables and figures")
-    verdicts: Path | None = Field(
-        None,
-        description="file of verdicts, which runs over other rows or models can share; none: verdicts.jsonl in --out",
+    data_dir: Path | None = Field(
+        None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
+    field: dict[str, str] = Field({}, description="NAME=FIELD: fields of the rows, as in dpkd eval; repeatable")
+    buckets: str | None = Field(
+        None, description="edges of the length buckets, as in dpkd eval; none: those of --report, or 30,70"
+    )
+    only: tuple[str, ...] = Field((), description="judge only this model's answers; none: all models; repeatable")
+    sets: tuple[str, ...] = Field((), description="judge only answers to this data set; none: all sets; repeatable")
+    answer_seeds: Literal["first", "all"] = Field(
+        "first", description="which answers of a row to judge: that of the first seed, or all"
+    )
+    limit: int | None = Field(None, gt=0, description="use only the first N rows of each data set; none: all")
+    sample: int | None = Field(
+        None, gt=0, description="number of rows to draw from each data set (after --limit), by --seed; none: all"
+    )
+
+
+class EndpointOptions(Settings):
+    """The judge, and how to reach it."""
+
+    title: ClassVar[str] = "Judge"
+
     judge_url: str = Field(
         description="base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1", min_length=1
     )
     judge_model: str = Field(description="name of the judge model at the endpoint", min_length=1)
     api_key_env: str | None = Field(
-        None, description=f"environment variable with the key; none: {KEY_VARIABLE}, if it is set", min_length=1
+        None, description=f"environment variable with the API key; none: {KEY_VARIABLE} if it is set", min_length=1
     )
-    allow_plain_http: bool = Field(
-        False, description="allow sending the key over http to another machine, where others can read it"
-    )
-    mode: Literal["pointwise", "pairwise"] = Field(
-        "pointwise",
-        description="ask for a grade from 1 to 10 for each answer, or compare pairs of answers in both orders",
-    )
-    baseline: str | None = Field(None, description="model to compare all others with; none: every pair of models")
-    grade_reference: bool = Field(
-        False, description="pointwise: also ask for a grade of the reference, and report the ratio of the two"
-    )
-    prompt: Path | None = Field(None, description="file with the prompt; none: the prompt of dpkd for the mode")
-    reask: bool = Field(False, description="ask once more if a reply does not end with the required line")
-    limit: int | None = Field(None, gt=0, description="use only the first rows of each data set; none: all")
-    sample: int | None = Field(
-        None, gt=0, description="number of rows to draw by --seed from each data set (after --limit); none: all"
-    )
-    answer_seeds: Literal["first", "all"] = Field(
-        "first", description="which answers of a row to judge: those of the first seed, or of all"
-    )
-    max_tokens: int = Field(512, gt=0, description="length of the longest reply, in tokens")
-    seed: int = Field(0, ge=0, description="seed sent with each question, and seed of --sample")
+    allow_plain_http: bool = Field(False, description="send the key unencrypted (http) to another machine")
+    concurrency: int = Field(8, gt=0, description="largest number of questions in flight")
+    timeout_s: float = Field(300.0, gt=0, description="longest wait for a reply, in seconds")
+    tries: int = Field(8, gt=0, description="attempts per question before the run stops")
+    retry_delay_s: float = Field(1.0, gt=0, description="wait before the second attempt, in seconds; then doubled")
     extra_body: dict[str, str] = Field(
-        {},
-        description="KEY=JSON: an additional field of each request; null removes a field that dpkd sends; repeatable",
+        {}, description="KEY=JSON: additional field of each request; null removes a field; repeatable"
     )
-    concurrency: int = Field(8, gt=0, description="number of questions asked at once")
-    timeout_s: float = Field(300.0, gt=0, description="longest wait for one reply, in seconds")
-    tries: int = Field(8, gt=0, description="tries of a question before the run stops, if the endpoint fails")
-    retry_delay_s: float = Field(
-        1.0, gt=0, description="wait before the second try, in seconds; doubled for each further one"
+
+
+class QuestionOptions(Settings):
+    """What to ask."""
+
+    title: ClassVar[str] = "Questions"
+
+    mode: Literal["pointwise", "pairwise"] = Field(
+        "pointwise", description="grade each answer from 1 to 10, or compare pairs of answers in both orders"
     )
-    prompt_price: float | None = Field(None, ge=0, description="price of a million prompt tokens, in any currency")
-    completion_price: float | None = Field(None, ge=0, description="price of a million completion tokens")
-    estimate: bool = Field(False, description="only count the questions and estimate their tokens")
-    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples behind each 95% interval")
+    baseline: str | None = Field(None, description="pairwise: compare all models with this one; none: every pair")
+    grade_reference: bool = Field(
+        False, description="pointwise: grade the reference in the same reply, and report the ratio of the two grades"
+    )
+    prompt: Path | None = Field(None, description="file with the prompt; none: dpkd's prompt for the mode")
+    reask: bool = Field(False, description="ask once more if a reply does not end in the required form")
+    max_tokens: int = Field(512, gt=0, description="longest reply of the judge, in tokens")
+    seed: int = Field(0, ge=0, description="seed of each request and of --sample")
+
+
+class VerdictOptions(Settings):
+    """Verdicts, cost and intervals."""
+
+    title: ClassVar[str] = "Verdicts and report"
+
+    verdicts: Path | None = Field(
+        None, description="file of verdicts, to share them between runs; none: verdicts.jsonl in --out"
+    )
+    estimate: bool = Field(False, description="count questions, estimate tokens and cost, and ask nothing")
+    prompt_price: float | None = Field(
+        None, ge=0, description="price per million prompt tokens, in any currency; none: no cost"
+    )
+    completion_price: float | None = Field(
+        None, ge=0, description="price per million completion tokens, in the same currency; none: no cost"
+    )
+    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval")
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
+
+
+class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOptions):
+    """What `dpkd judge` asks of which judge."""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("report", "predictions"),)
+    example: ClassVar[str] = (
+        "dpkd judge --report report --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --out judge"
+    )
 
     @field_validator("predictions", "data", mode="before")
     @classmethod
@@ -140,7 +164,7 @@ class JudgeConfig(Settings):
                 raise ValueError(f"{key}={text} is not JSON; text goes in quotes, as in 'tier=\"flex\"'") from None
             if key in _DROPPABLE and parsed is not None:
                 instead = f"; use {_DROPPABLE[key]}" if _DROPPABLE[key] else ""
-                raise ValueError(f"the field {key!r} can only be left out, by {key}=null{instead}")
+                raise ValueError(f"the field {key!r} can only be removed, by {key}=null{instead}")
         return value
 
     @field_validator("judge_url")
@@ -156,39 +180,27 @@ class JudgeConfig(Settings):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.report is not None and (self.predictions or self.data or self.buckets or self.field):
-            raise UserError(
-                "answers come either from a report or from predictions",
-                found="--report together with --predictions, --data, --field or --buckets",
-                where="the options",
-                advice="Leave the others out: the report has its own rows, answers and buckets",
+        rows = [key for key in ("predictions", "data", "field", "buckets") if getattr(self, key)]
+        if self.report is not None and rows:
+            raise ValueError(
+                f"give --report or {' and '.join(map(self.flag, rows))}, not both: a report has its own rows, answers "
+                "and buckets"
             )
         if self.report is None:
-            if not self.predictions:
-                raise UserError(
-                    "there is nothing to judge",
-                    found="neither a report nor predictions",
-                    where="the options",
-                    advice="Give --report DIR, or --predictions NAME=FILE with --data NAME=FILE",
-                )
             self.eval_config()
         if self.grade_reference and self.mode == "pairwise":
-            raise UserError(
-                "references can only be graded, not compared in pairs",
-                found="--grade-reference with --mode pairwise",
-                where="the options",
-                advice="Give --mode pointwise",
-            )
+            raise ValueError("--grade-reference needs --mode pointwise: references are not compared in pairs")
         return self
 
     def eval_config(self) -> EvalConfig:
-        """The options with which `dpkd eval` would read the predictions; raises `UserError` as it would."""
+        """The options of a `dpkd eval` that reads these predictions; raises `UserError` for those that it refuses."""
         given = {key: getattr(self, key) for key in ("predictions", "data", "data_dir", "field", "out", "buckets")}
-        return EvalConfig.parse({key: value for key, value in given.items() if value}, where="the options")
+        values = {key: value for key, value in given.items() if value}
+        return EvalConfig.parse(values, where="the options", flags=given)
 
     @property
     def key_may_be_sent(self) -> bool:
-        """Whether the key is safe on its way to the endpoint, or the options allow sending it anyway."""
+        """Whether nobody else can read the key on its way, or the user allows it."""
         parts = urlsplit(self.judge_url)
         return parts.scheme == "https" or is_loopback(parts.hostname or "") or self.allow_plain_http
 
@@ -197,7 +209,7 @@ class JudgeConfig(Settings):
         return self.verdicts or self.out / "verdicts.jsonl"
 
     def request_body(self) -> dict[str, Any]:
-        """The fields of every request, except its messages."""
+        """Fields of every request, besides its messages."""
         body: dict[str, Any] = {
             "model": self.judge_model,
             "temperature": 0.0,
@@ -212,8 +224,8 @@ class JudgeConfig(Settings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine, by name or address."""
-    from ipaddress import ip_address  # late: --help must be quick
+    """Whether `host` is this machine."""
+    from ipaddress import ip_address  # only here: --help should be quick
 
     if host == "localhost":
         return True

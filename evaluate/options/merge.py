@@ -1,4 +1,4 @@
-"""Options of `dpkd report`: which evaluations to merge, and what may differ between them."""
+"""Options of `dpkd report`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from dpkd.core.settings import Settings
 
 
 class MergeConfig(Settings):
-    """The options of `dpkd report`."""
+    """What `dpkd report` merges, and what may differ."""
 
-    set_only: ClassVar[frozenset[str]] = frozenset({"num_bootstrap", "bootstrap_seed"})
+    example: ClassVar[str] = "dpkd report report-a report-b --out merged"
 
     evaluations: tuple[str, ...] = Field(
         min_length=1,
-        description="directories of finished evaluations, DIR or NAME=DIR: NAME renames its model, or is the prefix of "
-        "its models if there are several",
+        description="directories of finished evaluations; NAME=DIR renames the model, or prefixes the names of several",
         json_schema_extra={"positional": "DIR..."},
     )
     out: Path = Field(description="directory for the merged report")
     allow_different_decoding: bool = Field(
         False,
-        description="compare answers drawn in different ways (template, temperature, top-p, seeds, longest answer); "
-        "the report says how",
+        description="compare answers from different settings (template, temperature, top-p, seeds, length); the report "
+        "lists the differences",
     )
-    common_rows: bool = Field(False, description="compare only the rows that all evaluations of a set have")
-    num_bootstrap: int = Field(
-        10_000, ge=100, description="bootstrap resamples behind each 95% interval and each p-value"
+    common_rows: bool = Field(
+        False, description="if evaluations of a data set have different rows, compare on the rows they share"
     )
+    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval and p-value")
     bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
     @field_validator("evaluations", mode="before")

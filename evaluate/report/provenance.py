@@ -39,24 +39,18 @@ def command_text(config: Settings, command: str) -> str:
         value = getattr(config, key)
         if not field.is_required() and value == field.default:
             continue
-        flag = f"--{str(_extra(field).get('flag', key)).replace('_', '-')}"
-        if "positional" in _extra(field):
+        flag = config.flag(key)
+        if config.is_positional(key):
             words += value
         elif isinstance(value, dict):
             words += [word for name, text in value.items() for word in (flag, f"{name}={text}")]
         elif field.annotation == tuple[str, ...]:
             words += [word for text in value for word in (flag, text)]
-        elif key in config.set_only:
-            words += ["--set", f"{key}={_as_option(value)}"]
         elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, _as_option(value)]
     return shlex.join(redacted(word) for word in words)
-
-
-def _extra(field: Any) -> dict[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _as_option(value: Any) -> str:

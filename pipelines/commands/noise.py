@@ -13,7 +13,7 @@ from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
-from dpkd.pipelines.commands.noise_options import NoiseConfig
+from dpkd.pipelines.commands.options import NoiseConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:

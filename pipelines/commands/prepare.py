@@ -11,7 +11,7 @@ from dpkd.core.files import write_atomic
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import Example, iter_examples, open_examples
 from dpkd.evaluate.metrics.buckets import num_words
-from dpkd.pipelines.commands.prepare_options import PrepareConfig
+from dpkd.pipelines.commands.options import PrepareConfig
 
 
 def prepare_data(config: PrepareConfig) -> Path:

@@ -1,38 +1,45 @@
-"""Recipes: the steps of a TOML file in order, each a `dpkd` process of its own, each skipped when complete.
+"""Runs the steps of a recipe in order, each in a process of its own.
 
-What a recipe says is in `recipe_format`. Every command recognises its own finished output, so running a recipe again
-goes on where it stopped. Every step of every round is checked before the first one starts. As each is a process that
-ends before the next begins, teacher and student are never in memory at one time but where a command itself holds both.
+Every command skips its finished output, so running a recipe again resumes where it stopped. All steps of all rounds are
+validated before the first one starts. A step's process ends before the next one starts, so no memory is shared between
+a teacher and a student.
+
+Processes are forked from one that has imported the libraries: torch and transformers take seconds to import, which
+twenty finished steps would spend twenty times. That process runs nothing, holds no model and asks for no device.
 """
 
 from __future__ import annotations
 
-import tempfile
+import multiprocessing
+import os
+import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
-from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.settings import named_values
-from dpkd.pipelines.process import EXIT_SET_ASIDE, StepFailed
+from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, StepFailed, Terminated, run_process
 from dpkd.pipelines.recipe.format import read_recipe
-from dpkd.pipelines.recipe.step_process import run_command
 from dpkd.pipelines.recipe.steps import Step
 
+if TYPE_CHECKING:
+    from dpkd.pipelines.commands.options import RunOptions
 
-def run_recipe(recipe: str | Path, inputs: Sequence[str] = (), *, dry_run: bool = False) -> None:
-    """Run every step of a shipped recipe (by name) or of a TOML file; `inputs` are NAME=VALUE for its [inputs].
+#: modules that most steps need
+PRELOAD = ["dpkd.distill.training", "dpkd.evaluate.evaluation", "dpkd.teacher_cache.build.cache"]
+
+
+def run(options: RunOptions) -> None:
+    """Run a shipped recipe (by name) or a TOML file, or print its steps.
 
     Raises `StepFailed` with the exit code of the first step that fails. Failed rows do not stop the recipe, but decide
     its exit code.
     """
-    try:
-        steps = read_recipe(recipe, named_values(inputs, "NAME=VALUE", "teacher=DIR"))
-    except ValueError as error:
-        raise UserError(f"--set: {error}", where="the command line") from None
-    if not dry_run:
-        run_steps(steps, str(recipe))
+    steps = read_recipe(options.recipe, options.set)
+    if not options.dry_run:
+        run_steps(steps, options.recipe)
         return
     for number, step in enumerate(steps, start=1):
         _announce(step, number, len(steps))
@@ -40,20 +47,20 @@ def run_recipe(recipe: str | Path, inputs: Sequence[str] = (), *, dry_run: bool 
 
 
 def run_steps(steps: list[Step], name: str) -> None:
-    """Run steps that are already read; `name` is the recipe's in the messages. Raises `StepFailed` as `run_recipe`."""
+    """Run validated steps; messages call the recipe `name`. Raises `StepFailed` as `run` does."""
     started_s = time.monotonic()
     rows_failed = False
     for number, step in enumerate(steps, start=1):
         _announce(step, number, len(steps))
         step_started_s = time.monotonic()
         status = _run_step(step)
-        rows_failed |= status == EXIT_SET_ASIDE
-        if status not in (0, EXIT_SET_ASIDE):
+        rows_failed |= status == EXIT_ROWS_FAILED
+        if status not in (0, EXIT_ROWS_FAILED):
             raise StepFailed(status)
         say(f"== step {number} took {time.monotonic() - step_started_s:.0f} s")
     say(f"== the recipe {name} is complete: {time.monotonic() - started_s:.0f} s")
     if rows_failed:
-        raise StepFailed(EXIT_SET_ASIDE)
+        raise StepFailed(EXIT_ROWS_FAILED)
 
 
 def _announce(step: Step, number: int, total: int) -> None:
@@ -61,7 +68,32 @@ def _announce(step: Step, number: int, total: int) -> None:
 
 
 def _run_step(step: Step) -> int:
-    with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
-        file.write(step.config.to_toml().encode())
-        file.flush()
-        return run_command([step.command, "--config", file.name])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_in_child, args=(dict(os.environ), step))
+    process.start()
+    return _wait(process)
+
+
+def _in_child(environment: Mapping[str, str], step: Step) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    command = f"a recipe's step, dpkd {step.title}, with\n{step.config.to_toml()}"
+    sys.exit(run_process(lambda: COMMANDS[step.command].run(step.config), command))
+
+
+def _wait(process: BaseProcess) -> int:
+    """Wait until the step has ended, even if this process is interrupted; the exit code.
+
+    Ctrl-C reaches the step from the terminal; SIGTERM is passed on.
+    """
+    interrupted = False
+    while process.exitcode is None:
+        try:
+            process.join()
+        except Terminated:
+            interrupted = True
+            process.terminate()
+        except KeyboardInterrupt:
+            interrupted = True
+    return EXIT_INTERRUPTED if interrupted or process.exitcode < 0 else process.exitcode

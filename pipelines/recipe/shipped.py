@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpkd.core.errors import UserError
+from dpkd.core.option_errors import did_you_mean
+
+if TYPE_CHECKING:
+    from dpkd.pipelines.commands.options import RecipesOptions
 
 
 @cache
@@ -25,20 +29,23 @@ def find_recipe(name: str | Path) -> Path:
         return shipped[str(name)]
     if Path(name).suffix == ".toml" or Path(name).is_file():
         return Path(name)
-    similar = difflib.get_close_matches(str(name), shipped, n=1, cutoff=0.5)
     raise UserError(
         "no recipe has this name",
         found=repr(str(name)),
         expected="a name that `dpkd recipes` lists, or the path of a TOML file",
-        advice=f"Did you mean {similar[0]!r}?" if similar else None,
+        advice=did_you_mean(str(name), shipped),
     )
 
 
-def recipe_list() -> str:
-    """A line for each shipped recipe: its name and what it does."""
+def print_recipes(options: RecipesOptions) -> None:
+    """Print the TOML of one recipe, or a line for each shipped one: its name and what it does."""
+    if options.recipe is not None:
+        print(find_recipe(options.recipe).read_text(encoding="utf-8").rstrip())
+        return
     shipped = shipped_recipes()
     width = max(map(len, shipped))
-    return "\n".join(f"{name:<{width}}  {_first_line(path)}" for name, path in shipped.items())
+    for name, path in shipped.items():
+        print(f"{name:<{width}}  {_first_line(path)}")
 
 
 def _first_line(path: Path) -> str:

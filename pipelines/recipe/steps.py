@@ -1,4 +1,4 @@
-"""The steps that a recipe describes: rounds and variants written out, placeholders filled in, options validated."""
+"""The steps of a recipe: rounds and variants expanded, placeholders filled in, options validated."""
 
 from __future__ import annotations
 
@@ -11,26 +11,11 @@ from typing import Any
 from pydantic import Field
 
 from dpkd.core.errors import UserError
+from dpkd.core.option_errors import did_you_mean
 from dpkd.core.settings import Settings
-from dpkd.distill.options.student import InitStudentConfig
-from dpkd.distill.options.train import TrainConfig
-from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.options.judge import JudgeConfig
-from dpkd.evaluate.options.merge import MergeConfig
-from dpkd.pipelines.commands.noise_options import NoiseConfig
-from dpkd.pipelines.commands.prepare_options import PrepareConfig
-from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.pipelines.commands.registry import STEPS
 
-CONFIGS: dict[str, type[Settings]] = {
-    "prepare-data": PrepareConfig,
-    "cache-teacher": CacheConfig,
-    "init-student": InitStudentConfig,
-    "add-noise": NoiseConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "report": MergeConfig,
-    "judge": JudgeConfig,
-}
+_STEPS = {command.name: command for command in STEPS}
 PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 OWN_PLACEHOLDERS = ("student", "round", "next", "variant", "recipes", "examples")
 
@@ -46,7 +31,7 @@ class RoundsConfig(Settings):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a recipe with its validated options, and the `round` and `variant` that it belongs to, if any."""
+    """One command of a recipe with its validated options, and its `round` and `variant`, if any."""
 
     command: str
     config: Settings
@@ -67,8 +52,8 @@ class Step:
     @property
     def output_name(self) -> str:
         """What identifies its output: `out`, and the round of a cache."""
-        is_round = isinstance(self.config, CacheConfig) and self.config.round
-        return f"{self.out}, round {self.config.round}" if is_round else self.out  # type: ignore[attr-defined]
+        cache_round = getattr(self.config, "round", None) if self.command == "cache-teacher" else None
+        return f"{self.out}, round {cache_round}" if cache_round else self.out
 
 
 @dataclass(frozen=True)
@@ -160,14 +145,16 @@ def _read_step(
 ) -> Step:
     table = recipe.steps[index]
     where = f"{recipe.path}, step {index + 1}" + ("" if number is None else f", round {number}")
-    command = table.get("command")
-    if command not in CONFIGS:
-        raise UserError("unknown command of a step", found=repr(command), expected=", ".join(CONFIGS), where=where)
-    options = recipe.defaults.get(command, {}) | {k: v for k, v in table.items() if k not in ("command", "repeat")}
-    if number is not None and command == "train":
+    name = table.get("command")
+    command = _STEPS.get(str(name))
+    if command is None:
+        advice = did_you_mean(str(name), _STEPS) or f"Choose one of {', '.join(_STEPS)}"
+        raise UserError("unknown command of a step", found=repr(name), where=where, advice=advice)
+    options = recipe.defaults.get(command.name, {}) | {k: v for k, v in table.items() if k not in ("command", "repeat")}
+    if number is not None and command.name == "train":
         options |= recipe.variants[variant]
-    config = CONFIGS[command].parse(_filled(options, {**values, **recipe.values}, where), where=where)
-    return Step(command, config, number, variant)
+    values = _filled(options, {**values, **recipe.values}, where)
+    return Step(command.name, command.options_class().parse(values, where=where), number, variant)
 
 
 def _filled(value: Any, values: Mapping[str, str], where: str) -> Any:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.errors import UserError
 from dpkd.core.settings import Settings, read_toml
+from dpkd.pipelines.commands.options import ArtefactName
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.pipelines.reproduce.paper_values import Family, paper_values
-
-ArtefactName = Literal["table1", "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "fig5"]
-ARTEFACTS: tuple[str, ...] = get_args(ArtefactName)
 
 #: what each artefact is made from
 _NEEDS: dict[str, tuple[str, ...]] = {

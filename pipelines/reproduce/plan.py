@@ -13,8 +13,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.options.merge import MergeConfig
-from dpkd.pipelines.commands.noise_options import NoiseConfig
-from dpkd.pipelines.commands.prepare_options import PrepareConfig
+from dpkd.pipelines.commands.options import NoiseConfig, PrepareConfig
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.pipelines.reproduce.model_sizes import ModelSizes
 from dpkd.teacher_cache.options.cache import CacheConfig

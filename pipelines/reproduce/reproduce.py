@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
@@ -11,7 +12,16 @@ from dpkd.pipelines.recipe.run import run_steps
 from dpkd.pipelines.recipe.shipped import find_recipe
 from dpkd.pipelines.reproduce.inputs import check_inputs, missing_data, missing_models
 from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
+
+if TYPE_CHECKING:
+    from dpkd.pipelines.commands.options import ReproduceOptions
 from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
+
+
+def run(options: ReproduceOptions) -> None:
+    """The command: make the artefact and print its files, or print the plan."""
+    for path in reproduce(options.artefact, options.recipe, dry_run=options.dry_run):
+        print(path)
 
 
 def reproduce(artefact: str, recipe: str | Path, *, dry_run: bool = False) -> list[Path]:

@@ -34,7 +34,7 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow
 
 if TYPE_CHECKING:
-    from dpkd.teacher_cache.options.fidelity import FidelityConfig
+    from dpkd.teacher_cache.options.audit import FidelityConfig
 
 _SHORT = 12  # digits shown of a sha256
 _VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "unknown, the controls are larger than the grid"}

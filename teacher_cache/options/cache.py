@@ -1,77 +1,96 @@
-"""Options of `dpkd cache-teacher`. Imports nothing heavy: the command line reads it for `--help`."""
+"""Options of `dpkd cache-teacher`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Location, Settings, named_values
+from dpkd.core.settings import DeviceName, Location, Settings, named_values
 from dpkd.teacher_cache.engines.engine import EngineName
 
-#: entries kept a position unless something else is asked for
+#: entries kept per position by default
 DEFAULT_TOP_K = 64
 DEFAULT_MAX_TOP_K = 128
 
 
-class CacheConfig(Settings):
-    """What to ask the teacher, and where to keep the answer."""
+class SourceOptions(Settings):
+    """The teacher, the prompts and the output."""
 
-    set_only: ClassVar[frozenset[str]] = frozenset(
-        {"rows_per_shard", "max_num_seqs", "dtype", "ray_replicas", "ray_cpus", "ray_gpus"}
-    )
+    title: ClassVar[str] = "Data"
 
     teacher: str = Field(description="teacher: a checkpoint directory or a hub name")
     data: str | None = Field(
-        None,
-        description=".json, .jsonl or .parquet file, or a `datasets` NAME[:SPLIT]; a round takes the cache's prompts",
+        None, description="prompts: a .json, .jsonl or .parquet file, or datasets NAME[:SPLIT]; a round has the cache's"
     )
     out: Location = Field(description="directory of the cache, or a URL such as s3://bucket/key")
-    engine: EngineName = Field(
-        "auto",
-        description="what runs the models: auto is vLLM where it is installed; server: running vLLM servers; "
-        "ray: vLLM replicas on a Ray cluster",
-    )
-    server_url: tuple[str, ...] = Field(
-        (), description="with --engine server: URL of a running vLLM server; repeatable"
-    )
-    engine_arg: dict[str, str] = Field(
-        {}, description="an argument of vLLM itself, such as tensor_parallel_size=4; repeatable"
-    )
     responses: Literal["teacher", "reference", "both"] = Field(
-        "teacher", description="whose responses are kept: the teacher's own, the data's references, or both"
+        "teacher", description="responses to cache: the teacher's own, the references of the data, or both"
     )
-    template: TemplateName = Field("alpaca", description="prompt template; chat is the tokenizer's own")
-    max_prompt_tokens: int = Field(
-        256, ge=1, description="rows with a longer prompt are left out and listed, in tokens"
+    template: TemplateName = Field("alpaca", description="prompt template; chat is that of the teacher's tokenizer")
+    limit: int | None = Field(None, ge=1, description="use only the first N rows of the data; none: all")
+    max_prompt_tokens: int = Field(256, ge=1, description="skip (and list) rows with a longer prompt, in tokens")
+    student: str | None = Field(
+        None, description="build a round: the student whose responses the teacher scores; none: build the cache"
     )
+    round: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="build a round: its name; none: build the cache"
+    )
+
+
+class SamplingOptions(Settings):
+    """How responses are drawn."""
+
+    title: ClassVar[str] = "Responses"
+
     max_new_tokens: int = Field(256, ge=1, description="longest response, in tokens, EOS included")
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
-    num_samples: int = Field(1, ge=1, description="teacher responses a prompt")
+    top_p: float = Field(1.0, gt=0, le=1, description="top-p (nucleus) of sampling")
+    num_samples: int = Field(1, ge=1, description="teacher responses per prompt")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+
+
+class DistributionOptions(Settings):
+    """What is kept of the teacher's distribution at each position."""
+
+    title: ClassVar[str] = "Distributions"
+
     top_k: int | None = Field(
         None,
         ge=0,
-        description=f"entries of the teacher's distribution kept a position; 0 keeps none [{DEFAULT_TOP_K}]",
+        description="entries of the teacher's distribution to keep per position; 0: keep no distributions; none: "
+        f"{DEFAULT_TOP_K}, or by --top-mass",
     )
     top_mass: float | None = Field(
-        None, gt=0, lt=1, description="in place of --top-k: keep the fewest entries that reach this probability"
+        None, gt=0, lt=1, description="keep the fewest entries that reach this probability; none: --top-k entries"
     )
     max_top_k: int | None = Field(
-        None, ge=1, description=f"with --top-mass: never more entries than this [{DEFAULT_MAX_TOP_K}]"
+        None, ge=1, description=f"with --top-mass: largest number of entries per position; none: {DEFAULT_MAX_TOP_K}"
     )
-    limit: int | None = Field(None, ge=1, description="only the first N rows of the data")
-    seed: int = Field(0, ge=0, description="seed of sampling")
-    student: str | None = Field(None, description="a round: the student whose responses the teacher scores")
-    round: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a round: its name")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the models")
-    rows_per_shard: int = Field(128, ge=1, description="rows a shard; a kill costs at most the shards under way")
-    max_num_seqs: int = Field(64, ge=1, description="requests that the engine runs at once")
+
+
+class EngineChoiceOptions(Settings):
+    """What runs the models, and where."""
+
+    title: ClassVar[str] = "Engine"
+
+    engine: EngineName = Field(
+        "auto",
+        description="engine that runs the models; auto: vLLM if it is installed; server: running vLLM servers; ray: "
+        "vLLM replicas on a Ray cluster",
+    )
+    device: DeviceName = Field("auto", description="device of the models; auto: CUDA if it is available")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the weights")
-    ray_replicas: int = Field(1, ge=1, description="with --engine ray: vLLM replicas")
-    ray_cpus: float = Field(1, ge=0, description="with --engine ray: CPUs that a replica reserves")
-    ray_gpus: float = Field(0, ge=0, description="with --engine ray: GPUs that a replica reserves")
+    max_num_seqs: int = Field(64, ge=1, description="largest number of requests in a batch")
+    rows_per_shard: int = Field(128, ge=1, description="rows per shard; an interrupted job repeats unfinished shards")
+    server_url: tuple[str, ...] = Field(
+        (), description="with --engine server: URL of a running vLLM server; repeatable"
+    )
+    engine_arg: dict[str, str] = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")
+    ray_replicas: int = Field(1, ge=1, description="with --engine ray: number of vLLM replicas")
+    ray_cpus: float = Field(1, ge=0, description="with --engine ray: CPUs per replica")
+    ray_gpus: float = Field(0, ge=0, description="with --engine ray: GPUs per replica")
 
     @field_validator("engine_arg", mode="before")
     @classmethod
@@ -83,29 +102,32 @@ class CacheConfig(Settings):
     def _one_url(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+
+class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions):
+    """What to ask the teacher, and where to cache the answers."""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("data", "round"),)
+    example: ClassVar[str] = "dpkd cache-teacher --teacher teacher --data train.jsonl --out cache"
+
     @model_validator(mode="after")
-    def _fits_together(self) -> CacheConfig:
+    def _fits_together(self) -> Self:
         if (self.student is None) != (self.round is None):
-            raise ValueError("a round needs both --student and --round")
-        if self.student is None and self.data is None:
-            raise ValueError("--data is needed")
+            raise ValueError("a round needs --student and --round")
         if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(
-                "greedy decoding (temperature 0) gives the same response every time: num_samples must be 1"
-            )
+            raise ValueError("--temperature 0 gives the same response every time: --num-samples must be 1")
         if self.top_k is not None and (self.top_mass is not None or self.max_top_k is not None):
-            raise ValueError("--top-k keeps a fixed number; --top-mass and --max-top-k go without it")
+            raise ValueError("give --top-k or --top-mass (with --max-top-k), not both")
         if self.max_top_k is not None and self.top_mass is None:
-            raise ValueError("--max-top-k goes with --top-mass; for a fixed number give --top-k")
+            raise ValueError("--max-top-k needs --top-mass; for a fixed number give --top-k")
         if bool(self.server_url) != (self.engine == "server"):
-            raise ValueError("--engine server and --server-url go together")
+            raise ValueError("--engine server needs --server-url, and the other way round")
         if self.engine_arg and self.engine in ("server", "transformers"):
-            raise ValueError(f"--engine-arg is for vLLM in this job; --engine {self.engine} takes none")
+            raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
         return self
 
     @property
     def most_entries(self) -> int:
-        """Entries that the engine is asked for at every position."""
+        """Number of entries to request at every position."""
         if self.top_mass is not None:
             return self.max_top_k or DEFAULT_MAX_TOP_K
         return DEFAULT_TOP_K if self.top_k is None else self.top_k

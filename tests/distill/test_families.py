@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -26,7 +28,6 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
 )
-from typer.testing import CliRunner
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
@@ -34,7 +35,7 @@ from dpkd.distill.batches.batch import Batch, narrowed
 from dpkd.distill.objectives.student_forward import check_head
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
-from dpkd.pipelines.cli import make_app
+from dpkd.pipelines.cli import run
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.reader import TeacherCache
 
@@ -120,11 +121,10 @@ def make_model(directory: Path, tokenizer_dir: Path, config: PretrainedConfig, s
 
 def dpkd(*arguments: object, status: int = 0) -> str:
     """Run a command in this process; what it printed, on both streams."""
-    result = CliRunner().invoke(make_app(), list(map(str, arguments)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result.output
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        assert run(list(map(str, arguments))) == status
+    return printed.getvalue()
 
 
 @dataclass(frozen=True)

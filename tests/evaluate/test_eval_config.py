@@ -66,28 +66,28 @@ def test_buckets_come_as_text() -> None:
         ({"model": ["a=x", "a=y"]}, r"the name 'a' is given twice, for 'x' and 'y'"),
         ({"model": "a/b=x"}, r"the name 'a/b' must start with a letter or digit"),
         ({"model": "..=x"}, r"the name '\.\.' must start with a letter or digit"),
-        ({"data": "a|b=x"}, r"option 'data' cannot be used: the name 'a\|b' must start"),
+        ({"data": "a|b=x"}, r"`data`: the name 'a\|b' must start"),
         ({"model": "=x"}, r"the name '' must start"),
-        ({"data": {}}, r"option 'data' cannot be used"),
+        ({"data": {}}, r"`data` must have 1 or more values"),
         ({"temperature": 0, "seeds": "1,2"}, r"temperature 0 gives one answer for all 2 seeds"),
         ({"seeds": "1,1"}, r"a seed is given twice in 1,1"),
-        ({"seeds": "1,,2"}, r"option .seeds.1. cannot be used: found .., expected input should be a valid integer"),
-        ({"seeds": "1,x"}, r"option 'seeds.1' cannot be used: found 'x'"),
-        ({"seeds": []}, r"there is no seed"),
-        ({"seeds": "-1"}, r"option 'seeds.0' cannot be used"),
+        ({"seeds": "1,,2"}, r"`seeds` must be a whole number, found ''"),
+        ({"seeds": "1,x"}, r"`seeds` must be a whole number, found x"),
+        ({"seeds": []}, r"no seed is given"),
+        ({"seeds": "-1"}, r"`seeds` must be 0 or more, found -1"),
         ({"buckets": "70,30"}, r"the edges 70,30 do not rise strictly"),
         ({"buckets": "30,30"}, r"do not rise strictly"),
-        ({"buckets": "0,30"}, r"option 'buckets.0' cannot be used.*'0' is neither a length above 0 nor `median`"),
-        ({"buckets": "mode"}, r"option 'buckets.0' cannot be used.*'mode' is neither"),
+        ({"buckets": "0,30"}, r"`buckets`: '0' is neither a length above 0 nor `median`"),
+        ({"buckets": "mode"}, r"`buckets`: 'mode' is neither"),
         ({"predictions": "p/q=x"}, r"the name 'p/q' must start"),
         ({"predictions": "p:/=x"}, r"the name '/' must start"),
-        ({"temperature": -1}, r"option 'temperature' cannot be used"),
-        ({"temperature": "nan"}, r"option 'temperature' cannot be used"),
-        ({"top_p": 0}, r"option 'top_p' cannot be used"),
-        ({"device": "tpu"}, r"option 'device' cannot be used"),
-        ({"limit": 0}, r"option 'limit' cannot be used"),
-        ({"num_bootstrap": 10}, r"option 'num_bootstrap' cannot be used"),
-        ({"tempreature": 1}, r"unknown option 'tempreature'.*Known options: .*temperature"),
+        ({"temperature": -1}, r"`temperature` must be 0 or more, found -1"),
+        ({"temperature": "nan"}, r"`temperature` must be a finite number, found nan"),
+        ({"top_p": 0}, r"`top_p` must be above 0, found 0"),
+        ({"device": "tpu"}, r"`device` must be auto, cpu or cuda, found tpu"),
+        ({"limit": 0}, r"`limit` must be above 0, found 0"),
+        ({"num_bootstrap": 10}, r"`num_bootstrap` must be 100 or more, found 10"),
+        ({"tempreature": 1}, r"unknown option `tempreature` .did you mean `temperature`.. .in "),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
@@ -107,8 +107,3 @@ def test_the_options_import_nothing_heavy() -> None:
     code = f"import sys, dpkd.evaluate.options.eval; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_every_option_is_described_and_the_flagless_ones_exist() -> None:
-    assert all(field.description for field in EvalConfig.model_fields.values())
-    assert set(EvalConfig.model_fields) >= EvalConfig.set_only

@@ -139,5 +139,5 @@ def test_a_run_with_shared_prompts_is_the_run_without(tmp_path: Path, toy_cache:
     for apart, shared in zip(metrics("apart"), metrics("shared", share_prompt=True), strict=True):
         for name in ("loss", "reward_margin", "kld", "grad_norm", "tokens", "rejected_length"):
             assert shared[name] == pytest.approx(apart[name], rel=1e-4, abs=1e-6), name
-    with pytest.raises(ValueError, match="share_prompt goes with --level sequence"):
+    with pytest.raises(ValueError, match="--share-prompt needs --level sequence"):
         metrics("token", level="token", round=None, share_prompt=True)

@@ -196,12 +196,12 @@ def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"best_metric": "kld"}, "best_metric kld needs validation_examples of 1 or more"),
-        ({"patience": 2}, "patience needs a best_metric"),
-        ({"steps": 0}, "option 'steps' cannot be used: found 0"),
-        ({"learning_rate": 0}, "option 'learning_rate' cannot be used: found 0, expected .*greater than 0"),
-        ({"batch_size": 0}, "option 'batch_size' cannot be used: found 0"),
-        ({"dtype": "float16"}, "option 'dtype' cannot be used: found 'float16', expected .*'float32' or 'bfloat16'"),
+        ({"best_metric": "kld"}, "--best-metric kld needs --validation-examples of 1 or more"),
+        ({"patience": 2}, "--patience needs --best-metric"),
+        ({"steps": 0}, "`steps` must be 1 or more, found 0"),
+        ({"learning_rate": 0}, "`learning_rate` must be above 0, found 0"),
+        ({"batch_size": 0}, "`batch_size` must be 1 or more, found 0"),
+        ({"dtype": "float16"}, "`dtype` must be float32 or bfloat16, found float16"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:

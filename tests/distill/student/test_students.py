@@ -244,8 +244,8 @@ def test_a_failure_while_it_is_written_leaves_nothing(
         ({"keep": "0,3,7", "layers": 2}, "--keep 0,3,7 lists 3 layers, but --layers says 2"),
         ({"mlp_width": 8}, "--mlp-width needs --cache"),
         ({"from_config": "c.json", "from_checkpoint": "d"}, "give --from-config or --from, not both"),
-        ({"from_config": "c.json", "layers": 2}, "--layers is about the teacher's weights .* --from-config"),
-        ({"from_checkpoint": "d", "mlp_width": 2, "cache": "c"}, "--mlp-width is about .* does not go with --from"),
+        ({"from_config": "c.json", "layers": 2}, "--layers selects the teacher's weights .* --from-config"),
+        ({"from_checkpoint": "d", "mlp_width": 2, "cache": "c"}, "--mlp-width selects .* does not go with --from"),
         ({"layers": 2, "seed": 1}, "--seed goes with --from-config"),
     ],
 )  # fmt: skip

@@ -152,7 +152,7 @@ def test_what_needs_a_model_says_so(data: Path, make_config: MakeConfig, write_r
         evaluate(make_config(**options, bucket_by="tokens"))
     with pytest.raises(UserError, match=r"no --model .*--cache.*--train-data"):
         evaluate(make_config(**options, cache=tmp_path))
-    with pytest.raises(UserError, match=r"there is nothing to evaluate: found neither"):
+    with pytest.raises(UserError, match=r"`model` .or `predictions`. is required"):
         make_config(data=f"d={data}")
     with pytest.raises(UserError, match=r"a model has the name 'p' too"):
         make_config(**options, model="p=dir")

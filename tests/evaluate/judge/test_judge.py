@@ -220,8 +220,5 @@ def flags(options: dict[str, Any]) -> list[str]:
     words = []
     for key, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            if key in JudgeConfig.set_only:
-                words += ["--set", f"{key}={one}"]
-            else:
-                words += [f"--{key.replace('_', '-')}"] + ([] if one is True else [str(one)])
+            words += [f"--{key.replace('_', '-')}"] + ([] if one is True else [str(one)])
     return words

@@ -23,26 +23,26 @@ def parse(**options: Any) -> JudgeConfig:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"report": None}, r"nothing to judge: found neither a report nor predictions"),
-        ({"predictions": "a=a.jsonl"}, r"come either from a report or from predictions"),
-        ({"buckets": "10,50"}, r"come either from a report or from predictions"),
-        ({"report": None, "predictions": "a=a.jsonl"}, r"option 'data' is needed"),
+        ({"report": None}, r"`report` .or `predictions`. is required"),
+        ({"predictions": "a=a.jsonl"}, r"give --report or --predictions, not both"),
+        ({"buckets": "10,50"}, r"give --report or --buckets, not both"),
+        ({"report": None, "predictions": "a=a.jsonl"}, r"--data is required"),
         ({"report": None, "predictions": "a b=a", "data": "d=d"}, r"the name 'a b' must start with"),
         ({"report": None, "predictions": "a=a", "data": "d=d", "buckets": "x"}, r"'x' is neither a length"),
         ({"report": None, "predictions": "a", "data": "d=d"}, r"'a' is not of the form NAME=PATH"),
-        ({"grade_reference": True, "mode": "pairwise"}, r"references can only be graded, not compared in pairs"),
+        ({"grade_reference": True, "mode": "pairwise"}, r"--grade-reference needs --mode pointwise"),
         ({"judge_url": "127.0.0.1:8000"}, r"is not an address of the form https://HOST/v1"),
         ({"judge_url": "ftp://host/v1"}, r"is not an address of the form"),
         ({"judge_url": "https://me:secret@host/v1"}, r"address of host holds more than a path; the key goes in"),
         ({"judge_url": "https://host/v1?key=secret"}, r"address of host holds more than a path"),
-        ({"judge_model": ""}, r"option 'judge_model'"),
+        ({"judge_model": ""}, r"`judge_model` must not be empty"),
         ({"extra_body": "model=1"}, r"the field 'model' is set by dpkd; use --judge-model"),
         ({"extra_body": "stream=true"}, r"the field 'stream' is set by dpkd"),
-        ({"extra_body": "temperature=1"}, r"'temperature' can only be left out, by temperature=null"),
-        ({"extra_body": "max_tokens=5"}, r"only be left out, by max_tokens=null; use --max-tokens"),
+        ({"extra_body": "temperature=1"}, r"'temperature' can only be removed, by temperature=null"),
+        ({"extra_body": "max_tokens=5"}, r"only be removed, by max_tokens=null; use --max-tokens"),
         ({"extra_body": "tier=flex"}, r"tier=flex is not JSON; text goes in quotes"),
-        ({"mode": "triple"}, r"option 'mode'"),
-        ({"concurrency": 0}, r"option 'concurrency'"),
+        ({"mode": "triple"}, r"`mode` must be pointwise or pairwise, found triple"),
+        ({"concurrency": 0}, r"`concurrency` must be above 0, found 0"),
     ],
 )
 def test_refused_options(options: dict[str, Any], message: str) -> None:
@@ -64,18 +64,14 @@ def test_names_come_singly_and_with_commas() -> None:
 def test_the_recorded_command_asks_for_the_same(tmp_path: Path) -> None:
     import shlex
 
-    import typer
-    from typer.main import get_command
-
-    from dpkd.pipelines.cli import make_app
+    from dpkd.pipelines.commands.registry import COMMANDS
+    from dpkd.pipelines.flags import OptionsCommand
 
     config = parse(
         only="a,b", extra_body=['tier="flex"', "seed=null"], mode="pairwise", reask=True, tries=3, judge_model="a b"
     )
     words = shlex.split(command_text(config, "judge"))
-    group = get_command(make_app())
-    assert isinstance(group, typer.core.TyperGroup)
-    parsed = group.commands[words[1]].make_context("judge", words[2:]).params
+    parsed = OptionsCommand(COMMANDS[words[1]]).make_context("judge", words[2:]).params
     assert resolve(JudgeConfig, parsed_flags(parsed), None, parsed["set"]) == config
 
 

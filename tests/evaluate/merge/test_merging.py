@@ -272,14 +272,15 @@ def test_the_command_merges_and_names_its_mistakes(single: Single, tmp_path: Pat
     assert refused.stderr.startswith("error: the directory holds no finished evaluation: found no such directory")
     nothing = dpkd("--out", tmp_path / "no")
     assert nothing.returncode == 2
-    assert "option 'evaluations' is needed" in nothing.stderr
+    assert "DIR... and --out are required" in nothing.stderr
 
 
 def test_a_recipe_can_end_in_a_merged_report(
     single: Single, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from dpkd.pipelines.commands.options import RunOptions
     from dpkd.pipelines.recipe.format import read_recipe
-    from dpkd.pipelines.recipe.run import run_recipe
+    from dpkd.pipelines.recipe.run import run
     from dpkd.pipelines.reproduce.plan import is_finished, plan_steps
 
     recipe = tmp_path / "recipe.toml"
@@ -288,6 +289,6 @@ def test_a_recipe_can_end_in_a_merged_report(
     (step,) = read_recipe(recipe)
     assert not is_finished(step)
     assert plan_steps([step], {})[0].words == "merges 2 evaluations"
-    run_recipe(recipe)
+    run(RunOptions(recipe=str(recipe)))
     assert is_finished(step)
     assert "dpkd report" in capsys.readouterr().err

@@ -6,25 +6,23 @@ import shlex
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.report.provenance import command_text, redacted
-from dpkd.pipelines.cli import make_app
-from dpkd.pipelines.flags import resolve
+from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.flags import OptionsCommand, resolve
 
 
 def _parsed(text: str, config_type: type[Settings]) -> Settings:
     """The options that the command line makes of a command."""
     program, name, *arguments = shlex.split(text)
     assert program == "dpkd"
-    given = get_command(make_app()).commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    given = OptionsCommand(COMMANDS[name]).make_context(name, arguments).params
     settings, path = given.pop("set"), given.pop("config")
     assert given.pop("dry_run") is False
-    found: Settings = resolve(config_type, given, path, settings or [])
-    return found
+    return resolve(config_type, given, path, settings)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,7 @@ def test_the_command_of_a_merged_report_makes_its_options_again() -> None:
     options = {"evaluations": ["a", "n=b c"], "out": "o", "common_rows": True, "bootstrap_seed": 4}
     config = MergeConfig.parse(options, where="a test")
     text = command_text(config, "report")
-    assert text == "dpkd report a 'n=b c' --out o --common-rows --set bootstrap_seed=4"
+    assert text == "dpkd report a 'n=b c' --out o --common-rows --bootstrap-seed 4"
     assert _parsed(text, MergeConfig) == config
 
 

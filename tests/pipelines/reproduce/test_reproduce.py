@@ -18,9 +18,8 @@ from support.toys import ROOT
 from dpkd.core.errors import UserError
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.pipelines.commands.noise import add_gaussian_noise, add_noise
-from dpkd.pipelines.commands.noise_options import NoiseConfig
+from dpkd.pipelines.commands.options import NoiseConfig, PrepareConfig
 from dpkd.pipelines.commands.prepare import prepare_data
-from dpkd.pipelines.commands.prepare_options import PrepareConfig
 from dpkd.pipelines.reproduce.options import ReproduceConfig
 from dpkd.pipelines.reproduce.reproduce import build_artefact
 from dpkd.pipelines.reproduce.sources import read_validations

@@ -11,11 +11,11 @@ import pytest
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.commands.noise_options import NoiseConfig
+from dpkd.pipelines.commands.options import ARTEFACTS, NoiseConfig
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.reproduce.inputs import check_inputs
 from dpkd.pipelines.reproduce.model_sizes import ModelSizes
-from dpkd.pipelines.reproduce.options import ARTEFACTS, read_reproduce
+from dpkd.pipelines.reproduce.options import read_reproduce
 from dpkd.pipelines.reproduce.paper_values import paper_values
 from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
 from dpkd.pipelines.reproduce.reproduce import reproduce
@@ -91,7 +91,7 @@ def test_each_variant_repeats_the_rounds_from_the_first_student(tmp_path: Path) 
         ("include = 3\n", "`include` is not a list of recipes"),
         ('include = ["none.toml"]\n', "the config file is missing .*none.toml"),
         ("[defaults.train]\nbeta = 1\n" + START, "\\[defaults\\] for a command that no step runs: found 'train'"),
-        ("[defaults.train]\nbeeta = 1\n" + TRAIN.format("o"), "unknown option 'beeta'"),
+        ("[defaults.train]\nbeeta = 1\n" + TRAIN.format("o"), "unknown option `beeta`"),
         ("[defaults]\ntrain = 1\n" + TRAIN.format("o"), "`defaults` contains something other than tables"),
         ("[variants.a]\n" + TRAIN.format("o"), r"\[variants\] without \[rounds\]"),
         (VARIANTS.replace("variants.plain", 'variants."a/b"'), "a variant's name cannot be part of a path"),
@@ -254,7 +254,7 @@ def edited(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ("fig2-tiny.toml", "seeds = [0, 1]", "seeds = [0, 3]", "a copy with noise is not evaluated: found .*seed-3"),
         ("fig4-tiny.toml", "tiny/dpkd-1", "tiny/dpkd-7", "no train step writes it: found runs/paper/tiny/dpkd-7"),
         ("dpkd-tiny.toml", "validation_examples = 24", "", None),
-        ("fig4-tiny.toml", 'artefact = "fig4"', 'artefact = "fig9"', "option 'artefact' cannot be used: found 'fig9'"),
+        ("fig4-tiny.toml", 'artefact = "fig4"', 'artefact = "fig9"', "`artefact` must be table1, .*found fig9"),
     ],
 )
 def test_a_recipe_that_cannot_lead_there_is_refused(
@@ -284,5 +284,5 @@ def test_copies_have_a_place_for_each_scale_and_seed() -> None:
         (0.5, 3): "o/scale-0.5-seed-3",
         (0.5, 4): "o/scale-0.5-seed-4",
     }
-    with pytest.raises(UserError, match="one is given twice in 1,1"):
+    with pytest.raises(UserError, match="a value is given twice in 1,1"):
         NoiseConfig.parse({"model": "m", "cache": "c", "out": "o", "seeds": "1,1"}, where="t")

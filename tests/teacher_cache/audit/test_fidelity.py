@@ -19,8 +19,8 @@ from dpkd.teacher_cache.audit.fidelity import fidelity_table, measure_fidelity, 
 from dpkd.teacher_cache.audit.fidelity_measures import FullDistributions, Scores, compare, full_distributions
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import Distributions
+from dpkd.teacher_cache.options.audit import FidelityConfig
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.options.fidelity import FidelityConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.reader import TeacherCache
 

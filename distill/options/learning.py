@@ -1,0 +1,162 @@
+"""What `dpkd train` learns from, and what it minimises. Imports nothing heavy: `--help` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dpkd.core.prompts.templates import TemplateName
+from dpkd.core.settings import Location, Settings, split_commas
+from dpkd.distill.options.objectives import ObjectiveName
+
+
+class DataOptions(Settings):
+    """Where rows come from, the student and the output."""
+
+    title: ClassVar[str] = "Data"
+
+    cache: Location | None = Field(None, description="directory or URL of the teacher cache")
+    student: str = Field(description="student to start from: a checkpoint directory or a hub name")
+    out: Path = Field(description="directory of the run; the trained student is saved here")
+    data: str | None = Field(
+        None, description="with --objective sft, instead of --cache: instruction data with reference responses"
+    )
+    template: TemplateName = Field("alpaca", description="prompt template for --data; a cache has its own")
+    max_prompt_tokens: int = Field(256, ge=1, description="with --data: skip rows with a longer prompt, in tokens")
+    max_new_tokens: int = Field(256, ge=1, description="with --data: cut responses to this length, in tokens")
+    responses: Literal["all", "teacher", "reference"] = Field(
+        "all", description="which rows of the cache to train on: teacher responses, reference responses, or all"
+    )
+    verify: Literal["start", "read"] = Field(
+        "start", description="verify the cache's checksums before the first step, or as shards are read"
+    )
+    follow: bool = Field(False, description="train while cache-teacher is still writing the cache, in order of shards")
+    follow_timeout_s: float = Field(
+        600, gt=0, description="with --follow: longest wait while no job writes to the cache, in seconds"
+    )
+
+    @model_validator(mode="after")
+    def _follow_takes_a_cache(self) -> Self:
+        if self.follow and self.cache is None:
+            raise ValueError("--follow needs --cache")
+        return self
+
+
+class ObjectiveOptions(Settings):
+    """The loss: its terms, their weights and constants."""
+
+    title: ClassVar[str] = "Objective"
+
+    objective: ObjectiveName = Field(
+        "dpkd", description="what to minimise: a preference, a divergence or a baseline (docs/objectives.md)"
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="preferences: compare tokens (the released code) or whole responses (Eq. 9 of the paper)"
+    )
+    preset: Literal["released-code", "paper"] | None = Field(
+        None, description="options of the released code or of the paper; options that you give override it"
+    )
+    beta: float = Field(0.1, gt=0, description="beta of the preference")
+    sft_weight: float | None = Field(
+        None, ge=0, description="weight of the cross-entropy on the responses; none: the objective's own"
+    )
+    kd_weight: float | None = Field(
+        None, ge=0, description="weight of the divergence from the teacher; none: the objective's own"
+    )
+    lm_weight: float | None = Field(
+        None, ge=0, description="weight of the language-model loss on --lm-data; none: 1 with --lm-data"
+    )
+    dpkd_weight: float | None = Field(
+        None, ge=0, description="weight of the preference loss; none: 1 if the objective is a preference"
+    )
+    minillm_weight: float | None = Field(
+        None, ge=0, description="weight of the MiniLLM loss; none: 1 if the objective is minillm"
+    )
+    lm_data: str | None = Field(
+        None, description="corpus for the language-model loss: JSONL with `text`, plain text, or a datasets name"
+    )
+    lm_length: int = Field(512, ge=2, description="length of the blocks that --lm-data is packed into, in tokens")
+    length_normalize: bool = Field(
+        True, description="sequence level: divide log-probs by the number of tokens, EOS included (Eq. 9; off: Eq. 8)"
+    )
+    teacher_token: Literal["argmax", "response", "sample"] = Field(
+        "argmax",
+        description="token level: the preferred token is the teacher's most likely one (the released code), that of "
+        "the response, or a draw from the cached distribution",
+    )
+    student_token: Literal["argmax", "sample"] = Field(
+        "argmax", description="token level: the rejected token is the student's most likely one, or a draw"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a preference is the wrong way round"
+    )
+    gamma: float = Field(0.5, ge=0, description="simpo: target reward margin")
+    dpop_lambda: float = Field(
+        50.0, ge=0, description="dpop: weight of the penalty for a preferred response less likely than the teacher's"
+    )
+    tail: Literal["bucket", "renormalise", "uniform"] = Field(
+        "bucket",
+        description="divergences: how to treat tokens that the cache does not keep: as one outcome (bucket), not at "
+        "all (renormalise), or with equal shares of the tail mass (uniform)",
+    )
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
+    skew_alpha: float = Field(0.1, ge=0, lt=1, description="skewed divergences: weight of the other distribution")
+
+
+class StudentSampleOptions(Settings):
+    """The student's own responses, which sequence-level objectives compare with the teacher's."""
+
+    title: ClassVar[str] = "Student samples"
+
+    student_samples: Literal["forced", "cached", "live"] | None = Field(
+        None,
+        description="the student's responses: the teacher's own (forced, token level only), those of a round (cached), "
+        "or drawn during training and scored by a teacher server (live); none: cached with --round, else forced",
+    )
+    round: str | None = Field(None, description="round of the cache with the student's responses")
+    pairing: Literal["index", "all", "best-vs-worst"] = Field(
+        "index",
+        description="how to pair an example's responses: first with first and so on, every one with every one, or the "
+        "teacher's best with the student's worst (by the teacher's log-prob per token)",
+    )
+    teacher_url: tuple[str, ...] = Field(
+        (), description="live: server of the cache's teacher (dpkd serve-teacher), http://HOST:PORT; repeatable"
+    )
+    sampler: Literal["transformers", "vllm"] = Field("transformers", description="live: engine that draws responses")
+    num_student_samples: int = Field(1, ge=1, description="live: responses per prompt")
+    sample_temperature: float = Field(1.0, ge=0, description="live: sampling temperature; 0 is greedy")
+    sample_top_p: float = Field(1.0, gt=0, le=1, description="live: top-p (nucleus) of sampling")
+    sample_max_new_tokens: int | None = Field(
+        None, ge=1, description="live: longest response, in tokens; none: the limit of the cache"
+    )
+    sample_every: int = Field(1, ge=1, description="live: number of steps to draw responses for at once")
+    staleness: int = Field(
+        1,
+        ge=0,
+        le=1,
+        description="live: 1 draws the next responses during a step, 0 draws them from the newest weights",
+    )
+    teacher_tolerance: float = Field(
+        0.05, gt=0, description="live: largest mean difference between the server's log-probs and the cache's, in nats"
+    )
+
+    @field_validator("teacher_url", mode="before")
+    @classmethod
+    def _several_urls(cls, value: Any) -> Any:
+        return [part for part in split_commas(value) if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _samples_have_a_source(self) -> Self:
+        samples = self.student_samples
+        if samples == "cached" and self.round is None:
+            raise ValueError("--student-samples cached needs --round NAME, the student's responses in the cache")
+        if samples in ("forced", "live") and self.round is not None:
+            raise ValueError(f"--student-samples {samples} takes no --round")
+        if samples == "live" and not self.teacher_url:
+            raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
+        if self.teacher_url and samples != "live":
+            raise ValueError("--teacher-url goes with --student-samples live")
+        return self

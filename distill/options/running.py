@@ -1,0 +1,133 @@
+"""How `dpkd train` runs: optimisation, validation, checkpoints, adapters, devices. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dpkd.core.settings import DeviceName, Settings, split_commas
+
+
+class OptimisationOptions(Settings):
+    """Length, batches and AdamW."""
+
+    title: ClassVar[str] = "Optimisation"
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; none: as --epochs says")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows; none: 1, or as --steps says")
+    batch_size: int = Field(8, ge=1, description="rows per forward pass and device")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimiser step")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward pass, padding included; batches then hold rows of similar length; none: "
+        "--batch-size rows",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate, after warm-up; cosine decay to 0")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps with linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW (not on biases and norms)")
+    max_grad_norm: float = Field(1.0, gt=0, description="clip gradients to this global norm")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="beta 1 of AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="beta 2 of AdamW")
+    seed: int = Field(0, ge=0, description="seed of the data order, dropout and the student's tokens")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give --steps or --epochs, not both")
+        return self
+
+
+class ValidationOptions(Settings):
+    """Held-out examples, the best student and early stopping."""
+
+    title: ClassVar[str] = "Validation"
+
+    validation_examples: int = Field(
+        0, ge=0, description="examples of the cache to hold out of training and validate on"
+    )
+    validate_every: int = Field(50, ge=1, description="steps between validations; the last step is always validated")
+    best_metric: Literal["loss", "reward_margin", "kld", "rouge_l"] | None = Field(
+        None, description="keep the student that is best by this metric in OUT/best; none: keep the last one only"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many validations without a better --best-metric; none: never"
+    )
+
+    @model_validator(mode="after")
+    def _metrics_are_measured(self) -> Self:
+        if self.best_metric is not None and not self.validation_examples:
+            raise ValueError(f"--best-metric {self.best_metric} needs --validation-examples of 1 or more")
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError("--patience needs --best-metric")
+        return self
+
+
+class CheckpointOptions(Settings):
+    """What a run saves and logs."""
+
+    title: ClassVar[str] = "Checkpoints and logs"
+
+    save_every: int | None = Field(100, ge=1, description="steps between checkpoints; none: only at the end")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints to keep")
+    resume_from: Literal["latest", "previous"] = Field(
+        "latest",
+        description="checkpoint to resume from; previous renames corrupt checkpoints to *.damaged and takes the one "
+        "before them",
+    )
+    tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
+        "auto", description="tracker to log to, besides metrics.jsonl; auto: TensorBoard if it is installed"
+    )
+
+
+class LoraOptions(Settings):
+    """Low-rank adapters in place of full training."""
+
+    title: ClassVar[str] = "LoRA"
+
+    lora_rank: int | None = Field(None, ge=1, description="train LoRA adapters of this rank; none: train all weights")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="scale adapters by lora_alpha / lora_rank; none: twice the rank"
+    )
+    lora_target_modules: tuple[str, ...] = Field(
+        (), description="linear layers that get adapters, such as q_proj,v_proj; none: all but the LM head; repeatable"
+    )
+    lora_save: Literal["merged", "adapter"] = Field(
+        "merged", description="save the merged weights, or only the adapters (in the format of peft)"
+    )
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _several_modules(cls, value: Any) -> Any:
+        return [part for part in split_commas(value) if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _lora_has_a_rank(self) -> Self:
+        given = {"lora_alpha": None, "lora_target_modules": (), "lora_save": "merged"}
+        changed = [self.flag(key) for key, default in given.items() if getattr(self, key) != default]
+        if self.lora_rank is None and changed:
+            raise ValueError(f"{', '.join(changed)} needs --lora-rank")
+        return self
+
+
+class DeviceOptions(Settings):
+    """Device, precision, and what trades time for memory."""
+
+    title: ClassVar[str] = "Memory and devices"
+
+    device: DeviceName = Field("auto", description="device to train on; auto: CUDA if it is available")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of the forward pass; bfloat16 uses autocast"
+    )
+    sharding: Literal["fsdp2"] | None = Field(
+        None,
+        description="with several processes: fsdp2 shards weights and optimiser state; none: replicate them, unless "
+        "accelerate's own config says otherwise",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    share_prompt: bool = Field(
+        False, description="sequence level: run a pair's prompt through the student once; not with sliding windows"
+    )
+    compile: bool = Field(False, description="compile the student's layers with torch.compile; slower to start")
+    logits_chunk: int = Field(1024, ge=1, description="compute logits for this many positions at a time")

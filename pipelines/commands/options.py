@@ -1,0 +1,106 @@
+"""Options of the commands that live in this package. Imports nothing heavy: `--help` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, field_validator
+
+from dpkd.core.settings import DeviceName, Location, Settings, named_values, split_commas
+
+ArtefactName = Literal["table1", "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "fig5"]
+ARTEFACTS: tuple[str, ...] = get_args(ArtefactName)
+
+
+class PrepareConfig(Settings):
+    """Which rows of instruction data to keep, and in which form."""
+
+    example: ClassVar[str] = "dpkd prepare-data --data train.jsonl --out kept.jsonl --min-response-words 11"
+
+    data: Path = Field(description="instruction data, .jsonl")
+    out: Path = Field(description="file to write, .jsonl")
+    min_response_words: int = Field(
+        1, ge=1, description="shortest reference response to keep, in words; the paper keeps 11 and more"
+    )
+    limit: int | None = Field(None, ge=1, description="keep only the first N of those rows; none: all")
+    form: Literal["rows", "text"] = Field(
+        "rows", description="write whole rows, or only their responses as a corpus for dpkd train --lm-data (text)"
+    )
+
+
+class NoiseConfig(Settings):
+    """Copies of a model with Gaussian noise on its weights, and how far each is from a cache's teacher (Fig. 2)."""
+
+    example: ClassVar[str] = "dpkd add-noise --model student --cache cache --out noise"
+
+    model: str = Field(description="model to copy: a checkpoint directory or a hub name")
+    cache: Location = Field(description="directory or URL of the teacher cache to measure the copies on")
+    out: Path = Field(description="directory for the copies and noise.json")
+    scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.01, 0.02, 0.05, 0.1),
+        min_length=1,
+        description="comma-separated standard deviations of the noise, relative to each weight matrix's root mean "
+        "square",
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), min_length=1, description="comma-separated seeds; one copy per scale and seed"
+    )
+    cache_rows: int = Field(256, ge=1, description="largest number of rows of --cache to measure a copy on")
+    beta: float = Field(0.1, gt=0, description="beta of the implicit reward")
+    device: DeviceName = Field("auto", description="device to measure on; auto: CUDA if it is available")
+
+    _several = field_validator("scales", "seeds", mode="before")(split_commas)
+
+    @field_validator("scales", "seeds")
+    @classmethod
+    def _differ(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a value is given twice in {','.join(map(str, value))}")
+        return value
+
+    def copies(self) -> dict[tuple[float, int], Path]:
+        """Directory of each (scale, seed), in order; scale 0 needs one copy, whatever the seeds."""
+        seeds = {scale: self.seeds if scale else self.seeds[:1] for scale in self.scales}
+        return {
+            (scale, seed): self.out / f"scale-{scale:g}-seed-{seed}" for scale in self.scales for seed in seeds[scale]
+        }
+
+
+class RunOptions(Settings):
+    """Which recipe to run, with which inputs."""
+
+    example: ClassVar[str] = "dpkd run quickstart --dry-run"
+
+    recipe: str = Field(
+        description="a name that dpkd recipes lists, or a TOML file", json_schema_extra={"positional": "RECIPE"}
+    )
+    set: dict[str, str] = Field({}, description="NAME=VALUE: replace a value of the recipe's [inputs]; repeatable")
+    dry_run: bool = Field(False, description="print the steps with their options and stop")
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _named_inputs(cls, value: Any) -> Any:
+        return named_values(value, "NAME=VALUE", "teacher=DIR")
+
+
+class RecipesOptions(Settings):
+    """Which shipped recipe to print."""
+
+    example: ClassVar[str] = "dpkd recipes quickstart"
+
+    recipe: str | None = Field(
+        None, description="recipe to print as TOML; none: list all", json_schema_extra={"positional": "[RECIPE]"}
+    )
+
+
+class ReproduceOptions(Settings):
+    """Which table or figure to make, from which recipe."""
+
+    example: ClassVar[str] = "dpkd reproduce table1 --recipe paper/table1-tiny --dry-run"
+
+    artefact: ArtefactName = Field(
+        description="table1 to table5 or fig1 to fig5", json_schema_extra={"positional": "ARTEFACT"}
+    )
+    recipe: str = Field(description="a recipe that dpkd recipes lists under paper/, or a TOML file")
+    dry_run: bool = Field(False, description="print the steps with their cost and stop")
