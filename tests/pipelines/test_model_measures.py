@@ -109,7 +109,7 @@ def test_perplexity_is_transformers_own_loss(
     assert [report["models"]["p"]["data"]["d"][key] for key in REFERENCE_KEYS] == [None] * 4
     assert table[table.model == "p"].reference_nll.isna().all()
     for file in ("report.md", "report.html"):
-        assert "where tokenizers differ, compare bits a byte" in (config.out / file).read_text()
+        assert "If tokenizers differ, compare bits per byte" in (config.out / file).read_text()
 
 
 def test_what_was_measured_is_kept(

@@ -154,7 +154,7 @@ def test_what_needs_a_model_says_so(data: Path, make_config: MakeConfig, write_r
         evaluate(make_config(**options, cache=tmp_path))
     with pytest.raises(UserError, match=r"`model` .or `predictions`. is required"):
         make_config(data=f"d={data}")
-    with pytest.raises(UserError, match=r"a model has the name 'p' too"):
+    with pytest.raises(UserError, match=r"the name 'p' is also the name of a model"):
         make_config(**options, model="p=dir")
 
 
