@@ -27,6 +27,9 @@ else:
     torch = LazyModule("torch")
 
 
+_LOG_OF_ZERO = -1e4  # its powers are 0 in every float type
+
+
 def forward_kl(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
     """KL(p || q) = sum p (log p - log q)."""
     log_p_TN, log_q_TN = full_precision(log_p_TN), full_precision(log_q_TN)
@@ -37,6 +40,35 @@ def forward_kl(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -
 def reverse_kl(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
     """KL(q || p) = sum q (log q - log p); infinite where the student has mass and the teacher has none."""
     return forward_kl(log_q_TN, log_p_TN)
+
+
+def jeffreys(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
+    """KL(p || q) + KL(q || p); infinite where only one side has mass."""
+    return forward_kl(log_p_TN, log_q_TN) + reverse_kl(log_p_TN, log_q_TN)
+
+
+def alpha_beta(
+    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float = 0.2, beta: float = 0.7
+) -> Float[Tensor, " T"]:
+    """The alpha-beta divergence of ABKD (arXiv 2505.04560, Eq. 6), alpha and beta above 0.
+
+    -1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha + beta) p^(alpha + beta) - beta/(alpha + beta) q^(alpha + beta)].
+    For alpha + beta other than 1 it is no f-divergence: with a merged tail it is no bound of the full one.
+    """
+    if not (alpha > 0 and beta > 0):
+        raise ValueError(f"alpha is {alpha} and beta {beta}, both must be above 0")
+    log_p_TN, log_q_TN = full_precision(log_p_TN), full_precision(log_q_TN)
+    total = alpha + beta
+    # -inf logs are powers of 0, which add nothing, but their gradient would be NaN
+    log_p_TN, log_q_TN = (logs.masked_fill(torch.isneginf(logs), _LOG_OF_ZERO) for logs in (log_p_TN, log_q_TN))
+    cross_TN = (alpha * log_p_TN + beta * log_q_TN).exp()
+    own_TN = (alpha * (total * log_p_TN).exp() + beta * (total * log_q_TN).exp()) / total
+    # where p and q are close, their difference is all rounding: it is taken before the exponential
+    gap_TN = log_p_TN - log_q_TN
+    is_close_TN = gap_TN.abs() < 1
+    gap_TN = torch.where(is_close_TN, gap_TN, 0)
+    close_TN = cross_TN * (alpha * torch.expm1(beta * gap_TN) + beta * torch.expm1(-alpha * gap_TN)) / total
+    return torch.where(is_close_TN, close_TN, own_TN - cross_TN).sum(dim=1) / (alpha * beta)
 
 
 def jsd(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], beta: float = 0.5) -> Float[Tensor, " T"]:
@@ -158,6 +190,8 @@ class Divergence:
 DIVERGENCES: dict[str, Divergence] = {
     "forward-kl": Divergence(forward_kl),
     "reverse-kl": Divergence(reverse_kl),
+    "jeffreys": Divergence(jeffreys),
+    "alpha-beta": Divergence(alpha_beta, {"alpha": "ab_alpha", "beta": "ab_beta"}),
     "jsd": Divergence(jsd, {"beta": "jsd_beta"}),
     "tvd": Divergence(tvd),
     "akl": Divergence(akl, {"mu": "akl_mu", "tail": "tail"}),

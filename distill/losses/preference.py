@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpkd.core.lazy import LazyModule
+from dpkd.distill.losses.cached_distributions import full_precision
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
     functional = LazyModule("torch.nn.functional")
+
+#: pairs of one piece of `all_pairs_preference_loss`: bounds its working memory to some 200 MB, whatever K
+_PAIRS_AT_ONCE = 2**23
 
 #: each form, and the levels that it is defined at: the forms of the released code have a token level
 PREFERENCES: dict[str, tuple[str, ...]] = {
@@ -41,7 +45,9 @@ class PreferenceOptions:
         beta: scale of the reward, above 0; ipo's tau.
         gamma: simpo's target margin, in units of the scaled reward, 0 or more.
         dpop_lambda: weight of dpop's penalty, 0 or more.
-        label_smoothing: share eps of preferences that are taken the other way round, from 0 to below 0.5.
+        label_smoothing: share eps of preferences that are reversed, from 0 to 0.5. At 0.5 (balanced) the loss is
+            log 2cosh(beta d/2) of the margin d: its minimum is a margin of 0, the teacher, for any pairs.
+        teacher_floor: sequence level: a rejected response is pushed down only while q(y_s) > p(y_s).
         length_normalize: sequence level: log-probabilities are divided by |y| (Eq. 9) or not (Eq. 8).
     """
 
@@ -50,6 +56,7 @@ class PreferenceOptions:
     dpop_lambda: float = 50.0
     label_smoothing: float = 0.0
     length_normalize: bool = True
+    teacher_floor: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -58,8 +65,8 @@ class PreferenceOptions:
             raise ValueError(f"gamma is {self.gamma}, must be 0 or more and finite")
         if not 0 <= self.dpop_lambda < math.inf:
             raise ValueError(f"dpop_lambda is {self.dpop_lambda}, must be 0 or more and finite")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}, must be from 0 to below 0.5")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, must be from 0 to 0.5")
 
 
 def sequence_preference_loss(
@@ -110,6 +117,8 @@ def sequence_preference_loss(
         return (chosen_B - rejected_B - 1 / (2 * beta)) ** 2
     chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, beta, normalize)
     rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, beta, normalize)
+    if options.teacher_floor:
+        rejected_B = rejected_B.clamp(min=0)
     margin_B = chosen_B - rejected_B
     if form == "simpo":
         return _logistic(margin_B - options.gamma, options)
@@ -155,6 +164,57 @@ def token_preference_loss(
     if form == "dpop":
         return loss_T + options.dpop_lambda * functional.relu(teacher_chosen_T.float() - chosen_T)
     return loss_T
+
+
+def all_pairs_preference_loss(
+    log_p_TN: Float[Tensor, "T N"],
+    log_q_TN: Float[Tensor, "T N"],
+    *,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " T"]:
+    """DPKD at one position in expectation over all pairs of outcomes, in closed form (nats).
+
+    sum_ij p_i q_j S(beta (r_i - r_j)) with r = log q/p and S as in `sequence_preference_loss`: the expected loss of y_t
+    drawn from the teacher and y_s drawn from the student, differentiated through r and through q_j. It is log 2 plus
+    the f-divergence of q(x)p from p(x)q with f(t) = log((1 + t^-beta)/2), so q = p is its only minimum for every beta.
+    Merging outcomes never raises it.
+
+    # differs from the paper: the paper and its code compare one drawn or arg-max pair (docs/decisions/0018)
+
+    Args:
+        log_p_TN: log p of N outcomes, normalised; -inf on both sides for an outcome that does not exist.
+        log_q_TN: log q of the same outcomes, differentiable.
+        beta: scale of the reward, above 0.
+        label_smoothing: share eps of preferences that are reversed, from 0 to 0.5.
+    """
+    options = PreferenceOptions(beta=beta, label_smoothing=label_smoothing)
+    pieces = max(1, _PAIRS_AT_ONCE // log_p_TN.shape[1] ** 2)
+    parts = [
+        _all_pairs(log_p, log_q, options)
+        for log_p, log_q in zip(log_p_TN.split(pieces), log_q_TN.split(pieces), strict=True)
+    ]
+    return torch.cat(parts) if parts else log_q_TN.new_zeros(0)
+
+
+def _all_pairs(log_p_TN: Tensor, log_q_TN: Tensor, options: PreferenceOptions) -> Tensor:
+    """The loss with its exact gradient, of which only [T, N] is kept for the backward pass."""
+    beta, eps = options.beta, options.label_smoothing
+    log_p_TN, log_q_TN = full_precision(log_p_TN), full_precision(log_q_TN)
+    exists_TN = ~(torch.isneginf(log_p_TN) | torch.isneginf(log_q_TN))
+    with torch.no_grad():
+        p_TN, q_TN = log_p_TN.exp(), log_q_TN.exp()
+        r_TN = torch.where(exists_TN, log_q_TN - log_p_TN, 0)
+        behind_TNN = beta * (r_TN[:, None, :] - r_TN[:, :, None])  # [t, i, j]: by how much i is behind j
+        loss_TNN = functional.softplus(behind_TNN) - eps * behind_TNN
+        slope_TNN = beta * (torch.sigmoid(behind_TNN) - eps)
+        by_rejected_TN = torch.einsum("ti,tij->tj", p_TN, loss_TNN)
+        value_T = (by_rejected_TN * q_TN).sum(dim=1)
+        pushed_down_TN = q_TN * torch.einsum("ti,tij->tj", p_TN, slope_TNN)
+        pushed_up_TN = p_TN * torch.einsum("tij,tj->ti", slope_TNN, q_TN)
+        gradient_TN = torch.where(exists_TN, q_TN * by_rejected_TN + pushed_down_TN - pushed_up_TN, 0)
+    own_TN = torch.where(exists_TN, log_q_TN, 0)
+    return value_T + (gradient_TN * (own_TN - own_TN.detach())).sum(dim=1)
 
 
 def dpkd_sequence_loss(

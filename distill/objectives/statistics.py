@@ -41,18 +41,12 @@ class Positions:
         return self.logits_CV.detach()[:, : self.num_tokens].argmax(dim=1)
 
     @torch.no_grad()
-    def draw(self, uniform_C: Float[Tensor, " C"]) -> Int[Tensor, " C"]:
-        """A token drawn from the student at each position by inversion, given one number in [0, 1) a position."""
-        cumulative_CV = torch.softmax(self.logits_CV.detach()[:, : self.num_tokens], dim=1).cumsum(dim=1)
-        drawn_C = uniform_C * cumulative_CV[:, -1]
-        return torch.searchsorted(cumulative_CV, drawn_C[:, None], right=True)[:, 0].clamp(max=self.num_tokens - 1)
-
-    @torch.no_grad()
     def entropy(self) -> Float[Tensor, " C"]:
         """Entropy of the student's distribution (nats)."""
         logits_CV, log_sum_C = self.logits_CV.detach(), self.log_sum_C.detach()
         share_CV = (logits_CV - log_sum_C[:, None]).exp_()
-        return log_sum_C - torch.linalg.vecdot(share_CV, logits_CV)
+        # a logit of -inf has no share: 0 x -inf would be NaN
+        return log_sum_C - torch.linalg.vecdot(share_CV, logits_CV.clamp(min=torch.finfo(logits_CV.dtype).min))
 
 
 #: Values by name, one a position, of a chunk. It may run twice on the same chunk (gradient checkpointing).
@@ -80,38 +74,76 @@ def target_logprob(at: Positions) -> dict[str, Tensor]:
     return {"target": at.logprob(at.fields["target_id"])}
 
 
-def token_pair(at: Positions) -> dict[str, Tensor]:
-    """`chosen`: log q of the field `chosen_id`; `rejected_id`, `rejected`: the student's token and its log q (nats).
-
-    The student's token is its arg-max, or a draw if there is a field `uniform`.
-    """
-    uniform_C = at.fields.get("uniform")
-    rejected_C = at.argmax_C if uniform_C is None else at.draw(uniform_C)
-    chosen, rejected = at.logprob(at.fields["chosen_id"]), at.logprob(rejected_C)
-    return {"chosen": chosen, "rejected": rejected, "rejected_id": rejected_C}
+def argmax_pair(at: Positions) -> dict[str, Tensor]:
+    """`chosen`: log q of the teacher's most likely token; `rejected_id`, `rejected`: the student's, and its log q."""
+    # entries are in rank order: the first is the teacher's arg-max
+    chosen, rejected = at.logprob(at.fields["entry_ids"][:, 0]), at.logprob(at.argmax_C)
+    return {"chosen": chosen, "rejected": rejected, "rejected_id": at.argmax_C}
 
 
 @dataclass(frozen=True)
-class DivergenceFromTeacher:
-    """Value `name`: the divergence between the cached distribution and the student's, at each position.
+class Outcomes:
+    """Teacher and student as log-distributions over the same outcomes at each position; how, says `tail` (`align`).
 
     `vocab_size` is the number of ids that the teacher's distribution is over.
     """
 
-    name: str
-    divergence: Callable[[Tensor, Tensor], Tensor]
     tail: Tail
     vocab_size: int
 
-    def __call__(self, at: Positions) -> dict[str, Tensor]:
-        """The divergence over the outcomes that `tail` makes (see `align`)."""
+    def __call__(self, at: Positions) -> tuple[Float[Tensor, "C N"], Float[Tensor, "C N"]]:
+        """log p and log q, both normalised; log q is differentiable."""
         fields, logits_CV = at.fields, at.logits_CV
         if self.tail == "uniform" or fields["entry_ids"].shape[1] >= self.vocab_size:
             # ids that pad a wider student's vocabulary would be outcomes on which the teacher has no mass
             logits_CV = logits_CV[:, : self.vocab_size]
         entries = (fields["entry_ids"], fields["entry_logprobs"], fields["entry_counts"], fields["log_tail"])
-        log_p_CN, log_q_CN = align(logits_CV, *entries, self.tail, vocab_size=self.vocab_size)
-        return {self.name: self.divergence(log_p_CN, log_q_CN)}
+        return align(logits_CV, *entries, self.tail, vocab_size=self.vocab_size)
+
+
+@dataclass(frozen=True)
+class FunctionOfOutcomes:
+    """Value `name`: `function` of log p and log q over the outcomes at each position, such as a divergence."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    outcomes: Outcomes
+
+    def __call__(self, at: Positions) -> dict[str, Tensor]:
+        """`function` at the positions `at`."""
+        return {self.name: self.function(*self.outcomes(at))}
+
+
+@dataclass(frozen=True)
+class DrawnOutcomes:
+    """An outcome drawn from the teacher and one from the student at each position, by the fields `uniform_chosen` and
+    `uniform_rejected`: log q of both (`chosen`, `rejected`), log p of both (`teacher_chosen`, `teacher_rejected`), and
+    whether they are the `same`. The tail is one outcome that can be drawn.
+    """
+
+    outcomes: Outcomes
+
+    def __call__(self, at: Positions) -> dict[str, Tensor]:
+        """The draws at the positions `at`."""
+        log_p_CN, log_q_CN = self.outcomes(at)
+        chosen_C1 = _draw(log_p_CN, at.fields["uniform_chosen"])
+        rejected_C1 = _draw(log_q_CN.detach(), at.fields["uniform_rejected"])
+        return {
+            "chosen": log_q_CN.gather(1, chosen_C1)[:, 0],
+            "rejected": log_q_CN.gather(1, rejected_C1)[:, 0],
+            "teacher_chosen": log_p_CN.gather(1, chosen_C1)[:, 0],
+            "teacher_rejected": log_p_CN.gather(1, rejected_C1)[:, 0],
+            "same": (chosen_C1 == rejected_C1)[:, 0],
+        }
+
+
+def _draw(logs_CN: Tensor, uniform_C: Tensor) -> Tensor:
+    cumulative_CN = logs_CN.exp().cumsum(dim=1)
+    drawn_C1 = (uniform_C * cumulative_CN[:, -1])[:, None]
+    index_C1 = torch.searchsorted(cumulative_CN, drawn_C1, right=True)
+    # rounding must not reach an outcome without mass at the end
+    last_C1 = (cumulative_CN < cumulative_CN[:, -1:]).sum(dim=1, keepdim=True)
+    return torch.minimum(index_C1, last_C1)
 
 
 @torch.no_grad()

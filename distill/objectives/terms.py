@@ -8,23 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dpkd.distill.batches.batch import Batch
-from dpkd.distill.losses.cached_distributions import Tail, cached_logprobs
+from dpkd.distill.losses.cached_distributions import cached_logprobs
 from dpkd.distill.losses.divergence import DIVERGENCES, cross_entropy_to, forward_kl, reverse_kl
 from dpkd.distill.losses.policy_gradient import minillm_loss
 from dpkd.distill.losses.preference import (
     PreferenceOptions,
+    all_pairs_preference_loss,
     implicit_reward,
     sequence_preference_loss,
     sum_by_row,
     token_preference_loss,
 )
-from dpkd.distill.objectives.statistics import DivergenceFromTeacher, Statistic, target_logprob, token_pair
+from dpkd.distill.objectives.statistics import (
+    DrawnOutcomes,
+    FunctionOfOutcomes,
+    Outcomes,
+    Statistic,
+    argmax_pair,
+    target_logprob,
+)
 from dpkd.distill.options.train import TrainConfig
 
 
@@ -90,12 +99,11 @@ class Divergence(_PositionTerm):
     """A divergence from the cached distribution at each position of the chosen responses."""
 
     divergence: Callable[[Tensor, Tensor], Tensor]
-    tail: Tail
-    vocab_size: int
+    outcomes: Outcomes
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        return (DivergenceFromTeacher("divergence", self.divergence, self.tail, self.vocab_size),)
+        return (FunctionOfOutcomes("divergence", self.divergence, self.outcomes),)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
         return TermValues(values["divergence"][batch.row_T < batch.num_chosen])
@@ -110,7 +118,7 @@ class PolicyGradient(_PositionTerm):
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        return (target_logprob, DivergenceFromTeacher("single_step", reverse_kl, "bucket", self.vocab_size))
+        return (target_logprob, FunctionOfOutcomes("single_step", reverse_kl, Outcomes("bucket", self.vocab_size)))
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
         assert batch.teacher_logprob_T is not None
@@ -126,55 +134,79 @@ class PolicyGradient(_PositionTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenPreference(_PositionTerm):
-    """The preference between a token of the teacher and one of the student at each position (the released code)."""
+class AllPairs(_PositionTerm):
+    """DPKD at each position of the chosen responses, in expectation over all pairs of outcomes."""
+
+    options: PreferenceOptions
+    outcomes: Outcomes
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        loss = partial(all_pairs_preference_loss, beta=self.options.beta, label_smoothing=self.options.label_smoothing)
+        return (FunctionOfOutcomes("all_pairs", loss, self.outcomes),)
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
+        chosen_T = batch.row_T < batch.num_chosen
+        # the expected rewards are the two divergences that every line has (the tail as one outcome)
+        chosen, rejected = -self.options.beta * values["kld"][chosen_T], self.options.beta * values["rkld"][chosen_T]
+        rewards = {"reward_chosen": chosen, "reward_rejected": rejected, "reward_margin": chosen - rejected}
+        return TermValues(values["all_pairs"][chosen_T], rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnPairs(_PositionTerm):
+    """A preference between an outcome drawn from the teacher and one drawn from the student, at each position."""
 
     form: str
     options: PreferenceOptions
-    teacher_token: Literal["argmax", "response", "sample"]
-    student_token: Literal["argmax", "sample"]
-    vocab_size: int
+    outcomes: Outcomes
 
-    needs = (token_pair,)
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (DrawnOutcomes(self.outcomes),)
 
     def fields(self, batch: Batch) -> dict[str, Tensor]:
-        """`chosen_id` and `teacher_chosen`: the teacher's token and its log p; `uniform`: for the student's draw."""
-        assert batch.entry_ids_TK is not None
-        assert batch.entry_logprobs_TK is not None
-        if self.teacher_token == "response":
-            assert batch.teacher_logprob_T is not None
-            fields = {"chosen_id": batch.target_T, "teacher_chosen": batch.teacher_logprob_T}
-        else:
-            # entries are in rank order: the first is the teacher's arg-max
-            index_T = torch.zeros_like(batch.target_T)
-            if self.teacher_token == "sample":
-                cumulative_TK = batch.entry_logprobs_TK.exp().cumsum(dim=1)
-                drawn_T = torch.rand(batch.num_positions).to(cumulative_TK.device) * cumulative_TK[:, -1]
-                index_T = torch.searchsorted(cumulative_TK, drawn_T[:, None], right=True)[:, 0]
-                index_T = torch.minimum(index_T, cast(Tensor, batch.entry_counts_T) - 1)
-            fields = {
-                "chosen_id": batch.entry_ids_TK.gather(1, index_T[:, None])[:, 0],
-                "teacher_chosen": batch.entry_logprobs_TK.gather(1, index_T[:, None])[:, 0],
-            }
-        if self.student_token == "sample":
-            fields["uniform"] = torch.rand(batch.num_positions).to(batch.target_T.device)
-        return fields
+        """Numbers in [0, 1) for the two draws."""
+        names, device = ("uniform_chosen", "uniform_rejected"), batch.target_T.device
+        return {name: torch.rand(batch.num_positions).to(device) for name in names}
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
-        entries = (batch.entry_ids_TK, batch.entry_logprobs_TK, batch.entry_counts_T, batch.log_tail_T)
-        teacher_rejected_T, miss_T = cached_logprobs(
-            values["rejected_id"], *(cast(Tensor, tensor) for tensor in entries), self.vocab_size
+        student_T, teacher_T = (
+            (values["chosen"], values["rejected"]),
+            (values["teacher_chosen"], values["teacher_rejected"]),
         )
-        student_T, teacher_T = (values["chosen"], values["rejected"]), (values["teacher_chosen"], teacher_rejected_T)
-        loss_T = token_preference_loss(self.form, *student_T, *teacher_T, options=self.options)
-        chosen_T, rejected_T = (
-            self.options.beta * (q_T.detach() - p_T) for q_T, p_T in zip(student_T, teacher_T, strict=True)
-        )
-        metrics = preference_metrics(chosen_T, rejected_T) | {
-            "teacher_miss_rate": miss_T.float(),
-            "zero_gradient_share": (values["rejected_id"] == values["chosen_id"]).float(),
-        }
-        return TermValues(loss_T, metrics)
+        return _token_values(self.form, self.options, student_T, teacher_T, values["same"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArgmaxPairs(_PositionTerm):
+    """The released code's preference between the most likely tokens of teacher and student at each position."""
+
+    form: str
+    options: PreferenceOptions
+    vocab_size: int
+
+    needs = (argmax_pair,)
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
+        entries = [values[name] for name in ("entry_ids", "entry_logprobs", "entry_counts", "log_tail")]
+        teacher_rejected_T, miss_T = cached_logprobs(values["rejected_id"], *entries, self.vocab_size)
+        teacher_T = (values["entry_logprobs"][:, 0], teacher_rejected_T)
+        same_T = values["rejected_id"] == values["entry_ids"][:, 0]
+        found = _token_values(self.form, self.options, (values["chosen"], values["rejected"]), teacher_T, same_T)
+        return TermValues(found.loss, found.metrics | {"teacher_miss_rate": miss_T.float()})
+
+
+def _token_values(
+    form: str,
+    options: PreferenceOptions,
+    student_T: tuple[Tensor, Tensor],
+    teacher_T: tuple[Tensor, Tensor],
+    same_T: Tensor,
+) -> TermValues:
+    loss_T = token_preference_loss(form, *student_T, *teacher_T, options=options)
+    chosen_T, rejected_T = (options.beta * (q_T.detach() - p_T) for q_T, p_T in zip(student_T, teacher_T, strict=True))
+    return TermValues(loss_T, preference_metrics(chosen_T, rejected_T) | {"zero_gradient_share": same_T.float()})
 
 
 @dataclass(frozen=True)
@@ -222,22 +254,24 @@ def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
     """The terms that `config` weighs, by name; `vocab_size` is the number of ids that teacher and student share."""
+    outcomes = Outcomes(config.tail, vocab_size)
     options = PreferenceOptions(
         beta=config.beta,
         gamma=config.gamma,
         dpop_lambda=config.dpop_lambda,
-        label_smoothing=config.label_smoothing,
+        label_smoothing=config.smoothing,
         length_normalize=config.length_normalize,
+        teacher_floor=config.teacher_floor,
     )
 
     def preference() -> Term:
         if config.needs_pairs:
             return SequencePreference(config.objective, options)
-        tokens = (config.teacher_token, config.student_token)
-        return TokenPreference(
-            form=config.objective, options=options, teacher_token=tokens[0], student_token=tokens[1],
-            vocab_size=vocab_size,
-        )  # fmt: skip
+        if config.token_pairs == "all":
+            return AllPairs(options=options, outcomes=outcomes)
+        if config.token_pairs == "drawn":
+            return DrawnPairs(form=config.objective, options=options, outcomes=outcomes)
+        return ArgmaxPairs(form=config.objective, options=options, vocab_size=vocab_size)
 
     def divergence() -> Term:
         # with another objective than a divergence, the `kd` term is the forward KL; of `kd`, the cross-entropy H(p, q)
@@ -246,7 +280,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
             function = cross_entropy_to
         elif config.objective in DIVERGENCES:
             function = DIVERGENCES[config.objective].bind(config)
-        return Divergence(divergence=function, tail=config.tail, vocab_size=vocab_size)
+        return Divergence(divergence=function, outcomes=outcomes)
 
     makers: dict[str, Callable[[], Term]] = {
         "dpkd": preference,

@@ -26,8 +26,10 @@ class DataOptions(Settings):
     template: TemplateName = Field("alpaca", description="prompt template for --data; a cache has its own")
     max_prompt_tokens: int = Field(256, ge=1, description="with --data: skip rows with a longer prompt, in tokens")
     max_new_tokens: int = Field(256, ge=1, description="with --data: cut responses to this length, in tokens")
-    responses: Literal["all", "teacher", "reference"] = Field(
-        "all", description="which rows of the cache to train on: teacher responses, reference responses, or all"
+    responses: Literal["all", "teacher", "reference"] | None = Field(
+        None,
+        description="which rows of the cache to train on: teacher responses, reference responses, or all; none: the "
+        "teacher's for pairs and for seqkd, else all",
     )
     verify: Literal["start", "read"] = Field(
         "start", description="verify the cache's checksums before the first step, or as shards are read"
@@ -53,17 +55,19 @@ class ObjectiveOptions(Settings):
         "dpkd", description="what to minimise: a preference, a divergence or a baseline (docs/objectives.md)"
     )
     level: Literal["token", "sequence"] = Field(
-        "token", description="preferences: compare tokens (the released code) or whole responses (Eq. 9 of the paper)"
+        "token", description="preferences: compare tokens at each position, or whole responses (Eq. 9 of the paper)"
     )
     preset: Literal["released-code", "paper"] | None = Field(
         None, description="options of the released code or of the paper; options that you give override it"
     )
-    beta: float = Field(0.1, gt=0, description="beta of the preference")
+    beta: float = Field(1.0, gt=0, description="beta of the preference")
     sft_weight: float | None = Field(
         None, ge=0, description="weight of the cross-entropy on the responses; none: the objective's own"
     )
     kd_weight: float | None = Field(
-        None, ge=0, description="weight of the divergence from the teacher; none: the objective's own"
+        None,
+        ge=0,
+        description="weight of the divergence from the teacher; none: the objective's own, and 1 with --level sequence",
     )
     lm_weight: float | None = Field(
         None, ge=0, description="weight of the language-model loss on --lm-data; none: 1 with --lm-data"
@@ -81,16 +85,21 @@ class ObjectiveOptions(Settings):
     length_normalize: bool = Field(
         True, description="sequence level: divide log-probs by the number of tokens, EOS included (Eq. 9; off: Eq. 8)"
     )
-    teacher_token: Literal["argmax", "response", "sample"] = Field(
-        "argmax",
-        description="token level: the preferred token is the teacher's most likely one (the released code), that of "
-        "the response, or a draw from the cached distribution",
+    token_pairs: Literal["all", "drawn", "argmax"] = Field(
+        "all",
+        description="token level: compare all pairs of cached tokens in expectation (all), one draw from the teacher "
+        "with one from the student (drawn), or their most likely tokens (argmax: the released code, which needs "
+        "another term to hold the student)",
     )
-    student_token: Literal["argmax", "sample"] = Field(
-        "argmax", description="token level: the rejected token is the student's most likely one, or a draw"
+    label_smoothing: float | None = Field(
+        None,
+        ge=0,
+        le=0.5,
+        description="probability that a preference is the wrong way round; 0.5 has the teacher as its optimum for any "
+        "pairs; none: 0.5 for dpkd on a round, else 0",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="probability that a preference is the wrong way round"
+    teacher_floor: bool = Field(
+        False, description="sequence level: push a rejected response down only while the teacher finds it less likely"
     )
     gamma: float = Field(0.5, ge=0, description="simpo: target reward margin")
     dpop_lambda: float = Field(
@@ -104,6 +113,8 @@ class ObjectiveOptions(Settings):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
     akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
     skew_alpha: float = Field(0.1, ge=0, lt=1, description="skewed divergences: weight of the other distribution")
+    ab_alpha: float = Field(0.2, gt=0, description="alpha-beta: power of the teacher's probabilities")
+    ab_beta: float = Field(0.7, gt=0, description="alpha-beta: power of the student's probabilities")
 
 
 class StudentSampleOptions(Settings):

@@ -30,6 +30,11 @@ class OptimisationOptions(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="clip gradients to this global norm")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="beta 1 of AdamW")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="beta 2 of AdamW")
+    dropout: bool | None = Field(
+        None,
+        description="keep the student's dropout on while it trains; none: on for sft and seqkd, off for objectives "
+        "that compare log-probs, in which it is noise",
+    )
     seed: int = Field(0, ge=0, description="seed of the data order, dropout and the student's tokens")
 
     @model_validator(mode="after")

@@ -72,7 +72,7 @@ class TrainConfig(
             return f"--objective {objective} compares whole responses: give --level sequence"
         if objective in ("sft", "seqkd") and (samples is not None or self.round is not None):
             return f"--objective {objective} takes no --student-samples and no --round"
-        if objective == "seqkd" and self.responses == "reference":
+        if objective == "seqkd" and self.responses in ("all", "reference"):
             return "--objective seqkd learns from the teacher's responses: leave --responses out"
         if paired and samples == "forced":
             return "--level sequence takes --student-samples cached (with --round NAME) or live"
@@ -80,6 +80,16 @@ class TrainConfig(
             return "--objective minillm takes --student-samples cached (with --round NAME) or live"
         if paired and samples != "live" and self.round is None:
             return "--level sequence needs --round NAME, the student's responses in the cache"
+        on_samples = not paired and (samples == "live" or self.round is not None)
+        if on_samples and "sft" in self.weights:
+            return (
+                "the rows are the student's own responses, and cross-entropy on them teaches nothing: leave "
+                "--sft-weight out, or --student-samples and --round"
+            )
+        if paired and samples != "live" and self.best_metric in ("loss", "reward_margin"):
+            return (
+                f"--best-metric {self.best_metric} is best where a fixed round is overshot; give kld or rouge_l instead"
+            )
         if self.share_prompt and not paired:
             return "--share-prompt needs --level sequence: only pairs share a prompt"
         if self.lora_rank is not None and samples == "live" and self.sampler == "vllm":
@@ -102,12 +112,31 @@ class TrainConfig(
             return "all weights are 0, so there is nothing to learn"
         if self.label_smoothing and self.objective == "ipo":
             return "--label-smoothing does not go with --objective ipo"
+        by_token = self.objective in PREFERENCES and self.level == "token"
+        if by_token and self.token_pairs == "all" and self.objective != "dpkd":
+            return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
+        if self.teacher_floor and not (self.needs_pairs and self.objective in ("dpkd", "dpop")):
+            return "--teacher-floor needs --objective dpkd or dpop with --level sequence"
         return None
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the loss compares two responses."""
         return self.objective in PREFERENCES and self.level == "sequence"
+
+    @property
+    def smoothing(self) -> float:
+        """`label_smoothing`, or its default for the objective."""
+        if self.label_smoothing is not None:
+            return self.label_smoothing
+        # on the pairs of a fixed round only the balanced loss has the teacher as its optimum
+        return 0.5 if self.needs_pairs and self.objective == "dpkd" and self.student_samples != "live" else 0.0
+
+    @property
+    def origin(self) -> str | None:
+        """Origin of the rows of the cache to train on; None for all."""
+        origin = self.responses or ("teacher" if self.needs_pairs or self.objective == "seqkd" else "all")
+        return None if origin == "all" else origin
 
     @property
     def needs_distributions(self) -> bool:
@@ -120,6 +149,8 @@ class TrainConfig(
         """Weight of every term that is not 0, in a fixed order."""
         names: tuple[TermName, ...] = get_args(TermName)
         own: dict[TermName, float] = OBJECTIVE_TERMS[self.objective] | ({"lm": 1.0} if self.lm_data is not None else {})
+        if self.needs_pairs:  # pairs alone let KL rise (docs/objectives.md): the cached distributions hold the student
+            own |= {"kd": 1.0}
         given = {name: getattr(self, f"{name}_weight") for name in names}
         merged = {name: own.get(name, 0.0) if given[name] is None else given[name] for name in names}
         return {name: float(weight) for name, weight in merged.items() if weight}

@@ -51,10 +51,10 @@ class FollowedRows:
 
     def __init__(self, cache: GrowingCache, config: TrainConfig, max_positions: int | None) -> None:
         self._cache, self._config, self._max_positions = cache, config, max_positions
-        self._origin = None if config.responses == "all" else config.responses
+        self._origin = config.origin
         if not cache.num_rows(self._origin):
             raise UserError(
-                f"the cache holds no {config.responses} responses",
+                f"the cache holds no {config.origin} responses",
                 where=cache.folder,
                 advice="Change --responses, or build a cache with --responses both",
             )

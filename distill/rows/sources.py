@@ -105,7 +105,7 @@ def open_cache_rows(
     Raises `UserError` when the cache does not hold what the objective needs.
     """
     check_distributions(cache, student_round, config)
-    origin = _origin(config)
+    origin = config.origin
     shards = cache.shards(origin)
     if not shards:
         raise UserError(
@@ -126,19 +126,27 @@ def open_cache_rows(
     if not config.validation_examples:
         return source, None
     held_out = choose_of_cache(cache, config.validation_examples, config.seed)
-    return split_rows(source, source.ids_by_group(), held_out)
-
-
-def _origin(config: TrainConfig) -> str | None:
-    origin = "teacher" if config.objective == "seqkd" else config.responses
-    return None if origin == "all" else origin
+    training, validation = split_rows(source, source.ids_by_group(), held_out)
+    if student_round is not None and not config.needs_pairs:
+        # on the student's own rows a run could not be compared with any other, nor with itself after another round
+        if config.needs_distributions and cache.top_k == 0:
+            raise UserError(
+                "validation measures the teacher's responses, and the cache has no distributions of them",
+                found="top-k 0",
+                expected="top-k of 1 or more",
+                where=cache.folder,
+                advice="Build a cache with --top-k 64, or train without --validation-examples",
+            )
+        of_cache = CacheRows(cache, shards, None, pairs=False)
+        _, validation = split_rows(of_cache, of_cache.ids_by_group(), held_out)
+    return training, validation
 
 
 def used_shards(
     cache: TeacherCache, student_round: Round | None, config: TrainConfig
 ) -> list[tuple[Folder, ShardRecord]]:
     """The shards of the cache, and of the round if there is one, that `config` trains on, each with its folder."""
-    shards = cache.shards(_origin(config))
+    shards = cache.shards(config.origin)
     used: list[tuple[Folder, ShardRecord]] = [(cache.folder, shard) for shard in shards]
     if student_round is not None:
         used += [(student_round.folder, student_round.shards_by_path[shard.path]) for shard in shards]

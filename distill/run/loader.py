@@ -39,6 +39,8 @@ class StepLoader:
         self.wait_s = 0.0  # how long the last step waited for its micro-batches
         self._stack = contextlib.ExitStack()
         self._live: LiveRows | None = None
+        if isinstance(run.rows, FollowedRows):
+            run.rows.start(run.config.out, leader=accelerator.is_main_process)
         if run.config.student_samples == "live":
             self._live = _open_live(run, accelerator, model)
             self._stack.callback(self._live.close)

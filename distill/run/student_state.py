@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from dpkd.core.models import locate_model
 from dpkd.core.progress import say
@@ -65,6 +66,9 @@ def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | No
     resumes_weights = checkpoint is not None and config.lora_rank is None
     source = locate_model(str(checkpoint.directory), "checkpoint") if checkpoint and resumes_weights else run.student
     model = source.load("float32")
+    keeps_dropout = config.objective in ("sft", "seqkd") if config.dropout is None else config.dropout
+    if not keeps_dropout:
+        turn_off_dropout(model)
     if not is_sharded(accelerator):
         model = model.to(accelerator.device)
     on_all_ranks(accelerator, lambda: check_head(model, config.student))
@@ -85,8 +89,7 @@ def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | No
     scorer.__dict__["_no_split_modules"] = model._no_split_modules  # layers that accelerate shards one by one
     done = 0 if checkpoint is None else checkpoint.step
     optimizer = make_optimizer(model, config)
-    warmup_steps = math.ceil(config.warmup_ratio * run.steps)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, run.steps, last_epoch=done - 1)
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, run.steps, config), last_epoch=done - 1)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer.optimizer)
@@ -94,6 +97,24 @@ def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | No
             say(f"resuming from step {done} of {run.steps}")
     files = StudentFiles(model, run.student, adapters, merged=config.lora_save == "merged")
     return StudentState(accelerator, model, scorer, optimizer, scheduler, files, config.max_grad_norm)
+
+
+def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
+    """Factor of the peak learning rate at `step` (from 0): linear warm-up that ends at 1, then a cosine towards 0."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup  # the first step learns too
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability of the modules to 0; the config, which is saved with the student, keeps its own."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:

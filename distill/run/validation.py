@@ -111,7 +111,7 @@ def validate(
         number = min(start + rank, len(batches) - 1)
         torch.manual_seed(number)
         found = [rows.row(*index) for index in batches[number]]
-        micro_batch = MicroBatch(collate(found, with_distributions=run.has_distributions))
+        micro_batch = MicroBatch(collate(found, with_distributions=run.cache is not None and run.cache.top_k > 0))
         batch_sums = objective(_as_score(scorer), micro_batch.to(accelerator.device))
         batch_counts = objective.counts(micro_batch)
         if number != start + rank:

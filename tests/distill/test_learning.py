@@ -85,15 +85,16 @@ def learn(directory: Path, steps: int) -> None:
     model.save_pretrained(directory)
 
 
-# alone, the token losses only turn arg-maxes and let the KL rise (docs/objectives.md): the released code anchors them
-ANCHORED = {"level": "token", "sft_weight": 0.5}
+# two arg-maxes alone hold nothing but the arg-max (test_optima.py): the released code adds cross-entropy
+ARGMAX = {"level": "token", "token_pairs": "argmax", "sft_weight": 0.5}
 PREFERENCES = [
-    ANCHORED,
-    ANCHORED | {"objective": "ipo"},
-    ANCHORED | {"objective": "dpop"},
-    ANCHORED | {"objective": "reference-free"},
-    ANCHORED | {"label_smoothing": 0.1, "teacher_token": "response"},
-    ANCHORED | {"teacher_token": "sample", "student_token": "sample"},
+    {},
+    {"label_smoothing": 0.1},
+    {"token_pairs": "drawn"},
+    ARGMAX,
+    ARGMAX | {"objective": "ipo"},
+    ARGMAX | {"objective": "dpop"},
+    ARGMAX | {"objective": "reference-free"},
     {"level": "sequence"},
     {"level": "sequence", "length_normalize": False},
     {"level": "sequence", "objective": "ipo"},
@@ -106,7 +107,7 @@ OTHERS = [
     {"objective": "sft"},
     {"objective": "seqkd"},
     {"objective": "kd"},
-    *({"objective": name} for name in ("forward-kl", "reverse-kl", "jsd", "tvd", "akl")),
+    *({"objective": name} for name in ("forward-kl", "reverse-kl", "jeffreys", "jsd", "tvd", "akl", "alpha-beta")),
     {"objective": "skewed-forward-kl"},
     {"objective": "skewed-reverse-kl"},
     {"objective": "forward-kl", "tail": "renormalise"},
@@ -141,6 +142,9 @@ def test_every_objective_brings_the_student_nearer_to_the_teacher(
     )
     lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     first, last = lines[0], lines[-1]
+    if options.get("objective") == "minillm":  # it lowers KL(student || teacher), and its loss is no measure of it
+        assert last["rkld"] < first["rkld"]
+        return
     assert last["loss"] < first["loss"]
     assert last["kld"] < first["kld"]
     if options in PREFERENCES:

@@ -37,7 +37,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_token_level_run_writes_what_it_promises(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    out = train(config(tmp_path / "run", toy_cache, toy_student, sft_weight=0.5))
+    out = train(config(tmp_path / "run", toy_cache, toy_student, sft_weight=0.5, token_pairs="argmax"))
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     expected = {"step", "epoch", "loss", "loss_dpkd", "loss_sft", "learning_rate", "grad_norm", *METRICS}
@@ -60,7 +60,7 @@ def test_token_level_run_writes_what_it_promises(tmp_path: Path, toy_cache: Path
     "options",
     [
         {"level": "token"},
-        {"level": "token", "student_token": "sample"},
+        {"level": "token", "token_pairs": "drawn"},
         {"level": "sequence", "round": "r0", "beta": 1.0},
         {"level": "sequence", "round": "r0", "beta": 1.0, "length_normalize": False},
         {"objective": "sft"},
@@ -92,8 +92,10 @@ def test_sequence_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cach
 
 
 def test_token_loss_of_the_teacher_itself_is_log_two(tmp_path: Path, toy_cache: Path, toy_teacher: Path) -> None:
-    line = metrics(train(config(tmp_path / "run", toy_cache, toy_teacher, steps=1)))[0]
-    assert math.isclose(line["loss"], math.log(2), abs_tol=1e-3)
+    for pairs in ("all", "drawn", "argmax"):
+        out = train(config(tmp_path / pairs, toy_cache, toy_teacher, steps=1, token_pairs=pairs))
+        line = metrics(out)[0]
+        assert math.isclose(line["loss"], math.log(2), abs_tol=1e-3)
     assert line["teacher_miss_rate"] == 0
     # nothing between a model and itself but the cache's grid
     for name in ("kld", "rkld", "kld_first", "rkld_first"):
@@ -138,9 +140,18 @@ def test_what_is_measured_is_what_full_logits_say(tmp_path: Path, toy_cache: Pat
 
 def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     """Positions are weighted alike whether a step's rows come in one forward pass or in four of unequal lengths."""
-    whole = train(config(tmp_path / "a", toy_cache, toy_student, batch_size=8, sft_weight=1.0))
+    argmax = {"token_pairs": "argmax"}
+    whole = train(config(tmp_path / "a", toy_cache, toy_student, batch_size=8, sft_weight=1.0, **argmax))
     parts = train(
-        config(tmp_path / "b", toy_cache, toy_student, batch_size=2, gradient_accumulation_steps=4, sft_weight=1.0)
+        config(
+            tmp_path / "b",
+            toy_cache,
+            toy_student,
+            batch_size=2,
+            gradient_accumulation_steps=4,
+            sft_weight=1.0,
+            **argmax,
+        )
     )
     for one, two in zip(metrics(whole), metrics(parts), strict=True):
         assert one["tokens"] == two["tokens"]
@@ -149,14 +160,14 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: 
 
 
 def test_a_chunked_head_changes_nothing(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    whole = metrics(train(config(tmp_path / "a", toy_cache, toy_student, student_token="sample")))
-    parts = metrics(train(config(tmp_path / "b", toy_cache, toy_student, student_token="sample", logits_chunk=7)))
+    whole = metrics(train(config(tmp_path / "a", toy_cache, toy_student, token_pairs="drawn")))
+    parts = metrics(train(config(tmp_path / "b", toy_cache, toy_student, token_pairs="drawn", logits_chunk=7)))
     for one, two in zip(whole, parts, strict=True):
         assert math.isclose(one["loss"], two["loss"], rel_tol=1e-5)
 
 
 def test_resuming_gives_the_run_that_was_never_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    options = {"steps": 7, "save_every": 3, "student_token": "sample", "keep_checkpoints": 5}
+    options = {"steps": 7, "save_every": 3, "token_pairs": "drawn", "keep_checkpoints": 5}
     whole = train(config(tmp_path / "whole", toy_cache, toy_student, **options))
     again = train(config(tmp_path / "again", toy_cache, toy_student, **options))
     # as a kill in step 5 leaves it: a checkpoint of step 3, lines of steps 4 and 5, half a line more
@@ -177,7 +188,7 @@ def test_a_complete_run_is_left_alone_and_another_is_refused(
     out = train(config(tmp_path / "run", toy_cache, toy_student))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     train(config(out, toy_cache, toy_student))
-    with pytest.raises(UserError, match=r"holds another run; differing: options\.beta: 0\.1 -> 0\.3"):
+    with pytest.raises(UserError, match=r"holds another run; differing: options\.beta: 1\.0 -> 0\.3"):
         train(config(out, toy_cache, toy_student, beta=0.3))
     with pytest.raises(UserError, match="is not empty and holds no run of dpkd"):
         train(config(tmp_path, toy_cache, toy_student))

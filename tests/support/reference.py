@@ -56,7 +56,7 @@ def read_rows(cache: TeacherCache, round_name: str | None) -> Iterator[tuple[Cac
         shard = cache.read(record)
         students = None if round_name is None else cache.read_round(cache.round(round_name), record)
         for index in range(len(shard)):
-            student = None if students is None else students.row(students.place_of[shard.key(index)])
+            student = None if students is None else students.row(students.index_of[shard.key(index)])
             yield shard.row(index), student
 
 
@@ -101,7 +101,9 @@ def forward_kl(log_p: dict[int, float], log_q_V: Tensor) -> Tensor:
 def token_loss(
     config: TrainConfig, model: Any, cache: TeacherCache, log_p: dict[int, float], log_q_V: Tensor
 ) -> Tensor:
-    """-log sigma(beta [log q(y_t)/p(y_t) - log q(y_s)/p(y_s)]) of the two arg-maxes."""
+    """-log sigma(beta [log q(y_t)/p(y_t) - log q(y_s)/p(y_s)]) of all pairs, or of the two arg-maxes."""
+    if config.token_pairs == "all":
+        return all_pairs_loss(config.beta, log_p, log_q_V)
     num_tokens = cache.identities["tokenizer"]["num_tokens"]
     teacher_token = next(iter(log_p))
     student_token = int(log_q_V[:num_tokens].argmax())
@@ -112,16 +114,33 @@ def token_loss(
     return (1 + (-config.beta * delta).exp()).log()
 
 
+def all_pairs_loss(beta: float, log_p: dict[int, float], log_q_V: Tensor) -> Tensor:
+    """The expected loss of a token of the teacher and one of the student, pair by pair, the tail as one token."""
+    tokens = [token for token in log_p if token >= 0]
+    in_tail_V = torch.ones(len(log_q_V), dtype=torch.bool)
+    in_tail_V[tokens] = False
+    q = torch.cat([log_q_V[tokens].exp(), log_q_V[in_tail_V].exp().sum()[None]])
+    p = torch.tensor([*(log_p[token] for token in tokens), log_p[-1]], dtype=torch.float64).exp()
+    p = p / p.sum()
+    ratio = (q / p).log()
+    loss = torch.zeros((), dtype=torch.float64)
+    for chosen in range(len(p)):
+        margins = beta * (ratio[chosen] - ratio)
+        loss = loss + p[chosen] * (q * (1 + (-margins).exp()).log()).sum()
+    return loss
+
+
 def sequence_loss(
     config: TrainConfig, chosen_TV: Tensor, rejected_TV: Tensor, chosen: CachedRow, rejected: CachedRow
 ) -> Tensor:
-    """Eq. 9: -log sigma(r(y_t) - r(y_s)), r = beta/|y| log q(y)/p(y)."""
+    """Eq. 9: -log sigma(r(y_t) - r(y_s)), r = beta/|y| log q(y)/p(y), with a share of it for the reversed pair."""
     rewards = []
     for log_q_TV, row in ((chosen_TV, chosen), (rejected_TV, rejected)):
         ids = row.response_ids.tolist()
         log_q = torch.stack([log_q_TV[position, token] for position, token in enumerate(ids)]).sum()
         rewards.append(config.beta / len(ids) * (log_q - float(row.response_logprobs.astype("float64").sum())))
-    return (1 + (rewards[1] - rewards[0]).exp()).log()
+    forwards, reversed_ = ((1 + (sign * (rewards[1] - rewards[0])).exp()).log() for sign in (1, -1))
+    return (1 - config.smoothing) * forwards + config.smoothing * reversed_
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ quick = settings(deadline=None, max_examples=40)
 def divergence(name: str, p: Tensor, q: Tensor, **options: Any) -> Tensor:
     """The divergence of the table, with the options of `dpkd train` that it takes."""
     defaults: dict[str, Any] = {"jsd_beta": 0.5, "akl_mu": 0.5, "skew_alpha": 0.1, "tail": "uniform"}
+    defaults |= {"ab_alpha": 0.2, "ab_beta": 0.7}
     return DIVERGENCES[name].bind(SimpleNamespace(**(defaults | options)))(p, q)
 
 

@@ -239,7 +239,7 @@ def test_an_unknown_form_is_refused() -> None:
         ("beta", math.nan),
         ("gamma", -0.1),
         ("dpop_lambda", -1.0),
-        ("label_smoothing", 0.5),
+        ("label_smoothing", 0.6),
         ("label_smoothing", -0.1),
     ],
 )

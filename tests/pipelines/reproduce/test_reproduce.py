@@ -134,7 +134,7 @@ def runs(
         config = {
             "cache": toy_cache, "student": student, "round": "r0", "out": folder / name, "level": "sequence",
             "epochs": 1, "batch_size": 8, "validation_examples": 4, "validate_every": 2, "save_every": None,
-            "tracker": "none", "device": "cpu", "learning_rate": 1e-3,
+            "responses": "all", "tracker": "none", "device": "cpu", "learning_rate": 1e-3,
         }  # fmt: skip
         train(TrainConfig.parse(config, where="test"))
         student = str(folder / name)

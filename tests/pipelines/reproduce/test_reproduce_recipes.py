@@ -50,7 +50,7 @@ def test_defaults_are_of_one_command_and_one_file(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", "[defaults.train]\nbeta = 0.7\nsteps = 3\n" + TRAIN.format("a") + "steps = 5\n")
     path = write(tmp_path / "b.toml", 'include = ["a.toml"]\n' + TRAIN.format("b"))
     found = options_of(path)
-    assert [(step["beta"], step["steps"]) for step in found] == [(0.7, 5), (0.1, None)]
+    assert [(step["beta"], step["steps"]) for step in found] == [(0.7, 5), (1.0, None)]
 
 
 VARIANTS = """
@@ -81,7 +81,7 @@ def test_each_variant_repeats_the_rounds_from_the_first_student(tmp_path: Path) 
     ]  # fmt: skip
     found = [step.config.model_dump(mode="json") for step in steps]
     assert [step["student"] for step in found] == ["first", "plain-0", "first", "smooth-0"]
-    assert [step["label_smoothing"] for step in found] == [0.0, 0.0, 0.2, 0.2]
+    assert [step["label_smoothing"] for step in found] == [None, None, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
