@@ -1,4 +1,4 @@
-"""LoRA through `peft`: adapters on frozen linear layers, saved by themselves or merged into the weights."""
+"""LoRA through `peft`: adapters on frozen linear layers, saved alone or merged into the weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.student.init import skeleton
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of the student's own names inside peft's wrapper
+_PREFIX = "base_model.model."  # that peft's wrapper puts before the student's own names
 
 
 def check_adapters(source: ModelSource, config: TrainConfig) -> None:
@@ -29,12 +30,11 @@ def check_adapters(source: ModelSource, config: TrainConfig) -> None:
         return
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs the package peft, which is not installed", advice="pip install 'dpkd[lora]'")
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [
+        name for name, module in skeleton(source.config).named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
     for target in config.lora_target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
@@ -48,9 +48,9 @@ def check_adapters(source: ModelSource, config: TrainConfig) -> None:
 
 
 def add_adapters(model: Any, config: TrainConfig) -> PeftModel:
-    """Freeze `model` and add adapters to it, in place; they compute 0 until they are trained.
+    """Freeze `model` and add adapters to it, in place; returns the wrapper that saves and loads them.
 
-    Their random initial weights depend on the seed alone. The wrapper that is returned saves and loads them.
+    Their random initial weights depend on the seed alone. Until they are trained, they change no output.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -63,12 +63,12 @@ def add_adapters(model: Any, config: TrainConfig) -> PeftModel:
     )
     torch.manual_seed(config.seed)
     adapters = get_peft_model(model, lora)
-    lora.base_model_name_or_path = config.student  # peft fills in the path of a hub's snapshot on this machine
+    lora.base_model_name_or_path = config.student  # peft would fill in a local path for a model from a hub
     return adapters
 
 
 def save_adapters(adapters: PeftModel, directory: Path, weights: dict[str, Tensor]) -> None:
-    """Write the adapters among `weights`, which have the student's own names, to `directory` in peft's format."""
+    """Write the adapters in `weights`, under the student's own names, to `directory` in peft's format."""
     named = {f"{_PREFIX}{name}": value for name, value in weights.items()}
     # peft would otherwise ask the hub whether the vocabulary was resized
     adapters.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
@@ -83,16 +83,16 @@ def load_adapters(adapters: PeftModel, directory: Path) -> None:
 
 
 def merge_adapters(adapters: PeftModel, source: ModelSource, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """The student of `source`, loaded again, with the adapters among `weights` merged into its own weights.
+    """The student of `source`, loaded again, with the adapters in `weights` merged into its own weights.
 
-    The model in training stays as it is. Takes the memory of one student in float32 on the CPU.
+    The model in training does not change. Needs the memory of one student in float32 on the CPU.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     named = {f"{_PREFIX}{name}": value for name, value in weights.items()}
     saved = get_peft_model_state_dict(adapters, named, save_embedding_layers=False)
     lora = copy.deepcopy(adapters.peft_config["default"])
-    # adapters have no memory until they are set: no random numbers are drawn in the middle of a run
+    # with `low_cpu_mem_usage`, new adapters are not initialised: no random numbers are drawn in the middle of a run
     student = get_peft_model(source.load("float32"), lora, low_cpu_mem_usage=True)
     set_peft_model_state_dict(student, saved, low_cpu_mem_usage=True)
     return cast("PreTrainedModel", student.merge_and_unload())

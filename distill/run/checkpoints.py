@@ -1,4 +1,4 @@
-"""Checkpoints and students on disk: Hugging Face directories, complete or absent, gathered from all ranks."""
+"""Checkpoints and students on disk: Hugging Face directories, gathered from all ranks, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OPTIMIZER = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose checksums are right: its directory, the steps done, and the loop's own state."""
+    """A checkpoint with correct checksums: its directory, its number of steps, and the loop's own state."""
 
     directory: Path
     step: int
@@ -50,8 +50,8 @@ class Checkpoint:
 class StudentFiles:
     """How a student is written: class and config of `model`, the tokenizer of `source`.
 
-    A student with `adapters` is saved with them `merged` into its weights, or as the adapters alone. Its checkpoints
-    always hold the adapters alone, so that training resumes with exactly the same numbers.
+    With `adapters`, the student is saved as the adapters alone, or with them `merged` into its weights. Checkpoints
+    always hold the adapters alone, so that a resumed run computes exactly the same numbers.
     """
 
     model: PreTrainedModel
@@ -84,7 +84,7 @@ def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights:  # tied weights are one tensor again: transformers writes them once
+        if name in weights:  # make tied weights one tensor again: transformers then writes them once
             weights[name] = weights[first.setdefault(id(parameter), name)]
     return weights
 
@@ -92,8 +92,8 @@ def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's moments and step counts as `PARAMETER.NAME`: on the CPU of rank zero, empty on other ranks.
 
-    Every rank must call it, after `gather_weights`: a sharded model that has just been validated shows its parameters
-    unsharded until its state is read.
+    Every rank must call it, after `gather_weights`: after a validation, a sharded model has unsharded parameters until
+    its weights are read.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
@@ -105,7 +105,7 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore moments and step counts. Rank zero reads them and sends them to the others, tensor by tensor."""
+    """Restore moments and step counts. Rank zero reads them and broadcasts them, tensor by tensor."""
     several = torch.distributed.is_initialized()
     state: dict[str, Any] = {}
     with safe_open(checkpoint.directory / _OPTIMIZER, framework="pt") as file:
@@ -134,7 +134,7 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint-STEP` from gathered weights and moments, then delete all but the `keep` newest.
 
-    `state` is JSON and is returned unchanged by `latest_checkpoint`. Raises `UserError` when the disk refuses.
+    `state` is JSON and is returned unchanged by `latest_checkpoint`. Raises `UserError` when it cannot be written.
     """
     with replacing_directory(run_dir / f"checkpoint-{step}") as temporary:
         student.save(temporary, weights, facts, merged=False)
@@ -147,7 +147,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(run_dir: Path, choice: Literal["latest", "previous"] = "latest") -> Checkpoint | None:
-    """The newest checkpoint, None without one; raises `UserError` when one of its files is corrupt.
+    """The newest checkpoint, or None; raises `UserError` when one of its files is corrupt.
 
     With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned.
     """
@@ -196,7 +196,7 @@ def _corrupt(directory: Path, name: str, actual: str, expected: str) -> UserErro
 def save_student(
     directory: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str | None = None
 ) -> None:
-    """Replace `directory` by a student ready for use, with its model card; `UserError` when the disk refuses."""
+    """Replace `directory` by a student ready for use, with its model card; `UserError` when it cannot be written."""
     with replacing_directory(directory) as temporary:
         student.save(temporary, weights, facts, merged=student.merged)
         if card is not None:
@@ -206,7 +206,7 @@ def save_student(
 def finish_run(
     run_dir: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str
 ) -> None:
-    """Put the trained student at the root of the run, then write `run.json`, which marks the run as complete."""
+    """Write the trained student to the run directory, then `run.json`, which marks the run as complete."""
     temporary = run_dir / ".final"
     save_student(temporary, student, weights, facts, card)
     for file in sorted(temporary.iterdir()):

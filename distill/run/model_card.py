@@ -1,34 +1,59 @@
-"""The README.md of a trained student: what it was made of and how it measured, in the form that model hubs read."""
+"""The README.md of a trained student, as model hubs read it: what it was made of, and its metrics."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from dpkd.core.markdown import markdown_table
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.setup import Run
 
-_FIGURES = ("loss", "kld", "rkld", "reward_margin", "preference_accuracy", "top1_agreement", "rouge_l")
+_METRICS = ("loss", "kld", "rkld", "reward_margin", "preference_accuracy", "top1_agreement", "rouge_l")
+_CARD = """---
+{front}
+---
+
+# {student}, distilled
+
+Trained with [Direct Preference Knowledge Distillation](https://arxiv.org/abs/2406.19774) by `dpkd`.
+
+{provenance}
+## Metrics
+
+{metrics}
+## How to train it again
+
+```
+dpkd train --config dpkd.toml
+```
+
+```toml
+{options}
+```
+"""
 
 
 def model_card(run: Run, steps: int, training: dict[str, Any] | None, validation: dict[str, Any] | None) -> str:
-    """Markdown with YAML front matter; `training` and `validation` are the last lines of metrics, where there are."""
+    """Markdown with YAML front matter; `training` and `validation` are the last lines of their logs, if any."""
     config, facts = run.config, run.facts
-    adapter = config.lora_rank is not None and config.lora_save == "adapter"
-    student = facts["student"]["name"]
-    front = {
-        "library_name": "peft" if adapter else "transformers",
-        "base_model": student,
-        "pipeline_tag": "text-generation",
-        "tags": ["dpkd", "knowledge-distillation", *(["lora"] if config.lora_rank is not None else [])],
-    }
+    lora = config.lora_rank is not None
+    front = ModelCardData(
+        library_name="peft" if lora and config.lora_save == "adapter" else "transformers",
+        base_model=facts["student"]["name"],
+        pipeline_tag="text-generation",
+        tags=["dpkd", "knowledge-distillation", *(["lora"] if lora else [])],
+    )
     teacher = None if run.cache_identities is None else run.cache_identities["teacher"]
-    made_of = [
+    data = facts.get("data") or (run.cache_identities or {}).get("data")
+    provenance = [
         ("Student before training", _named(facts["student"])),
         ("Teacher", "none: trained on reference responses" if teacher is None else _named(teacher)),
         ("Teacher cache", facts.get("cache")),
         ("Round of student responses", facts.get("round")),
-        ("Data", _data(run)),
+        ("Data", data and json.dumps(data, ensure_ascii=False)),
         ("Prompt template", facts["template"]["name"]),
         ("Objective", _objective(config)),
         ("Text corpus", facts.get("corpus") and json.dumps(facts["corpus"])),
@@ -36,35 +61,13 @@ def model_card(run: Run, steps: int, training: dict[str, Any] | None, validation
         ("Steps", steps),
         ("Software", ", ".join(f"{name} {version}" for name, version in facts["software"].items())),
     ]
-    lines = [
-        "---",
-        # JSON is YAML, and needs no care about what a name may hold
-        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
-        "---",
-        "",
-        f"# {student}, distilled",
-        "",
-        "Trained by [Direct Preference Knowledge Distillation](https://arxiv.org/abs/2406.19774) with `dpkd`.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in made_of if value),
-        "",
-        "## Measured",
-        "",
-        *_measures(training, validation),
-        "",
-        "## How to train it again",
-        "",
-        "```",
-        "dpkd train --config dpkd.toml",
-        "```",
-        "",
-        "```toml",
-        config.model_copy(update={"out": config.out.name}).to_toml().strip(),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    return _CARD.format(
+        front=front.to_yaml().strip(),
+        student=facts["student"]["name"],
+        provenance=markdown_table(["", ""], [row for row in provenance if row[1]], left=2),
+        metrics=_metrics(training, validation),
+        options=config.model_copy(update={"out": config.out.name}).to_toml().strip(),
+    )
 
 
 def _named(identity: dict[str, Any]) -> str:
@@ -73,27 +76,19 @@ def _named(identity: dict[str, Any]) -> str:
     return f"`{identity['name']}`{revision}{weights}"
 
 
-def _data(run: Run) -> str | None:
-    data = run.facts.get("data") or (run.cache_identities or {}).get("data")
-    return None if data is None else json.dumps(data, ensure_ascii=False)
-
-
 def _objective(config: TrainConfig) -> str:
     terms = " + ".join(f"{weight:g} {name}" for name, weight in config.weights.items())
     preset = f", preset `{config.preset}`" if config.preset else ""
     return f"`{config.objective}`, level `{config.level}`, beta {config.beta:g}{preset}; terms: {terms}"
 
 
-def _measures(training: dict[str, Any] | None, validation: dict[str, Any] | None) -> list[str]:
-    columns = [
-        (name, line) for name, line in (("last step", training), ("held-out rows", validation)) if line is not None
-    ]
-    if not columns:
-        return ["Nothing was measured."]
+def _metrics(training: dict[str, Any] | None, validation: dict[str, Any] | None) -> str:
+    columns = {name: line for name, line in (("last step", training), ("validation", validation)) if line is not None}
     rows = [
-        [key, *("" if line.get(key) is None else f"{line[key]:.4f}" for _, line in columns)]
-        for key in _FIGURES
-        if any(line.get(key) is not None for _, line in columns)
+        [key, *("" if line.get(key) is None else f"{line[key]:.4f}" for line in columns.values())]
+        for key in _METRICS
+        if any(line.get(key) is not None for line in columns.values())
     ]
-    heads = ["", *(f"{name} (step {line['step']})" for name, line in columns)]
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+    if not rows:
+        return "No metrics were recorded.\n"
+    return markdown_table(["", *(f"{name} (step {line['step']})" for name, line in columns.items())], rows)

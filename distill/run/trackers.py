@@ -1,4 +1,4 @@
-"""Where a run's figures are shown beside `metrics.jsonl`, which is always written: a tracker of accelerate's."""
+"""Experiment trackers, through accelerate. They show what `metrics.jsonl` records in any case."""
 
 from __future__ import annotations
 
@@ -10,48 +10,46 @@ from accelerate import Accelerator
 from dpkd.core.errors import UserError, first_line
 from dpkd.distill.options.train import TrainConfig
 
-PROJECT = "dpkd"
-#: what a tracker writes of a run, beside its metrics
+#: where a tracker writes in the run directory
 TRACKER_DIR = "tracker"
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def choose_tracker(name: str) -> str | None:
-    """The tracker that `--tracker` means; None for none. `auto` is TensorBoard where it is installed.
+    """The tracker for `--tracker NAME`, None for none; `auto` is TensorBoard if it is installed.
 
-    Raises `UserError` for one that is asked for and not installed.
+    Raises `UserError` for a named tracker that is not installed.
     """
     if name == "none":
         return None
     if name == "auto":
         return "tensorboard" if importlib.util.find_spec("tensorboard") is not None else None
-    if importlib.util.find_spec(_PACKAGES[name]) is None:
+    if importlib.util.find_spec(name) is None:
         raise UserError(
-            "the tracker is not installed",
-            found=f"--tracker {name}",
-            advice=f"pip install {_PACKAGES[name]}, or leave it out",
+            "the tracker is not installed", found=f"--tracker {name}", advice=f"pip install {name}, or leave it out"
         )
     return name
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig, first: int) -> None:
-    """Begin (or go on) showing the run, from the step after `first`; raises `UserError` when the tracker will not."""
+    """Start the tracker, or continue a resumed run's after step `first`; `UserError` when the tracker cannot start."""
     name = choose_tracker(config.tracker)
     if name is None:
         return
-    # TensorBoard would make a run of its own of the options, at every start; the run's dpkd.toml holds them
-    options = None if name == "tensorboard" else config.model_dump(mode="json", exclude_none=True)
-    arguments: dict[str, Any] = {"tensorboard": {"purge_step": first + 1}} if name == "tensorboard" else {}
-    if name == "wandb" and accelerator.is_main_process:  # its files stand with the run, not where the command was given
-        arguments = {"wandb": {"dir": str(config.out / TRACKER_DIR)}}
+    options: dict[str, Any] | None = config.model_dump(mode="json", exclude_none=True)
+    arguments: dict[str, Any] = {}
+    if name == "tensorboard":
+        options = None  # it would show each start's options as a run of their own; the run's dpkd.toml has them
+        arguments = {"tensorboard": {"purge_step": first + 1}}
+    elif name == "wandb" and accelerator.is_main_process:  # by default it writes to the current directory
         (config.out / TRACKER_DIR).mkdir(parents=True, exist_ok=True)
+        arguments = {"wandb": {"dir": str(config.out / TRACKER_DIR)}}
     try:
-        accelerator.init_trackers(PROJECT, config=options, init_kwargs=arguments)
+        accelerator.init_trackers("dpkd", config=options, init_kwargs=arguments)
     except Exception as error:
         raise UserError(
             f"the tracker cannot start: {first_line(error)}",
             found=f"--tracker {name}",
-            advice="Mend its settings, or give --tracker none: the figures are in metrics.jsonl all the same",
+            advice="Check its settings, or give --tracker none: metrics.jsonl has the same numbers",
         ) from error
 
 

@@ -76,7 +76,7 @@ def test_what_a_directory_of_adapters_holds(runs: tuple[Path, Path], toy_student
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
     assert settings["base_model_name_or_path"] == str(toy_student)
     card = (adapter / "README.md").read_text()
-    assert 'library_name: "peft"' in card
+    assert "library_name: peft\n" in card
     assert "LoRA of rank 4, adapter" in card
     checkpoint = adapter / "checkpoint-4"
     assert (checkpoint / "adapter_model.safetensors").is_file()
