@@ -85,7 +85,7 @@ def eval_config(kind: Any, arguments: argparse.Namespace, name: str, model: Path
         seeds=(10, 20),
         max_new_tokens=arguments.max_new_tokens,
         max_num_seqs=256,
-        engine="transformers",
+        engine="auto",
         device=arguments.device,
         perplexity=False,
         num_bootstrap=200,
@@ -128,7 +128,7 @@ def prepare(arguments: argparse.Namespace) -> None:
                 template="chat",
                 top_k=64,
                 max_new_tokens=arguments.max_new_tokens,
-                engine="transformers",
+                engine="auto",
                 max_num_seqs=128,
                 device=arguments.device,
             )

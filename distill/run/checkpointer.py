@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from dpkd.core.progress import say
 from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
 from dpkd.distill.run.loader import StepLoader
-from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line
+from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line, progress_to_teacher
 from dpkd.distill.run.model_card import model_card
 from dpkd.distill.run.ranks import on_rank_zero
 from dpkd.distill.run.setup import Run
@@ -72,6 +72,8 @@ class Checkpointer:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._accelerator.is_main_process:
+            for text in progress_to_teacher(out / VALIDATION_LOG):
+                say(text)
             say(f"the run {out} is complete: {done} steps")
         return out
 

@@ -99,6 +99,29 @@ class NormSpikes:
         return text
 
 
+def progress_to_teacher(path: Path) -> list[str]:
+    """What the validations of a run say at its end: distance from the teacher before and after; the best step.
+
+    A second sentence warns of a student that ends further from the teacher than it started.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = [line for line in lines if line.get("kld") is not None]
+    if len(lines) < 2:
+        return []
+    first, last, best = lines[0], lines[-1], min(lines, key=lambda line: line["kld"])
+    agreement = " -> ".join(f"{line['top1_agreement']:.0%}" for line in (first, last))
+    said = [
+        f"KL to the teacher {first['kld']:.2f} -> {last['kld']:.2f}, top-1 agreement {agreement}, "
+        f"best KL at step {best['step']}"
+    ]
+    if last["kld"] > first["kld"]:
+        said.append(
+            "warning: the student is further from the teacher than before training. Lower --learning-rate, or see "
+            "'Where each objective ends' in docs/objectives.md"
+        )
+    return said
+
+
 def shown(line: dict[str, Any]) -> list[str]:
     """The metrics of a validation that are shown during a run."""
     names = ("loss", "kld", "rkld", "reward_margin", "rouge_l")

@@ -95,3 +95,18 @@ def test_saving_memory_or_time_changes_no_number(
     for one, two in zip(plain, other, strict=True):
         for key in ("loss", "grad_norm", "kld"):
             assert math.isclose(one[key], two[key], rel_tol=1e-4), key
+
+
+def test_a_run_says_where_it_started_and_where_it_ended(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = train(config(tmp_path / "run", toy_cache, toy_student, validation_examples=4))
+    first, last = (json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines())
+    expected = (
+        f"KL to the teacher {first['kld']:.2f} -> {last['kld']:.2f}, top-1 agreement {first['top1_agreement']:.0%}"
+    )
+    said = capfd.readouterr().err
+    assert expected in said
+    assert "warning" not in said
+    train(config(tmp_path / "worse", toy_cache, toy_student, validation_examples=4, learning_rate=1.0))
+    assert "warning: the student is further from the teacher than before training" in capfd.readouterr().err
