@@ -57,7 +57,7 @@ class ModelSource:
     def stop_token_ids(self) -> list[int]:
         """Ids that end a response: the generation config's EOS ids and the tokenizer's, sorted.
 
-        Without a generation config the model's own config stands for it, as in transformers.
+        Without a generation config the model's own config is used, as in transformers.
         """
         ids: set[int] = set()
         path = self.path / "generation_config.json"

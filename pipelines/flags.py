@@ -16,7 +16,7 @@ from dpkd.core.settings import Location, Settings, read_toml
 from dpkd.pipelines.commands.registry import Command
 
 _WIDTH = {"max_content_width": 100}
-#: where help texts begin, and the longest list of choices that stands in place of the value, in characters
+#: where help texts begin, and the longest list of choices to show as the value, in characters
 _TEXT_COLUMN, _LONG_CHOICE = 26, 50
 #: options of every command that has no `dry_run` of its own
 _GENERAL = (

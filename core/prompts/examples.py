@@ -126,7 +126,7 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
             item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
         if isinstance(item, Example):
             if item.example_id in seen:
-                item = SkippedRow(line, f"id {item.example_id!r} stands on an earlier line")
+                item = SkippedRow(line, f"id {item.example_id!r} is also on an earlier line")
             else:
                 seen.add(item.example_id)
         yield item

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     ObjectiveName = Literal[tuple(OBJECTIVE_TERMS)]
 
-#: Options that stand for a published mix. Options that are given override the preset's.
+#: Options of a published setting. Options that are given override the preset's.
 PRESETS: dict[str, dict[str, Any]] = {
     "released-code": {
         "objective": "dpkd", "level": "token", "token_pairs": "argmax", "student_samples": "forced", "beta": 0.1,

@@ -87,7 +87,7 @@ class CheckpointOptions(Settings):
 
 
 class LoraOptions(Settings):
-    """Low-rank adapters in place of full training."""
+    """Low-rank adapters instead of full training."""
 
     title: ClassVar[str] = "LoRA"
 

@@ -182,7 +182,9 @@ class EvalConfig(InputOptions, AnswerOptions, MetricOptions, EvalEngineOptions):
     def _named_paths(cls, value: Any, info: ValidationInfo) -> Any:
         pairs = [value] if isinstance(value, str) else value
         if info.field_name == "data" and isinstance(pairs, (list, tuple)):
-            pairs = [f"{pair}={SET_PREFIX}{pair}" if pair in KNOWN_SETS else pair for pair in pairs]
+            pairs = [
+                f"{pair}={SET_PREFIX}{pair}" if isinstance(pair, str) and pair in KNOWN_SETS else pair for pair in pairs
+            ]
         return named_values(pairs, "NAME=PATH", "student=runs/dpkd")
 
     @field_validator("field", mode="before")

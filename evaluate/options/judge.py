@@ -130,7 +130,9 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
     def _named_paths(cls, value: Any) -> Any:
         pairs = [value] if isinstance(value, str) else value
         if isinstance(pairs, (list, tuple)):
-            pairs = [f"{pair}={SET_PREFIX}{pair}" if pair in KNOWN_SETS else pair for pair in pairs]
+            pairs = [
+                f"{pair}={SET_PREFIX}{pair}" if isinstance(pair, str) and pair in KNOWN_SETS else pair for pair in pairs
+            ]
         return named_values(pairs, "NAME=PATH", "ours=answers.jsonl")
 
     @field_validator("field", mode="before")

@@ -1,4 +1,4 @@
-"""Copies of a model with Gaussian noise on its weights, each held against a cache's teacher (the paper's Fig. 2)."""
+"""Copies of a model with Gaussian noise on its weights, each compared with a cache's teacher (Fig. 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPORT = "noise.json"
 def add_noise(config: NoiseConfig) -> Path:
     """Write a copy for each scale and seed of `config`, measure each, and sum up in noise.json; its path.
 
-    A copy that is there and was made of the same is left as it is, and so are its measures on the same rows. Raises
+    Existing copies of the same model and measurements on the same rows are kept. Raises
     `UserError` when model and cache do not fit together, and for a directory that holds something else.
     """
     from dpkd.distill.student.measures import check_same_prompts, measure_model

@@ -46,7 +46,7 @@ def prepare_data(config: PrepareConfig) -> Path:
 
 def kept_rows(config: PrepareConfig) -> Iterator[str]:
     """The lines that `config` keeps, as they are to be written; raises `UserError` for data that cannot be read."""
-    # the rows come out as they stand in the file, with every field that they have
+    # rows are written as they are in the file, with all their fields
     lines = config.data.read_text(encoding="utf-8").split("\n") if config.data.is_file() else []
     num_kept = 0
     for item in iter_examples(open_examples(str(config.data))):

@@ -31,11 +31,11 @@ _MADE_BY = {"report": "eval", "judge": "judge", "noise": "add-noise"}
 
 
 class ReproduceConfig(Settings):
-    """What a recipe's artefact is made from: outputs of its steps, and which of the paper's numbers stand beside."""
+    """What a recipe's artefact is made from: outputs of its steps, and the paper's numbers to show next to ours."""
 
     artefact: ArtefactName = Field(description="the table or figure")
     out: Path = Field(description="directory of the artefact")
-    paper: Family = Field("gpt2-120m", description="the family whose numbers stand beside ours")
+    paper: Family = Field("gpt2-120m", description="model family whose numbers in the paper to show next to ours")
     report: Path | None = Field(None, description="the `out` of an eval step")
     judge: Path | None = Field(None, description="the `out` of a judge step")
     noise: Path | None = Field(None, description="the `out` of an add-noise step")

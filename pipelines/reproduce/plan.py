@@ -52,7 +52,7 @@ class _Knowledge:
     cache_rows: dict[str, int | None] = field(default_factory=dict)
 
     def rows_of(self, data: str) -> int | None:
-        """Rows of a data file that is there or will be; None where neither tells."""
+        """Rows of a data file that exists or that a step writes; None if unknown."""
         if data not in self.data_rows:
             self.data_rows[data] = _count_lines(Path(data))
         rows = self.data_rows[data]
@@ -180,7 +180,7 @@ def plan_text(planned: list[PlannedStep]) -> str:
     left = [item for item in planned if not item.finished]
     lines += [
         "",
-        f"{len(left)} of {len(planned)} steps to do (what is there is checked again before it is used):",
+        f"{len(left)} of {len(planned)} steps to do (finished steps are checked again before they are used):",
         f"  models trained: {sum(item.trained for item in left)}",
         f"  training steps: {_partial(item.steps for item in left)}, rows passed: "
         f"{_partial(item.rows for item in left if item.trained)}",

@@ -62,7 +62,7 @@ def _require_matplotlib(config: ReproduceConfig) -> None:
 
 
 def build_artefact(config: ReproduceConfig, command: str) -> list[Path]:
-    """Write the table or figure from outputs that are there; the files. `command` is what stands in it."""
+    """Write the table or figure from existing outputs, with `command` in it; the files."""
     from dpkd.pipelines.reproduce import figures as paper_figures
     from dpkd.pipelines.reproduce.sources import how_made
     from dpkd.pipelines.reproduce.tables import build_table, to_markdown, write_table

@@ -71,7 +71,7 @@ def test_unusable_values_are_skipped_by_line(write_rows: Write) -> None:
     assert "`output`" in skipped[3]
     assert "no user turn" in skipped[4]
     assert "not a list" in skipped[5]
-    assert "'same' stands on an earlier line" in skipped[7]
+    assert "'same' is also on an earlier line" in skipped[7]
 
 
 def test_limit_counts_rows_of_the_file(write_rows: Write) -> None:

@@ -1,0 +1,124 @@
+"""Every option of every command: in `--help` with its default, read somewhere, and refused in plain words."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import shlex
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from support.toys import ROOT
+
+from dpkd.core.errors import UserError
+from dpkd.pipelines.cli import run
+from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.process import run_process
+
+OPTIONS = [(name, key) for name, command in COMMANDS.items() for key in command.options_class().model_fields]
+#: options whose name `TrainConfig.weights` puts together, and that property
+BY_NAME = {f"{term}_weight": "weights" for term in ("dpkd", "sft", "kd", "lm", "minillm")}
+#: options that the command line itself reads
+BY_FLAGS = {"dry_run"}
+
+
+def output_of(*arguments: str) -> tuple[int, str]:
+    """The exit code, and what the command printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        code = run_process(lambda: run(arguments), "a test")
+    return code, printed.getvalue()
+
+
+def names_read(source: str, *, in_options: bool = False) -> set[str]:
+    """Names that a file reads as attributes, or as texts for `getattr`; of a file of options without its validators."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if in_options and isinstance(node, ast.FunctionDef):
+            decorators = ast.dump(ast.Module(node.decorator_list, []))
+            if "validator" in decorators or node.name.startswith("_"):
+                return
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not in_options:
+            found.add(node.value)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def dead_options(keys: set[str], sources: dict[Path, str]) -> set[str]:
+    """Options that no file reads: neither directly nor through a property of the options that does something else."""
+    read: set[str] = set()
+    for path, source in sources.items():
+        read |= names_read(source, in_options="options" in path.parts or path.name == "options.py")
+    by_name = {key for key, text in BY_NAME.items() if text in read}
+    return keys - read - by_name
+
+
+def source_files() -> dict[Path, str]:
+    packages = ("core", "teacher_cache", "distill", "evaluate", "pipelines")
+    return {path: path.read_text() for package in packages for path in (ROOT / package).rglob("*.py")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_option_with_its_text_and_default(name: str) -> None:
+    code, page = output_of(*name.split(), "--help")
+    assert code == 0
+    words = " ".join(page.split())
+    options = COMMANDS[name].options_class()
+    for key, field in options.model_fields.items():
+        assert field.description, key
+        assert re.search(rf"^  {re.escape(options.flag(key))}( |$)", page, flags=re.M), key
+        shown = re.escape(" ".join(field.description.split()))
+        end = "required" if field.is_required() else "default: [^\\]]+"
+        assert re.search(rf"{shown}(; one of [^\[]+)? \[{end}\]", words), key
+    assert options.example.startswith(f"dpkd {name} ")
+    assert options.example in words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_each_command_is_valid(name: str) -> None:
+    words = shlex.split(COMMANDS[name].options_class().example)[1:]
+    code, page = output_of(*words, *([] if "--dry-run" in words else ["--dry-run"]))
+    assert code == 0, page
+
+
+def test_every_option_is_read_by_some_source_file() -> None:
+    assert not dead_options({key for _, key in OPTIONS} - BY_FLAGS, source_files())
+
+
+def test_an_option_that_nothing_reads_is_found() -> None:
+    sources = {
+        Path("distill/options/train.py"): "class C:\n    dead: int\n    read: int\n",
+        Path("a.py"): "config.read",
+    }
+    assert dead_options({"dead", "read"}, sources) == {"dead"}
+
+
+@pytest.mark.parametrize(("name", "key"), OPTIONS)
+def test_wrong_values_are_refused_in_plain_words(name: str, key: str) -> None:
+    options, messages = COMMANDS[name].options_class(), []
+    for value in ("", "-1", "no such value", -1.5, [], [[]], {"a": {}}, 3.7):
+        try:
+            options.parse({key: value}, where="a test", flags={key})
+        except UserError as error:
+            messages.append(str(error))
+    assert not re.search(r"[Ii]nput should|pydantic|Config|Options|Value error|cannot have this", "\n".join(messages))
+
+
+def test_missing_and_misspelt_options_have_one_line_of_help() -> None:
+    assert output_of("trian") == (2, "error: unknown command trian. Did you mean train?\n")
+    assert output_of("train", "--bta", "1") == (2, "error: unknown option --bta. Did you mean --beta?\n")
+    example = f"Example: {COMMANDS['train'].options_class().example}"
+    assert output_of("train")[1].startswith("error: --cache (or --data), --student and --out are required. Example: ")
+    assert output_of("train", "--cache", "c", "--out", "o")[1] == f"error: --student is required. {example}\n"
+    given = ("train", "--cache", "x", "--student", "y", "--out", "z", "--beta", "-1", "--steps", "many")
+    assert (
+        output_of(*given)[1] == "error: --beta must be above 0, found -1; --steps must be a whole number, found many\n"
+    )
