@@ -20,6 +20,9 @@ from dpkd.core.files import is_temporary, write_atomic
 class Folder(Protocol):
     """Files with names such as `shards/teacher-000000.parquet`. `str(folder)` is its path or URL."""
 
+    def __hash__(self) -> int:
+        return id(self)
+
     def read(self, name: str) -> bytes:
         """The bytes of a file; raises `FileNotFoundError` if it does not exist."""
         ...
