@@ -191,7 +191,9 @@ _Column = tuple[str, dict[str, Cell]]
 
 
 def _table(title: str, columns: list[_Column], note: str = "") -> Table:
-    rows = [((name,), [cells[name] for _, cells in columns]) for name in columns[0][1]]
+    rows: list[tuple[tuple[str, ...], list[Cell]]] = [
+        ((name,), [cells[name] for _, cells in columns]) for name in columns[0][1]
+    ]
     return Table(title, [header for header, _ in columns], rows, note=note)
 
 

@@ -79,7 +79,7 @@ def test_unknown_fields_are_refused(make_config: MakeConfig, write_rows: WriteRo
     path = write_rows(_rows(), "d.jsonl")
     with pytest.raises(UserError, match=r"no row has the field .*found question, answers, .*expected reply .*d\.jsonl"):
         read_eval_sets(make_config(**_GIVEN, data=f"d={path}", field="output=reply"), [])
-    with pytest.raises(UserError, match=r"the name 'reply' is none of instruction, input, output"):
+    with pytest.raises(UserError, match=r"the name 'reply' is not one of instruction, input, output"):
         make_config(**_GIVEN, data=f"d={path}", field="reply=answers")
     path.write_text("{oops")
     with pytest.raises(UserError, match=r"line 1 is not JSON: .*d\.jsonl"):

@@ -147,9 +147,7 @@ def test_a_model_that_the_server_does_not_have(options: dict[str, Any]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "error: the judge is no judge at this address: found HTTP 404: The model `gpt-9` does not exist"
-    )
+    assert last.startswith("error: there is no judge at this address: found HTTP 404: The model `gpt-9` does not exist")
 
 
 def test_a_killed_judging_asks_only_for_what_is_missing(
@@ -175,7 +173,7 @@ def test_a_killed_judging_asks_only_for_what_is_missing(
         lines = verdicts.read_bytes().splitlines()[1:]
         assert lines[: len(kept)] == kept
         kept = lines
-    assert "run the same command again to go on" in errors
+    assert "run the same command again to resume" in errors
     assert len(kept) < 2 * NUM_ROWS
     num_before_last = len(endpoint.bodies)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
