@@ -57,6 +57,7 @@ class Folder(Protocol):
 
     def clean_up(self) -> None:
         """Remove the temporary files of interrupted writes. An object store has none."""
+        return
 
     def child(self, name: str) -> Folder:
         """The folder `name` inside this one."""
