@@ -9,6 +9,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint, software_versions
+from dpkd.core.json_lines import read_json_lines
 from dpkd.core.settings import read_toml
 from dpkd.pipelines.commands.noise import REPORT as NOISE_REPORT
 from dpkd.pipelines.reproduce.options import ReproduceConfig
@@ -78,7 +79,7 @@ def read_validations(runs: tuple[Path, ...]) -> list[dict[str, Any]]:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError("the output of a step is missing", where=path, advice=_AGAIN)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for _, line in read_json_lines(path)]
     if not lines:
         raise UserError("the log of a run is empty", where=path, advice=_AGAIN)
     return lines
