@@ -51,7 +51,8 @@ class TermValues:
 class Term(Protocol):
     """A term of an objective. `source` is the part of a micro-batch that it reads: cached rows or the text corpus."""
 
-    source: Literal["rows", "corpus"]
+    @property
+    def source(self) -> Literal["rows", "corpus"]: ...
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -189,8 +190,14 @@ class ArgmaxPairs(_PositionTerm):
     needs = (argmax_pair,)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
-        entries = [values[name] for name in ("entry_ids", "entry_logprobs", "entry_counts", "log_tail")]
-        teacher_rejected_T, miss_T = cached_logprobs(values["rejected_id"], *entries, self.vocab_size)
+        teacher_rejected_T, miss_T = cached_logprobs(
+            values["rejected_id"],
+            values["entry_ids"],
+            values["entry_logprobs"],
+            values["entry_counts"],
+            values["log_tail"],
+            self.vocab_size,
+        )
         teacher_T = (values["entry_logprobs"][:, 0], teacher_rejected_T)
         same_T = values["rejected_id"] == values["entry_ids"][:, 0]
         found = _token_values(self.form, self.options, (values["chosen"], values["rejected"]), teacher_T, same_T)

@@ -36,7 +36,7 @@ class TrainConfig(
     """What to learn from, what to learn, and how."""
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("cache", "data"),)
-    example: ClassVar[str] = "dpkd train --cache cache --student student --out run --sft-weight 1.0"
+    example: ClassVar[str] = "dpkd train --cache cache --student student --out run"
 
     @model_validator(mode="before")
     @classmethod

@@ -126,4 +126,4 @@ def validate(
 
 
 def _as_score(scorer: Any) -> Score:
-    return scorer  # type: ignore[no-any-return]
+    return scorer
