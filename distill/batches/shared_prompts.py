@@ -31,8 +31,8 @@ def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:
     length_P = start_P + rejected_P
     index_PS = np.broadcast_to(np.arange(int(length_P.max())), (len(parts), int(length_P.max())))
     input_ids_PS = np.zeros(index_PS.shape, np.int64)
-    for row_ids, length, ids in zip(input_ids_PS, length_P, parts, strict=True):
-        row_ids[:length] = np.concatenate(ids)
+    for index, ids in enumerate(parts):
+        input_ids_PS[index, : length_P[index]] = np.concatenate(ids)
     position_PS = np.where(index_PS >= start_P[:, None], index_PS - chosen_P[:, None], index_PS)
     position_PS = np.where(index_PS < length_P[:, None], position_PS, 0)
     # the first token of both responses is predicted from the prompt's last token
@@ -61,7 +61,7 @@ def check_sharing(model: nn.Module, name: str) -> None:
     if window is not None and getattr(config, "use_sliding_window", True):
         raise _cannot_share(name, f"attention within a window of {window} tokens")
     device = next(model.parameters()).device
-    prompt, chosen, rejected = np.arange(1, 6), np.arange(6, 9), np.arange(9, 13)
+    prompt, chosen, rejected = [*range(1, 6)], [*range(6, 9)], [*range(9, 13)]
     rows = [TrainingRow(unscored_row(prompt, chosen), unscored_row(prompt, rejected))]
     batch, shared = collate(rows, with_distributions=False).to(device), share_prompts(rows).to(device)
     was_training = model.training
