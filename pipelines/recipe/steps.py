@@ -153,8 +153,8 @@ def _read_step(
     options = recipe.defaults.get(command.name, {}) | {k: v for k, v in table.items() if k not in ("command", "repeat")}
     if number is not None and command.name == "train":
         options |= recipe.variants[variant]
-    values = _filled(options, {**values, **recipe.values}, where)
-    return Step(command.name, command.options_class().parse(values, where=where), number, variant)
+    filled = _filled(options, {**values, **recipe.values}, where)
+    return Step(command.name, command.options_class().parse(filled, where=where), number, variant)
 
 
 def _filled(value: Any, values: Mapping[str, str], where: str) -> Any:
