@@ -1,0 +1,125 @@
+"""What a user gets without asking: defaults that distil, presets that pin what they mean, combinations that are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig
+
+from dpkd.core.errors import UserError
+from dpkd.distill.objectives.statistics import Positions
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.student_state import learning_rate_factor, turn_off_dropout
+from dpkd.distill.training import train
+
+PATHS = {"cache": "c", "student": "s", "out": "o"}
+
+
+def parse(**options: Any) -> TrainConfig:
+    return TrainConfig.parse(PATHS | options, where="here")
+
+
+def test_the_default_compares_all_pairs_and_a_round_is_balanced_and_anchored() -> None:
+    default = parse()
+    assert (default.token_pairs, default.beta, default.weights) == ("all", 1.0, {"dpkd": 1.0})
+    pairs = parse(level="sequence", round="r0")
+    assert (pairs.weights, pairs.smoothing, pairs.origin) == ({"dpkd": 1.0, "kd": 1.0}, 0.5, "teacher")
+    live = parse(level="sequence", student_samples="live", teacher_url=["http://127.0.0.1:1"])
+    assert (live.weights, live.smoothing) == ({"dpkd": 1.0, "kd": 1.0}, 0.0)
+
+
+def test_presets_pin_what_they_mean() -> None:
+    paper = parse(preset="paper", round="r0", lm_data="text")
+    assert paper.weights == {"dpkd": 1.0, "lm": 1.0}
+    assert (paper.smoothing, paper.beta, paper.origin, paper.length_normalize) == (0.0, 1.0, "teacher", True)
+    code = parse(preset="released-code", lm_data="text")
+    assert code.weights == {"dpkd": 0.5, "sft": 0.5, "lm": 0.5}
+    assert (code.token_pairs, code.beta, code.smoothing, code.dropout) == ("argmax", 0.1, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "kd", "round": "r0"}, "the student's own responses, and cross-entropy on them teaches nothing"),
+        ({"sft_weight": 1.0, "round": "r0"}, "the student's own responses, and cross-entropy on them teaches nothing"),
+        ({"objective": "ipo"}, "compares single tokens: give --token-pairs drawn or argmax"),
+        (
+            {"level": "sequence", "round": "r0", "best_metric": "reward_margin", "validation_examples": 2},
+            "--best-metric reward_margin is best where a fixed round is overshot",
+        ),
+        (
+            {"level": "sequence", "round": "r0", "best_metric": "loss", "validation_examples": 2},
+            "--best-metric loss is best where a fixed round is overshot",
+        ),
+        ({"teacher_floor": True}, "--teacher-floor needs --objective dpkd or dpop with --level sequence"),
+        ({"objective": "seqkd", "responses": "all"}, "--objective seqkd learns from the teacher's responses"),
+    ],
+    ids=str,
+)
+def test_what_would_train_on_the_wrong_thing_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(**options)
+
+
+def test_seqkd_reads_teacher_responses_also_of_a_growing_cache() -> None:
+    """A followed cache is read by the same property as a finished one."""
+    assert parse(objective="seqkd", follow=True).origin == "teacher"
+    assert parse(objective="forward-kl", follow=True).origin is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        OPTConfig(
+            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+            word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.1, attention_dropout=0.1, layerdrop=0.3,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_dropout_is_off_in_training_and_the_config_keeps_it(config: PretrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(1, 40)[None]
+    before, kept = [model(input_ids=ids).logits for _ in range(2)], model.config.to_json_string()
+    assert not torch.equal(*before)
+    turn_off_dropout(model)
+    assert torch.equal(*(model(input_ids=ids).logits for _ in range(2)))
+    assert model.training
+    assert model.config.to_json_string() == kept
+
+
+def test_the_first_step_learns_and_the_warm_up_ends_at_the_peak() -> None:
+    factors = [learning_rate_factor(step, 20, parse(warmup_ratio=0.2)) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert all(one > two > 0 for one, two in zip(factors[4:], factors[5:], strict=False))
+    assert math.isclose(factors[12], 0.5)
+    assert learning_rate_factor(0, 1, parse(warmup_ratio=0.0)) == 1.0
+
+
+def test_runs_on_student_samples_are_validated_on_the_teachers_rows(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    """Where they start, a run on the teacher's prefixes and one on the student's own measure the same KL."""
+    common: dict[str, Any] = {
+        "cache": str(toy_cache), "student": str(toy_student), "steps": 1, "batch_size": 4, "device": "cpu",
+        "validation_examples": 4, "responses": "teacher", "objective": "forward-kl",
+    }  # fmt: skip
+    starts = []
+    for name, options in (("teacher", {}), ("student", {"round": "r0"})):
+        run = train(TrainConfig(out=tmp_path / name, **(common | options)))
+        start, _ = (json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines())
+        starts.append((start["kld"], start["rkld"], start["top1_agreement"], start["chosen_length"]))
+    assert starts[0] == starts[1]
+
+
+def test_the_entropy_of_a_token_that_is_ruled_out_is_a_number() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    at = Positions(logits, logits.logsumexp(1), {}, 3)
+    assert math.isclose(float(at.entropy()), math.log(2), rel_tol=1e-6)
