@@ -2,82 +2,94 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-import click
+import typer
+from typer.core import TyperCommand
 
 from dpkd.core.errors import UserError
-from dpkd.core.option_errors import did_you_mean
 from dpkd.core.progress import say
 from dpkd.core.settings import Location, Settings, read_toml
 from dpkd.pipelines.commands.registry import Command
 
-_WIDTH = {"max_content_width": 100}
 #: where help texts begin, and the longest list of choices to show as the value, in characters
 _TEXT_COLUMN, _LONG_CHOICE = 26, 50
-#: options of every command that has no `dry_run` of its own
-_GENERAL = (
-    click.Option(["--config"], metavar="FILE", help="TOML file of these options; flags override it"),
-    click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="an option by its TOML name; repeatable"),
-    click.Option(["--dry-run"], is_flag=True, help="print the resolved options and stop"),
-)
+#: options of every command that has no `dry_run` of its own: type, declaration, default
+_GENERAL: dict[str, tuple[Any, Any, Any]] = {
+    "config": (
+        str | None,
+        typer.Option("--config", metavar="FILE", help="TOML file of these options; flags override it"),
+        None,
+    ),
+    "set": (
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="an option by its TOML name; repeatable"),
+        None,
+    ),
+    "dry_run": (bool, typer.Option("--dry-run", help="print the resolved options and stop"), False),
+}
 
 
-class OptionsCommand(click.Command):
-    """A command whose flags are the fields of its options class, listed by group in `--help`."""
+class OptionsCommand(TyperCommand):
+    """A command whose flags are the fields of `options`, listed by group in `--help`."""
 
-    def __init__(self, command: Command) -> None:
-        self._command, self._options = command, command.options_class()
-        general = [] if "dry_run" in self._options.model_fields else [*_GENERAL]
-        super().__init__(
-            command.name,
-            params=[*(_parameter(self._options, key) for key in self._options.model_fields), *general],
-            help=f"{command.about}\n\n\b\nExample:\n  {self._options.example}",
-            context_settings=_WIDTH,
-        )
+    options: ClassVar[type[Settings]]
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, but a misspelt flag gets one suggestion."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            known = [flag for parameter in self.params for flag in parameter.opts]
-            advice = did_you_mean(error.option_name, known) or f"See dpkd {self.name} --help"
-            raise UserError(f"unknown option {error.option_name}", advice=advice) from None
-
-    def invoke(self, ctx: click.Context) -> int:
-        """Run the command with the options of the command line; the exit code."""
-        given = dict(ctx.params)
-        if "dry_run" in self._options.model_fields:
-            return self._command.run(resolve(self._options, given))
-        path, settings, dry_run = given.pop("config"), given.pop("set"), given.pop("dry_run")
-        config = resolve(self._options, given, path, settings)
-        if not dry_run:
-            return self._command.run(config)
-        say(f"the options of dpkd {self.name} (nothing is run):")
-        print(config.to_toml(), end="")
-        return 0
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group of options under its title, with defaults."""
         parameters = {parameter.name: parameter for parameter in self.get_params(ctx)}
         groups = {
-            title: [_help(self._options, parameters.pop(key), key) for key in keys]
-            for title, keys in self._options.groups().items()
+            title: [_help(self.options, parameters.pop(key), key) for key in keys]
+            for title, keys in self.options.groups().items()
         }
-        records = [parameter.get_help_record(ctx) for parameter in parameters.values()]
-        groups.setdefault("Every command" if len(records) > 1 else "Options", []).extend(filter(None, records))
+        records = [
+            (f"{', '.join(item.opts)} {item.metavar or ''}".rstrip(), str(item.help)) for item in parameters.values()
+        ]
+        groups.setdefault("Every command" if len(records) > 1 else "Options", []).extend(records)
         for title, rows in groups.items():
             with formatter.section(title):
                 for spelled, text in rows:
                     _write_row(formatter, spelled, text)
 
 
-def _write_row(formatter: click.HelpFormatter, spelled: str, text: str) -> None:
-    """As click's `write_dl`, but without line breaks inside `--flags`."""
+def add_command(app: typer.Typer, name: str, command: Command) -> None:
+    """Add `command` to `app` under `name`, with a flag for each field of its options class."""
+    options = command.options_class()
+
+    def call(**given: Any) -> int:
+        if "dry_run" in options.model_fields:
+            return command.run(resolve(options, given))
+        path, settings, dry_run = given.pop("config"), given.pop("set"), given.pop("dry_run")
+        config = resolve(options, given, path, tuple(settings or ()))
+        if not dry_run:
+            return command.run(config)
+        say(f"the options of dpkd {command.name} (nothing is run):")
+        print(config.to_toml(), end="")
+        return 0
+
+    declared = {key: (*_declaration(options, key), None) for key in options.model_fields}
+    if "dry_run" not in options.model_fields:
+        declared |= _GENERAL
+    parameters = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declaration])
+        for key, (kind, declaration, default) in declared.items()
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(
+        name,
+        cls=type("OptionsCommand", (OptionsCommand,), {"options": options}),
+        help=f"{command.about}\n\n\b\nExample:\n  {options.example}",
+        context_settings={"max_content_width": 100},
+    )(call)
+
+
+def _write_row(formatter: Any, spelled: str, text: str) -> None:
+    """As the formatter's `write_dl`, but without line breaks inside `--flags`."""
     first, indent = f"{spelled:<{_TEXT_COLUMN}}", " " * (_TEXT_COLUMN + formatter.current_indent)
     width = formatter.width - len(indent)
     lines = textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
@@ -87,24 +99,25 @@ def _write_row(formatter: click.HelpFormatter, spelled: str, text: str) -> None:
     formatter.write("".join(f"{indent}{line}\n" for line in lines[1:]))
 
 
-def _parameter(options: type[Settings], key: str) -> click.Parameter:
-    """The parameter of a field. All but switches take text, so that flags, TOML and --set give the same errors."""
+def _declaration(options: type[Settings], key: str) -> tuple[Any, Any]:
+    """Type and typer's declaration of a field. All but switches take text: flags, TOML and --set give equal errors."""
     annotation, flag = options.model_fields[key].annotation, options.flag(key)
     repeatable = get_origin(annotation) is dict or annotation == tuple[str, ...]
+    kind: Any = list[str] | None if repeatable else str | None
     if options.is_positional(key):
-        return click.Argument([key], nargs=-1 if repeatable else 1, required=False, metavar=flag)
-    if annotation is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}", key], default=None)
-    return click.Option([flag, key], multiple=repeatable, type=str)
+        return kind, typer.Argument(metavar=flag, show_default=False)
+    if annotation is bool or bool in get_args(annotation):
+        return bool | None, typer.Option(f"{flag}/--no-{flag[2:]}")
+    return kind, typer.Option(flag)
 
 
-def _help(options: type[Settings], parameter: click.Parameter, key: str) -> tuple[str, str]:
+def _help(options: type[Settings], parameter: Any, key: str) -> tuple[str, str]:
     """How to write the option, and its help text with the default."""
     field = options.model_fields[key]
     spelled = " / ".join([*parameter.opts, *parameter.secondary_opts])
     if options.is_positional(key):
         spelled = options.flag(key)
-    elif field.annotation is not bool:
+    elif not parameter.secondary_opts:
         spelled += f" {_metavar(field.annotation, field.metadata)}"
     text, choices = str(field.description), _choices(field.annotation)
     if len("|".join(choices)) > _LONG_CHOICE:
@@ -149,7 +162,7 @@ def resolve(
     Flags and settings override the file, and the file overrides the defaults.
     """
     values = {} if path is None else read_toml(Path(path))
-    flags = {key: value for key, value in given.items() if value not in (None, ())}
+    flags = {key: value for key, value in given.items() if value not in (None, (), [])}
     for setting in settings:
         key, equals, value = setting.partition("=")
         key = key.strip().replace("-", "_")

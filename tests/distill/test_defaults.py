@@ -1,9 +1,10 @@
-"""What a user gets without asking: defaults that distil, presets that pin what they mean, combinations that are refused."""
+"""What a user gets without asking: defaults that distil, presets that pin what they mean, refused combinations."""
 
 from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_the_first_step_learns_and_the_warm_up_ends_at_the_peak() -> None:
     factors = [learning_rate_factor(step, 20, parse(warmup_ratio=0.2)) for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
-    assert all(one > two > 0 for one, two in zip(factors[4:], factors[5:], strict=False))
+    assert all(one > two > 0 for one, two in pairwise(factors[4:]))
     assert math.isclose(factors[12], 0.5)
     assert learning_rate_factor(0, 1, parse(warmup_ratio=0.0)) == 1.0
 
