@@ -296,7 +296,7 @@ def test_a_replica_that_cannot_write_ends_the_job_with_its_words(
     with (
         Progress("rows", len(rows), "rows") as progress,
         RayFiller(ModelSource("toy", toy_teacher), engine_options(config), config) as filler,
-        pytest.raises(UserError, match=r"the file cannot be written.*choose another --out"),
+        pytest.raises(UserError, match=r"the file cannot be written: File exists .* run the same command again"),
     ):
         filler(job, LAYOUT, rows, SAMPLING, progress)
     assert not job.ledger.committed()
