@@ -45,14 +45,8 @@ def align(
     teacher has no mass there: under `uniform`, and under `bucket` where every token is kept, reverse-kl and akl are
     then infinite, unless the logits are cut to `vocab_size` first or are -inf there.
 
-    Args:
-        student_logits_TV: the student's logits.
-        entry_ids_TK: token ids of the kept entries in rank order; -1 beyond a position's count.
-        entry_logprobs_TK: log p of them; -inf beyond a position's count.
-        entry_counts_T: how many entries each position keeps.
-        log_tail_T: log of the teacher's mass outside the entries.
-        tail: what stands for the tokens outside the entries.
-        vocab_size: number of tokens, at most V.
+    Entries are in rank order; beyond a position's count their ids are -1 and their logs -inf. `log_tail_T` is the log
+    of the teacher's mass outside them.
     """
     logits_TV = full_precision(student_logits_TV)
     num_logits = logits_TV.shape[1]

@@ -31,13 +31,8 @@ def minillm_loss(
     # differs from the paper: the samples of a round were drawn by an earlier student, whose log-probs are not kept, so
     # rho has no importance ratio and PPO's clip nothing to act on (docs/objectives.md)
 
-    Args:
-        student_T: log q of the sampled tokens, differentiable.
-        teacher_T: log p of them.
-        row_T: row of each position.
-        num_tokens_B: tokens of each row, EOS counted.
-        single_step_T: KL(q || p) over the next token at each position, differentiable.
-        length_normalize: divide each return by the number of rewards in it.
+    `student_T` and `teacher_T` are log q and log p of the sampled tokens, `single_step_T` is KL(q || p) over the next
+    token at each position. `length_normalize` divides each return by the number of rewards in it.
     """
     num_rows = len(num_tokens_B)
     if bool((num_tokens_B <= 0).any()):

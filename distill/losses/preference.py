@@ -94,29 +94,17 @@ def sequence_preference_loss(
 
     The paper compares ipo and cpo without division by |y| (Table 2): that is `length_normalize=False`. By default they
     are divided, the likelihood term of cpo included, so that the forms differ in one thing at a time.
-
-    Args:
-        form: which of them.
-        student_chosen_B: log q(y_t | x), summed over the response's tokens (nats).
-        student_rejected_B: log q(y_s | x).
-        teacher_chosen_B: log p(y_t | x).
-        teacher_rejected_B: log p(y_s | x).
-        num_chosen_B: |y_t| in tokens, EOS counted.
-        num_rejected_B: |y_s| in tokens, EOS counted.
-        options: constants of the form.
+    Log-probabilities are summed over a response's tokens (nats); `num_*_B` are |y|.
     """
-    _check_form(form, "sequence")
-    _check_smoothing(form, options)
+    _check(form, "sequence", options)
     beta, normalize = options.beta, options.length_normalize or form == "simpo"
     if form in ("cpo", "simpo", "reference-free"):
         teacher_chosen_B, teacher_rejected_B = torch.zeros_like(teacher_chosen_B), torch.zeros_like(teacher_rejected_B)
+    scale = 1.0 if form == "ipo" else beta  # the squared form scales its target by 1/(2 beta), not the ratios
+    chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, scale, normalize)
+    rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, scale, normalize)
     if form == "ipo":
-        # the squared form scales its target by 1/(2 beta), not the ratios
-        chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, 1.0, normalize)
-        rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, 1.0, normalize)
         return (chosen_B - rejected_B - 1 / (2 * beta)) ** 2
-    chosen_B = implicit_reward(student_chosen_B, teacher_chosen_B, num_chosen_B, beta, normalize)
-    rejected_B = implicit_reward(student_rejected_B, teacher_rejected_B, num_rejected_B, beta, normalize)
     if options.teacher_floor:
         rejected_B = rejected_B.clamp(min=0)
     margin_B = chosen_B - rejected_B
@@ -152,8 +140,7 @@ def token_preference_loss(
 
     A token has no length: `length_normalize` is not read. Other forms are defined on whole responses and are refused.
     """
-    _check_form(form, "token")
-    _check_smoothing(form, options)
+    _check(form, "token", options)
     chosen_T, rejected_T = student_chosen_T.float(), student_rejected_T.float()
     delta_T = chosen_T - rejected_T
     if form != "reference-free":
@@ -182,24 +169,18 @@ def all_pairs_preference_loss(
 
     # differs from the paper: the paper and its code compare one drawn or arg-max pair (docs/decisions/0018)
 
-    Args:
-        log_p_TN: log p of N outcomes, normalised; -inf on both sides for an outcome that does not exist.
-        log_q_TN: log q of the same outcomes, differentiable.
-        beta: scale of the reward, above 0.
-        label_smoothing: share eps of preferences that are reversed, from 0 to 0.5.
+    Both sides are normalised, and -inf for an outcome that does not exist; log q is differentiable.
     """
-    options = PreferenceOptions(beta=beta, label_smoothing=label_smoothing)
     pieces = max(1, _PAIRS_AT_ONCE // log_p_TN.shape[1] ** 2)
     parts = [
-        _all_pairs(log_p, log_q, options)
+        _all_pairs(log_p, log_q, beta, label_smoothing)
         for log_p, log_q in zip(log_p_TN.split(pieces), log_q_TN.split(pieces), strict=True)
     ]
     return torch.cat(parts) if parts else log_q_TN.new_zeros(0)
 
 
-def _all_pairs(log_p_TN: Tensor, log_q_TN: Tensor, options: PreferenceOptions) -> Tensor:
+def _all_pairs(log_p_TN: Tensor, log_q_TN: Tensor, beta: float, eps: float) -> Tensor:
     """The loss with its exact gradient, of which only [T, N] is kept for the backward pass."""
-    beta, eps = options.beta, options.label_smoothing
     log_p_TN, log_q_TN = full_precision(log_p_TN), full_precision(log_q_TN)
     exists_TN = ~(torch.isneginf(log_p_TN) | torch.isneginf(log_q_TN))
     with torch.no_grad():
@@ -215,52 +196,6 @@ def _all_pairs(log_p_TN: Tensor, log_q_TN: Tensor, options: PreferenceOptions) -
         gradient_TN = torch.where(exists_TN, q_TN * by_rejected_TN + pushed_down_TN - pushed_up_TN, 0)
     own_TN = torch.where(exists_TN, log_q_TN, 0)
     return value_T + (gradient_TN * (own_TN - own_TN.detach())).sum(dim=1)
-
-
-def dpkd_sequence_loss(
-    student_chosen_B: Float[Tensor, " B"],
-    student_rejected_B: Float[Tensor, " B"],
-    teacher_chosen_B: Float[Tensor, " B"],
-    teacher_rejected_B: Float[Tensor, " B"],
-    num_chosen_B: Int[Tensor, " B"],
-    num_rejected_B: Int[Tensor, " B"],
-    *,
-    beta: float,
-    length_normalize: bool = True,
-) -> Float[Tensor, " B"]:
-    """Eq. 9 (Eq. 8 without `length_normalize`): -log sigma(r(y_t) - r(y_s)) of each pair.
-
-    The arguments are those of `sequence_preference_loss`.
-    """
-    return sequence_preference_loss(
-        "dpkd",
-        student_chosen_B,
-        student_rejected_B,
-        teacher_chosen_B,
-        teacher_rejected_B,
-        num_chosen_B,
-        num_rejected_B,
-        options=PreferenceOptions(beta=beta, length_normalize=length_normalize),
-    )
-
-
-def dpkd_token_loss(
-    student_chosen_T: Float[Tensor, " T"],
-    student_rejected_T: Float[Tensor, " T"],
-    teacher_chosen_T: Float[Tensor, " T"],
-    teacher_rejected_T: Float[Tensor, " T"],
-    *,
-    beta: float,
-) -> Float[Tensor, " T"]:
-    """The released code's loss: -log sigma(beta Delta) of each position; Delta as in `token_preference_loss`."""
-    return token_preference_loss(
-        "dpkd",
-        student_chosen_T,
-        student_rejected_T,
-        teacher_chosen_T,
-        teacher_rejected_T,
-        options=PreferenceOptions(beta=beta),
-    )
 
 
 def implicit_reward(
@@ -284,13 +219,10 @@ def sum_by_row(values_T: Float[Tensor, " T"], row_T: Int[Tensor, " T"], num_rows
     return torch.zeros(num_rows, dtype=values_T.dtype, device=values_T.device).index_add(0, row_T, values_T)
 
 
-def _check_form(form: str, level: str) -> None:
+def _check(form: str, level: str, options: PreferenceOptions) -> None:
     if level not in PREFERENCES.get(form, ()):
         defined = [name for name, levels in PREFERENCES.items() if level in levels]
         raise ValueError(f"no preference form {form!r} at the {level} level, only {', '.join(defined)}")
-
-
-def _check_smoothing(form: str, options: PreferenceOptions) -> None:
     if form == "ipo" and options.label_smoothing > 0:
         raise ValueError(f"label_smoothing is {options.label_smoothing}: ipo is a square, with no label to smooth")
 

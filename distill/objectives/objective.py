@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dpkd.distill.batches.batch import Batch, MicroBatch, narrowed
 from dpkd.distill.losses.preference import implicit_reward, sum_by_row
-from dpkd.distill.objectives.statistics import Statistic, batch_fields, distance_from_teacher, target_logprob
+from dpkd.distill.objectives.statistics import batch_fields, distance_from_teacher, target_logprob
 from dpkd.distill.objectives.terms import make_terms
 from dpkd.distill.options.train import TrainConfig
 
@@ -25,19 +24,8 @@ METRICS = (
 )
 
 
-class Score(Protocol):
-    """`StudentScorer.forward`, wrapped for several devices or not."""
-
-    def __call__(
-        self,
-        input_ids_BS: Tensor,
-        attention_mask_BS: Tensor,
-        row_T: Tensor,
-        predict_T: Tensor,
-        fields: dict[str, Tensor],
-        statistics: Sequence[Statistic],
-        position_ids_BS: Tensor | None = None,
-    ) -> dict[str, Tensor]: ...
+#: `StudentScorer`, wrapped for several devices or not
+Score = Callable[..., dict[str, Tensor]]
 
 
 @dataclass

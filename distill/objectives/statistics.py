@@ -56,17 +56,13 @@ Statistic = Callable[[Positions], dict[str, Tensor]]
 def batch_fields(batch: Batch) -> dict[str, Tensor]:
     """The per-position inputs that a batch has: the response's tokens, and the cached distributions if it has any."""
     fields = {"target_id": batch.target_T}
-    if batch.entry_ids_TK is not None:
-        assert batch.entry_logprobs_TK is not None
-        assert batch.entry_counts_T is not None
-        assert batch.log_tail_T is not None
-        fields |= {
-            "entry_ids": batch.entry_ids_TK,
-            "entry_logprobs": batch.entry_logprobs_TK,
-            "entry_counts": batch.entry_counts_T,
-            "log_tail": batch.log_tail_T,
-        }
-    return fields
+    entries = {
+        "entry_ids": batch.entry_ids_TK,
+        "entry_logprobs": batch.entry_logprobs_TK,
+        "entry_counts": batch.entry_counts_T,
+        "log_tail": batch.log_tail_T,
+    }
+    return fields | {name: value for name, value in entries.items() if value is not None}
 
 
 def target_logprob(at: Positions) -> dict[str, Tensor]:
@@ -110,7 +106,6 @@ class FunctionOfOutcomes:
     outcomes: Outcomes
 
     def __call__(self, at: Positions) -> dict[str, Tensor]:
-        """`function` at the positions `at`."""
         return {self.name: self.function(*self.outcomes(at))}
 
 
@@ -124,17 +119,14 @@ class DrawnOutcomes:
     outcomes: Outcomes
 
     def __call__(self, at: Positions) -> dict[str, Tensor]:
-        """The draws at the positions `at`."""
         log_p_CN, log_q_CN = self.outcomes(at)
         chosen_C1 = _draw(log_p_CN, at.fields["uniform_chosen"])
         rejected_C1 = _draw(log_q_CN.detach(), at.fields["uniform_rejected"])
         return {
-            "chosen": log_q_CN.gather(1, chosen_C1)[:, 0],
-            "rejected": log_q_CN.gather(1, rejected_C1)[:, 0],
-            "teacher_chosen": log_p_CN.gather(1, chosen_C1)[:, 0],
-            "teacher_rejected": log_p_CN.gather(1, rejected_C1)[:, 0],
-            "same": (chosen_C1 == rejected_C1)[:, 0],
-        }
+            f"{side}{name}": logs_CN.gather(1, drawn_C1)[:, 0]
+            for side, logs_CN in (("", log_q_CN), ("teacher_", log_p_CN))
+            for name, drawn_C1 in (("chosen", chosen_C1), ("rejected", rejected_C1))
+        } | {"same": (chosen_C1 == rejected_C1)[:, 0]}
 
 
 def _draw(logs_CN: Tensor, uniform_C: Tensor) -> Tensor:
@@ -164,9 +156,8 @@ def distance_from_teacher(at: Positions) -> dict[str, Tensor]:
     # the stored logs are rounded, so their sum is a little off 1 and a divergence could come out below 0
     log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_tail"][:, None]], dim=1), dim=1)
     log_q_CN = torch.log_softmax(torch.cat([log_q_CK, log_tail_C[:, None]], dim=1), dim=1)
-    agreement = (at.argmax_C == ids_CK[:, 0]).float()
     return values | {
         "kld": forward_kl(log_p_CN, log_q_CN),
         "rkld": reverse_kl(log_p_CN, log_q_CN),
-        "top1_agreement": agreement,
+        "top1_agreement": (at.argmax_C == ids_CK[:, 0]).float(),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,55 +48,43 @@ class TermValues:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Term(Protocol):
-    """A term of an objective. `source` is the part of a micro-batch that it reads: cached rows or the text corpus."""
+@dataclass(frozen=True)
+class Term:
+    """A term of an objective, by default with one value a position of the chosen responses.
 
-    @property
-    def source(self) -> Literal["rows", "corpus"]: ...
+    `source` is the part of a micro-batch that it reads: cached rows or the text corpus.
+    """
+
+    source: Literal["rows", "corpus"] = "rows"
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
         """Statistics of the student's logits that it reads."""
-        ...
+        return (target_logprob,)
 
     def fields(self, batch: Batch) -> dict[str, Tensor]:
         """Per-position inputs of its statistics that the batch itself does not have."""
-        ...
-
-    def count(self, batch: Batch) -> int:
-        """How many values its loss has on `batch`."""
-        ...
-
-    def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues | None:
-        """Its unreduced loss; None where `batch` lacks what it compares. `values` are the statistics and the fields."""
-        ...
-
-
-@dataclass(frozen=True)
-class _PositionTerm:
-    """A term with one value a position of the chosen responses."""
-
-    source: Literal["rows", "corpus"] = "rows"
-
-    def fields(self, batch: Batch) -> dict[str, Tensor]:
         return {}
 
     def count(self, batch: Batch) -> int:
+        """How many values its loss has on `batch`."""
         return int(batch.num_tokens_B[: batch.num_chosen].sum())
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues | None:
+        """Its unreduced loss; None where `batch` lacks what it compares. `values` are the statistics and the fields."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class CrossEntropy(_PositionTerm):
+class CrossEntropy(Term):
     """-log q of the tokens of the chosen responses, or of the corpus (the paper's L_pt)."""
-
-    needs = (target_logprob,)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
         return TermValues(-values["target"][batch.row_T < batch.num_chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence(_PositionTerm):
+class Divergence(Term):
     """A divergence from the cached distribution at each position of the chosen responses."""
 
     divergence: Callable[[Tensor, Tensor], Tensor]
@@ -111,7 +99,7 @@ class Divergence(_PositionTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient(_PositionTerm):
+class PolicyGradient(Term):
     """MiniLLM's policy gradient on the student's own responses."""
 
     vocab_size: int
@@ -123,19 +111,12 @@ class PolicyGradient(_PositionTerm):
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
         assert batch.teacher_logprob_T is not None
-        loss_T = minillm_loss(
-            values["target"],
-            batch.teacher_logprob_T,
-            batch.row_T,
-            batch.num_tokens_B,
-            values["single_step"],
-            length_normalize=self.length_normalize,
-        )
-        return TermValues(loss_T)
+        sampled = (values["target"], batch.teacher_logprob_T, batch.row_T, batch.num_tokens_B)
+        return TermValues(minillm_loss(*sampled, values["single_step"], length_normalize=self.length_normalize))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllPairs(_PositionTerm):
+class AllPairs(Term):
     """DPKD at each position of the chosen responses, in expectation over all pairs of outcomes."""
 
     options: PreferenceOptions
@@ -155,7 +136,7 @@ class AllPairs(_PositionTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnPairs(_PositionTerm):
+class DrawnPairs(Term):
     """A preference between an outcome drawn from the teacher and one drawn from the student, at each position."""
 
     form: str
@@ -172,32 +153,26 @@ class DrawnPairs(_PositionTerm):
         return {name: torch.rand(batch.num_positions).to(device) for name in names}
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
-        student_T, teacher_T = (
-            (values["chosen"], values["rejected"]),
-            (values["teacher_chosen"], values["teacher_rejected"]),
-        )
+        student_T = (values["chosen"], values["rejected"])
+        teacher_T = (values["teacher_chosen"], values["teacher_rejected"])
         return _token_values(self.form, self.options, student_T, teacher_T, values["same"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArgmaxPairs(_PositionTerm):
+class ArgmaxPairs(Term):
     """The released code's preference between the most likely tokens of teacher and student at each position."""
 
     form: str
     options: PreferenceOptions
     vocab_size: int
 
-    needs = (argmax_pair,)
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (argmax_pair,)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
-        teacher_rejected_T, miss_T = cached_logprobs(
-            values["rejected_id"],
-            values["entry_ids"],
-            values["entry_logprobs"],
-            values["entry_counts"],
-            values["log_tail"],
-            self.vocab_size,
-        )
+        entries = [values[name] for name in ("entry_ids", "entry_logprobs", "entry_counts", "log_tail")]
+        teacher_rejected_T, miss_T = cached_logprobs(values["rejected_id"], *entries, self.vocab_size)
         teacher_T = (values["entry_logprobs"][:, 0], teacher_rejected_T)
         same_T = values["rejected_id"] == values["entry_ids"][:, 0]
         found = _token_values(self.form, self.options, (values["chosen"], values["rejected"]), teacher_T, same_T)
@@ -216,18 +191,12 @@ def _token_values(
     return TermValues(loss_T, preference_metrics(chosen_T, rejected_T) | {"zero_gradient_share": same_T.float()})
 
 
-@dataclass(frozen=True)
-class SequencePreference:
+@dataclass(frozen=True, kw_only=True)
+class SequencePreference(Term):
     """The preference between the teacher's and the student's whole response (Eq. 9), one value a pair."""
 
     form: str
     options: PreferenceOptions
-    source: Literal["rows", "corpus"] = "rows"
-
-    needs = (target_logprob,)
-
-    def fields(self, batch: Batch) -> dict[str, Tensor]:
-        return {}
 
     def count(self, batch: Batch) -> int:
         return batch.num_rows - batch.num_chosen
@@ -273,7 +242,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
 
     def preference() -> Term:
         if config.needs_pairs:
-            return SequencePreference(config.objective, options)
+            return SequencePreference(form=config.objective, options=options)
         if config.token_pairs == "all":
             return AllPairs(options=options, outcomes=outcomes)
         if config.token_pairs == "drawn":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from dpkd.core.bridges import load_bridge
 from dpkd.core.progress import say
 from dpkd.distill.batches.batch import MicroBatch
 from dpkd.distill.batches.collate import collate
-from dpkd.distill.objectives.objective import Objective, Score, StepSums
+from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
@@ -112,7 +111,7 @@ def validate(
         torch.manual_seed(number)
         found = [rows.row(*index) for index in batches[number]]
         micro_batch = MicroBatch(collate(found, with_distributions=run.cache is not None and run.cache.top_k > 0))
-        batch_sums = objective(_as_score(scorer), micro_batch.to(accelerator.device))
+        batch_sums = objective(scorer, micro_batch.to(accelerator.device))
         batch_counts = objective.counts(micro_batch)
         if number != start + rank:
             batch_sums.terms = {name: value * 0 for name, value in batch_sums.terms.items()}
@@ -123,7 +122,3 @@ def validate(
     scorer.train()
     torch.set_rng_state(state)
     return step_means(accelerator, sums, all_reduce_sums(accelerator, counts), objective.weights)
-
-
-def _as_score(scorer: Any) -> Score:
-    return scorer

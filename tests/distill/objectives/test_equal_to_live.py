@@ -18,7 +18,12 @@ from transformers import AutoModelForCausalLM
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.losses.cached_distributions import cached_logprobs
-from dpkd.distill.losses.preference import dpkd_sequence_loss, dpkd_token_loss, sum_by_row
+from dpkd.distill.losses.preference import (
+    PreferenceOptions,
+    sequence_preference_loss,
+    sum_by_row,
+    token_preference_loss,
+)
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -86,7 +91,9 @@ def test_the_token_loss_is_the_live_teachers_up_to_the_grid(
     p_TV = torch.cat([live_logprobs(teacher, row.chosen) for row in rows])
     q_TV = torch.cat([live_logprobs(student, row.chosen) for row in rows])
     y_t, y_s = p_TV.argmax(dim=1), q_TV.argmax(dim=1)
-    live_T = dpkd_token_loss(at(q_TV, y_t), at(q_TV, y_s), at(p_TV, y_t), at(p_TV, y_s), beta=beta)
+    live_T = token_preference_loss(
+        "dpkd", at(q_TV, y_t), at(q_TV, y_s), at(p_TV, y_t), at(p_TV, y_s), options=PreferenceOptions(beta=beta)
+    )
 
     batch = collate(rows, with_distributions=True)
     assert batch.entry_ids_TK is not None
@@ -105,8 +112,13 @@ def test_the_token_loss_is_the_live_teachers_up_to_the_grid(
         batch.log_tail_T,
         cache.vocab_size,
     )
-    cached_T = dpkd_token_loss(
-        at(ours_TV, chosen_T), at(ours_TV, own_T), batch.entry_logprobs_TK[:, 0], teacher_own_T, beta=beta
+    cached_T = token_preference_loss(
+        "dpkd",
+        at(ours_TV, chosen_T),
+        at(ours_TV, own_T),
+        batch.entry_logprobs_TK[:, 0],
+        teacher_own_T,
+        options=PreferenceOptions(beta=beta),
     )
     hit_T = ~miss_T
     assert hit_T.all() if width == "whole vocabulary" else 10 < int(hit_T.sum()) < len(hit_T)
@@ -133,15 +145,15 @@ def test_the_sequence_loss_is_the_live_teachers(
     def lengths(responses: list[CachedRow]) -> Tensor:
         return torch.tensor([len(row.response_ids) for row in responses])
 
-    live_B = dpkd_sequence_loss(
+    live_B = sequence_preference_loss(
+        "dpkd",
         live_sums(student, chosen),
         live_sums(student, rejected),
         live_sums(teacher, chosen),
         live_sums(teacher, rejected),
         lengths(chosen),
         lengths(rejected),
-        beta=1.0,
-        length_normalize=length_normalize,
+        options=PreferenceOptions(beta=1.0, length_normalize=length_normalize),
     )
 
     batch = collate(rows, with_distributions=False)
@@ -149,15 +161,15 @@ def test_the_sequence_loss_is_the_live_teachers(
     pairs = len(rows)
     student_B = sum_by_row(at(batch_logprobs(student, batch), batch.target_T), batch.row_T, batch.num_rows)
     teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
-    cached_B = dpkd_sequence_loss(
+    cached_B = sequence_preference_loss(
+        "dpkd",
         student_B[:pairs],
         student_B[pairs:],
         teacher_B[:pairs],
         teacher_B[pairs:],
         batch.num_tokens_B[:pairs],
         batch.num_tokens_B[pairs:],
-        beta=1.0,
-        length_normalize=length_normalize,
+        options=PreferenceOptions(beta=1.0, length_normalize=length_normalize),
     )
     assert float((cached_B - live_B).abs().max()) < 1e-4
     assert float(live_B.std()) > 0.01  # pairs differ, so that agreement says something
