@@ -27,7 +27,7 @@ class RowOrder(Protocol):
         ...
 
 
-class BatchOrder:
+class BatchOrder(RowOrder):
     """Epochs follow each other without a gap; each is a permutation of all rows. Resuming needs the step alone."""
 
     def __init__(
@@ -39,7 +39,6 @@ class BatchOrder:
         self._cached = (-1, np.zeros((0, 2), np.int64))  # one attribute, so that two threads can read it
 
     def epoch_of(self, step: int) -> int:
-        """See `RowOrder.epoch_of`."""
         return step * self._global_batch_size // self.num_rows
 
     def rows_of(self, step: int) -> list[RowIndex]:
@@ -48,7 +47,6 @@ class BatchOrder:
         return [self._row(number) for number in range(start, start + self._global_batch_size)]
 
     def micro_batches_of(self, step: int) -> list[list[RowIndex]]:
-        """See `RowOrder.micro_batches_of`."""
         rows = self.rows_of(step)
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpkd.core.errors import UserError
+from dpkd.distill.batches.order import RowOrder
 from dpkd.distill.rows.row import RowIndex
 from dpkd.teacher_cache.store.order import epoch_order
 
@@ -19,7 +20,7 @@ from dpkd.teacher_cache.store.order import epoch_order
 WINDOW_ROWS = 1024
 
 
-class TokenBatchOrder:
+class TokenBatchOrder(RowOrder):
     """A `RowOrder` whose micro-batches have at most `budget` tokens, padding included, in random order.
 
     A pure function of (seed, step, lengths, budget, micro-batches a step): resuming needs the step alone, and the
@@ -56,11 +57,9 @@ class TokenBatchOrder:
         self._lock = threading.RLock()  # two threads read the order
 
     def epoch_of(self, step: int) -> int:
-        """See `RowOrder.epoch_of`."""
         return self._find(step * self._per_step)[0]
 
     def micro_batches_of(self, step: int) -> list[list[RowIndex]]:
-        """See `RowOrder.micro_batches_of`."""
         first = step * self._per_step
         return [self._micro_batch(number) for number in range(first, first + self._per_step)]
 

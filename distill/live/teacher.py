@@ -115,7 +115,7 @@ class TeacherServers(ServerEngine):
             )
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """See `Engine.score`; a response that is impossible for the teacher is a failed request."""
+        """A response that is impossible for the teacher is a failed request."""
         for answer in super().score(requests):
             if isinstance(answer, EngineResult) and not np.isfinite(answer.logprobs_T).all():
                 yield FailedRequest(answer.index, "the teacher's log-probabilities are not finite numbers")

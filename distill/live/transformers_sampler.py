@@ -21,7 +21,7 @@ DRAW_BATCH = 32
 
 
 class TransformersSampler:
-    """See `Sampler`. Draws with `model`, or with `copies`, with a copy that `refresh` updates.
+    """A `Sampler`. Draws with `model`, or with `copies`, with a copy that `refresh` updates.
 
     Args:
         num_tokens: higher ids are padding of the vocabulary and are never drawn.
@@ -46,14 +46,12 @@ class TransformersSampler:
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """See `Sampler.refresh`."""
         if self._copies:
             own = self._model.state_dict()
             for name, value in model.state_dict().items():
                 own[name].copy_(value)
 
     def draw(self, requests: Sequence[GenerateRequest], cancelled: threading.Event) -> Iterator[Drawn]:
-        """See `Sampler.draw`."""
         # prompts of similar lengths together: less padding
         ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
         for start in range(0, len(ordered), self._batch_size):
@@ -88,5 +86,4 @@ class TransformersSampler:
         ]
 
     def close(self) -> None:
-        """See `Sampler.close`."""
         self._model = None

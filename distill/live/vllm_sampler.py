@@ -31,7 +31,7 @@ _GPU_SHARE = "0.3"
 
 
 class VllmSampler(VllmEngine):
-    """See `Sampler`. The engine loads the files of `student`; `refresh` gives it the trained weights.
+    """A `Sampler`. The engine loads the files of `student`; `refresh` gives it the trained weights.
 
     Args:
         max_length: longest prompt and response, in tokens.
@@ -51,13 +51,12 @@ class VllmSampler(VllmEngine):
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """See `Sampler.refresh`."""
         weights = {name: value.detach() for name, value in model.state_dict().items()}
         # not `model.load_weights`: on a CPU, vLLM has packed the matrices, and only a reload packs the new ones
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
 
     def draw(self, requests: Sequence[GenerateRequest], cancelled: threading.Event) -> Iterator[Drawn]:
-        """See `Sampler.draw`; all responses are drawn before the first one is yielded."""
+        """All responses are drawn before the first one is yielded."""
         drawn = []
         with torch.random.fork_rng():
             for result in results_only(self.generate(requests, self._sampling)):

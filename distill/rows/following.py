@@ -78,12 +78,12 @@ class FollowedRows:
 
     @property
     def group_sizes(self) -> list[int]:
-        """See `RowSource.group_sizes`; of the shards seen so far."""
+        """Rows in each shard seen so far."""
         return [shard.rows for shard in self._shards]
 
     @property
     def longest(self) -> int:
-        """See `RowSource.longest`; of the shards seen so far."""
+        """Tokens of the longest row seen so far."""
         return max((shard.longest for shard in self._shards), default=0)
 
     @property
@@ -96,7 +96,6 @@ class FollowedRows:
         raise RuntimeError("a growing cache does not know the lengths of its rows")
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """See `RowSource.row`."""
         return TrainingRow(self._cache.read(self._shards[group]).row(index))
 
     def cancel(self) -> None:

@@ -14,7 +14,7 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 
 class SubsetRows:
-    """Some rows of `source`, in its groups; groups without any of them are dropped."""
+    """Some rows of `source` as a `RowSource`, in its groups; groups without any of them are dropped."""
 
     def __init__(self, source: RowSource, indices_by_group: Sequence[np.ndarray]) -> None:
         self._source = source
@@ -29,12 +29,10 @@ class SubsetRows:
         return self._source.longest
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """See `RowSource.row`."""
         source_group, indices = self._groups[group]
         return self._source.row(source_group, int(indices[index]))
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource.lengths_by_group`."""
         lengths = self._source.lengths_by_group()
         return [lengths[group][indices] for group, indices in self._groups]
 

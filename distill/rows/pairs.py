@@ -85,13 +85,12 @@ class PairedRows:
         self._read = lru_cache(maxsize=WINDOW_GROUPS * most)(read_shard)
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """See `RowSource.row`: pair `index` of a group."""
         shard, row, student_shard, student_row = map(int, self._groups[group][index])
         chosen = self._read(self._cache_folder, self._shards[shard]).row(row)
         return TrainingRow(chosen, self._read(self._round_folder, self._round_shards[student_shard]).row(student_row))
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource.lengths_by_group`; reads the ids of all rows once."""
+        """Reads the ids of all rows once."""
         chosen = [read_lengths(self._cache_folder, record) for record in self._shards]
         rejected = [read_lengths(self._round_folder, record) for record in self._round_shards]
         return [

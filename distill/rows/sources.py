@@ -38,19 +38,16 @@ class CacheRows:
 
     @cached_property
     def group_sizes(self) -> list[int]:
-        """See `RowSource.group_sizes`: rows in each shard."""
         return [self._in_round(shard).rows for shard in self._shards]
 
     @cached_property
     def longest(self) -> int:
-        """See `RowSource.longest`."""
         return max(max(shard.longest, self._in_round(shard).longest) for shard in self._shards)
 
     def _in_round(self, record: ShardRecord) -> ShardRecord:
         return record if self._round is None else self._round.shards_by_path[record.path]
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """See `RowSource.row`."""
         record = self._shards[group]
         if self._round is None:
             return TrainingRow(self._cache.read(record).row(index))
@@ -61,7 +58,7 @@ class CacheRows:
         return TrainingRow(shard.row(shard.index_of[students.key(index)]), students.row(index))
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource.lengths_by_group`; reads the ids of all rows once."""
+        """Reads the ids of all rows once."""
         if self._round is None:
             return [read_lengths(self._cache.folder, record) for record in self._shards]
         lengths = [read_lengths(self._round.folder, self._in_round(record)) for record in self._shards]
@@ -89,11 +86,9 @@ class DataRows:
         self.longest = int(self.lengths_by_group()[0].max())
 
     def row(self, group: int, index: int) -> TrainingRow:
-        """See `RowSource.row`."""
         return TrainingRow(self._rows[index])
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        """See `RowSource.lengths_by_group`."""
         return [np.array([len(row.prompt_ids) + len(row.response_ids) for row in self._rows])]
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -51,10 +50,8 @@ class RunLog:
             self._progress = self._stack.enter_context(Progress("train", self._run.steps, "steps", self._first))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def start_step(self) -> None:
         """Start the clock of a step."""
