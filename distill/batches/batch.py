@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,18 @@ from dpkd.core.errors import UserError
 from dpkd.distill.rows.vocabulary import ids_without_embedding
 
 
+class _OnDevice:
+    """A dataclass of tensors, and of objects that have tensors."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        values = {item.name: getattr(self, item.name) for item in fields(cast(Any, self))}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+        return cast(Self, replace(cast(Any, self), **moved))
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(_OnDevice):
     """B sequences of prompt and response, right padded to S tokens, with T response positions over all of them.
 
     The first `num_chosen` sequences are the responses to learn from. For a preference, the rejected responses follow in
@@ -49,13 +59,9 @@ class Batch:
         """T, response tokens."""
         return int(self.target_T.shape[0])
 
-    def to(self, device: torch.device) -> Self:
-        """The same batch on `device`."""
-        return _moved(self, device)
-
 
 @dataclass(frozen=True)
-class SharedPrompts:
+class SharedPrompts(_OnDevice):
     """P pairs as P sequences of prompt, chosen and rejected response, right padded to S tokens.
 
     Response position t of the batch (chosen ones first, then rejected ones) is predicted from the hidden state at
@@ -79,13 +85,9 @@ class SharedPrompts:
         inside = (query < length) & (key < length)
         return ((key <= query) & inside & ~hidden | (key == query))[:, None]
 
-    def to(self, device: torch.device) -> Self:
-        """The same on `device`."""
-        return _moved(self, device)
-
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(_OnDevice):
     """What one forward and backward pass reads: rows, and text of the corpus where the objective has an `lm` term.
 
     `shared` is the form in which the student reads pairs whose prompts are shared.
@@ -99,16 +101,6 @@ class MicroBatch:
     def num_positions(self) -> int:
         """Tokens that the losses are computed on."""
         return self.rows.num_positions + (0 if self.corpus is None else self.corpus.num_positions)
-
-    def to(self, device: torch.device) -> Self:
-        """The same micro-batch on `device`."""
-        return _moved(self, device)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """A dataclass with every tensor, or object that has tensors, on `device`."""
-    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 def narrowed(batch: Batch, num_logits: int) -> Batch:

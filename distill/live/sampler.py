@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from dpkd.core.errors import UserError
+from dpkd.core.models import ModelSource
 from dpkd.distill.live.store import Drawn
 from dpkd.distill.live.transformers_sampler import TransformersSampler
+from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.engines.engine import GenerateRequest, Sampling
-
-if TYPE_CHECKING:
-    from dpkd.core.models import ModelSource
-    from dpkd.distill.options.train import TrainConfig
 
 
 class Sampler(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
@@ -17,9 +17,6 @@ from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: the comparison takes the shortest responses: at least so many, with at least so many tokens in total
 _CHECK_ROWS, _CHECK_TOKENS = 4, 64

@@ -9,22 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from dpkd.core.models import ModelSource
 from dpkd.distill.live.store import Drawn
-from dpkd.teacher_cache.engines.engine import (
-    EngineOptions,
-    GenerateRequest,
-    Sampling,
-    results_only,
-)
+from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
 from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
-
-if TYPE_CHECKING:
-    from dpkd.core.models import ModelSource
 
 #: share of a GPU's memory that the engine takes; training needs the rest
 _GPU_SHARE = "0.3"

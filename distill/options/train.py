@@ -7,13 +7,7 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import model_validator
 
 from dpkd.distill.options.learning import DataOptions, ObjectiveOptions, StudentSampleOptions
-from dpkd.distill.options.objectives import (
-    OBJECTIVE_TERMS,
-    PREFERENCES,
-    PRESETS,
-    TOKEN_PREFERENCES,
-    TermName,
-)
+from dpkd.distill.options.objectives import OBJECTIVE_TERMS, PREFERENCES, PRESETS, TOKEN_PREFERENCES, TermName
 from dpkd.distill.options.running import (
     CheckpointOptions,
     DeviceOptions,

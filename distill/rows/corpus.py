@@ -15,20 +15,18 @@ needs the step alone and the number of ranks changes nothing. There are two ways
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.distill.rows.documents import DocumentSource, open_documents
 from dpkd.teacher_cache.store.order import epoch_order
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MAX_TOKENS_IN_MEMORY = 2**28
 _MAX_BYTES_A_TOKEN = 8  # larger files are streamed at once: text has about 4 bytes a token
@@ -115,9 +113,7 @@ class _StreamedBlocks:
 def _open_blocks(
     source: DocumentSource, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> _BlocksInMemory | _StreamedBlocks:
-    def encode(documents: Iterable[str]) -> Iterator[np.ndarray]:
-        return _encoded(documents, tokenizer)
-
+    encode = functools.partial(_encoded, tokenizer)
     if source.num_bytes is not None and source.num_bytes <= _MAX_BYTES_A_TOKEN * _MAX_TOKENS_IN_MEMORY:
         buffer = io.BytesIO()
         for ids in encode(source.documents()):
@@ -145,7 +141,7 @@ def _too_short(name: str, num_tokens: int, length: int) -> UserError:
     )
 
 
-def _encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[np.ndarray]:
     """Ids (int32) of the documents, a few hundred at a time, each followed by EOS."""
     pending = iter(documents)
     while texts := list(itertools.islice(pending, _ENCODED_TOGETHER)):

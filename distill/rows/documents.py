@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,18 @@ def _open_dataset(location: str) -> DocumentSource:
             f"{first_line(error)}",
         ) from None
 
+    def numbered_rows() -> Iterator[tuple[int, Any]]:
+        try:
+            yield from enumerate(rows, start=1)
+        except Exception as error:
+            raise UserError(
+                f"the corpus can no longer be read: {first_line(error)}",
+                where=location,
+                advice="Run the same command again: it resumes from the last checkpoint",
+            ) from error
+
     def documents() -> Iterator[str]:
-        stream = enumerate(rows, start=1)
-        while True:
-            try:
-                line, row = next(stream)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise UserError(
-                    f"the corpus can no longer be read: {first_line(error)}",
-                    where=location,
-                    advice="Run the same command again: it resumes from the last checkpoint",
-                ) from error
-            if text := _text(row, line, location):
-                yield text
+        return _texts(numbered_rows(), location)
 
     files = (builder.config.data_files or {}).get(split, [])
     if Path(name).is_dir():  # the library's hash depends on the location and time of the files
@@ -88,27 +85,28 @@ def _open_dataset(location: str) -> DocumentSource:
     return DocumentSource(location, identity, documents)
 
 
-def _text(row: Any, line: int, where: object) -> str:
-    """The text of a row, unchanged; empty where it is only white space."""
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        found = f"keys {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
-        if isinstance(row, dict) and "text" in row:
-            found = f"`text` of type {type(text).__name__}"
-        raise UserError(f"row {line} of the corpus has no text", found=found, expected="text in `text`", where=where)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"the text of row {line} contains half a surrogate pair, which no tokenizer accepts", where=where
-        ) from None
-    return text if text.strip() else ""
+def _texts(numbered_rows: Iterable[tuple[int, Any]], where: object) -> Iterator[str]:
+    """The text of each row, unchanged; rows with nothing but white space are skipped."""
+    for line, row in numbered_rows:
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            found = f"keys {', '.join(map(str, row)) or '(none)'}" if isinstance(row, dict) else type(row).__name__
+            if isinstance(row, dict) and "text" in row:
+                found = f"`text` of type {type(text).__name__}"
+            what = f"row {line} of the corpus has no text"
+            raise UserError(what, found=found, expected="text in `text`", where=where)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the text of row {line} contains half a surrogate pair, which no tokenizer accepts", where=where
+            ) from None
+        if text.strip():
+            yield text
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    for line, row in read_json_lines(path):
-        if text := _text(row, line, path):
-            yield text
+    return _texts(read_json_lines(path), path)
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
@@ -130,9 +128,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
                 "the corpus has no text", found=f"columns {', '.join(names)}", expected="a column `text`", where=path
             )
         rows = (row for part in file.iter_batches(batch_size=1024, columns=["text"]) for row in part.to_pylist())
-        for line, row in enumerate(rows, start=1):
-            if text := _text(row, line, path):
-                yield text
+        yield from _texts(enumerate(rows, start=1), path)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"the file is not Parquet: {error}", where=path) from None
 

@@ -43,20 +43,10 @@ class Checkpointer:
             return
         loader.settle()
         self._saved = done
-        config, weights, moments = self._run.config, self._student.weights(), self._student.moments()
-        on_rank_zero(
-            self._accelerator,
-            lambda: save_checkpoint(
-                config.out,
-                done,
-                self._student.files,
-                weights,
-                moments,
-                self._run.facts | {"steps": done},
-                config.keep_checkpoints,
-                {"best": self.best},
-            ),
-        )
+        config, files, facts = self._run.config, self._student.files, self._run.facts | {"steps": done}
+        arguments = (files, self._student.weights(), self._student.moments(), facts, {"best": self.best})
+        directory = config.out / f"checkpoint-{done}"
+        on_rank_zero(self._accelerator, lambda: save_checkpoint(directory, *arguments, keep=config.keep_checkpoints))
 
     def save_student(self, directory: Path, done: int, *, with_card: bool = True) -> None:
         """Replace `directory` by the student after `done` steps, ready for use."""

@@ -1,4 +1,4 @@
-"""Checkpoints and students on disk: Hugging Face directories, gathered from all ranks, written whole or not at all."""
+"""Checkpoints and students on disk: Hugging Face directories, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import replacing_directory, write_atomic
@@ -31,7 +25,6 @@ from dpkd.distill.student.init import copy_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -60,7 +53,7 @@ class StudentFiles:
     merged: bool = True
 
     def save(self, directory: Path, weights: dict[str, Tensor], facts: dict[str, Any], *, merged: bool) -> None:
-        """Write the model, the tokenizer and `facts` (dpkd.json); `weights` are those of `gather_weights`."""
+        """Write the model, the tokenizer and `facts` (dpkd.json); `weights` are those of `StudentState`."""
         if self.adapters is None:
             self.model.save_pretrained(directory, state_dict=weights)
         elif merged:
@@ -69,39 +62,6 @@ class StudentFiles:
             save_adapters(self.adapters, directory, weights)
         copy_tokenizer(self.source, directory)
         (directory / "dpkd.json").write_bytes(canonical_json(facts))
-
-
-def gather_weights(accelerator: Accelerator, scorer: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights of `model`, which `scorer` wraps, by the model's own names: on the CPU of rank zero.
-
-    Other ranks get an empty dict. Every rank must call it.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        state = accelerator.get_state_dict(scorer) or {}
-        named = {name.removeprefix("model."): value for name, value in state.items()}
-        return named if accelerator.is_main_process else {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights:  # make tied weights one tensor again: transformers then writes them once
-            weights[name] = weights[first.setdefault(id(parameter), name)]
-    return weights
-
-
-def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step counts as `PARAMETER.NAME`: on the CPU of rank zero, empty on other ranks.
-
-    Every rank must call it, after `gather_weights`: after a validation, a sharded model has unsharded parameters until
-    its weights are read.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    return {
-        f"{parameter}.{name}": value.contiguous()
-        for parameter, values in state.get("state", {}).items()
-        for name, value in values.items()
-    }
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -123,26 +83,26 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
 
 
 def save_checkpoint(
-    run_dir: Path,
-    step: int,
+    directory: Path,
     student: StudentFiles,
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
     facts: dict[str, Any],
-    keep: int,
     state: dict[str, Any],
+    *,
+    keep: int,
 ) -> None:
-    """Write `checkpoint-STEP` from gathered weights and moments, then delete all but the `keep` newest.
+    """Write a checkpoint from gathered weights and moments, then delete all but the `keep` newest of the run.
 
     `state` is JSON and is returned unchanged by `latest_checkpoint`. Raises `UserError` when it cannot be written.
     """
-    with replacing_directory(run_dir / f"checkpoint-{step}") as temporary:
+    with replacing_directory(directory) as temporary:
         student.save(temporary, weights, facts, merged=False)
         save_file(moments, temporary / _OPTIMIZER)
         files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
-        record = {"step": step, "files": files, "state": state}
+        record = {"step": facts["steps"], "files": files, "state": state}
         (temporary / _STATE).write_bytes(canonical_json(record | {"sha256": fingerprint(record)}))
-    for old in _directories(run_dir)[:-keep]:
+    for old in _directories(directory.parent)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -170,17 +130,12 @@ def _verified(directory: Path) -> Checkpoint:
         step, files, state, digest = int(record["step"]), dict(record["files"]), record["state"], record.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError):
         raise _corrupt(directory, _STATE, "unreadable", "the record of a checkpoint") from None
-    for name, actual, expected in (
-        (_STATE, fingerprint(record), digest),
-        *((name, _sha256(directory / name), expected) for name, expected in files.items()),
-    ):
-        if actual != expected:
-            raise _corrupt(directory, name, actual[:12], expected[:12])
+    actual = {name: file_sha256(directory / name) if (directory / name).is_file() else "no file" for name in files}
+    actual[_STATE] = fingerprint(record)
+    for name, expected in {_STATE: digest, **files}.items():
+        if actual[name] != expected:
+            raise _corrupt(directory, name, actual[name][:12], expected[:12])
     return Checkpoint(directory, step, state)
-
-
-def _sha256(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else "no file"
 
 
 def _corrupt(directory: Path, name: str, actual: str, expected: str) -> UserError:

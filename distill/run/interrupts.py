@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from dpkd.core.progress import say
 
-#: a launcher hands on the Ctrl-C that the terminal has sent to every process already: that is one wish, not two
-_ONE_WISH_S = 1.0
+#: a launcher repeats the Ctrl-C that the terminal has sent to every process already: both are one request
+_ONE_REQUEST_S = 1.0
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM end the step first: `asked` turns true. A second one, a second later, interrupts at once.
+    """Ctrl-C and SIGTERM end the step first: `should_stop` turns true. A second one, a second later, interrupts.
 
     `quiet` says nothing, as for all ranks but the main one.
     """
@@ -28,7 +28,7 @@ class Interrupts:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:
-            if time.monotonic() - self._asked_s < _ONE_WISH_S:
+            if time.monotonic() - self._asked_s < _ONE_REQUEST_S:
                 return
             raise KeyboardInterrupt
         self.should_stop, self._asked_s = True, time.monotonic()

@@ -119,12 +119,6 @@ def progress_to_teacher(path: Path) -> list[str]:
     return said
 
 
-def shown(line: dict[str, Any]) -> list[str]:
-    """The metrics of a validation that are shown during a run."""
-    names = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
-    return [f"validation {name} {line[name]:.4f}" for name in names if line.get(name) is not None]
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process so far, in bytes: allocated on a GPU, else resident."""
     if device.type == "cuda":

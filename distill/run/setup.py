@@ -34,11 +34,9 @@ if TYPE_CHECKING:
     from dpkd.distill.rows.corpus import Corpus
 
 #: options that may differ when a run is resumed: they say where things are or how fast it runs, not what it computes
-_FREE_OPTIONS = {"out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"} | {
-    "gradient_checkpointing",
-    "share_prompt",
-    "compile",
-    "tracker",
+_FREE_OPTIONS = {
+    *("out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"),
+    *("gradient_checkpointing", "share_prompt", "compile", "tracker"),
 }
 #: how a step's rows are split into micro-batches; only their product belongs to the run
 _SPLIT = {"batch_size", "gradient_accumulation_steps"}
@@ -79,10 +77,8 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
     rows: RowSource
     finished: TeacherCache | None = None
-    validation: RowSource | None = None
-    held: Round | None = None
-    has_distributions = False
-    identities: dict[str, Any] | None = None
+    student_round: Round | None = None
+    validation, has_distributions, identities = None, False, None
     if config.cache is not None:
         cache: CacheReader
         if config.follow:
@@ -91,15 +87,15 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
             rows = FollowedRows(cache, config, student.max_positions)
         else:
             cache = finished = TeacherCache.open(config.cache)
-            held = None if config.round is None else finished.round(config.round)
-            rows, validation = open_cache_rows(finished, held, config)
-            if held is not None:
-                facts["round"] = held.manifest.fingerprint
+            student_round = None if config.round is None else finished.round(config.round)
+            rows, validation = open_cache_rows(finished, student_round, config)
+            if student_round is not None:
+                facts["round"] = student_round.manifest.fingerprint
         cache.check_tokenizer(student, "student")
-        check_narrower(student, cache, [] if finished is None else used_shards(finished, held, config))
+        check_narrower(student, cache, [] if finished is None else used_shards(finished, student_round, config))
         facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
         vocab_size, identities = cache.vocab_size, cache.identities
-        has_distributions = top_k_of(cache, held, config) > 0
+        has_distributions = top_k_of(cache, student_round, config) > 0
     else:
         encoder = PromptEncoder(student.tokenizer, config.template)
         rows, data_identity = open_data_rows(config, encoder, student)

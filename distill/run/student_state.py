@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ from dpkd.distill.batches.shared_prompts import check_sharing
 from dpkd.distill.objectives.student_forward import StudentScorer, check_head
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.adapters import add_adapters, load_adapters
-from dpkd.distill.run.checkpoints import Checkpoint, StudentFiles, gather_optimizer, gather_weights, load_optimizer
+from dpkd.distill.run.checkpoints import Checkpoint, StudentFiles, load_optimizer
 from dpkd.distill.run.ranks import is_sharded, on_all_ranks
 from dpkd.distill.run.setup import Run
 
@@ -53,11 +55,30 @@ class StudentState:
 
     def weights(self) -> dict[str, Tensor]:
         """The trainable weights by the model's own names, on the CPU of rank zero; empty on other ranks."""
-        return gather_weights(self.accelerator, self.scorer, self.model)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state = self.accelerator.get_state_dict(self.scorer) or {}
+            named = {name.removeprefix("model."): value for name, value in state.items()}
+            return named if self.accelerator.is_main_process else {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in weights:  # make tied weights one tensor again: transformers then writes them once
+                weights[name] = weights[first.setdefault(id(parameter), name)]
+        return weights
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's moments, on the CPU of rank zero; call it after `weights` (see `gather_optimizer`)."""
-        return gather_optimizer(self.model, self.optimizer.optimizer)
+        """Adam's moments and step counts as `PARAMETER.NAME`, on the CPU of rank zero; empty on other ranks.
+
+        Call it after `weights`: after a validation, a sharded model has unsharded parameters until they are read.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        return {
+            f"{parameter}.{name}": value.contiguous()
+            for parameter, values in state.get("state", {}).items()
+            for name, value in values.items()
+        }
 
 
 def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | None) -> StudentState:
@@ -120,12 +141,11 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters: matrices decay, biases and norms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)

@@ -17,12 +17,14 @@ from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
-from dpkd.distill.run.logs import VALIDATION_LOG, shown
+from dpkd.distill.run.logs import VALIDATION_LOG
 from dpkd.distill.run.ranks import on_rank_zero
 from dpkd.distill.run.reduction import all_reduce_sums, step_means
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.student_state import StudentState
 from dpkd.distill.run.trackers import track
+
+_SHOWN = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
 
 
 class Validator:
@@ -59,7 +61,8 @@ class Validator:
             with (self._config.out / VALIDATION_LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             track(self._accelerator, line, "validation")
-            say(f"step {done}: " + ", ".join(shown(line)))
+            shown = [name for name in _SHOWN if line.get(name) is not None]
+            say(f"step {done}: " + ", ".join(f"validation {name} {line[name]:.4f}" for name in shown))
         if self._best is None:
             return
         if done == 0:  # where training starts is no result of it, but a metric that is missing is missing here already

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,12 +164,8 @@ def _copied(name: str, teacher: ModelSource) -> _Plan:
             advice="Give a checkpoint with the teacher's tokenizer, such as a smaller model of its family",
         )
     check_width(source, teacher.vocab_size)
-
-    def write(directory: Path) -> None:
-        _copy_files(source, _MODEL_FILES, directory)
-
     made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
-    return _Plan(made_of, f"a copy of {name}", write)
+    return _Plan(made_of, f"a copy of {name}", partial(_copy_files, source, _MODEL_FILES))
 
 
 def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from transformers import PreTrainedModel
 
 #: (projections into the neurons, projection out of them), as model families name them
 _MLP_NAMES = (
