@@ -125,13 +125,8 @@ def open_cache_rows(
     if student_round is not None and not config.needs_pairs:
         # on the student's own rows a run could not be compared with any other, nor with itself after another round
         if config.needs_distributions and cache.top_k == 0:
-            raise UserError(
-                "validation measures the teacher's responses, and the cache has no distributions of them",
-                found="top-k 0",
-                expected="top-k of 1 or more",
-                where=cache.folder,
-                advice="Build a cache with --top-k 64, or train without --validation-examples",
-            )
+            what = "validation measures the teacher's responses, and the cache has no distributions of them"
+            raise _no_distributions(what, cache, "train without --validation-examples")
         of_cache = CacheRows(cache, shards, None, pairs=False)
         _, validation = split_rows(of_cache, of_cache.ids_by_group(), held_out)
     return training, validation
@@ -180,13 +175,13 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
     """Raise `UserError` when the objective needs distributions and its responses have none."""
     if config.needs_distributions and top_k_of(cache, student_round, config) == 0:
         source = "cache" if student_round is None or config.needs_pairs else "round"
-        raise UserError(
-            f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs",
-            found="top-k 0",
-            expected="top-k of 1 or more",
-            where=cache.folder,
-            advice="Build a cache with --top-k 64, or train with --level sequence or --objective sft",
-        )
+        what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
+        raise _no_distributions(what, cache, "train with --level sequence or --objective sft")
+
+
+def _no_distributions(what: str, cache: CacheReader, otherwise: str) -> UserError:
+    advice = f"Build a cache with --top-k 64, or {otherwise}"
+    return UserError(what, found="top-k 0", expected="top-k of 1 or more", where=cache.folder, advice=advice)
 
 
 def open_data_rows(

@@ -69,16 +69,14 @@ class Best:
 def held_out_prompts(rows: RowSource, tokenizer: ModelSource) -> list[HeldOutPrompt]:
     """Each held-out example once, with its reference responses; with the teacher's if it has no reference."""
     prompts: dict[str, list[int]] = {}
-    texts: dict[str, dict[str, list[str]]] = {}
+    texts: dict[str, list[tuple[str, str]]] = {}
     for group, size in enumerate(rows.group_sizes):
         for index in range(size):
             row = rows.row(group, index).chosen
-            prompts[row.example_id] = [int(token) for token in row.prompt_ids]
-            by_origin = texts.setdefault(row.example_id, {})
-            by_origin.setdefault(row.origin, []).append(tokenizer.decode([int(token) for token in row.response_ids]))
+            prompts[row.example_id] = row.prompt_ids.tolist()
+            text = tokenizer.decode(row.response_ids.tolist())
+            texts.setdefault(row.example_id, []).append((row.origin, text))
+    references = {name: [text for origin, text in found if origin == "reference"] for name, found in texts.items()}
     return [
-        HeldOutPrompt(
-            prompts[name], by_origin.get("reference") or [text for found in by_origin.values() for text in found]
-        )
-        for name, by_origin in texts.items()
+        HeldOutPrompt(prompts[name], references[name] or [text for _, text in found]) for name, found in texts.items()
     ]

@@ -21,7 +21,7 @@ from dpkd.distill.run.student_state import StudentState
 class Checkpointer:
     """Writes the student as it is now; every rank calls each method, rank zero writes.
 
-    `best` is the state of best-student tracking that goes into checkpoints, `resumed_best` what the last one had.
+    `best` is the state of best-student tracking that goes into checkpoints; at first it is what the last one had.
     """
 
     def __init__(
@@ -29,8 +29,7 @@ class Checkpointer:
     ) -> None:
         self._run, self._accelerator, self._student = run, accelerator, student
         self.first = self._saved = 0 if checkpoint is None else checkpoint.step
-        self.resumed_best: dict[str, Any] | None = None if checkpoint is None else checkpoint.state["best"]
-        self.best = self.resumed_best
+        self.best: dict[str, Any] | None = None if checkpoint is None else checkpoint.state["best"]
 
     def is_due(self, done: int) -> bool:
         """Whether `save_every` asks for a checkpoint after `done` steps; the end of the run needs none."""

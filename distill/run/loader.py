@@ -15,6 +15,7 @@ from dpkd.distill.batches.collate import collate, collate_corpus
 from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.rows.row import RowIndex
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.run.ranks import on_all_ranks, raise_first
 from dpkd.distill.run.reduction import all_reduce_sums
@@ -43,16 +44,11 @@ class StepLoader:
         if run.config.student_samples == "live":
             self._live = _open_live(run, accelerator, model)
             self._stack.callback(self._live.close)
-        self._batches = self._stack.enter_context(
-            contextlib.closing(
-                prefetched(
-                    self.micro_batches,
-                    range(first, run.steps),
-                    should_stop=lambda: interrupts.should_stop,
-                    on_close=self._cancel,
-                )
-            )
+        steps = range(first, run.steps)
+        self._batches = prefetched(
+            self.micro_batches, steps, should_stop=lambda: interrupts.should_stop, on_close=self._cancel
         )
+        self._stack.callback(self._batches.close)
 
     def next(self, step: int) -> list[MicroBatch] | None:
         """The micro-batches of `step`; None on every rank if one of them was interrupted or found no more rows."""
@@ -129,14 +125,9 @@ def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> Li
 
     assert run.cache is not None
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    return LiveRows(
-        run.config,
-        run.cache,
-        run.rows,
-        run.student,
-        model,
-        accelerator.device,
-        run.steps,
-        lambda step: [index for indices in run.order.micro_batches_of(step)[rank::ranks] for index in indices],
-        rank=rank,
-    )
+
+    def rows_of(step: int) -> list[RowIndex]:
+        return [index for indices in run.order.micro_batches_of(step)[rank::ranks] for index in indices]
+
+    made_of = (run.config, run.cache, run.rows, run.student)
+    return LiveRows(*made_of, model, accelerator.device, run.steps, rows_of, rank=rank)

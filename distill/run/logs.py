@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from dpkd.core.files import write_atomic
+from dpkd.core.json_lines import complete_lines
 from dpkd.core.progress import Progress, say
 from dpkd.distill.run.ranks import on_all_ranks
 from dpkd.distill.run.setup import Run
@@ -101,8 +102,7 @@ def progress_to_teacher(path: Path) -> list[str]:
 
     A second sentence warns of a student that ends further from the teacher than it started.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    lines = [line for line in lines if line.get("kld") is not None]
+    lines = [line for line in map(json.loads, complete_lines(path)) if line.get("kld") is not None]
     if len(lines) < 2:
         return []
     first, last, best = lines[0], lines[-1], min(lines, key=lambda line: line["kld"])
@@ -132,7 +132,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last line of a log; None where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = complete_lines(path)
     return json.loads(lines[-1]) if lines else None
 
 
@@ -140,6 +140,5 @@ def keep_lines(path: Path, step: int) -> None:
     """Drop the lines after `step`, which a resumed run writes again; a new run (step 0) starts an empty log."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if step > 0 and line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    kept = [line for line in complete_lines(path) if step > 0 and json.loads(line)["step"] <= step]
+    write_atomic(path, b"".join(kept))

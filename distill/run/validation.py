@@ -48,7 +48,7 @@ class Validator:
         if run.config.best_metric == "rouge_l" and evaluate_fn is None:
             self._evaluate_fn = load_bridge("rouge_l")(run.config)
         metric = run.config.best_metric
-        self._best = None if metric is None else Best(**(checkpointer.resumed_best or {"metric": metric}))
+        self._best = None if metric is None else Best(**(checkpointer.best or {"metric": metric}))
 
     def validate_if_due(self, done: int) -> None:
         """Validate before the first step, every `validate_every` steps and after the last one."""
