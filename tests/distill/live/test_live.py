@@ -165,7 +165,7 @@ def loop(tmp_path: Path, server: VllmServer, toy_cache: Path, toy_student: Path)
         fields = {name: options.pop(name) for name in ("patience_s", "steps", "rank", "ranks") if name in options}
         config = TrainConfig(
             cache=toy_cache, student=str(toy_student), out=tmp_path / run, student_samples="live", teacher_url=(url,),
-            **({"level": "sequence"} | options),
+            **({"level": "sequence", "responses": "all"} | options),
         )  # fmt: skip
         return Loop(config, locate_model(str(toy_student), "student").load("float32"), **fields)
 

@@ -67,7 +67,7 @@ SEQUENCE = {"level": "sequence", "beta": 1.0}
         SEQUENCE,
         SEQUENCE | {"num_student_samples": 2, "pairing": "all", "staleness": 0},
         SEQUENCE | {"num_student_samples": 2, "pairing": "best-vs-worst", "sample_every": 2},
-        {"level": "token", "sft_weight": 0.5},
+        {"level": "token"},
         {"objective": "reverse-kl", "staleness": 0},
         {"objective": "minillm", "staleness": 0},
     ],
