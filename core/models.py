@@ -146,9 +146,7 @@ def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSo
         path, revision = _fetch(name, role, needs_weights)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"the {role}'s directory holds no config.json",
-            where=path,
-            advice="Give a Hugging Face checkpoint",
+            f"the {role}'s directory holds no config.json", where=path, advice="Give a Hugging Face checkpoint"
         )
     if needs_weights and not any(path.glob("*.safetensors")):
         raise UserError(

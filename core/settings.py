@@ -98,15 +98,9 @@ class Settings(BaseModel):
     def _none_is_off(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {
-            key: None
-            if isinstance(value, str)
-            and value.lower() == "none"
-            and key in cls.model_fields
-            and type(None) in get_args(cls.model_fields[key].annotation)
-            else value
-            for key, value in values.items()
-        }
+        may_be_off = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        off = [key for key, value in values.items() if isinstance(value, str) and value.lower() == "none"]
+        return values | dict.fromkeys(may_be_off & {*off})
 
     @model_validator(mode="after")
     def _one_of_each_is_given(self) -> Self:

@@ -11,9 +11,5 @@ if TYPE_CHECKING:
     from dpkd.evaluate.options.eval import EvalConfig as EvalConfig
 
 __getattr__ = lazy_exports(
-    __name__,
-    {
-        "evaluate": "dpkd.evaluate.evaluation",
-        "EvalConfig": "dpkd.evaluate.options.eval",
-    },
+    __name__, {"evaluate": "dpkd.evaluate.evaluation", "EvalConfig": "dpkd.evaluate.options.eval"}
 )

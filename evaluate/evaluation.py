@@ -79,14 +79,7 @@ def evaluate(config: EvalConfig) -> Path:
     with Progress("scoring", num_answers, "responses") as progress:
         scored_sets = score_sets(config, eval_sets, answers, progress, metrics)
     report = build_report(
-        config,
-        identity,
-        eval_sets,
-        scored_sets,
-        metrics,
-        in_cache=in_cache,
-        in_train_data=in_train_data,
-        runs=runs,
+        config, identity, eval_sets, scored_sets, metrics, in_cache=in_cache, in_train_data=in_train_data, runs=runs
     )
     return write_all(config.out, report, scored_sets)
 

@@ -6,10 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.core.identity import file_sha256
+from dpkd.core.json_lines import read_json_lines
 
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 _ROLES = ("system", "user", "assistant")
@@ -77,9 +80,7 @@ def open_examples(data: str) -> ExampleSource:
                 expected=" or ".join(_FILE_SUFFIXES),
                 where=path,
             )
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return ExampleSource(data, {"name": path.name, "sha256": digest}, path=path)
+        return ExampleSource(data, {"name": path.name, "sha256": file_sha256(path)}, path=path)
     return _open_dataset(data)
 
 
@@ -100,12 +101,9 @@ def _open_dataset(data: str) -> ExampleSource:
     digest = hashlib.sha256()
     for row in dataset:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
-    return ExampleSource(data, {"name": _directory_name(data), "sha256": digest.hexdigest()}, dataset=dataset)
-
-
-def _directory_name(data: str) -> str:
-    """Last part of a directory's name (a copy elsewhere is the same data); other names as they are."""
-    return Path(data).name if Path(data).is_dir() else data
+    # a copy of a directory elsewhere is the same data
+    name = Path(data).name if Path(data).is_dir() else data
+    return ExampleSource(data, {"name": name, "sha256": digest.hexdigest()}, dataset=dataset)
 
 
 def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example | SkippedRow]:
@@ -116,21 +114,18 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
     the caller thinks it is.
     """
     seen: set[str] = set()
-    num_rows = 0
-    for line, row in raw_rows(source):
-        if limit is not None and num_rows >= limit:
-            break
-        num_rows += 1
+    line = 0
+    for line, row in islice(raw_rows(source), limit):
         item = _to_example(row, line, source.name)
-        if isinstance(item, Example) and not _is_unicode(item):
-            item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
         if isinstance(item, Example):
-            if item.example_id in seen:
+            if not _is_unicode(item):
+                item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
+            elif item.example_id in seen:
                 item = SkippedRow(line, f"id {item.example_id!r} is also on an earlier line")
             else:
                 seen.add(item.example_id)
         yield item
-    if num_rows == 0:
+    if line == 0:
         raise UserError("the data holds no row", where=source.name, advice="Give a file with at least one row")
 
 
@@ -142,16 +137,7 @@ def raw_rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="strict") as file:
-            line = 0
-            try:
-                for line, text in enumerate(file, start=1):
-                    if text.strip():
-                        yield line, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"line {line} is not JSON: {error.msg} at column {error.colno}", where=path) from None
-            except UnicodeDecodeError as error:
-                raise UserError(f"line {line + 1} is not UTF-8: {error.reason}", where=path) from None
+        yield from read_json_lines(path)
     else:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
@@ -169,12 +155,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        line = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"the file is not Parquet: {error}", where=path) from None
 

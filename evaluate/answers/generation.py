@@ -114,11 +114,7 @@ def generate_answers(
 
 
 def _open_files(
-    config: EvalConfig,
-    engine: str,
-    candidate: Candidate,
-    eval_sets: Sequence[EvalSet],
-    sampling: Sampling,
+    config: EvalConfig, engine: str, candidate: Candidate, eval_sets: Sequence[EvalSet], sampling: Sampling
 ) -> list[_File]:
     files = []
     for eval_set in eval_sets:

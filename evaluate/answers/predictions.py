@@ -28,19 +28,16 @@ class Predictions:
 
 def read_predictions(config: EvalConfig, eval_sets: Sequence[EvalSet]) -> list[Predictions]:
     """The predictions of `config`; raises `UserError` for a file that does not match its set and a set without one."""
-    by_name: dict[str, dict[str, str]] = {}
     names = [eval_set.name for eval_set in eval_sets]
-    for key, file in config.predictions.items():
-        name, _, data = key.partition(":")
-        if not data and len(names) > 1:
-            raise UserError(
-                f"it is unclear which set the predictions {name!r} answer",
-                found=f"{len(names)} sets: {', '.join(names)}",
-                where="--predictions",
-                advice=f"Give --predictions {name}:{names[0]}=FILE for each set",
-            )
-        by_name.setdefault(name, {})[data or names[0]] = file
-    return [_read_name(name, files, eval_sets) for name, files in by_name.items()]
+    unclear = [key for key in config.predictions if ":" not in key]
+    if unclear and len(names) > 1:
+        raise UserError(
+            f"it is unclear which set the predictions {unclear[0]!r} answer",
+            found=f"{len(names)} sets: {', '.join(names)}",
+            where="--predictions",
+            advice=f"Give --predictions {unclear[0]}:{names[0]}=FILE for each set",
+        )
+    return [_read_name(name, files, eval_sets) for name, files in config.prediction_files().items()]
 
 
 def _read_name(name: str, files: dict[str, str], eval_sets: Sequence[EvalSet]) -> Predictions:
@@ -53,10 +50,11 @@ def _read_name(name: str, files: dict[str, str], eval_sets: Sequence[EvalSet]) -
             where="--predictions",
             advice=f"Give one --predictions {name}:SET=FILE for each --data; the difference is {', '.join(difference)}",
         )
-    answers: ModelAnswers = {}
-    for eval_set in eval_sets:
-        for seed, found in _read_file(Path(files[eval_set.name]), eval_set).items():
-            answers[eval_set.name, seed] = found
+    answers = {
+        (eval_set.name, seed): found
+        for eval_set in eval_sets
+        for seed, found in _read_file(Path(files[eval_set.name]), eval_set).items()
+    }
     identity = {data: file_sha256(Path(file)) for data, file in files.items()}
     return Predictions(name, identity, answers)
 

@@ -136,8 +136,7 @@ def _encode(
             return SkippedRow(example.line, str(error))
         if len(prompt.ids) > max_prompt_tokens:
             return SkippedRow(
-                example.line,
-                f"prompt of {len(prompt.ids)} tokens for model {candidate.name}, over {max_prompt_tokens}",
+                example.line, f"prompt of {len(prompt.ids)} tokens for model {candidate.name}, over {max_prompt_tokens}"
             )
         prompts.append(prompt)
     return prompts

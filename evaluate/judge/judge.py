@@ -97,11 +97,7 @@ def _form(config: JudgeConfig) -> Form:
 
 def _judge_identity(config: JudgeConfig, prompt: JudgePrompt) -> dict[str, Any]:
     """Who is asked and how; verdicts of different judges are never mixed. Prompts are part of the questions' keys."""
-    return {
-        "url": config.judge_url,
-        "body": config.request_body(),
-        "reask": prompt.reask if config.reask else None,
-    }
+    return {"url": config.judge_url, "body": config.request_body(), "reask": prompt.reask if config.reask else None}
 
 
 def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:

@@ -32,10 +32,7 @@ def count_tokens(config: JudgeConfig, answered: Sequence[Answered]) -> dict[str,
 
 
 def estimate_tokens(
-    config: JudgeConfig,
-    questions: Sequence[Question],
-    missing: Sequence[Question],
-    answered: Mapping[str, Answered],
+    config: JudgeConfig, questions: Sequence[Question], missing: Sequence[Question], answered: Mapping[str, Answered]
 ) -> dict[str, Any]:
     """An estimate for the `missing` ones of `questions`.
 

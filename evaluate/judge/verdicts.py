@@ -67,7 +67,7 @@ class Verdicts:
         is dropped silently.
         """
         advice = "Choose another --out (or --verdicts); nothing was overwritten"
-        answered = self._lines.read_strictly(_parse, "verdicts", advice)
+        answered = self._lines.read(_parse, strict=("verdicts", advice))
         return {one.question: one for one in answered}
 
     def append(self, answered: Answered) -> None:

@@ -14,11 +14,7 @@ from dpkd.evaluate.merge.evaluations import Evaluation, Row
 from dpkd.evaluate.report.provenance import DECODING, drawn_text
 
 #: settings of the scores, which must always agree, with their flags
-SCORING = {
-    "rouge_tokenizer": "--rouge-tokenizer",
-    "bucket_by": "--bucket-by",
-    "bucket_of": "--bucket-of",
-}
+SCORING = {"rouge_tokenizer": "--rouge-tokenizer", "bucket_by": "--bucket-by", "bucket_of": "--bucket-of"}
 # decoding settings that must agree; the report shows engine and dtype
 _DRAWING = tuple(key for key in DECODING if key not in ("engine", "dtype"))
 

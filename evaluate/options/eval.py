@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
@@ -34,6 +35,21 @@ ROW_FIELDS = ("instruction", "input", "output", "messages", "prompt", "id", "cat
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+def _known_sets(pairs: Any) -> Any:
+    """`dolly` as `dolly=set:dolly`."""
+    pairs = [pairs] if isinstance(pairs, str) else pairs
+    if not isinstance(pairs, (list, tuple)):
+        return pairs
+    return [f"{pair}={SET_PREFIX}{pair}" if str(pair) in KNOWN_SETS else pair for pair in pairs]
+
+
+_NAMED_PATHS = BeforeValidator(partial(named_values, form="NAME=PATH", example="student=runs/dpkd"))
+_NAMED_FIELDS = BeforeValidator(partial(named_values, form="NAME=FIELD", example="instruction=question"))
+NamedPaths = Annotated[dict[str, str], _NAMED_PATHS]
+NamedSets = Annotated[NamedPaths, BeforeValidator(_known_sets)]
+NamedFields = Annotated[dict[str, str], _NAMED_FIELDS]
+
+
 def _as_edge(value: Any) -> Edge:
     if value in get_args(Statistic):
         return cast(Statistic, value)
@@ -47,15 +63,15 @@ class InputOptions(Settings):
 
     title: ClassVar[str] = "Models and data"
 
-    model: dict[str, str] = Field(
+    model: NamedPaths = Field(
         {}, description="NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
     )
-    predictions: dict[str, str] = Field(
+    predictions: NamedPaths = Field(
         {},
         description="NAME=FILE.jsonl: existing answers to score, one `prediction` per line, in the order of the rows "
         "or by `example_id`; NAME:SET=FILE if there are several data sets; repeatable",
     )
-    data: dict[str, str] = Field(
+    data: NamedSets = Field(
         min_length=1,
         description="NAME=FILE: rows with references (.jsonl, .json, .parquet or a datasets name); or only the name of "
         f"a set in --data-dir: {', '.join(KNOWN_SETS)}; repeatable",
@@ -64,7 +80,7 @@ class InputOptions(Settings):
     data_dir: Path | None = Field(
         None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
-    field: dict[str, str] = Field(
+    field: NamedFields = Field(
         {},
         description=f"NAME=FIELD: field of the rows that holds the {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]}; "
         "repeatable",
@@ -75,7 +91,7 @@ class InputOptions(Settings):
         description="directory of generated answers, to share them between evaluations with other metrics or buckets; "
         "none: OUT/generations",
     )
-    run: dict[str, str] = Field(
+    run: NamedPaths = Field(
         {},
         description="NAME=DIR: a run of dpkd train whose curves to show; runs among the models are shown anyway; "
         "repeatable",
@@ -91,8 +107,7 @@ class AnswerOptions(Settings):
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="top-p (nucleus) of sampling")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None,
-        description="comma-separated seeds, one answer per row and seed; none: 10,20,30,40,50, or 10 if greedy",
+        None, description="comma-separated seeds, one answer per row and seed; none: 10,20,30,40,50, or 10 if greedy"
     )
     max_new_tokens: int = Field(256, gt=0, description="longest answer, in tokens")
     max_prompt_tokens: int = Field(256, gt=0, description="skip rows with a longer prompt, in tokens")
@@ -177,21 +192,6 @@ class EvalConfig(InputOptions, AnswerOptions, MetricOptions, EvalEngineOptions):
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "predictions"),)
     example: ClassVar[str] = "dpkd eval --model student=run --data dolly=heldout.jsonl --out report"
 
-    @field_validator("model", "data", "predictions", "run", mode="before")
-    @classmethod
-    def _named_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        pairs = [value] if isinstance(value, str) else value
-        if info.field_name == "data" and isinstance(pairs, (list, tuple)):
-            pairs = [
-                f"{pair}={SET_PREFIX}{pair}" if isinstance(pair, str) and pair in KNOWN_SETS else pair for pair in pairs
-            ]
-        return named_values(pairs, "NAME=PATH", "student=runs/dpkd")
-
-    @field_validator("field", mode="before")
-    @classmethod
-    def _named_fields(cls, value: Any) -> Any:
-        return named_values(value, "NAME=FIELD", "instruction=question")
-
     @field_validator("field")
     @classmethod
     def _fields_are_known(cls, value: dict[str, str]) -> dict[str, str]:
@@ -222,8 +222,15 @@ class EvalConfig(InputOptions, AnswerOptions, MetricOptions, EvalEngineOptions):
     @property
     def names(self) -> tuple[str, ...]:
         """Names in the report: the models, then the predictions."""
-        given = dict.fromkeys(key.partition(":")[0] for key in self.predictions)
-        return (*self.model, *given)
+        return (*self.model, *self.prediction_files())
+
+    def prediction_files(self) -> dict[str, dict[str, str]]:
+        """The files of predictions by name and data set; one given without a set answers the first."""
+        files: dict[str, dict[str, str]] = {}
+        for key, file in self.predictions.items():
+            name, _, data = key.partition(":")
+            files.setdefault(name, {})[data or next(iter(self.data))] = file
+        return files
 
     def generations_dir(self) -> Path:
         """The directory of generated answers."""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import Settings, named_values
-from dpkd.evaluate.options.eval import KNOWN_SETS, SET_PREFIX, EvalConfig
+from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedPaths, NamedSets
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
 
@@ -33,17 +33,17 @@ class JudgedOptions(Settings):
     title: ClassVar[str] = "Answers"
 
     report: Path | None = Field(None, description="directory of a finished dpkd eval, whose answers to judge")
-    predictions: dict[str, str] = Field(
+    predictions: NamedPaths = Field(
         {}, description="NAME=FILE.jsonl: answers to judge, as in dpkd eval, instead of --report; repeatable"
     )
-    data: dict[str, str] = Field(
+    data: NamedSets = Field(
         {}, description="NAME=FILE: the rows that --predictions answer, as in dpkd eval; repeatable"
     )
     out: Path = Field(description="directory for judge.json, the verdicts, tables and figures")
     data_dir: Path | None = Field(
         None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
-    field: dict[str, str] = Field({}, description="NAME=FIELD: fields of the rows, as in dpkd eval; repeatable")
+    field: NamedFields = Field({}, description="NAME=FIELD: fields of the rows, as in dpkd eval; repeatable")
     buckets: str | None = Field(
         None, description="edges of the length buckets, as in dpkd eval; none: those of --report, or 30,70"
     )
@@ -124,21 +124,6 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
     example: ClassVar[str] = (
         "dpkd judge --report report --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --out judge"
     )
-
-    @field_validator("predictions", "data", mode="before")
-    @classmethod
-    def _named_paths(cls, value: Any) -> Any:
-        pairs = [value] if isinstance(value, str) else value
-        if isinstance(pairs, (list, tuple)):
-            pairs = [
-                f"{pair}={SET_PREFIX}{pair}" if isinstance(pair, str) and pair in KNOWN_SETS else pair for pair in pairs
-            ]
-        return named_values(pairs, "NAME=PATH", "ours=answers.jsonl")
-
-    @field_validator("field", mode="before")
-    @classmethod
-    def _named_fields(cls, value: Any) -> Any:
-        return named_values(value, "NAME=FIELD", "instruction=question")
 
     @field_validator("only", "sets", mode="before")
     @classmethod

@@ -65,26 +65,18 @@ def about_models(config: EvalConfig, identity: dict[str, Any]) -> dict[str, Any]
     `fingerprint` is of the identity: weights, config, tokenizer and template of a model, or files of predictions.
     """
     models: dict[str, Any] = {}
+    files = config.prediction_files()
     for name in config.names:
         is_model = name in config.model
         kind = "models" if is_model else "predictions"
         models[name] = {
             "directory": redacted(config.model[name]) if is_model else None,
-            "files": None if is_model else _files(config, name),
+            "files": None if is_model else {data: redacted(file) for data, file in files[name].items()},
             "fingerprint": fingerprint(identity.get(kind, {}).get(name)),
             "decoding": {key: identity["settings"].get(key) for key in DECODING} if is_model else None,
             "data": {},
         }
     return models
-
-
-def _files(config: EvalConfig, name: str) -> dict[str, str]:
-    found = {}
-    for key, place in config.predictions.items():
-        ours, _, data = key.partition(":")
-        if ours == name:
-            found[data or next(iter(config.data))] = redacted(place)
-    return found
 
 
 def decoding_text(report: dict[str, Any]) -> str:

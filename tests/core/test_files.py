@@ -58,7 +58,7 @@ def test_a_log_of_another_header_starts_over_or_is_refused(tmp_path: Path) -> No
     AppendOnlyLines(path, HEADER).append({"n": 1})
     other = AppendOnlyLines(path, {"fingerprint": "xyz"})
     with pytest.raises(UserError, match=r"verdicts were made with other options.*abc.*xyz") as error:
-        other.read_strictly(dict, "verdicts", "Give another --out")
+        other.read(dict, strict=("verdicts", "Give another --out"))
     assert "Give another --out" in str(error.value)
     assert other.read(dict) == []
     other.append({"n": 2}, durable=True)
@@ -70,7 +70,7 @@ def test_a_line_that_the_parser_refuses_ends_a_log_or_is_an_error_with_its_numbe
     log.append({"n": 1}, {"m": 2}, {"n": 3})
     assert log.read(lambda value: value["n"]) == [1]
     with pytest.raises(UserError, match="line 3 of the verdicts cannot be read: KeyError"):
-        log.read_strictly(lambda value: value["n"], "verdicts", "x")
+        log.read(lambda value: value["n"], strict=("verdicts", "x"))
 
 
 def test_json_lines_have_the_numbers_of_their_lines(tmp_path: Path) -> None:
