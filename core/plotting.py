@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 #: a second sign, for more series than colours and for print in grey
 HATCHES = ("", "//", "..", "xx")
-FORMATS = ("png", "svg")
 GRID = "#DDDDDD"
 _DPI = 150
 _LEGEND_CHARACTERS, _COMMAND_CHARACTERS = 110, 360
@@ -31,24 +30,16 @@ def require_matplotlib() -> None:
         raise UserError("plots need matplotlib, which is not installed", advice="pip install 'dpkd[report]'")
 
 
-def new_figure(
-    width: float,
-    height: float,
-    shape: tuple[int, int] = (1, 1),
-    *,
-    padding: tuple[float, float] = (0.1, 0.1),
-    rect: tuple[float, float, float, float] = (0, 0, 1, 1),
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` by `height` inches and its panels, row by row."""
+def new_figure(width: float, height: float, num_panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches and its panels, one below the other."""
     # the object API keeps no global state: the caller's own figures and backend stay as they are
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(h_pad=padding[0], w_pad=padding[1], rect=rect)
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    panels = list(figure.subplots(num_panels, squeeze=False).flat)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
@@ -124,14 +115,14 @@ def frame_figure(figure: Figure, panels: Sequence[Axes], caption: str, title: st
         figure.suptitle(title, fontsize=11)
 
 
-def save_figure(figure: Figure, path: Path, description: str = "", formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write `figure` to `path` (without suffix) in each format; returns the paths. Equal figures give equal files."""
+def save_figure(figure: Figure, path: Path, description: str) -> list[Path]:
+    """Write `figure` to `path` (without suffix) as PNG and SVG; returns the paths. Equal figures give equal files."""
     import matplotlib
 
     figure.draw_without_rendering()  # lay out once, for all formats
     figure.set_layout_engine("none")
-    described = {"Title": path.name} | ({"Description": description} if description else {})
-    paths = [path.with_name(f"{path.name}.{kind}") for kind in formats]
+    described = {"Title": path.name, "Description": description}
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     # text stays text in the SVG
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpkd"}):
         for file in paths:

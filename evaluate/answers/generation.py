@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed, fingerprint
@@ -105,8 +105,16 @@ def generate_answers(
     else:
         running = engine.start(f"{num_missing} responses")
         missing = [(file, row) for file in files for row, answer in enumerate(file.answers) if answer is None]
+        requests = (
+            GenerateRequest(
+                index,
+                file.eval_set.prompts[candidate.name][row].ids,
+                request_seed(file.seed, file.eval_set.examples[row].example_id),
+            )
+            for index, (file, row) in enumerate(missing)
+        )
         with Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress:
-            for result in results_only(running.generate(_requests(missing, candidate.name), sampling)):
+            for result in results_only(running.generate(requests, sampling)):
                 file, row = missing[result.index]
                 _add(file, row, result, candidate)
                 progress.advance()
@@ -120,15 +128,16 @@ def _open_files(
     for eval_set in eval_sets:
         example_ids = [example.example_id for example in eval_set.examples]
         prompts = [prompt.ids for prompt in eval_set.prompts[candidate.name]]
-        made_by: dict[str, Any] = {
-            "format_version": _FORMAT_VERSION,
-            "engine": engine,
-            **candidate.identity,
-            "data": eval_set.identity,
-            "sampling": asdict(sampling),
-            "prompts": list(zip(example_ids, prompts, strict=True)),
-        }
-        shared = fingerprint(made_by)
+        shared = fingerprint(
+            {
+                "format_version": _FORMAT_VERSION,
+                "engine": engine,
+                **candidate.identity,
+                "data": eval_set.identity,
+                "sampling": asdict(sampling),
+                "prompts": list(zip(example_ids, prompts, strict=True)),
+            }
+        )
         for seed in config.resolved_seeds():
             path = answers_path(config.generations_dir(), candidate.name, eval_set.name, seed)
             file_fingerprint = fingerprint({"shared": shared, "seed": seed})
@@ -140,9 +149,8 @@ def _open_files(
                     advice="Choose another --generations or another name for the model; nothing was overwritten",
                 )
             partial = partial_answers(path, file_fingerprint)
-            answers: dict[str, Answer] = {answer.example_id: answer for answer in finished or ()}
-            if finished is None:
-                answers = {answer.example_id: answer for answer in partial.read(lambda value: Answer(**value))}
+            known = partial.read(lambda value: Answer(**value)) if finished is None else finished
+            answers = {answer.example_id: answer for answer in known}
             file = _File(eval_set, seed, path, file_fingerprint, partial, [answers.get(key) for key in example_ids])
             if finished is None and file.num_missing == 0:
                 _write(file)  # the process was killed after the last answer and before writing the file
@@ -150,24 +158,11 @@ def _open_files(
     return files
 
 
-def _requests(missing: Sequence[tuple[_File, int]], model: str) -> Iterator[GenerateRequest]:
-    for index, (file, row) in enumerate(missing):
-        yield GenerateRequest(
-            index,
-            file.eval_set.prompts[model][row].ids,
-            request_seed(file.seed, file.eval_set.examples[row].example_id),
-        )
-
-
 def _add(file: _File, row: int, result: EngineResult, candidate: Candidate) -> None:
     assert file.answers[row] is None, "the engine answered a request twice"
     response_ids = [int(token) for token in result.response_ids]
-    answer = Answer(
-        file.eval_set.examples[row].example_id,
-        candidate.encoder.decode(response_ids),
-        response_ids,
-        result.finish_reason,
-    )
+    example_id, text = file.eval_set.examples[row].example_id, candidate.encoder.decode(response_ids)
+    answer = Answer(example_id, text, response_ids, result.finish_reason)
     file.answers[row] = answer
     file.partial.append(asdict(answer))
     if file.num_missing == 0:

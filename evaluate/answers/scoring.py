@@ -73,12 +73,8 @@ def score_sets(
             by_seed = {seed: answers_N for (data, seed), answers_N in answers_of.items() if data == eval_set.name}
             values = []
             for answers_N in by_seed.values():
-                values.append(
-                    [
-                        score(answer.response, example.references, config.rouge_tokenizer)
-                        for answer, example in zip(answers_N, eval_set.examples, strict=True)
-                    ]
-                )
+                pairs = zip(answers_N, eval_set.examples, strict=True)
+                values.append([score(given.response, row.references, config.rouge_tokenizer) for given, row in pairs])
                 progress.advance(len(answers_N))
             values_SNK = np.array(values, dtype=np.float64)
             scores = {name: values_SNK[:, :, index] for index, name in enumerate(Scores._fields)}

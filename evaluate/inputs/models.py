@@ -35,25 +35,16 @@ def open_candidates(config: EvalConfig) -> list[Candidate]:
         _check_template(source, encoder)
         # the engine checks this too, but only after the earlier models have answered
         check_fits(source, config.engine_options())
-        candidates.append(Candidate(name, source, encoder, _identity(source, encoder, config)))
+        model, tokenizer = source.identity(config.dtype), source.tokenizer_identity()
+        identity = {"model": model, "tokenizer": tokenizer, "template": encoder.identity()}
+        candidates.append(Candidate(name, source, encoder, identity))
     return candidates
-
-
-def _identity(source: ModelSource, encoder: PromptEncoder, config: EvalConfig) -> dict[str, Any]:
-    return {
-        "model": source.identity(config.dtype),
-        "tokenizer": source.tokenizer_identity(),
-        "template": encoder.identity(),
-    }
 
 
 def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
     """Raise `UserError` if the checkpoint records another template than the one of the options."""
-    trained_with = source.trained_template()
-    if trained_with is None:
-        return
-    asked_with = encoder.identity()
-    if trained_with == asked_with:
+    trained_with, asked_with = source.trained_template(), encoder.identity()
+    if trained_with is None or trained_with == asked_with:
         return
     other_text = trained_with["name"] == asked_with["name"]
     raise UserError(

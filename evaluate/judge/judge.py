@@ -14,7 +14,7 @@ from dpkd.core.progress import Progress, say
 from dpkd.evaluate.judge.client import JudgeClient, read_key
 from dpkd.evaluate.judge.markdown import judge_markdown
 from dpkd.evaluate.judge.plot import plot_judge
-from dpkd.evaluate.judge.questions import Form, JudgePrompt, read_prompt
+from dpkd.evaluate.judge.questions import Form, read_prompt
 from dpkd.evaluate.judge.report import FORMAT_VERSION, build_judge_report, write_per_verdict
 from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, choose, make_questions, read_answers
 from dpkd.evaluate.judge.tokens import estimate_tokens
@@ -33,12 +33,15 @@ class _Plan:
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self.prompt = read_prompt(config.prompt, _form(config))
+        pointwise: Form = "scores" if config.grade_reference else "score"
+        self.prompt = read_prompt(config.prompt, "verdict" if config.mode == "pairwise" else pointwise)
         self.answers: Answers = read_answers(config)
         self.sets: list[JudgedSet] = choose(self.answers, config)
         self.questions: list[Question] = list(make_questions(self.sets, config, self.prompt))
-        self.judge = _judge_identity(config, self.prompt)
-        self.verdicts = Verdicts(config.verdicts_path(), self.judge)
+        # verdicts of different judges are never mixed; prompts are part of the questions' keys
+        reask = self.prompt.reask if config.reask else None
+        judge = {"url": config.judge_url, "body": config.request_body(), "reask": reask}
+        self.verdicts = Verdicts(config.verdicts_path(), judge)
 
     def missing(self, answered: Mapping[str, Answered]) -> list[Question]:
         """The questions without an answer, each text once."""
@@ -87,17 +90,6 @@ def estimate(config: JudgeConfig) -> dict[str, Any]:
     plan = _Plan(config)
     answered = plan.verdicts.read()
     return estimate_tokens(config, plan.questions, plan.missing(answered), answered)
-
-
-def _form(config: JudgeConfig) -> Form:
-    if config.mode == "pairwise":
-        return "verdict"
-    return "scores" if config.grade_reference else "score"
-
-
-def _judge_identity(config: JudgeConfig, prompt: JudgePrompt) -> dict[str, Any]:
-    """Who is asked and how; verdicts of different judges are never mixed. Prompts are part of the questions' keys."""
-    return {"url": config.judge_url, "body": config.request_body(), "reask": prompt.reask if config.reask else None}
 
 
 def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:

@@ -15,7 +15,7 @@ from dpkd.evaluate.judge.questions import JudgePrompt
 from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, compared
 from dpkd.evaluate.judge.tokens import count_tokens
 from dpkd.evaluate.judge.verdicts import Answered
-from dpkd.evaluate.metrics.bootstrap import holm, mean_intervals, paired_differences, ratio_interval
+from dpkd.evaluate.metrics.bootstrap import add_holm, mean_intervals, paired_differences, ratio_interval
 from dpkd.evaluate.metrics.buckets import buckets_of
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.report.provenance import command_text
@@ -23,8 +23,12 @@ from dpkd.evaluate.report.provenance import command_text
 #: of `judge.json`; what each version holds is in docs/judge.md
 FORMAT_VERSION = 1
 
-_Place = tuple[str, str, str, int, str | None, bool]
-_Outcomes = dict[_Place, tuple[str, ...] | None]
+_COLUMNS = (
+    *("data", "example_id", "model", "seed", "other", "other_seed", "swapped", "question"),
+    *("reply", "read", "finish_reason", "refused"),
+)
+# what was read, by set, example, model, seed, other model, and whether the pair was swapped
+_Outcomes = dict[tuple[str, str, str, int, str | None, bool], tuple[str, ...] | None]
 
 
 def build_judge_report(
@@ -37,7 +41,10 @@ def build_judge_report(
     answered: Mapping[str, Answered],
 ) -> dict[str, Any]:
     """Everything in `judge.json`; `answered` has the answer to each of `questions`, by key."""
-    outcomes = {_place(question): _read(question, answered) for question in questions}
+    outcomes = {
+        (q.data, q.row.example_id, q.model, q.seed, q.other, q.swapped and q.other is not None): _read(q, answered)
+        for q in questions
+    }
     report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(identity),
@@ -75,29 +82,18 @@ def write_per_verdict(path: Path, questions: Sequence[Question], answered: Mappi
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("data", "example_id", "model", "seed", "other", "other_seed", "swapped", "question", "reply", "read")
-    kinds = [pa.string(), pa.string(), pa.string(), pa.int64(), pa.string(), pa.int64(), pa.bool_(), *[pa.string()] * 5]
-    schema = pa.schema(list(zip((*names, "finish_reason", "refused"), kinds, strict=True)))
+    kinds = {"seed": pa.int64(), "other_seed": pa.int64(), "swapped": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in _COLUMNS])
     rows = []
     for q in questions:
         found = answered[q.key]
         read = found.parsed(q.prompt.form)
         last = found.replies[-1] if found.replies else None
-        values = (q.data, q.row.example_id, q.model, q.seed, q.other, q.other_seed, q.swapped, q.key)
-        rows.append(
-            {
-                **dict(zip(names, (*values, last and last.content, read and " ".join(read)), strict=True)),
-                "finish_reason": last and last.finish_reason,
-                "refused": found.refused,
-            }
-        )
+        about = (q.data, q.row.example_id, q.model, q.seed, q.other, q.other_seed, q.swapped, q.key)
+        reply = (last and last.content, read and " ".join(read), last and last.finish_reason, found.refused)
+        rows.append(dict(zip(_COLUMNS, about + reply, strict=True)))
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
-
-
-def _place(question: Question) -> _Place:
-    q = question
-    return q.data, q.row.example_id, q.model, q.seed, q.other, q.swapped and q.other is not None
 
 
 def _read(question: Question, answered: Mapping[str, Answered]) -> tuple[str, ...] | None:
@@ -162,7 +158,7 @@ class _Graded:
         return {
             **self._scores(everything, config),
             "buckets": [
-                {"low": bucket.low, "high": bucket.high, **self._scores(self.bucket_SN == index, config)}
+                bucket._asdict() | self._scores(self.bucket_SN == index, config)
                 for index, bucket in enumerate(buckets_of(self.judged.edges))
             ],
             "seeds": [
@@ -204,9 +200,13 @@ def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_predicti
         differences_N = mean_over_seeds(ours.grades_SN) - mean_over_seeds(theirs.grades_SN)
         row: dict[str, Any] = {"model": model, "baseline": other, **difference(differences_N, config)}
         if not by_prediction:
-            row["buckets"] = _by_bucket(ours.judged, model, differences_N, config)
+            row["buckets"] = [
+                bucket._asdict() | difference(differences_N[ours.bucket_SN[0] == index], config)
+                for index, bucket in enumerate(buckets_of(ours.judged.edges))
+            ]
         rows.append(row)
-    return _with_holm(rows)
+    add_holm(rows)
+    return rows
 
 
 def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
@@ -214,20 +214,6 @@ def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]
     known = differences_N[np.isfinite(differences_N)]
     found = paired_differences(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
     return {"n": len(known), **found._asdict()}
-
-
-def _by_bucket(judged: JudgedSet, model: str, differences_N: np.ndarray, config: JudgeConfig) -> list[dict[str, Any]]:
-    bucket_N = bucket_indices(judged, model)[0]
-    return [
-        {"low": bucket.low, "high": bucket.high, **difference(differences_N[bucket_N == index], config)}
-        for index, bucket in enumerate(buckets_of(judged.edges))
-    ]
-
-
-def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_holm"] = p_value
-    return rows
 
 
 def mean_over_seeds(values_SN: np.ndarray) -> np.ndarray:
@@ -275,11 +261,12 @@ def _pairs(judged: JudgedSet, outcomes: _Outcomes, config: JudgeConfig, by_predi
         if not by_prediction:
             bucket_N = bucket_indices(judged, model)[0]
             row["buckets"] = [
-                {"low": bucket.low, "high": bucket.high, **_won(outcome_SN[:, bucket_N == index], config)}
+                bucket._asdict() | _won(outcome_SN[:, bucket_N == index], config)
                 for index, bucket in enumerate(buckets_of(judged.edges))
             ]
         rows.append(row)
-    return _with_holm(rows)
+    add_holm(rows)
+    return rows
 
 
 def _counts(outcomes: np.ndarray) -> dict[str, int]:

@@ -59,7 +59,7 @@ def build_merged_report(
     """The `report.json` of all `evaluations`, with the keys of a single one."""
     resampling = Resampling(config.num_bootstrap, config.bootstrap_seed)
     by_set: dict[str, list[ScoredSet]] = {}
-    models = _models(parts)
+    models = _models(parts, identity)
     for scored in scored_sets:
         by_set.setdefault(scored.eval_set.name, []).append(scored)
         models[scored.model]["data"][scored.eval_set.name] = summarise(scored, resampling)
@@ -87,25 +87,16 @@ def build_merged_report(
     )
 
 
-def _models(parts: Sequence[Part]) -> dict[str, Any]:
+def _models(parts: Sequence[Part], identity: dict[str, Any]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for part in parts:
         about = {**part.about, "data": {}}
         ours = models.setdefault(part.model, {**about, "files": {} if about["files"] else None})
         if about["files"]:
             ours["files"][part.data] = about["files"][part.own_data]
-            ours["fingerprint"] = fingerprint(_files_identity(parts, part.model))
+            ours["fingerprint"] = fingerprint(identity["predictions"][part.model])
         ours["to_teacher"] = ours["to_teacher"] or about["to_teacher"]
     return models
-
-
-def _files_identity(parts: Sequence[Part], model: str) -> dict[str, str]:
-    """The identity of predictions, as in one evaluation of all their sets."""
-    return {
-        part.data: part.evaluation.report["identities"]["predictions"][part.own_model][part.own_data]
-        for part in parts
-        if part.model == model
-    }
 
 
 def _about_data(parts: Sequence[Part], data: str, scored: ScoredSet, num_skipped: int) -> dict[str, Any]:

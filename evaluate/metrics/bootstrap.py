@@ -8,9 +8,9 @@ examples' means, so it counts once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,6 +152,12 @@ def holm(p_values: list[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, p * (len(order) - rank)))
         adjusted[index] = highest
     return adjusted
+
+
+def add_holm(differences: Sequence[dict[str, Any]]) -> None:
+    """Add `p_holm`, Holm's adjustment of each `p_value`, to a family of differences."""
+    for difference, p_value in zip(differences, holm([found["p_value"] for found in differences]), strict=True):
+        difference["p_holm"] = p_value
 
 
 def _draws(num_examples: int, num_bootstrap: int, seed: int) -> Iterator[np.ndarray]:

@@ -43,11 +43,14 @@ def _known_sets(pairs: Any) -> Any:
     return [f"{pair}={SET_PREFIX}{pair}" if str(pair) in KNOWN_SETS else pair for pair in pairs]
 
 
-_NAMED_PATHS = BeforeValidator(partial(named_values, form="NAME=PATH", example="student=runs/dpkd"))
-_NAMED_FIELDS = BeforeValidator(partial(named_values, form="NAME=FIELD", example="instruction=question"))
-NamedPaths = Annotated[dict[str, str], _NAMED_PATHS]
-NamedSets = Annotated[NamedPaths, BeforeValidator(_known_sets)]
-NamedFields = Annotated[dict[str, str], _NAMED_FIELDS]
+def _named(form: str, example: str) -> BeforeValidator:
+    return BeforeValidator(partial(named_values, form=form, example=example))
+
+
+NamedPaths = Annotated[dict[str, str], _named("NAME=PATH", "student=runs/dpkd")]
+NamedFiles = Annotated[dict[str, str], _named("NAME=PATH", "ours=answers.jsonl")]
+NamedSets = Annotated[NamedFiles, BeforeValidator(_known_sets)]
+NamedFields = Annotated[dict[str, str], _named("NAME=FIELD", "instruction=question")]
 
 
 def _as_edge(value: Any) -> Edge:
@@ -66,7 +69,7 @@ class InputOptions(Settings):
     model: NamedPaths = Field(
         {}, description="NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
     )
-    predictions: NamedPaths = Field(
+    predictions: NamedFiles = Field(
         {},
         description="NAME=FILE.jsonl: existing answers to score, one `prediction` per line, in the order of the rows "
         "or by `example_id`; NAME:SET=FILE if there are several data sets; repeatable",

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import Settings, named_values
-from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedPaths, NamedSets
+from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedFiles, NamedSets
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
 
@@ -33,7 +33,7 @@ class JudgedOptions(Settings):
     title: ClassVar[str] = "Answers"
 
     report: Path | None = Field(None, description="directory of a finished dpkd eval, whose answers to judge")
-    predictions: NamedPaths = Field(
+    predictions: NamedFiles = Field(
         {}, description="NAME=FILE.jsonl: answers to judge, as in dpkd eval, instead of --report; repeatable"
     )
     data: NamedSets = Field(

@@ -12,13 +12,17 @@ from dpkd.core.identity import fingerprint, software_versions
 from dpkd.evaluate.answers.perplexity import ModelMetrics
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.inputs.eval_sets import EvalSet
-from dpkd.evaluate.metrics.bootstrap import ALPHA, POWER, holm, paired_differences
+from dpkd.evaluate.metrics.bootstrap import ALPHA, POWER, add_holm, paired_differences
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.provenance import about_models, command_text, redacted
 from dpkd.evaluate.report.summaries import Resampling, summarise, teacher_summary
 
 #: of `report.json`; docs/evaluation.md documents it
 FORMAT_VERSION = 3
+_KEYS = (
+    *("format_version", "fingerprint", "command", "merged", "settings", "models", "data", "comparisons", "runs"),
+    *("significance", "identities", "overlap", "duplicates", "skipped", "software"),
+)
 _COMPARED = ("rouge_l", "exact_match")
 
 
@@ -69,37 +73,17 @@ def build_report(
     )
 
 
-def report_form(
-    identity: dict[str, Any],
-    *,
-    command: str,
-    merged: list[dict[str, Any]] | None,
-    models: dict[str, Any],
-    data: dict[str, Any],
-    comparisons: dict[str, Any],
-    runs: dict[str, Any],
-    overlap: dict[str, Any] | None,
-    duplicates: dict[str, Any] | None,
-    skipped: dict[str, Any],
-) -> dict[str, Any]:
-    """The keys of `report.json` in their order, for a report of one evaluation and a merged one."""
-    return {
+def report_form(identity: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """`report.json` of one evaluation or a merged one, its keys in order; `parts` are those that differ by kind."""
+    parts |= {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(identity),
-        "command": command,
-        "merged": merged,
         "settings": identity["settings"],
-        "models": models,
-        "data": data,
-        "comparisons": comparisons,
-        "runs": runs,
         "significance": {"alpha": ALPHA, "power": POWER},
         "identities": {key: value for key, value in identity.items() if key not in ("format_version", "settings")},
-        "overlap": overlap,
-        "duplicates": duplicates,
-        "skipped": skipped,
         "software": software_versions(),
     }
+    return {key: parts[key] for key in _KEYS}
 
 
 def about_set(eval_set: EvalSet) -> dict[str, Any]:
@@ -128,8 +112,7 @@ def compare(scored_sets: Sequence[ScoredSet], resampling: Resampling, *, by_buck
             for row, differences in zip(rows, _differences(pairs, bucket_N == index, resampling), strict=True):
                 row.setdefault("buckets", []).append(differences)
     for metric in _COMPARED:
-        for row, p_value in zip(rows, holm([row[metric]["p_value"] for row in rows]), strict=True):
-            row[metric]["p_holm"] = p_value
+        add_holm([row[metric] for row in rows])
     return rows
 
 

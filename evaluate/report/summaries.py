@@ -40,8 +40,7 @@ def summarise(scored: ScoredSet, resampling: Resampling) -> dict[str, Any]:
         in_bucket_SN = scored.bucket_SN == index
         summary["buckets"].append(
             {
-                "low": bucket.low,
-                "high": bucket.high,
+                **bucket._asdict(),
                 "n": int(in_bucket_SN.any(axis=0).sum()),
                 "num_answers": int(in_bucket_SN.sum()),
                 **_intervals(scored, in_bucket_SN, resampling),

@@ -107,7 +107,7 @@ def _caption(report: dict[str, Any]) -> str:
 
 def _panels(report: dict[str, Any], num_panels: int) -> tuple[Figure, list[Axes]]:
     below_inches = 0.14 * len(_caption(report).splitlines()) + 0.3 * len(report["models"]) / 2
-    return new_figure(_WIDTH_INCHES, _PANEL_INCHES * num_panels + below_inches + 0.5, (num_panels, 1))
+    return new_figure(_WIDTH_INCHES, _PANEL_INCHES * num_panels + below_inches + 0.5, num_panels)
 
 
 def _save(figure: Figure, panels: Sequence[Axes], title: str, report: dict[str, Any], path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from dpkd.evaluate.report.provenance import data_text
 from dpkd.evaluate.report.tables import BEST_MARK, Cell, Table, lost_text, power_note, set_tables, teacher_table
 from dpkd.evaluate.views.markdown import introduction, report_markdown
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -18,15 +20,11 @@ def print_report(report: dict[str, Any]) -> None:
     if not sys.stdout.isatty():
         print(report_markdown(report))
         return
-    from rich.console import Console
-
     draw_report(report, Console())
 
 
 def draw_report(report: dict[str, Any], console: Console) -> None:
     """Draw every table on `console` with its best means marked; markup in texts is shown, not interpreted."""
-    from rich.text import Text
-
     _say(console, introduction(report))
     for data in report["data"]:
         console.rule(Text(f"{data}: {data_text(report, data)}"), style="dim", align="left")
@@ -41,10 +39,6 @@ def draw_report(report: dict[str, Any], console: Console) -> None:
 
 
 def _draw(console: Console, table: Table) -> None:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.add_column(Text(table.first_column), overflow="fold")
     for column in table.columns:
@@ -57,14 +51,10 @@ def _draw(console: Console, table: Table) -> None:
 
 
 def _cell(cell: Cell) -> Any:
-    from rich.text import Text
-
     text = Text(f"{cell.value} {BEST_MARK}" if cell.best else cell.value, style="bold cyan" if cell.best else "")
     # below the mean, so that the columns fit a terminal of usual width
     return text.append(f"\n{cell.interval}", style="not bold dim") if cell.interval else text
 
 
 def _say(console: Console, text: str, style: str = "dim") -> None:
-    from rich.text import Text
-
     console.print(Text(text, style=style))
