@@ -35,7 +35,6 @@ class ServedTeacher(ModelSource):
 
     @property
     def vocab_size(self) -> int:
-        """Width of the logits."""
         return self.width
 
     @property

@@ -32,7 +32,7 @@ _LARGEST_EXPONENT = 700.0  # exp of more overflows float64
 
 
 def sample_rows(cache: TeacherCache, num_rows: int) -> list[TrainingRow]:
-    """`num_rows` rows of `cache`, or all if it has fewer: always the same ones, spread over its shards."""
+    """`num_rows` rows of `cache`, or all if it has fewer: the same ones at every call, spread over its shards."""
     rows = CacheRows(cache, cache.shards())
     sizes = rows.group_sizes
     order = BatchOrder(sizes, seed=0, global_batch_size=min(num_rows, sum(sizes)))
@@ -48,10 +48,10 @@ def batches_of(rows: list[TrainingRow], device: torch.device, *, with_distributi
 def measure_model(
     path: str, cache: str | Path, *, num_rows: int, beta: float = 0.1, device: str = "auto", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """`measure_student` of the checkpoint `path` (directory or hub name) on the cache at `cache` (path or URL).
+    """Metrics (`measure_student`) of the checkpoint `path` (directory or hub name) on the cache `cache` (path or URL).
 
-    `device` is auto, cpu or cuda. Raises `UserError` for a model or a cache that cannot be read, and for a model with
-    another tokenizer, or another prompt template, than the cache's.
+    `device` is auto, cpu or cuda. Raises `UserError` if the model or the cache cannot be read, or if the model has
+    another tokenizer or prompt template than the cache.
     """
     student, teacher_cache = locate_model(path, "model"), TeacherCache.open(cache)
     check_same_prompts(student, teacher_cache)
@@ -84,16 +84,16 @@ def measure_student(
     device: torch.device,
     beta: float = 0.1,
 ) -> dict[str, Any]:
-    """What `model` makes of at most `num_rows` rows of `cache`; values in nats.
+    """Metrics of `model` on at most `num_rows` rows of `cache`, in nats.
 
-    Means over response tokens, EOS counted: `perplexity` of the cached responses; `kl` and `rkld`,
-    KL(teacher || student) and KL(student || teacher), with the tokens outside the kept entries as one bucket (lower
-    bounds of the true ones); `top1_agreement`, the share of tokens at which both find the same one likeliest.
-    `kld_first` and `rkld_first` are means over rows of the same at the first response token. Means over rows:
-    `reward`, beta/|y| log q(y)/p(y) of the cached response (Eq. 29 with Eq. 9's division), and `reward_sum` without
-    the division. What needs distributions is None where the cache keeps none.
+    Means over response tokens, EOS included: `perplexity` of the cached responses; `kl` and `rkld`, KL(teacher ||
+    student) and KL(student || teacher), lower bounds because all tokens that the cache does not keep count as one
+    outcome; `top1_agreement`, the share of tokens where both have the same most likely token. Means over rows:
+    `kld_first` and `rkld_first`, the divergences at the first response token; `reward`, beta/|y| log q(y)/p(y) of the
+    cached response (Eq. 29 divided as in Eq. 9); `reward_sum`, the same without the division. Metrics that need
+    distributions are None if the cache has none.
 
-    Raises `UserError` for a student whose positions end before the rows do, or whose logits are not numbers.
+    Raises `UserError` if a row is longer than the student's positions, or if the student's logits are not finite.
     """
     sums = row_measures(student, model, cache, num_rows, device)
     num_tokens_N = sums["tokens"]
@@ -123,11 +123,11 @@ def measure_student(
 def row_measures(
     student: ModelSource, model: nn.Module, cache: TeacherCache, num_rows: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """What `measure_student` is made of, by name: one float64 a row, in the order of `sample_rows`.
+    """The values behind `measure_student` by name: one float64 a row, in the order of `sample_rows`.
 
-    `tokens` (EOS counted); sums over them: `nll` and `teacher_nll`, -log q(y) and -log p(y) of the cached response,
-    and with distributions `kld`, `rkld`, `top1_agreement`; `kld_first`, `rkld_first` at the first one. Nats. Raises as
-    `measure_student`.
+    `tokens` is the length of the response, EOS included. Sums over it, in nats: `nll` and `teacher_nll`, -log q(y) and
+    -log p(y); with distributions also `kld`, `rkld` and `top1_agreement`. `kld_first` and `rkld_first` are values at
+    the first token. Raises the errors of `measure_student`.
     """
     rows = sample_rows(cache, num_rows)
     longest = max(len(row.chosen.prompt_ids) + len(row.chosen.response_ids) for row in rows)
@@ -151,11 +151,8 @@ def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
     values = values | {"nll": -values["target"], "teacher_nll": -batch.teacher_logprob_T}
     # float64 on the CPU: some devices have none
     row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}
-    found = {
-        name: sum_by_row(value, row_T, batch.num_rows)
-        for name, value in by_token.items()
-        if name not in ("entropy", "target")
-    }
+    summed = [name for name in by_token if name not in ("entropy", "target")]
+    found = {name: sum_by_row(by_token[name], row_T, batch.num_rows) for name in summed}
     num_tokens_B = batch.num_tokens_B.cpu()
     first_B = num_tokens_B.cumsum(0) - num_tokens_B
     found |= {f"{name}_first": by_token[name][first_B] for name in ("kld", "rkld") if name in by_token}
