@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,11 @@ class StudentScorer(nn.Module):
         chunk = self._logits_chunk
         # with one chunk the logits are kept for the backward pass; with more they are computed again, chunk by chunk
         recompute = torch.is_grad_enabled() and hidden_TD.shape[0] > chunk
+        evaluate = partial(checkpoint, self._evaluate_chunk, use_reentrant=False) if recompute else self._evaluate_chunk
         parts: list[dict[str, Tensor]] = []
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
-            arguments = (hidden_TD[piece], {name: value[piece] for name, value in fields.items()}, statistics)
-            if recompute:
-                parts.append(checkpoint(self._evaluate_chunk, *arguments, use_reentrant=False))
-            else:
-                parts.append(self._evaluate_chunk(*arguments))
+            parts.append(evaluate(hidden_TD[piece], {name: value[piece] for name, value in fields.items()}, statistics))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _evaluate_chunk(

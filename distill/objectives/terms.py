@@ -171,7 +171,7 @@ class ArgmaxPairs(Term):
         return (argmax_pair,)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:
-        entries = [values[name] for name in ("entry_ids", "entry_logprobs", "entry_counts", "log_tail")]
+        entries = (values["entry_ids"], values["entry_logprobs"], values["entry_counts"], values["log_tail"])
         teacher_rejected_T, miss_T = cached_logprobs(values["rejected_id"], *entries, self.vocab_size)
         teacher_T = (values["entry_logprobs"][:, 0], teacher_rejected_T)
         same_T = values["rejected_id"] == values["entry_ids"][:, 0]

@@ -122,19 +122,14 @@ def _read_responses(
 ) -> _Responses:
     """The responses of shards in order. `numbers` maps example ids to numbers; new ids are added to it."""
     names = ["example_id", "response_logprobs"] if with_scores else ["example_id"]
-    parts: list[list[np.ndarray]] = [[], [], [], []]
+    parts: list[tuple[np.ndarray, ...]] = []
     for shard, record in enumerate(records):
         table = read_columns(folder, record, names)
         ids = table["example_id"].to_pylist()
-        values = (
-            np.array([numbers.setdefault(example_id, len(numbers)) for example_id in ids], np.int32),
-            np.full(len(ids), shard, np.int32),
-            np.arange(len(ids), dtype=np.int32),
-            _means(table["response_logprobs"]) if with_scores else np.zeros(len(ids)),
-        )
-        for part, value in zip(parts, values, strict=True):
-            part.append(value)
-    return _Responses(*(np.concatenate(part) for part in parts))
+        example = np.array([numbers.setdefault(example_id, len(numbers)) for example_id in ids], np.int32)
+        score = _means(table["response_logprobs"]) if with_scores else np.zeros(len(ids))
+        parts.append((example, np.full(len(ids), shard, np.int32), np.arange(len(ids), dtype=np.int32), score))
+    return _Responses(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _means(lists: object) -> np.ndarray:
