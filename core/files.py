@@ -51,11 +51,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(
-            f"the directory cannot be written: {error.strerror or error}",
-            where=path,
-            advice="Free space and run the same command again: it resumes",
-        ) from error
+        raise _cannot_write("directory", path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,11 +67,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise UserError(
-            f"the file cannot be written: {error.strerror}",
-            where=path,
-            advice="Free space and run the same command again: it resumes",
-        ) from error
+        raise _cannot_write("file", path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,6 +79,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, completely or not at all. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _cannot_write(what: str, path: Path, error: OSError) -> UserError:
+    advice = "Free space and run the same command again: it resumes"
+    return UserError(f"the {what} cannot be written: {error.strerror or error}", where=path, advice=advice)
 
 
 def _sync(path: Path) -> None:

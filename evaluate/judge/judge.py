@@ -9,6 +9,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_json, write_text
+from dpkd.core.outputs import lock_directory
 from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import Progress, say
 from dpkd.evaluate.judge.client import JudgeClient, read_key
@@ -47,15 +48,6 @@ class _Plan:
         """The questions without an answer, each text once."""
         return list({q.key: q for q in self.questions if q.key not in answered}.values())
 
-    def identity(self) -> dict[str, Any]:
-        """What the report depends on, besides the verdicts."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "settings": self.config.model_dump(mode="json", exclude=set(FREE_OPTIONS)),
-            "answers": self.answers.identity,
-            "prompt": {"sha256": self.prompt.sha256},
-        }
-
 
 def judge(config: JudgeConfig) -> Path:
     """Have the answers of `config` judged; returns the path of `judge.json`.
@@ -67,13 +59,19 @@ def judge(config: JudgeConfig) -> Path:
     require_matplotlib()
     key = read_key(config)
     plan = _Plan(config)
-    identity = plan.identity()
+    # what the report depends on, besides the verdicts
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "settings": config.model_dump(mode="json", exclude=set(FREE_OPTIONS)),
+        "answers": plan.answers.identity,
+        "prompt": {"sha256": plan.prompt.sha256},
+    }
     path = config.out / "judge.json"
     check_options(config, config.out, FREE_OPTIONS, "judge.json", _ADVICE)
     if is_complete(path, identity, _ADVICE):
         say(f"the judging in {config.out} is complete already")
         return path
-    with plan.verdicts.locked():
+    with lock_directory(plan.verdicts.path.parent, "job.lock"):
         answered = plan.verdicts.read()
         save_options(config, config.out)
         _ask(plan, answered, key)

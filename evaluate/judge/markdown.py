@@ -114,13 +114,12 @@ def _pairwise_parts(report: Mapping[str, Any], data: str) -> list[str]:
     rows = [
         [
             pair,
-            row["position"]["num_pairs"],
-            number_text(row["position"]["share_agreeing"], 1, 100),
-            row["position"]["num_first_twice"],
-            row["position"]["num_second_twice"],
-            interval_cell(row["position"]["first_less_second"], sign="+", places=1),
+            position["num_pairs"],
+            number_text(position["share_agreeing"], 1, 100),
+            *(position[f"num_{which}_twice"] for which in ("first", "second")),
+            interval_cell(position["first_less_second"], sign="+", places=1),
         ]
-        for pair, row in pairs.items()
+        for pair, position in ((pair, row["position"]) for pair, row in pairs.items())
     ]
     return [*parts, markdown_table(header, rows)]
 
@@ -130,12 +129,9 @@ def _unparsable(by_model: Mapping[str, Any]) -> str:
     rows = [
         [
             f"`{name}`",
-            count["num_questions"],
-            count["num_unparsable"],
+            *(count[f"num_{what}"] for what in ("questions", "unparsable")),
             number_text(count["share"], 1, 100),
-            count["num_cut_off"],
-            count["num_asked_again"],
-            count["num_refused"],
+            *(count[f"num_{what}"] for what in ("cut_off", "asked_again", "refused")),
         ]
         for name, count in by_model.items()
     ]

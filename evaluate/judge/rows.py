@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +193,11 @@ def _from_predictions(config: JudgeConfig) -> Answers:
         rows = []
         for index, example in enumerate(eval_set.examples):
             label = labels[bucket_index(eval_set.lengths[index], eval_set.edges)]
-            answers = {
-                one.name: {
-                    seed: answers_N[index].response
-                    for (data, seed), answers_N in one.answers.items()
-                    if data == eval_set.name
-                }
-                for one in predictions
-            }
+            answers: dict[str, dict[int, str]] = {one.name: {} for one in predictions}
+            for one in predictions:
+                for (data, seed), answers_N in one.answers.items():
+                    if data == eval_set.name:
+                        answers[one.name][seed] = answers_N[index].response
             prompts = {name: eval_set.prompt_text(name, index) for name in answers}
             buckets = {name: dict.fromkeys(by_seed, label) for name, by_seed in answers.items()}
             rows.append(JudgedRow(example.example_id, tuple(example.references), prompts, answers, buckets))
@@ -229,20 +226,11 @@ def _choose_rows(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) 
         kept = {row.example_id for row in drawn}
         rows = [row for row in rows if row.example_id in kept]
     num_seeds = 1 if config.answer_seeds == "first" else None
-    return replace(
-        judged,
-        rows=[
-            replace(
-                row,
-                answers={
-                    model: dict(list(by_seed.items())[:num_seeds])
-                    for model, by_seed in row.answers.items()
-                    if model in models
-                },
-            )
-            for row in rows
-        ],
-    )
+
+    def chosen(answers: dict[str, dict[int, str]]) -> dict[str, dict[int, str]]:
+        return {model: dict(islice(found.items(), num_seeds)) for model, found in answers.items() if model in models}
+
+    return replace(judged, rows=[replace(row, answers=chosen(row.answers)) for row in rows])
 
 
 def _draw(seed: int, data: str, example_id: str) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.core.json_lines import AppendOnlyLines
-from dpkd.core.outputs import lock_directory
 from dpkd.evaluate.judge.questions import Form, parse_reply
 
 _FORMAT_VERSION = 1
-_LOCK = "job.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +50,6 @@ class Verdicts:
         described = dict(judge)
         header = {"format_version": _FORMAT_VERSION, "fingerprint": fingerprint(described), "judge": described}
         self._lines = AppendOnlyLines(path, header)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other dpkd jobs from writing to the file's directory; raises `UserError` if one does."""
-        with lock_directory(self.path.parent, _LOCK):
-            yield
 
     def read(self) -> dict[str, Answered]:
         """All answers so far by the question's key; a last line that a crash cut short is dropped.

@@ -31,11 +31,8 @@ def resolve_edges(edges: Sequence[Edge], lengths: Sequence[int]) -> tuple[int, .
     from statistics import mean, median  # late: the options import this module, and --help must be quick
 
     statistics = {"median": median, "mean": mean}
-    resolved = {
-        max(1, round(statistics[edge](lengths))) if isinstance(edge, str) else edge
-        for edge in edges
-    }  # fmt: skip
-    return tuple(sorted(resolved))
+    known = (max(1, round(statistics[edge](lengths))) if isinstance(edge, str) else edge for edge in edges)
+    return tuple(sorted({*known}))
 
 
 def buckets_of(edges: Sequence[int]) -> list[Bucket]:

@@ -36,13 +36,17 @@ class Cell:
         return f"{self.value} {self.interval}".rstrip()
 
 
+#: names of models, and the cells about them
+Row = tuple[tuple[str, ...], list[Cell]]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """`columns` are the headers of the cells; each row is about one model, or about the difference of two."""
 
     title: str
     columns: list[str]
-    rows: list[tuple[tuple[str, ...], list[Cell]]]
+    rows: list[Row]
     first_column: str = "Model"
     note: str = ""
 
@@ -114,7 +118,7 @@ def further_table(report: dict[str, Any], data: str) -> Table:
 def difference_table(report: dict[str, Any], data: str) -> Table:
     """Every model minus each one before it."""
     columns = ["Rouge-L", "p", "p (Holm)", "won / tied / lost", "resolvable", "Exact match", "p (Holm)"]
-    rows: list[tuple[tuple[str, ...], list[Cell]]] = []
+    rows: list[Row] = []
     for row in report["comparisons"][data]:
         rouge, exact = row["rouge_l"], row["exact_match"]
         cells = [*difference_cells(rouge), interval_cell(exact, sign="+"), Cell(p_value_text(exact["p_holm"]))]
@@ -138,13 +142,11 @@ def teacher_table(report: dict[str, Any]) -> Table | None:
     measured = {name: model["to_teacher"] for name, model in report["models"].items() if model.get("to_teacher")}
     if not measured:
         return None
-    rows: list[tuple[tuple[str, ...], list[Cell]]] = []
-    for name, values in measured.items():
-        scaled = [
-            {end: factor * values[key][end] for end in ("mean", "low", "high")}
-            for key, factor in _TEACHER_COLUMNS.values()
-        ]
-        rows.append(((name,), [interval_cell(interval, places=3) for interval in scaled]))
+    columns = _TEACHER_COLUMNS.values()
+    rows: list[Row] = [
+        ((name,), [interval_cell(values[key], places=3, scale=scale) for key, scale in columns])
+        for name, values in measured.items()
+    ]
     counts = sorted({(values["num_rows"], values["num_tokens"]) for values in measured.values()})
     over = "; ".join(f"{num_rows} rows, {num_tokens} tokens" for num_rows, num_tokens in counts)
     note = (
@@ -191,9 +193,7 @@ _Column = tuple[str, dict[str, Cell]]
 
 
 def _table(title: str, columns: list[_Column], note: str = "") -> Table:
-    rows: list[tuple[tuple[str, ...], list[Cell]]] = [
-        ((name,), [cells[name] for _, cells in columns]) for name in columns[0][1]
-    ]
+    rows: list[Row] = [((name,), [cells[name] for _, cells in columns]) for name in columns[0][1]]
     return Table(title, [header for header, _ in columns], rows, note=note)
 
 
@@ -209,11 +209,11 @@ def _numbers(header: str, values: Mapping[str, float | None], scale: float = 1) 
     return header, {name: Cell(number_text(value, 1, scale)) for name, value in values.items()}
 
 
-def interval_cell(value: Any, marked: float | None = None, sign: str = "", places: int = 2) -> Cell:
+def interval_cell(value: Any, marked: float | None = None, sign: str = "", places: int = 2, scale: float = 1) -> Cell:
     """A mean with its interval; a dash for None. It is the best of its column if it equals `marked`."""
     if value is None or value["mean"] is None:
         return Cell("-")
-    mean, low, high = (f"{value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{scale * value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
     return Cell(mean, f"[{low}, {high}]", value["mean"] == marked)
 
 

@@ -51,10 +51,7 @@ def grouped_bars(
     width = 0.8 * group_width / max(1, len(series))
     for group, label in enumerate(groups):
         start = _LEFT + group_width * (group + 0.1)
-        parts.append(
-            f'<text x="{_LEFT + group_width * (group + 0.5):.1f}" y="{_HEIGHT - 34}" text-anchor="middle">'
-            f"{escape(label)}</text>"
-        )
+        parts.append(_tick_label(_LEFT + group_width * (group + 0.5), _HEIGHT - 34, label))
         for place, (name, colour, found) in enumerate(series):
             interval = found[group]
             if interval["mean"] is None:
@@ -87,10 +84,8 @@ def length_boxes(rows: Sequence[tuple[str, Sequence[float], int | None]], title:
     ]
     for step in range(5):
         at = x(top * step / 4)
-        parts.append(
-            f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height - 42}"/>'
-            f'<text x="{at:.1f}" y="{height - 26}" text-anchor="middle">{top * step / 4:g}</text>'
-        )
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height - 42}"/>')
+        parts.append(_tick_label(at, height - 26, f"{top * step / 4:g}"))
     for place, ((name, _, colour), found) in enumerate(zip(rows, quantiles, strict=True)):
         middle = _ROW * place + _ROW / 2
         low, first, median, third, high = (float(value) for value in found)
@@ -121,11 +116,7 @@ def line_chart(lines: Sequence[Line], title: str, labels: tuple[str, str]) -> st
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
 
     parts = [_axis_labels(*labels), *(_grid_line(tick, y(tick)) for tick in ticks)]
-    parts += [
-        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 34}" text-anchor="middle">{tick:g}</text>'
-        for tick in _ticks(0, right)
-        if tick <= right
-    ]
+    parts += [_tick_label(x(tick), _HEIGHT - 34, f"{tick:g}") for tick in _ticks(0, right) if tick <= right]
     for line in lines:
         points = [(x(a), y(b)) for a, b in zip(line.x, line.y, strict=True)]
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
@@ -145,6 +136,10 @@ def _grid_line(value: float, y: float) -> str:
     )
 
 
+def _tick_label(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>'
+
+
 def _axis_labels(below: str, beside: str) -> str:
     middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
     centred = 'class="axis" text-anchor="middle"'
@@ -155,9 +150,7 @@ def _axis_labels(below: str, beside: str) -> str:
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )  # fmt: skip
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def _short(name: str) -> str:

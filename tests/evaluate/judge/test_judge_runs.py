@@ -12,9 +12,9 @@ import pytest
 from support.judge_endpoints import Answer, Endpoint, completion, failure, serving
 
 from dpkd.core.errors import UserError
+from dpkd.core.outputs import lock_directory
 from dpkd.evaluate.judge.judge import estimate, judge
 from dpkd.evaluate.judge.tokens import estimate_text
-from dpkd.evaluate.judge.verdicts import Verdicts
 from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
 
 WriteRows = Callable[..., Path]
@@ -104,7 +104,7 @@ def test_an_output_directory_of_something_else_is_left_alone(make: Make, tmp_pat
             judge(make(endpoint, out=tmp_path / "file"))
         busy = tmp_path / "busy" / "verdicts.jsonl"
         with (
-            Verdicts(busy, {}).locked(),
+            lock_directory(busy.parent, "job.lock"),
             pytest.raises(UserError, match=r"another dpkd job is writing to this directory"),
         ):
             judge(make(endpoint, out=busy.parent))
