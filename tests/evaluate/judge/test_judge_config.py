@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from dpkd.core.errors import UserError
 from dpkd.evaluate.options.judge import JudgeConfig
@@ -65,13 +66,15 @@ def test_the_recorded_command_asks_for_the_same(tmp_path: Path) -> None:
     import shlex
 
     from dpkd.pipelines.commands.registry import COMMANDS
-    from dpkd.pipelines.flags import OptionsCommand
+    from dpkd.pipelines.flags import add_command
 
     config = parse(
         only="a,b", extra_body=['tier="flex"', "seed=null"], mode="pairwise", reask=True, tries=3, judge_model="a b"
     )
     words = shlex.split(command_text(config, "judge"))
-    parsed = OptionsCommand(COMMANDS[words[1]]).make_context("judge", words[2:]).params
+    app = typer.Typer()
+    add_command(app, "judge", COMMANDS["judge"])
+    parsed = typer.main.get_command(app).make_context("judge", words[2:]).params
     assert resolve(JudgeConfig, parsed_flags(parsed), None, parsed["set"]) == config
 
 

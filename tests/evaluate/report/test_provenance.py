@@ -6,20 +6,23 @@ import shlex
 from typing import Any
 
 import pytest
+import typer
 
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.report.provenance import command_text, redacted
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.flags import OptionsCommand, resolve
+from dpkd.pipelines.flags import add_command, resolve
 
 
 def _parsed(text: str, config_type: type[Settings]) -> Settings:
     """The options that the command line makes of a command."""
     program, name, *arguments = shlex.split(text)
     assert program == "dpkd"
-    given = OptionsCommand(COMMANDS[name]).make_context(name, arguments).params
+    app = typer.Typer()
+    add_command(app, name, COMMANDS[name])
+    given = typer.main.get_command(app).make_context(name, arguments).params
     settings, path = given.pop("set"), given.pop("config")
     assert given.pop("dry_run") is False
     return resolve(config_type, given, path, settings)
