@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
-    from pydantic.fields import FieldInfo
 
 _MOST_PROBLEMS = 3
 #: longest text of a choice that is listed whole, in characters
@@ -36,17 +35,6 @@ _WORDS = {
 }
 
 
-class OptionsClass(Protocol):
-    """What the messages need of a class of options (`core.settings.Settings`)."""
-
-    model_fields: dict[str, FieldInfo]
-    one_of: tuple[tuple[str, ...], ...]
-    example: str
-
-    def flag(self, key: str) -> str:
-        """How the option is written on the command line."""
-
-
 def similar(name: str, known: Iterable[str]) -> str | None:
     """The one known name that `name` is most likely a misspelling of."""
     # the dashes of flags would make all of them alike
@@ -61,9 +49,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
 
 def explain(
-    cls: OptionsClass, error: ValidationError, values: Mapping[str, Any], where: str, flags: Collection[str] | None
+    cls: Any, error: ValidationError, values: Mapping[str, Any], where: str, flags: Collection[str] | None
 ) -> UserError:
-    """One error for all problems of `values`: misspelt options first, then missing ones, then values."""
+    """One error for all problems of `values`, options of `cls`: misspelt ones first, then missing ones, then values."""
 
     def named(key: str, missing: bool = False) -> str:
         if key not in cls.model_fields:
@@ -96,7 +84,7 @@ def explain(
     )
 
 
-def _unknown(key: str, cls: OptionsClass) -> str:
+def _unknown(key: str, cls: Any) -> str:
     found = similar(key, cls.model_fields)
     return f"unknown option `{key}`" + (f" (did you mean `{found}`?)" if found else "")
 
