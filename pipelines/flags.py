@@ -41,7 +41,7 @@ class OptionsCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group of options under its title, with defaults."""
-        parameters = {parameter.name: parameter for parameter in self.get_params(ctx)}
+        parameters: dict[str, Any] = {str(parameter.name): parameter for parameter in self.get_params(ctx)}
         groups = {
             title: [_help(self.options, parameters.pop(key), key) for key in keys]
             for title, keys in self.options.groups().items()

@@ -11,12 +11,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.flags import OptionsCommand
+from dpkd.pipelines.flags import add_command
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.shipped import shipped_recipes
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -324,7 +325,9 @@ def test_every_command_of_the_documents_is_one_that_exists() -> None:
                 options = {"--version"}
                 if not name.startswith("-"):
                     assert name in COMMANDS, f"{document}: {line}"
-                    parameters = OptionsCommand(COMMANDS[name]).params
+                    app = typer.Typer()
+                    add_command(app, "command", COMMANDS[name])
+                    parameters = typer.main.get_command(app).params
                     options = {flag for one in parameters for flag in (*one.opts, *one.secondary_opts)}
                 assert flags <= options | {"--help"}, f"{document}: {line}"
     assert found >= 10
