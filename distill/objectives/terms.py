@@ -6,6 +6,7 @@ is a row of the table in `losses.divergence` or `losses.preference`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,7 +50,7 @@ class TermValues:
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(ABC):
     """A term of an objective, by default with one value a position of the chosen responses.
 
     `source` is the part of a micro-batch that it reads: cached rows or the text corpus.
@@ -70,9 +71,9 @@ class Term:
         """How many values its loss has on `batch`."""
         return int(batch.num_tokens_B[: batch.num_chosen].sum())
 
+    @abstractmethod
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues | None:
         """Its unreduced loss; None where `batch` lacks what it compares. `values` are the statistics and the fields."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,39 @@ def _ask(plan: _Plan, answered: dict[str, Answered], key: str) -> None:
         return
     say(f"asking {plan.config.judge_model} at {plan.config.judge_url}: {len(missing)} of {num_total} questions")
     with Progress("judging", num_total, "verdicts", done=num_total - len(missing)) as progress:
-        asyncio.run(_Asking(plan, answered, progress).run(missing, key))
+        _run(_Asking(plan, answered, progress).run(missing, key))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, except that SIGTERM cancels `work` as Ctrl-C does: a handler that raises inside a task, in the
+    middle of a connection, would print the tracebacks of other tasks.
+    """
+    is_main, before, terminated = threading.current_thread() is threading.main_thread(), None, False
+
+    async def cancellable() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def terminate() -> None:
+            nonlocal terminated
+            terminated = True
+            task.cancel()
+
+        if is_main:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+        await work
+
+    if is_main:
+        before = signal.getsignal(signal.SIGTERM)
+    try:
+        asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        if not terminated:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if is_main:  # the loop leaves the default handler behind
+            signal.signal(signal.SIGTERM, before)
 
 
 class _Asking:

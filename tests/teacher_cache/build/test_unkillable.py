@@ -199,7 +199,7 @@ def test_two_hundred_flipped_bits_are_caught_by_every_reader(
 ) -> None:
     training = TrainConfig(
         cache=cache_copy, student=str(toy_student), out=tmp_path / "run", steps=1, level="sequence", round="r0",
-        device="cpu",
+        responses="all", device="cpu",
     )  # fmt: skip
     for path in flips(cache_copy, 200, seed=7):
         with pytest.raises(UserError):
