@@ -30,8 +30,10 @@ def require_matplotlib() -> None:
         raise UserError("plots need matplotlib, which is not installed", advice="pip install 'dpkd[report]'")
 
 
-def new_figure(width: float, height: float, num_panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` by `height` inches and its panels, one below the other."""
+def new_figure(
+    width: float, height: float, num_panels: int = 1, *, side_by_side: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches and its panels, one below the other or side by side."""
     # the object API keeps no global state: the caller's own figures and backend stay as they are
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +41,8 @@ def new_figure(width: float, height: float, num_panels: int = 1) -> tuple[Figure
 
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(num_panels, squeeze=False).flat)
+    shape = (1, num_panels) if side_by_side else (num_panels, 1)
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What a recipe reads that no step of it makes: found to be missing before the first step, all at once."""
+"""What a recipe reads that no step of it makes. Missing inputs are reported before the first step, all at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
 
 def check_inputs(steps: list[Step], config: ReproduceConfig) -> None:
-    """Raise `UserError` that names every model directory and data file that is missing, with how to get it.
-
-    A hub name (OWNER/MODEL) that [reproduce.models] does not name is left to its step, which fetches it.
-    """
-    missing = [f"model {name}" + _how(config.models.get(name)) for name in missing_models(steps, config)]
-    missing += [f"data {name}" for name in missing_data(steps)]
-    if missing:
+    """Raise `UserError` that names every missing input, with how to get it."""
+    if missing := missing_inputs(steps, config):
         raise UserError(
             f"{len(missing)} inputs of the recipe are missing",
             found=f"no {'; no '.join(missing)}",
@@ -30,54 +25,44 @@ def check_inputs(steps: list[Step], config: ReproduceConfig) -> None:
         )
 
 
-def _how(advice: str | None) -> str:
-    return "" if advice is None else f" ({advice})"
+def missing_inputs(steps: list[Step], config: ReproduceConfig) -> list[str]:
+    """Models and data that neither exist nor are made by a step: "model NAME (how to get it)", "data NAME".
 
-
-def missing_models(steps: list[Step], config: ReproduceConfig) -> list[str]:
-    """Directories of checkpoints that are neither there nor made by a step."""
-    made = _made(steps)
-    names = [*config.models, *(name for step in steps for name in _texts(step.config, _MODELS))]
-    return [name for name in dict.fromkeys(names) if not _is_there(name, made, config)]
-
-
-def _is_there(name: str, made: set[str], config: ReproduceConfig) -> bool:
-    path = Path(name)
-    if path in map(Path, made) or any(Path(place) in path.parents for place in made):
-        return True
-    if (path / "config.json").is_file():
-        return True
-    is_hub_name = name.count("/") == 1 and not path.is_absolute() and not name.startswith(".")
-    return is_hub_name and name not in config.models
-
-
-def missing_data(steps: list[Step]) -> list[str]:
-    """Files of data that are neither there nor made by a step; known sets are looked for in their directory."""
-    from dpkd.evaluate.options.eval import SET_PREFIX
-
-    made = _made(steps)
-    missing = []
+    A hub name (OWNER/MODEL) that [reproduce.models] does not list is left to its step, which fetches it.
+    """
+    made = {Path(step.out) for step in steps}
+    models = [*config.models, *(name for step in steps for name in _texts(step.config, _MODELS))]
+    missing = [
+        f"model {name}" + (f" ({config.models[name]})" if name in config.models else "")
+        for name in models
+        if not (made & {Path(name), *Path(name).parents} or _is_model(name, config))
+    ]
     for step in steps:
         for name in _texts(step.config, _DATA):
-            if name.startswith(SET_PREFIX):
-                missing += _missing_set(step.config, name.removeprefix(SET_PREFIX))
-            elif Path(name).suffix in _SUFFIXES and name not in made and not Path(name).is_file():
-                missing.append(name)
+            if Path(name).suffix in _SUFFIXES and Path(name) not in made and not Path(name).is_file():
+                missing.append(f"data {name}")
+        missing += _missing_sets(step.config)
     return list(dict.fromkeys(missing))
 
 
-def _missing_set(config: Any, name: str) -> list[str]:
+def _is_model(name: str, config: ReproduceConfig) -> bool:
+    path = Path(name)
+    is_hub_name = name.count("/") == 1 and not path.is_absolute() and not name.startswith(".")
+    return (path / "config.json").is_file() or (is_hub_name and name not in config.models)
+
+
+def _missing_sets(config: Any) -> list[str]:
+    """Evaluation sets given by name that are not in the data directory."""
     from dpkd.evaluate.inputs.named_sets import resolve_sets
+    from dpkd.evaluate.options.eval import SET_PREFIX, EvalConfig
 
-    try:
-        resolve_sets(config.model_copy(update={"data": {name: config.data[name]}}))
-    except UserError:
-        return [f"set {name!r} in {config.data_dir or 'DPKD_DATA'}"]
-    return []
-
-
-def _made(steps: list[Step]) -> set[str]:
-    return {str(step.config.out) for step in steps}  # type: ignore[attr-defined]
+    missing = []
+    for name, place in config.data.items() if isinstance(config, EvalConfig) else ():
+        try:
+            resolve_sets(config.model_copy(update={"data": {name: place}}))
+        except UserError:
+            missing.append(f"set {place.removeprefix(SET_PREFIX)!r} in {config.data_dir or 'DPKD_DATA'}")
+    return missing
 
 
 def _texts(config: Any, keys: tuple[str, ...]) -> list[str]:

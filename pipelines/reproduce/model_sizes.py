@@ -1,4 +1,4 @@
-"""How many parameters the models of a recipe have, told from configs alone."""
+"""How many parameters the models of a recipe have, from their configs alone."""
 
 from __future__ import annotations
 
@@ -14,43 +14,31 @@ from dpkd.pipelines.recipe.steps import Step
 class ModelSizes:
     """Parameters by model name: of a directory with a config.json, or of a step's output by what it is made from.
 
-    `assumed` are those of models that are not here.
+    `assumed` are those of models that do not exist yet.
     """
 
     def __init__(self, steps: list[Step], assumed: dict[str, int]) -> None:
         self._assumed = assumed
-        self._makers = {
-            str(step.config.out): step.config
-            for step in steps
-            if isinstance(step.config, (TrainConfig, InitStudentConfig))
-        }
+        self._makers = {step.out: step.config for step in steps}
         self._known: dict[str, int | None] = {}
 
     def of(self, name: str) -> int | None:
-        """Parameters of the model `name`, tied ones counted once; None where no config tells."""
+        """Parameters of the model `name`, tied ones counted once; None where no config says."""
+        while isinstance(maker := self._makers.get(name), TrainConfig) and not _config_file(name).is_file():
+            name = maker.student
         if name not in self._known:
             config = self._config(name)
-            self._known[name] = self._assume(name) if config is None else count_parameters(config)
+            self._known[name] = self._assumed.get(name) if config is None else count_parameters(config)
         return self._known[name]
 
-    def _assume(self, name: str) -> int | None:
-        maker = self._makers.get(name)
-        if isinstance(maker, TrainConfig):
-            return self._assume(maker.student)
-        return self._assumed.get(name)
-
     def _config(self, name: str) -> dict[str, Any] | None:
-        path = Path(name) / "config.json"
-        if path.is_file():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+        if _config_file(name).is_file():
+            return dict(json.loads(_config_file(name).read_text(encoding="utf-8")))
         maker = self._makers.get(name)
         if isinstance(maker, TrainConfig):
             return self._config(maker.student)
-        if isinstance(maker, InitStudentConfig):
-            return self._student_config(maker)
-        return None
-
-    def _student_config(self, maker: InitStudentConfig) -> dict[str, Any] | None:
+        if not isinstance(maker, InitStudentConfig):
+            return None
         if maker.from_config is not None:
             path = maker.from_config
             return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -62,6 +50,10 @@ class ModelSizes:
         layers = len(maker.keep) if isinstance(maker.keep, tuple) else maker.layers
         key = next((key for key in ("num_hidden_layers", "n_layer") if key in config), None)
         return None if key is None or layers is None else config | {key: layers}
+
+
+def _config_file(name: str) -> Path:
+    return Path(name) / "config.json"
 
 
 def count_parameters(config: dict[str, Any]) -> int | None:

@@ -90,7 +90,7 @@ def read_reproduce(path: Path, steps: list[Step]) -> ReproduceConfig:
     where = f"{path}, [reproduce]"
     if not isinstance(content, dict):
         raise UserError(
-            "the recipe leads to no table or figure",
+            "the recipe makes no table or figure",
             expected="[reproduce]",
             where=path,
             advice="Run it with `dpkd run`, or choose a recipe of the paper from `dpkd recipes`",

@@ -1,8 +1,9 @@
-"""The plan of a recipe and what it costs, told from its options and whatever is there already; needs no weights."""
+"""The plan of a recipe and its cost, from its options and the files that exist; needs no weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,21 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 _BYTES_A_POSITION, _BYTES_AN_ENTRY = 15.0, 2.4
 _BYTES_A_WEIGHT = 4
 _MODEL_AND_ADAM = 3  # a checkpoint: weights and two moments
+#: the file that each command but cache-teacher writes last, in its output
+_LAST_FILES = {
+    "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
+    "eval": "report.json", "report": "report.json", "judge": "judge.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step with what it costs; None where that cannot be told before data or config are at hand.
+    """A step with its cost; None where it is unknown until the data or a model's config exists.
 
-    `generated` are tokens at most; `trained` is 1 for a training. `disk` is what stays, in bytes.
+    `generated`: largest number of tokens; `trained`: 1 for a training; `disk`: what stays, in bytes.
     """
 
     step: Step
-    finished: bool
     trained: int = 0
     steps: int | None = 0
     rows: int | None = 0
@@ -40,6 +45,16 @@ class PlannedStep:
     cached: int | None = 0
     disk: float | None = 0.0
     words: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the step's last file exists; the step itself checks what the file was made of."""
+        config, out = self.step.config, self.step.out
+        if "://" in out:
+            return False
+        if isinstance(config, CacheConfig):
+            return Path(out, *(("rounds", config.round) if config.round else ()), "manifest.json").is_file()
+        return Path(out, _LAST_FILES[self.step.command]).is_file()
 
 
 @dataclass
@@ -65,58 +80,44 @@ def plan_steps(steps: list[Step], assumed: dict[str, int]) -> list[PlannedStep]:
     return [_plan(step, known) for step in steps]
 
 
-def is_finished(step: Step) -> bool:
-    """Whether the step's last file is there; the step itself checks what the file was made of."""
-    out = str(step.config.out)  # type: ignore[attr-defined]
-    if "://" in out:
-        return False
-    if isinstance(step.config, CacheConfig):
-        return Path(out, *(("rounds", step.config.round) if step.config.round else ()), "manifest.json").is_file()
-    marker = {
-        "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
-        "eval": "report.json", "report": "report.json", "judge": "judge.json",
-    }[step.command]  # fmt: skip
-    return Path(out, marker).is_file()
-
-
 def _plan(step: Step, known: _Knowledge) -> PlannedStep:
-    config, finished = step.config, is_finished(step)
+    config = step.config
     match config:
         case PrepareConfig():
-            return _prepare(step, finished, config, known)
+            return _prepare(step, config, known)
         case CacheConfig():
-            return _cache(step, finished, config, known)
+            return _cache(step, config, known)
         case InitStudentConfig():
             size = known.sizes.of(str(config.out))
-            return PlannedStep(step, finished, disk=_times(size, _BYTES_A_WEIGHT), words=_size_text(size))
+            return PlannedStep(step, disk=_times(size, _BYTES_A_WEIGHT), words=_size_text(size))
         case TrainConfig():
-            return _train(step, finished, config, known)
+            return _train(step, config, known)
         case NoiseConfig():
             size, copies = known.sizes.of(config.model), len(config.copies())
             words = f"{copies} copies ({_size_text(size)}), each measured on {config.cache_rows} rows at most"
-            return PlannedStep(step, finished, disk=_times(size, copies * _BYTES_A_WEIGHT), words=words)
+            return PlannedStep(step, disk=_times(size, copies * _BYTES_A_WEIGHT), words=words)
         case EvalConfig():
-            return _evaluate(step, finished, config, known)
+            return _evaluate(step, config, known)
         case MergeConfig():
-            return PlannedStep(step, finished, words=f"merges {len(config.evaluations)} evaluations")
+            return PlannedStep(step, words=f"merges {len(config.evaluations)} evaluations")
         case JudgeConfig():
-            return PlannedStep(step, finished, words=f"asks {config.judge_model} at {config.judge_url}")
+            return PlannedStep(step, words=f"asks {config.judge_model} at {config.judge_url}")
     raise TypeError(f"a step of {step.command} has no plan")
 
 
-def _prepare(step: Step, finished: bool, config: PrepareConfig, known: _Knowledge) -> PlannedStep:
+def _prepare(step: Step, config: PrepareConfig, known: _Knowledge) -> PlannedStep:
     from dpkd.pipelines.commands.prepare import kept_rows
 
     try:
         rows = sum(1 for _ in kept_rows(config))
     except UserError:
         rows = None  # missing, or no data: a real run says so
-    known.data_rows[str(config.out)] = rows
-    rows = known.rows_of(str(config.out))
-    return PlannedStep(step, finished, rows=rows, words=f"{_count(rows)} rows of {config.data}")
+    known.data_rows[step.out] = rows
+    rows = known.rows_of(step.out)
+    return PlannedStep(step, rows=rows, words=f"{_count(rows)} rows of {config.data}")
 
 
-def _cache(step: Step, finished: bool, config: CacheConfig, known: _Knowledge) -> PlannedStep:
+def _cache(step: Step, config: CacheConfig, known: _Knowledge) -> PlannedStep:
     if config.round is not None:
         rows = generated_rows = known.cache_rows.get(config.out)
     else:
@@ -129,10 +130,10 @@ def _cache(step: Step, finished: bool, config: CacheConfig, known: _Knowledge) -
     disk = _times(rows, config.max_new_tokens * (_BYTES_A_POSITION + _BYTES_AN_ENTRY * config.most_entries))
     who = config.teacher if config.student is None else f"{config.student}, scored by {config.teacher}"
     words = f"{_count(rows)} rows at most, up to {_count(generated)} tokens generated by {who}"
-    return PlannedStep(step, finished, cached=rows, generated=generated, disk=disk, words=words)
+    return PlannedStep(step, cached=rows, generated=generated, disk=disk, words=words)
 
 
-def _train(step: Step, finished: bool, config: TrainConfig, known: _Knowledge) -> PlannedStep:
+def _train(step: Step, config: TrainConfig, known: _Knowledge) -> PlannedStep:
     rows = known.rows_of(config.data) if config.data is not None else known.cache_rows.get(str(config.cache))
     if rows is not None:
         rows -= min(rows, config.validation_examples)
@@ -146,12 +147,12 @@ def _train(step: Step, finished: bool, config: TrainConfig, known: _Knowledge) -
     if config.lora_rank is not None:
         kept, words = 1, f"{words}, adapters of rank {config.lora_rank}"
     return PlannedStep(
-        step, finished, trained=1, steps=steps, rows=_times(steps, per_step),
+        step, trained=1, steps=steps, rows=_times(steps, per_step),
         disk=_times(size, kept * _BYTES_A_WEIGHT), words=words,
     )  # fmt: skip
 
 
-def _evaluate(step: Step, finished: bool, config: EvalConfig, known: _Knowledge) -> PlannedStep:
+def _evaluate(step: Step, config: EvalConfig, known: _Knowledge) -> PlannedStep:
     from dpkd.evaluate.inputs.named_sets import resolve_sets
 
     try:
@@ -167,42 +168,35 @@ def _evaluate(step: Step, finished: bool, config: EvalConfig, known: _Knowledge)
         f"{len(config.model)} models, {len(config.resolved_seeds())} seeds, {_count(rows)} rows of "
         f"{', '.join(config.data)}: up to {_count(generated)} tokens"
     )
-    return PlannedStep(step, finished, generated=generated, words=words)
+    return PlannedStep(step, generated=generated, words=words)
 
 
 def plan_text(planned: list[PlannedStep]) -> str:
-    """The plan with a line a step, what is left to do in sum, and what the sums leave out."""
+    """The plan with two lines per step, the total of what is left to do, and what the totals leave out."""
     lines = []
-    for place, item in enumerate(planned, start=1):
-        state = "there" if item.finished else "to do"
-        lines.append(f"{place:>3}  {state}  {item.step.title} -> {item.step.config.out}")  # type: ignore[attr-defined]
+    for number, item in enumerate(planned, start=1):
+        lines.append(f"{number:>3}  {'done ' if item.finished else 'to do'}  {item.step.title} -> {item.step.out}")
         lines.append(f"            {item.words}")
     left = [item for item in planned if not item.finished]
+    rows = _total(item.rows for item in left if item.trained)
     lines += [
         "",
         f"{len(left)} of {len(planned)} steps to do (finished steps are checked again before they are used):",
         f"  models trained: {sum(item.trained for item in left)}",
-        f"  training steps: {_partial(item.steps for item in left)}, rows passed: "
-        f"{_partial(item.rows for item in left if item.trained)}",
-        f"  rows cached and scored: {_partial(item.cached for item in left)}",
-        f"  tokens generated, at most: {_partial(item.generated for item in left)}",
-        f"  disk, roughly: {_disk(left)}",
+        f"  training steps: {_total(item.steps for item in left)}, on rows: {rows}",
+        f"  rows cached and scored: {_total(item.cached for item in left)}",
+        f"  tokens generated, at most: {_total(item.generated for item in left)}",
+        f"  disk, roughly: {_total((_times(item.disk, 1e-9) for item in left), '{:.1f} GB')}",
     ]
     return "\n".join(lines)
 
 
-def _partial(values: Any) -> str:
+def _total(values: Iterable[float | None], form: str = "{:,}") -> str:
     given = list(values)
     known = [value for value in given if value is not None]
     missing = len(given) - len(known)
-    return f"{sum(known):,}" + (f" and those of {missing} steps whose data are not here" if missing else "")
-
-
-def _disk(left: list[PlannedStep]) -> str:
-    known = [item.disk for item in left if item.disk is not None]
-    missing = len(left) - len(known)
-    text = f"{sum(known) / 1e9:.1f} GB"
-    return text + (f" and that of {missing} steps whose data or model config are not here" if missing else "")
+    unknown = f" and those of {missing} steps whose data or model config are missing" if missing else ""
+    return form.format(sum(known)) + unknown
 
 
 def _count(value: int | None) -> str:
@@ -210,7 +204,7 @@ def _count(value: int | None) -> str:
 
 
 def _size_text(size: int | None) -> str:
-    return "unknown size (its config is not here)" if size is None else f"{size / 1e6:,.1f}M parameters"
+    return "unknown size (its config is missing)" if size is None else f"{size / 1e6:,.1f}M parameters"
 
 
 def _times(value: Any, factor: Any) -> Any:

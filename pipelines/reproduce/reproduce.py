@@ -1,4 +1,4 @@
-"""`dpkd reproduce`: a table or figure of the paper from its recipe: steps that are missing, then the artefact."""
+"""`dpkd reproduce`: runs the unfinished steps of a recipe, then makes a table or figure of the paper."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.errors import UserError
+from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import say
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import run_steps
 from dpkd.pipelines.recipe.shipped import find_recipe
-from dpkd.pipelines.reproduce.inputs import check_inputs, missing_data, missing_models
+from dpkd.pipelines.reproduce.inputs import check_inputs, missing_inputs
 from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
+from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
 
 if TYPE_CHECKING:
     from dpkd.pipelines.commands.options import ReproduceOptions
-from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
 
 
 def run(options: ReproduceOptions) -> None:
@@ -25,16 +26,16 @@ def run(options: ReproduceOptions) -> None:
 
 
 def reproduce(artefact: str, recipe: str | Path, *, dry_run: bool = False) -> list[Path]:
-    """Run the steps of `recipe` that are not finished and write its table or figure; the files.
+    """Run the unfinished steps of `recipe` and write its table or figure; the files.
 
-    With `dry_run` the plan and its cost are printed and nothing is written. Raises `UserError` for a recipe that leads
-    elsewhere, and, before the first step, for all inputs that are missing.
+    With `dry_run`, print the plan and its cost and write nothing. Raises `UserError` for a recipe of another table or
+    figure, and, before the first step, for all missing inputs.
     """
     steps = read_recipe(recipe)
     config = read_reproduce(find_recipe(recipe), steps)
     if config.artefact != artefact:
         raise UserError(
-            "the recipe leads to another table or figure",
+            "the recipe makes another table or figure",
             found=config.artefact,
             expected=artefact,
             where=recipe,
@@ -42,28 +43,22 @@ def reproduce(artefact: str, recipe: str | Path, *, dry_run: bool = False) -> li
         )
     if dry_run:
         print(plan_text(plan_steps(steps, config.assume)))
-        missing = [*missing_models(steps, config), *missing_data(steps)]
+        missing = missing_inputs(steps, config)
         print(f"then {artefact} -> {config.out}")
-        print(f"missing: {', '.join(missing)}" if missing else "nothing that the steps read is missing")
+        print(f"missing: {', '.join(missing)}" if missing else "none of the recipe's inputs is missing")
         if missing and config.assume:
-            print("rows and parameters of what is missing are the recipe's assumptions ([reproduce.assume])")
+            print("rows and parameters of missing inputs are the recipe's assumptions ([reproduce.assume])")
         return []
     check_inputs(steps, config)
-    _require_matplotlib(config)
+    if artefact.startswith("fig"):
+        require_matplotlib()
     run_steps(steps, str(recipe))
     return build_artefact(config, f"dpkd reproduce {artefact} --recipe {recipe}")
 
 
-def _require_matplotlib(config: ReproduceConfig) -> None:
-    from dpkd.core.plotting import require_matplotlib
-
-    if config.artefact.startswith("fig"):
-        require_matplotlib()
-
-
 def build_artefact(config: ReproduceConfig, command: str) -> list[Path]:
     """Write the table or figure from existing outputs, with `command` in it; the files."""
-    from dpkd.pipelines.reproduce import figures as paper_figures
+    from dpkd.pipelines.reproduce import figures
     from dpkd.pipelines.reproduce.sources import how_made
     from dpkd.pipelines.reproduce.tables import build_table, to_markdown, write_table
 
@@ -73,14 +68,14 @@ def build_artefact(config: ReproduceConfig, command: str) -> list[Path]:
         paths = write_table(table, config.out)
         print(to_markdown(table))
     elif config.artefact == "fig5":
-        paths = paper_figures.draw_buckets(config, build_table(config, made))
+        paths = figures.draw_buckets(config, build_table(config, made))
     else:
         draw = {
-            "fig1": paper_figures.draw_judge,
-            "fig2": paper_figures.draw_noise,
-            "fig3": paper_figures.draw_trajectory,
-            "fig4": paper_figures.draw_curves,
-        }[config.artefact]
-        paths = draw(config, made)
+            "fig1": figures.draw_judge,
+            "fig2": figures.draw_noise,
+            "fig3": figures.draw_trajectory,
+            "fig4": figures.draw_curves,
+        }
+        paths = draw[config.artefact](config, made)
     say(f"{config.artefact}: {', '.join(map(str, paths))}")
     return paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ _AGAIN = "Run the recipe's steps again: dpkd reproduce does so"
 _SHOWN_DIGITS = 12
 
 
-@dataclass(frozen=True)
-class Made:
-    """How an artefact came about, as (what, text); `command` is the one that makes it again."""
-
-    command: str
-    lines: list[tuple[str, str]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the artefact's JSON."""
-        return {"command": self.command, "made": [{"what": what, "text": text} for what, text in self.lines]}
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that a step wrote; raises `UserError` when it is missing or is no JSON."""
     try:
@@ -38,16 +25,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError("the output of a step is missing", where=path, advice=_AGAIN) from None
     except ValueError as error:
         raise UserError(f"the output of a step cannot be read: {error}", where=path, advice=_AGAIN) from None
-
-
-def read_report(directory: Path) -> dict[str, Any]:
-    """The report of an evaluation."""
-    return read_json(directory / "report.json")
-
-
-def read_noise(directory: Path) -> dict[str, Any]:
-    """The measures of the copies with noise."""
-    return read_json(directory / NOISE_REPORT)
 
 
 def read_validations(runs: tuple[Path, ...]) -> list[dict[str, Any]]:
@@ -85,13 +62,16 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def how_made(config: ReproduceConfig, command: str) -> Made:
-    """Data, rows, seeds, decoding, models with fingerprints and software of everything that `config` names."""
+def how_made(config: ReproduceConfig, command: str) -> dict[str, Any]:
+    """Provenance of an artefact, for its JSON: `command`, which makes it again, and `made`, lines of `what` and `text`.
+
+    These are data, rows, seeds, decoding, models with fingerprints and software of everything that `config` names.
+    """
     from dpkd.evaluate.report.provenance import how_made as report_lines
 
     lines: list[tuple[str, str]] = []
     if config.report is not None:
-        report = read_report(config.report)
+        report = read_json(config.report / "report.json")
         wanted = set(report["models"]) if config.noise is not None or not config.rows else set(config.rows)
         dropped = {f"{kind} {name}" for name in report["models"] if name not in wanted for kind in _KINDS}
         dropped |= {f"Data {name}" for name in report["data"] if name not in config.data}
@@ -101,7 +81,7 @@ def how_made(config: ReproduceConfig, command: str) -> Made:
     for name, runs in config.runs.items():
         lines += [(f"Training of {name}", _run_text(run)) for run in runs]
     if config.noise is not None:
-        noise = read_noise(config.noise)
+        noise = read_json(config.noise / NOISE_REPORT)
         caches.append(noise["cache_directory"])
         lines.append(
             (
@@ -113,7 +93,8 @@ def how_made(config: ReproduceConfig, command: str) -> Made:
         )
     lines += [(f"Cache {location}", _cache_text(location)) for location in dict.fromkeys(caches)]
     software = ", ".join(f"{name} {version}" for name, version in software_versions().items())
-    return Made(command, [("Command", command), *lines, ("Software", software)])
+    lines = [("Command", command), *lines, ("Software", software)]
+    return {"command": command, "made": [{"what": what, "text": text} for what, text in lines]}
 
 
 def _merged(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -281,14 +281,15 @@ def test_a_recipe_can_end_in_a_merged_report(
     from dpkd.pipelines.commands.options import RunOptions
     from dpkd.pipelines.recipe.format import read_recipe
     from dpkd.pipelines.recipe.run import run
-    from dpkd.pipelines.reproduce.plan import is_finished, plan_steps
+    from dpkd.pipelines.reproduce.plan import plan_steps
 
     recipe = tmp_path / "recipe.toml"
     places = json.dumps([str(single("a")), str(single("b"))])
     recipe.write_text(f'[[steps]]\ncommand = "report"\nevaluations = {places}\nout = "{tmp_path / "merged"}"\n')
     (step,) = read_recipe(recipe)
-    assert not is_finished(step)
-    assert plan_steps([step], {})[0].words == "merges 2 evaluations"
+    (planned,) = plan_steps([step], {})
+    assert not planned.finished
+    assert planned.words == "merges 2 evaluations"
     run(RunOptions(recipe=str(recipe)))
-    assert is_finished(step)
+    assert planned.finished
     assert "dpkd report" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_shipped_recipes_lead_to_their_artefact_and_can_be_planned(
     steps = read_recipe(path)
     assert f"{len(steps)} of {len(steps)} steps to do" in shown
     assert f"models trained: {sum(step.command == 'train' for step in steps)}" in shown
-    assert "missing: models/" in shown
+    assert "missing: model models/" in shown
     assert list(tmp_path.iterdir()) == []
     if "tiny" not in path.stem and "toy" not in path.stem:
         assert "never run here" in header or "seconds after" in header
@@ -271,9 +271,9 @@ def test_a_recipe_that_cannot_lead_there_is_refused(
 
 
 def test_a_recipe_leads_to_one_artefact(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leads to another table or figure: found fig3, expected fig4"):
+    with pytest.raises(UserError, match="makes another table or figure: found fig3, expected fig4"):
         reproduce("fig4", PAPER / "fig3-tiny.toml", dry_run=True)
-    with pytest.raises(UserError, match="the recipe leads to no table or figure"):
+    with pytest.raises(UserError, match="the recipe makes no table or figure"):
         reproduce("fig4", write(tmp_path / "r.toml", START), dry_run=True)
 
 
