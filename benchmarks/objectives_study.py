@@ -88,7 +88,7 @@ def eval_config(kind: Any, arguments: argparse.Namespace, name: str, model: Path
         engine="auto",
         device=arguments.device,
         perplexity=False,
-        num_bootstrap=200,
+        num_sign_flips=200,
     )
 
 

@@ -99,6 +99,20 @@ class ModelSource:
             "weights_sha256": weights_sha256(self.path) if any(self.path.glob("*.safetensors")) else None,
         }
 
+    @cached_property
+    def num_parameters(self) -> int | None:
+        """Weights in the checkpoint's safetensors, tied ones counted once; None where this machine has no weights."""
+        from math import prod
+
+        from safetensors import safe_open
+
+        files = sorted(self.path.glob("*.safetensors"))
+        total = 0
+        for file in files:
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        return total if files else None
+
     def trained_template(self) -> dict[str, str] | None:
         """Name and sha256 of the prompt template in the model's `dpkd.json`; None for a model without that file.
 

@@ -66,8 +66,9 @@ def grouped_bars(
         shown = {place + shift: value for place, value in enumerate(values) if value and value["mean"] is not None}
         means = [value["mean"] for value in shown.values()]
         # rounding may put an end of the interval just on the wrong side of the mean
-        below = [max(0.0, value["mean"] - value["low"]) for value in shown.values()]
-        above = [max(0.0, value["high"] - value["mean"]) for value in shown.values()]
+        # and one row has no interval
+        below = [max(0.0, value["mean"] - _end(value, "low")) for value in shown.values()]
+        above = [max(0.0, _end(value, "high") - value["mean"]) for value in shown.values()]
         colour = colours[name] if colours else index
         panel.bar(
             list(shown),
@@ -83,6 +84,10 @@ def grouped_bars(
     panel.set_xticks(range(len(labels)), labels)
     panel.set_xlim(-0.6, len(labels) - 0.4)
     panel.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def _end(interval: Mapping[str, Any], name: str) -> float:
+    return float(interval["mean"] if interval[name] is None else interval[name])
 
 
 def caption_text(lines: Sequence[str], command: str, whole: str, width: int) -> str:

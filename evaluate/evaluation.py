@@ -45,6 +45,7 @@ def evaluate(config: EvalConfig) -> Path:
     engine = resolve_engine(config.engine) if config.model else None
     # resolved first, so that the saved options record what ran
     config = config.model_copy(update={"seeds": config.resolved_seeds(), "data": resolve_sets(config)})
+    config.roles(config.names)
     check_options(config, config.out, _FREE_OPTIONS, REPORT)
     candidates = open_candidates(config)
     eval_sets = read_eval_sets(config, candidates)
@@ -79,7 +80,15 @@ def evaluate(config: EvalConfig) -> Path:
     with Progress("scoring", num_answers, "responses") as progress:
         scored_sets = score_sets(config, eval_sets, answers, progress, metrics)
     report = build_report(
-        config, identity, eval_sets, scored_sets, metrics, in_cache=in_cache, in_train_data=in_train_data, runs=runs
+        config,
+        identity,
+        eval_sets,
+        scored_sets,
+        metrics,
+        sizes={candidate.name: candidate.source.num_parameters for candidate in candidates},
+        in_cache=in_cache,
+        in_train_data=in_train_data,
+        runs=runs,
     )
     return write_all(config.out, report, scored_sets)
 

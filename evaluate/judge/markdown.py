@@ -35,7 +35,7 @@ def judge_text(report: Mapping[str, Any]) -> str:
     prompt = f"{judge['prompt']['name']} (sha256 {judge['prompt']['sha256'][:SHOWN_DIGITS]})"
     return (
         f"{judge['model']} at {judge['url']}, which calls itself {names or 'unknown'}, was asked for {asked}: {seeds}, "
-        f"prompt {prompt}. In brackets: 95% bootstrap intervals over rows."
+        f"prompt {prompt}. In brackets: 95% intervals over rows."
     )
 
 

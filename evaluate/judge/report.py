@@ -15,13 +15,21 @@ from dpkd.evaluate.judge.questions import JudgePrompt
 from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, compared
 from dpkd.evaluate.judge.tokens import count_tokens
 from dpkd.evaluate.judge.verdicts import Answered
-from dpkd.evaluate.metrics.bootstrap import add_holm, mean_intervals, paired_differences, ratio_interval
 from dpkd.evaluate.metrics.buckets import buckets_of
+from dpkd.evaluate.metrics.inference import (
+    add_holm,
+    mean_intervals,
+    paired_differences,
+    ratio_interval,
+    share_intervals,
+)
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.report.provenance import command_text
 
 #: of `judge.json`; what each version holds is in docs/judge.md
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_GRADES = (1.0, 10.0)
 
 _COLUMNS = (
     *("data", "example_id", "model", "seed", "other", "other_seed", "swapped", "question"),
@@ -171,7 +179,7 @@ class _Graded:
         values = {"grade": np.where(chosen_SN, self.grades_SN, np.nan)}
         if config.grade_reference:
             values["reference_grade"] = np.where(chosen_SN, self.references_SN, np.nan)
-        found = mean_intervals(np.stack(list(values.values())), config.num_bootstrap, config.bootstrap_seed)
+        found = mean_intervals(np.stack(list(values.values())), _GRADES)
         scores: dict[str, Any] = {
             "n": int(chosen_SN.any(axis=0).sum()),
             "num_answers": int(chosen_SN.sum()),
@@ -181,7 +189,7 @@ class _Graded:
         if config.grade_reference:
             counted_N = np.isfinite(values["grade"]).any(axis=0)
             ours_N, theirs_N = (np.nansum(values[name], axis=0)[counted_N] for name in ("grade", "reference_grade"))
-            ratio = ratio_interval(ours_N, theirs_N, config.num_bootstrap, config.bootstrap_seed)
+            ratio = ratio_interval(ours_N, theirs_N)
             scores["ratio"] = {key: value and 100 * value for key, value in ratio._asdict().items()}
         return scores
 
@@ -212,7 +220,7 @@ def _comparisons(graded: Mapping[str, _Graded], config: JudgeConfig, by_predicti
 def difference(differences_N: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     """The mean of the `n` differences that are not NaN, with interval, p-value and counts."""
     known = differences_N[np.isfinite(differences_N)]
-    found = paired_differences(known[None], config.num_bootstrap, config.bootstrap_seed)[0]
+    found = paired_differences(known[None], config.num_sign_flips, config.sign_flip_seed)[0]
     return {"n": len(known), **found._asdict()}
 
 
@@ -282,7 +290,7 @@ def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     """Counts of pairs, shares in per cent of the pairs with both verdicts, and wins minus losses."""
     known_SN = np.isfinite(outcome_SN)
     shares = [np.where(known_SN, 100.0 * (outcome_SN == value), np.nan) for value in (1, 0, -1)]
-    intervals = mean_intervals(np.stack(shares), config.num_bootstrap, config.bootstrap_seed)
+    intervals = share_intervals(np.stack(shares))
     net = difference(100 * mean_over_seeds(outcome_SN), config)
     return {
         **_counts(outcome_SN),
@@ -296,7 +304,7 @@ def _won(outcome_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
 def _position(outcome_SN: np.ndarray, preference_SN: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     """How much the position of an answer matters: 0 for a judge that ignores it."""
     known = preference_SN[np.isfinite(preference_SN)]
-    preference = mean_intervals(100 * preference_SN[None], config.num_bootstrap, config.bootstrap_seed)[0]
+    preference = mean_intervals(100 * preference_SN[None], (-100.0, 100.0))[0]
     return {
         "num_pairs": len(known),
         "share_agreeing": float((known == 0).mean()) if len(known) else None,

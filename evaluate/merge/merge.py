@@ -36,6 +36,7 @@ def merge(config: MergeConfig) -> Path:
     parts = match_models(evaluations, sets)
     if not config.allow_different_decoding:
         check_decoding(parts)
+    config.roles(list(dict.fromkeys(part.model for part in parts)))
     identity = merged_identity(config, evaluations, parts)
     if is_complete(config.out / REPORT, identity):
         say(f"the merged report in {config.out} is complete already")

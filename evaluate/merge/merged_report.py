@@ -13,7 +13,7 @@ from dpkd.evaluate.merge.matching import SCORING, Part
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.report.build import FORMAT_VERSION, about_set, compare, report_form
 from dpkd.evaluate.report.provenance import command_text, redacted
-from dpkd.evaluate.report.summaries import Resampling, summarise
+from dpkd.evaluate.report.summaries import summarise
 
 
 def merged_identity(config: MergeConfig, evaluations: Sequence[Evaluation], parts: Sequence[Part]) -> dict[str, Any]:
@@ -57,12 +57,11 @@ def build_merged_report(
     scored_sets: Sequence[ScoredSet],
 ) -> dict[str, Any]:
     """The `report.json` of all `evaluations`, with the keys of a single one."""
-    resampling = Resampling(config.num_bootstrap, config.bootstrap_seed)
     by_set: dict[str, list[ScoredSet]] = {}
     models = _models(parts, identity)
     for scored in scored_sets:
         by_set.setdefault(scored.eval_set.name, []).append(scored)
-        models[scored.model]["data"][scored.eval_set.name] = summarise(scored, resampling)
+        models[scored.model]["data"][scored.eval_set.name] = summarise(scored)
     ids = {data: [example.example_id for example in of_set[0].eval_set.examples] for data, of_set in by_set.items()}
     skipped = {data: _skipped(parts, data) for data in by_set}
     by_bucket = identity["settings"]["bucket_of"] == "reference"
@@ -77,9 +76,10 @@ def build_merged_report(
             }
             for evaluation in evaluations
         ],
+        roles=config.roles(list(models)),
         models=models,
         data={data: _about_data(parts, data, of_set[0], len(skipped[data])) for data, of_set in by_set.items()},
-        comparisons={data: compare(of_set, resampling, by_bucket=by_bucket) for data, of_set in by_set.items()},
+        comparisons={data: compare(of_set, config, by_bucket=by_bucket) for data, of_set in by_set.items()},
         runs={name: run for name, (run, _) in _runs(evaluations).items()},
         overlap=_union(evaluations, parts, "overlap", "cache", ids),
         duplicates=_union(evaluations, parts, "duplicates", "train_data", ids),

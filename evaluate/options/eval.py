@@ -14,6 +14,7 @@ from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import DeviceName, Location, Settings, named_values, split_commas
 from dpkd.evaluate.metrics.buckets import Edge, Statistic
 from dpkd.evaluate.metrics.rouge import RougeTokenizer
+from dpkd.evaluate.options.comparing import ComparingOptions
 from dpkd.teacher_cache.engines.engine import EngineOptions, LocalEngineName
 
 #: the seeds that the paper and MiniLLM average over
@@ -165,8 +166,6 @@ class MetricOptions(Settings):
     train_data: str | None = Field(
         None, description="rows that the models were trained on: report prompts that are among them; none: do not check"
     )
-    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval and p-value")
-    bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
     _several_buckets = field_validator("buckets", mode="before")(split_commas)
 
@@ -189,7 +188,7 @@ class EvalEngineOptions(Settings):
     max_num_seqs: int = Field(64, gt=0, description="largest number of requests in a batch")
 
 
-class EvalConfig(InputOptions, AnswerOptions, MetricOptions, EvalEngineOptions):
+class EvalConfig(InputOptions, AnswerOptions, MetricOptions, ComparingOptions, EvalEngineOptions):
     """What `dpkd eval` measures, and how."""
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "predictions"),)

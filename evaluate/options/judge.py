@@ -113,8 +113,10 @@ class VerdictOptions(Settings):
     completion_price: float | None = Field(
         None, ge=0, description="price per million completion tokens, in the same currency; none: no cost"
     )
-    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval")
-    bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
+    num_sign_flips: int = Field(
+        10_000, ge=100, description="random sign flips per p-value, at least 40 per comparison of a set"
+    )
+    sign_flip_seed: int = Field(0, ge=0, description="seed of the sign flips")
 
 
 class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOptions):

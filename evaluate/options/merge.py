@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from dpkd.core.settings import Settings
+from dpkd.evaluate.options.comparing import ComparingOptions
 
 
-class MergeConfig(Settings):
+class MergedOptions(Settings):
     """What `dpkd report` merges, and what may differ."""
 
-    example: ClassVar[str] = "dpkd report report-a report-b --out merged"
+    title: ClassVar[str] = "Evaluations"
 
     evaluations: tuple[str, ...] = Field(
         min_length=1,
@@ -29,8 +30,6 @@ class MergeConfig(Settings):
     common_rows: bool = Field(
         False, description="if evaluations of a data set have different rows, compare on the rows they share"
     )
-    num_bootstrap: int = Field(10_000, ge=100, description="bootstrap resamples per 95% interval and p-value")
-    bootstrap_seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
     @field_validator("evaluations", mode="before")
     @classmethod
@@ -43,3 +42,9 @@ class MergeConfig(Settings):
         if twice := sorted({place for place in value if value.count(place) > 1}):
             raise ValueError(f"the evaluation {twice[0]!r} is given twice")
         return value
+
+
+class MergeConfig(MergedOptions, ComparingOptions):
+    """Options of `dpkd report`."""
+
+    example: ClassVar[str] = "dpkd report report-a report-b --out merged"

@@ -12,16 +12,17 @@ from dpkd.core.identity import fingerprint, software_versions
 from dpkd.evaluate.answers.perplexity import ModelMetrics
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.inputs.eval_sets import EvalSet
-from dpkd.evaluate.metrics.bootstrap import ALPHA, POWER, add_holm, paired_differences
+from dpkd.evaluate.metrics.inference import ALPHA, POWER, add_holm, paired_differences
+from dpkd.evaluate.options.comparing import ComparingOptions
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.provenance import about_models, command_text, redacted
-from dpkd.evaluate.report.summaries import Resampling, summarise, teacher_summary
+from dpkd.evaluate.report.summaries import summarise, teacher_summary
 
 #: of `report.json`; docs/evaluation.md documents it
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _KEYS = (
-    *("format_version", "fingerprint", "command", "merged", "settings", "models", "data", "comparisons", "runs"),
-    *("significance", "identities", "overlap", "duplicates", "skipped", "software"),
+    *("format_version", "fingerprint", "command", "merged", "settings", "roles", "models", "data", "comparisons"),
+    *("runs", "significance", "identities", "overlap", "duplicates", "skipped", "software"),
 )
 _COMPARED = ("rouge_l", "exact_match")
 
@@ -33,6 +34,7 @@ def build_report(
     scored_sets: Sequence[ScoredSet],
     metrics: Mapping[str, ModelMetrics],
     *,
+    sizes: Mapping[str, int | None] | None = None,
     in_cache: dict[str, Any] | None = None,
     in_train_data: dict[str, Any] | None = None,
     runs: dict[str, Any] | None = None,
@@ -45,25 +47,27 @@ def build_report(
         eval_sets: the data sets, in order.
         scored_sets: the scored answers of each model to each set.
         metrics: metrics of the models themselves, by name; predictions have none.
+        sizes: numbers of parameters by model; predictions have none.
         in_cache: contamination by the cache; None without one.
         in_train_data: contamination by the training data; None without.
         runs: training curves by name.
     """
-    resampling = Resampling(config.num_bootstrap, config.bootstrap_seed)
     models = about_models(config, identity)
     for scored in scored_sets:
-        models[scored.model]["data"][scored.eval_set.name] = summarise(scored, resampling)
+        models[scored.model]["data"][scored.eval_set.name] = summarise(scored)
     for name, model in models.items():
-        model["to_teacher"] = teacher_summary(metrics[name].to_teacher, resampling) if name in metrics else None
+        model["num_parameters"] = (sizes or {}).get(name)
+        model["to_teacher"] = teacher_summary(metrics[name].to_teacher) if name in metrics else None
     by_set = {found.name: [scored for scored in scored_sets if scored.eval_set is found] for found in eval_sets}
     by_bucket = config.bucket_of == "reference"  # otherwise two models have different rows in a bucket
     return report_form(
         identity,
         command=command_text(config, "eval"),
         merged=None,
+        roles=config.roles(config.names),
         models=models,
         data={found.name: {"file": redacted(config.data[found.name]), **about_set(found)} for found in eval_sets},
-        comparisons={name: compare(of_set, resampling, by_bucket=by_bucket) for name, of_set in by_set.items()},
+        comparisons={name: compare(of_set, config, by_bucket=by_bucket) for name, of_set in by_set.items()},
         runs=runs or {},
         overlap=in_cache,
         duplicates=in_train_data,
@@ -98,18 +102,24 @@ def about_set(eval_set: EvalSet) -> dict[str, Any]:
     }
 
 
-def compare(scored_sets: Sequence[ScoredSet], resampling: Resampling, *, by_bucket: bool) -> list[dict[str, Any]]:
-    """Every pair of models on one set: the later model minus the earlier one, its baseline."""
-    pairs = list(combinations(scored_sets, 2))
+def compare(scored_sets: Sequence[ScoredSet], options: ComparingOptions, *, by_bucket: bool) -> list[dict[str, Any]]:
+    """Every model on one set minus `--baseline`, or without it every pair: the later minus the earlier model.
+
+    The comparisons of a set, overall, are the family of Holm's adjustment. A set that the baseline has not answered has
+    none.
+    """
+    pairs = [(one, other) for one, other in combinations(scored_sets, 2) if options.baseline is None]
+    for baseline in (scored for scored in scored_sets if scored.model == options.baseline):
+        pairs += [(baseline, scored) for scored in scored_sets if scored is not baseline]
     if not pairs:
         return []
     bucket_N = scored_sets[0].bucket_SN[0]
     rows: list[dict[str, Any]] = [{"model": model.model, "baseline": baseline.model} for baseline, model in pairs]
-    for row, differences in zip(rows, _differences(pairs, np.full(bucket_N.shape, True), resampling), strict=True):
+    for row, differences in zip(rows, _differences(pairs, np.full(bucket_N.shape, True), options), strict=True):
         row.update(differences)
     if by_bucket:
         for index in range(len(scored_sets[0].eval_set.edges) + 1):
-            for row, differences in zip(rows, _differences(pairs, bucket_N == index, resampling), strict=True):
+            for row, differences in zip(rows, _differences(pairs, bucket_N == index, options), strict=True):
                 row.setdefault("buckets", []).append(differences)
     for metric in _COMPARED:
         add_holm([row[metric] for row in rows])
@@ -117,9 +127,9 @@ def compare(scored_sets: Sequence[ScoredSet], resampling: Resampling, *, by_buck
 
 
 def _differences(
-    pairs: Sequence[tuple[ScoredSet, ScoredSet]], chosen_N: np.ndarray, resampling: Resampling
+    pairs: Sequence[tuple[ScoredSet, ScoredSet]], chosen_N: np.ndarray, options: ComparingOptions
 ) -> list[dict[str, dict[str, Any]]]:
-    """For each (baseline, model) the difference in each compared metric over the chosen examples, from shared draws."""
+    """For each (baseline, model) the difference in each compared metric over the chosen examples."""
     differences_KN = np.stack(
         [
             model.scores[metric][:, chosen_N].mean(axis=0) - baseline.scores[metric][:, chosen_N].mean(axis=0)
@@ -127,7 +137,7 @@ def _differences(
             for metric in _COMPARED
         ]
     )
-    differences = iter(paired_differences(differences_KN, *resampling))
+    differences = iter(paired_differences(differences_KN, options.num_sign_flips, options.sign_flip_seed))
     return [{metric: next(differences)._asdict() for metric in _COMPARED} for _ in pairs]
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dpkd.evaluate.answers.scoring import ScoredSet
-from dpkd.evaluate.metrics.bootstrap import Interval, mean_intervals, ratio_interval, smallest_resolvable
 from dpkd.evaluate.metrics.buckets import buckets_of
+from dpkd.evaluate.metrics.inference import (
+    COUNTS,
+    SCORES,
+    Interval,
+    mean_intervals,
+    ratio_interval,
+    share_intervals,
+    smallest_resolvable,
+)
 from dpkd.evaluate.metrics.scores import distinct
 
 _REFERENCE_KEYS = ("perplexity", "reference_nll", "bits_per_byte", "num_references")
 _LARGEST_EXPONENT = 700.0  # exp of more overflows float64
 
 
-class Resampling(NamedTuple):
-    """The bootstrap's number of resamples and the seed of their draws."""
-
-    num_bootstrap: int
-    seed: int
-
-
-def summarise(scored: ScoredSet, resampling: Resampling) -> dict[str, Any]:
+def summarise(scored: ScoredSet) -> dict[str, Any]:
     """Scores of one model's answers to one set, overall and by bucket."""
     answers = [answer for answers_N in scored.answers_SN for answer in answers_N]
     num_tokens = [answer.num_tokens for answer in answers if answer.num_tokens is not None]
@@ -31,8 +32,8 @@ def summarise(scored: ScoredSet, resampling: Resampling) -> dict[str, Any]:
     everywhere_SN = np.full(scored.bucket_SN.shape, True)
     summary: dict[str, Any] = {
         "n": len(scored.eval_set.examples),
-        **_intervals(scored, everywhere_SN, resampling),
-        **_reference_summary(scored, None, resampling),
+        **_intervals(scored, everywhere_SN),
+        **_reference_summary(scored, None),
         "seeds": _seeds(scored, everywhere_SN),
         "buckets": [],
     }
@@ -43,8 +44,8 @@ def summarise(scored: ScoredSet, resampling: Resampling) -> dict[str, Any]:
                 **bucket._asdict(),
                 "n": int(in_bucket_SN.any(axis=0).sum()),
                 "num_answers": int(in_bucket_SN.sum()),
-                **_intervals(scored, in_bucket_SN, resampling),
-                **_reference_summary(scored, index, resampling),
+                **_intervals(scored, in_bucket_SN),
+                **_reference_summary(scored, index),
                 "seeds": _seeds(scored, in_bucket_SN),
             }
         )
@@ -63,11 +64,16 @@ def _mean(values: list[Any]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _intervals(scored: ScoredSet, counted_SN: np.ndarray, resampling: Resampling) -> dict[str, Any]:
-    # every model is resampled with the same seed, so that only their answers make their intervals differ
-    values_KSN = np.stack([np.where(counted_SN, values_SN, np.nan) for values_SN in scored.scores.values()])
-    intervals = mean_intervals(values_KSN, *resampling)
-    return {metric: interval._asdict() for metric, interval in zip(scored.scores, intervals, strict=True)}
+def _intervals(scored: ScoredSet, counted_SN: np.ndarray) -> dict[str, Any]:
+    intervals = {}
+    for metric, values_SN in scored.scores.items():
+        values_KSN = np.where(counted_SN, values_SN, np.nan)[None]
+        if metric == "exact_match":
+            (interval,) = share_intervals(values_KSN)
+        else:
+            (interval,) = mean_intervals(values_KSN, COUNTS if metric == "num_words" else SCORES)
+        intervals[metric] = interval._asdict()
+    return intervals
 
 
 def _seeds(scored: ScoredSet, counted_SN: np.ndarray) -> list[dict[str, Any]]:
@@ -84,7 +90,7 @@ def _seeds(scored: ScoredSet, counted_SN: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _reference_summary(scored: ScoredSet, bucket: int | None, resampling: Resampling) -> dict[str, Any]:
+def _reference_summary(scored: ScoredSet, bucket: int | None) -> dict[str, Any]:
     """Perplexity of the gold responses over all rows (`bucket` None) or those in one bucket; null if not measured.
 
     Means are over sums, so long responses weigh more. Also null if the answers of a row are in different buckets.
@@ -93,13 +99,13 @@ def _reference_summary(scored: ScoredSet, bucket: int | None, resampling: Resamp
     if references is None or (bucket is not None and bool((bucket_SN != bucket_SN[0]).any())):
         return dict.fromkeys(_REFERENCE_KEYS)
     nll_N = references.nll_N if bucket is None else np.where(bucket_SN[0] == bucket, references.nll_N, np.nan)
-    by_token = ratio_interval(nll_N, references.num_tokens_N, *resampling)
-    by_byte = ratio_interval(nll_N / math.log(2), references.num_bytes_N, *resampling)
+    by_token = ratio_interval(nll_N, references.num_tokens_N)
+    by_byte = ratio_interval(nll_N / math.log(2), references.num_bytes_N)
     values = (_exp(by_token)._asdict(), by_token._asdict(), by_byte._asdict(), int((~np.isnan(nll_N)).sum()))
     return dict(zip(_REFERENCE_KEYS, values, strict=True))
 
 
-def teacher_summary(values: dict[str, list[float]] | None, resampling: Resampling) -> dict[str, Any] | None:
+def teacher_summary(values: dict[str, list[float]] | None) -> dict[str, Any] | None:
     """Divergence from the teacher of a cache; `values` as in `ModelMetrics.to_teacher`.
 
     `kl` is KL(teacher || model) and `rkld` the reverse, in nats a token; `perplexity` is that of the cached responses.
@@ -110,7 +116,7 @@ def teacher_summary(values: dict[str, list[float]] | None, resampling: Resamplin
     ones_N = np.ones_like(tokens_N)
 
     def interval(name: str, weights_N: np.ndarray) -> Interval:
-        return ratio_interval(np.array(values[name]), weights_N, *resampling)
+        return ratio_interval(np.array(values[name]), weights_N)
 
     return {
         "num_rows": len(tokens_N),

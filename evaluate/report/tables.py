@@ -151,7 +151,7 @@ def teacher_table(report: dict[str, Any]) -> Table | None:
     over = "; ".join(f"{num_rows} rows, {num_tokens} tokens" for num_rows, num_tokens in counts)
     note = (
         f"Over cached responses ({over}). KL(teacher || model) and the reverse are in nats per token and treat all "
-        "tokens outside the kept entries as one outcome. In brackets: 95% bootstrap intervals over rows."
+        "tokens outside the kept entries as one outcome. In brackets: 95% intervals over rows."
     )
     return Table("Divergence from the teacher of the cache", list(_TEACHER_COLUMNS), rows, note=note)
 
@@ -176,8 +176,8 @@ def power_note(report: dict[str, Any], data: str) -> str:
             "models together: they are then compared row by row."
         )
     text = (
-        "Differences are paired by row. p is from a two-sided bootstrap; Holm's adjustment is over all pairs of this "
-        "set. Rows are won, tied and lost in Rouge-L. "
+        "Differences are paired by row. p is of a two-sided sign-flip test; Holm's adjustment is over the comparisons "
+        "of this set. Rows are won, tied and lost in Rouge-L. "
     )
     known = [value for row in comparisons if (value := row["rouge_l"]["smallest_resolvable"]) is not None]
     if not known:
@@ -213,8 +213,9 @@ def interval_cell(value: Any, marked: float | None = None, sign: str = "", place
     """A mean with its interval; a dash for None. It is the best of its column if it equals `marked`."""
     if value is None or value["mean"] is None:
         return Cell("-")
-    mean, low, high = (f"{scale * value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
-    return Cell(mean, f"[{low}, {high}]", value["mean"] == marked)
+    ends = [f"{scale * value[key]:{sign}.{places}f}" for key in ("low", "high") if value[key] is not None]
+    interval = f"[{', '.join(ends)}]" if ends else ""  # one row has none
+    return Cell(f"{scale * value['mean']:{sign}.{places}f}", interval, value["mean"] == marked)
 
 
 def number_text(value: float | None, places: int, scale: float = 1) -> str:

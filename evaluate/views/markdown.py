@@ -32,7 +32,7 @@ def introduction(report: dict[str, Any]) -> str:
     tokens = "" if tokenizer == "default" else f" (tokens: {tokenizer})"
     return (
         f"Answers: {decoding_text(report)}. Rouge{tokens} and exact match run from 0 to 100; each row's score is "
-        "averaged over seeds. In brackets: 95% bootstrap intervals over rows. Columns such as [0,30) are ranges of the "
+        "averaged over seeds. In brackets: 95% intervals over rows. Columns such as [0,30) are ranges of the "
         f"{length_text(report)}."
     )
 

@@ -45,7 +45,7 @@ def draw_noise(config: ReproduceConfig, made: dict[str, Any]) -> list[Path]:
         f"({SOURCE}: by {FIG2_SPANS['rkld']:g} and {FIG2_SPANS['rouge_l']:g}, with noise of a size that it does not "
         "state).",
         "Noise: Gaussian, its standard deviation relative to the root mean square of each weight matrix (colour); one "
-        "marker per seed. Lines: 95% bootstrap interval over rows. Reward: beta/|y| log q(y)/p(y).",
+        "marker per seed. Lines: 95% interval over rows. Reward: beta/|y| log q(y)/p(y).",
         *_other_data(config),
     ]
     data = {"artefact": "fig2", "points": points, "spans": spans, "notes": notes, **made}

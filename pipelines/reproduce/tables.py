@@ -97,7 +97,7 @@ def _notes(config: ReproduceConfig, has_paper: bool) -> list[str]:
     as_bars = config.artefact == "fig5"
     ours, theirs = ("Bars", "Diamonds") if as_bars else ("Ours", "Columns marked paper")
     where = "as lines" if as_bars else "in brackets"
-    notes = [f"{ours}: mean over seeds and, {where}, the 95% bootstrap interval over rows; from 0 to 100."]
+    notes = [f"{ours}: mean over seeds and, {where}, the 95% interval over rows; from 0 to 100."]
     if has_paper:
         notes.append(f"{theirs} are the paper's numbers ({SOURCE}, {_FAMILIES[config.paper]}), not ours.")
     if config.other_data:

@@ -35,7 +35,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
             "max_new_tokens": 6,
             "max_prompt_tokens": 48,
             "device": "cpu",
-            "num_bootstrap": 100,
+            "num_sign_flips": 100,
         }
         return EvalConfig.parse(short | options, where="a test")
 

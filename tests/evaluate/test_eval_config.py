@@ -86,7 +86,7 @@ def test_buckets_come_as_text() -> None:
         ({"top_p": 0}, r"`top_p` must be above 0, found 0"),
         ({"device": "tpu"}, r"`device` must be auto, cpu or cuda, found tpu"),
         ({"limit": 0}, r"`limit` must be above 0, found 0"),
-        ({"num_bootstrap": 10}, r"`num_bootstrap` must be 100 or more, found 10"),
+        ({"num_sign_flips": 10}, r"`num_sign_flips` must be 100 or more, found 10"),
         ({"tempreature": 1}, r"unknown option `tempreature` .did you mean `temperature`.. .in "),
     ],
 )

@@ -276,7 +276,7 @@ def test_another_metric_generates_nothing(
         "buckets": ("median",),
         "bucket_by": "tokens",
         "bucket_of": "prediction",
-        "num_bootstrap": 200,
+        "num_sign_flips": 200,
     }
     second = config.model_copy(update=changes)
     report = json.loads(evaluate(second).read_text())

@@ -26,7 +26,7 @@ def rows() -> list[dict[str, Any]]:
 def make_config(tmp_path: Path) -> MakeConfig:
     def make(**options: Any) -> EvalConfig:
         short = {"out": tmp_path / "out", "engine": "transformers", "template": "raw", "seeds": "10",
-                 "max_new_tokens": 6, "device": "cpu", "num_bootstrap": 100}  # fmt: skip
+                 "max_new_tokens": 6, "device": "cpu", "num_sign_flips": 100}  # fmt: skip
         return EvalConfig.parse(short | options, where="a test")
 
     return make

@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 def make_config(tmp_path: Path) -> MakeConfig:
     def make(**options: Any) -> EvalConfig:
         short = {"out": tmp_path / "out", "engine": "transformers", "template": "raw", "seeds": "10",
-                 "max_new_tokens": 4, "max_prompt_tokens": 40, "device": "cpu", "num_bootstrap": 100,
+                 "max_new_tokens": 4, "max_prompt_tokens": 40, "device": "cpu", "num_sign_flips": 100,
                  "buckets": "4"}  # fmt: skip
         return EvalConfig.parse(short | options, where="a test")
 

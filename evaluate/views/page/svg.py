@@ -57,6 +57,7 @@ def grouped_bars(
             if interval["mean"] is None:
                 continue
             x, middle = start + width * place, start + width * (place + 0.46)
+            interval = {key: interval["mean"] if value is None else value for key, value in interval.items()}
             text = f"{name}, {label}: {interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
             parts.append(
                 f'<g><title>{escape(text)}</title><rect class="s{colour % NUM_COLOURS}" x="{x:.1f}" '

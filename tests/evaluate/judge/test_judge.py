@@ -52,7 +52,7 @@ def options(endpoint: Endpoint, tmp_path: Path) -> dict[str, Any]:
     return {
         "predictions": [f"{name}={tmp_path / name}.jsonl" for name in "ab"], "data": f"d={tmp_path / 'd.jsonl'}",
         "out": tmp_path / "out", "judge_url": endpoint.url, "judge_model": "toy", "max_tokens": 16,
-        "num_bootstrap": 100, "tries": 2,
+        "num_sign_flips": 100, "tries": 2,
     }  # fmt: skip
 
 

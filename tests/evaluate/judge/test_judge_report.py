@@ -41,7 +41,7 @@ def answers_of(models: Mapping[str, Sequence[int]], num_rows: int, by_prediction
 
 
 def config_for(**options: Any) -> JudgeConfig:
-    plain = {"report": "r", "out": "o", "judge_url": "http://h/v1", "judge_model": "judge", "num_bootstrap": 200}
+    plain = {"report": "r", "out": "o", "judge_url": "http://h/v1", "judge_model": "judge", "num_sign_flips": 200}
     return JudgeConfig.parse(plain | {"answer_seeds": "all"} | options, where="a test")
 
 
@@ -119,7 +119,8 @@ def test_a_ratio_is_of_sums() -> None:
     judging = Judging(answers_of({"a": (1,)}, 2), say, read_prompt(None, "scores"), grade_reference=True)
     ratio = judging.report["models"]["a"]["data"]["d"]["ratio"]
     assert ratio["mean"] == pytest.approx(100 * 12 / 11)
-    assert (ratio["low"], ratio["high"]) == (pytest.approx(20), pytest.approx(1000))
+    # the errors are (2 - 10 r) / 5.5 and as much above 0; Student's t for 1 degree of freedom is 12.706
+    assert (ratio["low"], ratio["high"]) == (0, pytest.approx(100 * (12 / 11 + 12.7062 * (98 / 11) / 5.5)))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,10 @@ def test_a_judge_that_sees_only_the_position_finds_no_winner() -> None:
     for row in rows:
         assert (row["num_wins"], row["num_ties"], row["num_losses"]) == (0, 4, 0)
         assert row["position"]["share_agreeing"] == 0.0
-        assert row["position"]["first_less_second"] == {"mean": 100.0, "low": 100.0, "high": 100.0}
+        # four rows of four do not show that it is always so: 3.8415 / 7.8415 of the 200 from 100 to -100
+        preference = row["position"]["first_less_second"]
+        assert (preference["mean"], preference["high"]) == (100.0, 100.0)
+        assert preference["low"] == pytest.approx(100 - 200 * 0.48989, abs=0.01)
 
 
 def test_a_perfect_judge_finds_the_winner_in_every_row() -> None:

@@ -33,7 +33,7 @@ def make(write_rows: WriteRows, rows: list[dict[str, Any]], tmp_path: Path, monk
     def config(endpoint: Endpoint, **options: Any) -> JudgeConfig:
         plain = {
             "predictions": given, "data": f"d={data}", "out": tmp_path / "out", "judge_url": endpoint.url,
-            "judge_model": "judge", "concurrency": 1, "tries": 2, "retry_delay_s": 0.01, "num_bootstrap": 100,
+            "judge_model": "judge", "concurrency": 1, "tries": 2, "retry_delay_s": 0.01, "num_sign_flips": 100,
         }  # fmt: skip
         return JudgeConfig.parse(plain | options, where="a test")
 

@@ -70,7 +70,7 @@ def run_eval(folder: Path) -> Evaluate:
     """The directory of an evaluation, which is made once for all tests; a test that changes it takes a copy."""
 
     def run(out: str, **options: Any) -> Path:
-        config = EvalConfig.parse({"num_bootstrap": 200, "out": folder / out, **options}, where="a test")
+        config = EvalConfig.parse({"num_sign_flips": 200, "out": folder / out, **options}, where="a test")
         return evaluate(config).parent
 
     return run
@@ -84,7 +84,7 @@ def single(run_eval: Evaluate, data: Path, answers: Answers) -> Single:
 
 
 def _merge(out: Path, *places: object, **options: Any) -> dict[str, Any]:
-    given = {"evaluations": [str(place) for place in places], "out": out, "num_bootstrap": 200, **options}
+    given = {"evaluations": [str(place) for place in places], "out": out, "num_sign_flips": 200, **options}
     report: dict[str, Any] = json.loads(merge(MergeConfig.parse(given, where="a test")).read_text(encoding="utf-8"))
     return report
 
@@ -239,7 +239,7 @@ def test_what_is_no_finished_evaluation_is_refused(single: Single, tmp_path: Pat
     with pytest.raises(UserError, match="the report cannot be read"):
         _merge(tmp_path / "no", place)
     report_path.write_text('{"format_version": 2}')
-    with pytest.raises(UserError, match=r"has another format: found 2, expected 3 .*--generations reuses its answers"):
+    with pytest.raises(UserError, match=r"has another format: found 2, expected 4 .*--generations reuses its answers"):
         _merge(tmp_path / "no", place)
     report_path.write_text(report.replace('"n": 6', '"n": 9'))
     with pytest.raises(UserError, match=r"do not match its report: model a, data d: found 12 rows, expected 18"):
@@ -261,7 +261,7 @@ def test_the_command_merges_and_names_its_mistakes(single: Single, tmp_path: Pat
         command = [sys.executable, "-m", "dpkd.pipelines.cli", "report", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    merged = dpkd(single("a"), f"bee={single('b')}", "--out", tmp_path / "merged", "--set", "num_bootstrap=100")
+    merged = dpkd(single("a"), f"bee={single('b')}", "--out", tmp_path / "merged", "--set", "num_sign_flips=100")
     assert merged.returncode == 0, merged.stderr
     assert "| `bee` - `a` | " in merged.stdout
     command = json.loads((tmp_path / "merged" / "report.json").read_text())["command"]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.evaluate.metrics.bootstrap import Difference, holm, mean_intervals, paired_differences, smallest_resolvable
+from dpkd.evaluate.metrics.inference import Difference, holm, mean_intervals, paired_differences, smallest_resolvable
 
 
-def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, num_bootstrap: int, seed: int) -> Difference:
+def paired_difference(ours_SN: np.ndarray, theirs_SN: np.ndarray, num_sign_flips: int, seed: int) -> Difference:
     """Ours minus theirs, each averaged over its own seeds."""
-    return paired_differences((ours_SN.mean(axis=0) - theirs_SN.mean(axis=0))[None], num_bootstrap, seed)[0]
+    return paired_differences((ours_SN.mean(axis=0) - theirs_SN.mean(axis=0))[None], num_sign_flips, seed)[0]
 
 
 def test_equal_models_tie_everywhere() -> None:
@@ -34,7 +34,7 @@ def test_a_constant_difference_has_a_tight_interval() -> None:
     theirs = np.arange(40.0)[None]
     difference = paired_difference(theirs + 1, theirs, 999, 0)
     assert (difference.low, difference.high) == (1.0, 1.0)
-    assert difference.p_value == 2 / 1000  # the smallest that 999 resamples can give
+    assert difference.p_value == 1 / 1000  # the smallest that 999 random flips can give
 
 
 def test_no_example_has_no_difference() -> None:
@@ -74,9 +74,9 @@ def test_p_values_are_uniform_under_the_null_and_intervals_cover() -> None:
 def test_the_interval_of_a_mean_over_nested_seeds_covers_95_times_in_100() -> None:
     generator = np.random.default_rng(2)
     covered = 0
-    for trial in range(600):
+    for _ in range(600):
         scores = 30 + generator.normal(0, 6, size=(1, 200)) + generator.normal(0, 10, size=(5, 200))
-        (interval,) = mean_intervals(scores[None], 400, trial)
+        (interval,) = mean_intervals(scores[None])
         assert interval.low is not None
         assert interval.high is not None
         covered += interval.low <= 30 <= interval.high
@@ -99,7 +99,7 @@ def test_the_smallest_resolvable_difference_is_found_in_80_of_100_sets() -> None
     assert 0.73 <= found / 400 <= 0.87
 
 
-@given(values=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=30))
+@given(values=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=30))
 def test_the_sides_change_sign_and_nothing_else(values: list[tuple[float, float]]) -> None:
     pairs = np.array(values).T
     one = paired_difference(pairs[:1], pairs[1:], 200, 0)
@@ -108,15 +108,6 @@ def test_the_sides_change_sign_and_nothing_else(values: list[tuple[float, float]
     assert one.mean is not None
     assert other.mean == pytest.approx(-one.mean)
     assert other.low == pytest.approx(-(one.high or 0.0), abs=1e-9)
-
-
-def test_answers_that_do_not_count_weigh_nothing() -> None:
-    # example 0 has both answers, example 1 one, example 2 none: mean of 10, 20, 60
-    values = np.array([[10.0, 60, math.nan], [20, math.nan, math.nan]])
-    (interval,) = mean_intervals(values[None], 1000, 0)
-    assert interval.mean == pytest.approx(30.0)
-    assert (interval.low, interval.high) == (15.0, 60.0)
-    assert mean_intervals(np.stack([values, np.ones((2, 3))]), 1000, 0)[0] == interval
 
 
 def test_holm_by_hand() -> None:

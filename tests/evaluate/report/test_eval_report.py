@@ -26,7 +26,7 @@ from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.scores import Scores
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.report.build import build_report
+from dpkd.evaluate.report.build import build_report, compare
 from dpkd.evaluate.views.markdown import report_markdown
 from dpkd.evaluate.views.plots import write_plots
 from dpkd.teacher_cache.engines.engine import FinishReason
@@ -95,7 +95,9 @@ def test_summary_by_hand(report: dict[str, Any]) -> None:
     summary = report["models"]["a"]["data"]["dolly"]
     assert summary["n"] == 4
     assert summary["rouge_l"]["mean"] == 35.0  # rows average to 20, 30, 40, 50 over the seeds
-    assert 20 <= summary["rouge_l"]["low"] < 35 < summary["rouge_l"]["high"] <= 50
+    # Student's t for 3 degrees of freedom, and the standard error of 20, 30, 40, 50
+    assert summary["rouge_l"]["low"] == pytest.approx(35 - 3.1824 * 12.9099 / 2, abs=1e-3)
+    assert summary["rouge_l"]["high"] == pytest.approx(35 + 3.1824 * 12.9099 / 2, abs=1e-3)
     assert summary["exact_match"]["mean"] == 25.0
     others = dict.fromkeys(("rouge_1", "rouge_2", "num_words", "self_repetition"), 7.0)
     assert summary["seeds"] == [
@@ -113,9 +115,12 @@ def test_buckets_by_hand(report: dict[str, Any]) -> None:
         (30, 70, 2),
         (70, None, 0),
     ]
-    assert buckets[0]["rouge_l"] == {"mean": 35.0, "low": 20.0, "high": 50.0}  # rows of 29 and 5 words: 20, 50
-    assert buckets[1]["rouge_l"] == {"mean": 35.0, "low": 30.0, "high": 40.0}
-    assert buckets[1]["exact_match"] == {"mean": 50.0, "low": 0.0, "high": 100.0}
+    # rows of 29 and 5 words: 20, 50; two rows say next to nothing, and a score ends at 0 and 100
+    assert buckets[0]["rouge_l"] == {"mean": 35.0, "low": 0.0, "high": 100.0}
+    assert buckets[1]["exact_match"]["mean"] == 50.0
+    # Wilson with one hit of two rows, as both seeds agree: (0.5 + 3.8415 / 4 +- 1.96 sqrt(...)) / 2.9207
+    assert buckets[1]["exact_match"]["low"] == pytest.approx(9.45, abs=0.01)
+    assert buckets[1]["exact_match"]["high"] == pytest.approx(90.55, abs=0.01)
     assert [seed["rouge_l"] for seed in buckets[1]["seeds"]] == [25.0, 45.0]  # 20, 30 and 40, 50
     assert [seed["exact_match"] for seed in buckets[1]["seeds"]] == [50.0, 50.0]
     assert [seed["rouge_l"] for seed in buckets[2]["seeds"]] == [None, None]
@@ -142,7 +147,7 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
     assert lines[3] == "| `b` | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | - |"
     assert lines[2].startswith("| `a` | 35.00 [")
     assert lines[4] == "| Model | Exact match | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
-    assert lines[7] == "| `b` | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | - |"
+    assert lines[7] == "| `b` | 0.00 [0.00, 48.99] | 0.00 [0.00, 65.76] | 0.00 [0.00, 65.76] | - |"
     assert lines[8].split(" | ")[3:] == [
         "Words",
         "Tokens",
@@ -155,11 +160,36 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
     # rows are 30, 20, 10 and 0 apart: three won, one tied
     difference = lines[14].split(" | ")
     assert difference[0] == "| `b` - `a`"
-    assert difference[1].startswith("+15.00 [+")
+    assert difference[1] == "+15.00 [-5.54, +35.54]"
     assert difference[4] == "3 / 1 / 0"
     assert difference[5] == "18.08"  # 2.8016 * 12.9099 / 2
     assert {line.count("|") for line in lines[:8]} == {6}
     assert "a true difference of 18.08 in Rouge-L is found at the 5% level in 80% of repetitions" in text
+
+
+def test_a_baseline_is_compared_with_every_other_model(
+    config: EvalConfig, eval_set: EvalSet, scored_sets: list[ScoredSet]
+) -> None:
+    third = dataclasses.replace(scored_sets[1], model="c")
+    sets = [*scored_sets, third]
+    pairs = compare(sets, config, by_bucket=True)
+    assert [(row["model"], row["baseline"]) for row in pairs] == [("b", "a"), ("c", "a"), ("c", "b")]
+    rows = compare(sets, config.model_copy(update={"baseline": "b"}), by_bucket=True)
+    assert [(row["model"], row["baseline"]) for row in rows] == [("a", "b"), ("c", "b")]
+    assert rows[0]["rouge_l"]["mean"] == -15.0
+    # three of the four rows differ, on one side: 2 of 2 ** 3 sign flips, and Holm's family has two comparisons
+    assert rows[0]["rouge_l"]["p_value"] == 0.25
+    assert rows[0]["rouge_l"]["p_holm"] == 0.5
+    assert compare(sets[:1], config.model_copy(update={"baseline": "b"}), by_bucket=True) == []
+
+
+def test_roles_are_names_of_models(config: EvalConfig) -> None:
+    assert config.roles(["a", "b"]) == {"teacher": None, "baseline": None}
+    assert config.roles(["a", "teacher"]) == {"teacher": "teacher", "baseline": None}
+    given = config.model_copy(update={"teacher_name": "a", "baseline": "b"})
+    assert given.roles(["a", "b"]) == {"teacher": "a", "baseline": "b"}
+    with pytest.raises(UserError, match=r"no evaluated model has this name: found 'b', expected a or c .*--baseline"):
+        given.roles(["a", "c"])
 
 
 def test_markdown_says_greedy(report: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def _parsed(text: str, config_type: type[Settings]) -> Settings:
             "temperature": 0.7,
             "limit": 3,
             "cache": "s3://bucket/cache",
-            "num_bootstrap": 200,
+            "num_sign_flips": 200,
             "max_num_seqs": 3,
             "dtype": "bfloat16",
         },
@@ -62,10 +62,10 @@ def test_every_option_that_is_not_the_default_is_named() -> None:
 
 
 def test_the_command_of_a_merged_report_makes_its_options_again() -> None:
-    options = {"evaluations": ["a", "n=b c"], "out": "o", "common_rows": True, "bootstrap_seed": 4}
+    options = {"evaluations": ["a", "n=b c"], "out": "o", "common_rows": True, "sign_flip_seed": 4}
     config = MergeConfig.parse(options, where="a test")
     text = command_text(config, "report")
-    assert text == "dpkd report a 'n=b c' --out o --common-rows --bootstrap-seed 4"
+    assert text == "dpkd report a 'n=b c' --out o --common-rows --sign-flip-seed 4"
     assert _parsed(text, MergeConfig) == config
 
 

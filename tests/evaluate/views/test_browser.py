@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": f"d={_write(folder / 'd.jsonl', rows)}",
         "run": f"some={run}",
         "out": folder / "out",
-        "num_bootstrap": 100,
+        "num_sign_flips": 100,
     }
     return evaluate(EvalConfig.parse(options, where="a test")).parent / "report.html"
 

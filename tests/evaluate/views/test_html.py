@@ -73,7 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> _Page:
         "predictions": [f"evil={evil}", f"gold={gold}"],
         "data": f"d={write('d.jsonl', rows)}",
         "out": folder / "out",
-        "num_bootstrap": 100,
+        "num_sign_flips": 100,
     }
     text = (evaluate(EvalConfig.parse(options, where="a test")).parent / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in text

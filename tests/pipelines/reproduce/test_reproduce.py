@@ -49,7 +49,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "predictions": {name: str(folder / f"{name}.jsonl") for name in ("kd", "dpkd")},
                 "data": {"held": str(folder / "rows.jsonl")},
                 "out": folder / "report",
-                "num_bootstrap": 200,
+                "num_sign_flips": 200,
             },
             where="test",
         )
