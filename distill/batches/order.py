@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
+from dpkd.core.identity import derive_seed
 from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex
 from dpkd.teacher_cache.store.order import epoch_order
 
@@ -89,3 +93,32 @@ class FollowOrder(BatchOrder):
         # the cache is finished: all its shards are known, and rows that failed are not among the planned ones
         self._group_sizes, self.num_rows = self._rows.group_sizes, offsets[-1]
         return super()._row(number)
+
+
+class MixedOrder(RowOrder):
+    """`order` of the prompts, where `share` of the rows of each step are the student's responses."""
+
+    def __init__(self, order: RowOrder, rows: MixedRows, share: float, seed: int) -> None:
+        self._order, self._rows, self._share, self._seed = order, rows, share, seed
+        self.num_rows = order.num_rows
+
+    def epoch_of(self, step: int) -> int:
+        return self._order.epoch_of(step)
+
+    def micro_batches_of(self, step: int) -> list[list[RowIndex]]:
+        micro_batches = self._order.micro_batches_of(step)
+        draw = iter(student_rows(sum(map(len, micro_batches)), self._share, self._seed, step))
+        return [[self._rows.students(row) if next(draw) else row for row in rows] for rows in micro_batches]
+
+
+def student_rows(num_rows: int, share: float, seed: int, step: int) -> list[bool]:
+    """Which of the `num_rows` rows of a step are the student's: a pure function, by systematic sampling.
+
+    One uniform number a step decides. Each row is the student's with probability `share`, and any k rows in a row hold
+    `share` * k of them, give or take one, so that all micro-batches are mixed alike.
+    """
+    # differs from the paper: GKD (arXiv 2306.13649v3, Algorithm 1) draws once for a whole batch. The expectation is the
+    # same; here the share of a step does not vary.
+    start = np.random.Generator(np.random.PCG64(derive_seed(seed, "mix", step))).random()
+    before = [math.floor(start + share * number) for number in range(num_rows + 1)]
+    return [after > count for count, after in itertools.pairwise(before)]

@@ -113,7 +113,9 @@ class LiveRows:
             return
         steps = range(first_step, min(first_step + self._config.sample_every, self._steps))
         block = plan_block(steps, self._rows_of, self._rows, self._student, self._config)
-        if not self._store.is_drawn(first_step, block.planned):
+        if not block.planned:  # with `mix`, steps may read no response of the student
+            block.rows = []
+        elif not self._store.is_drawn(first_step, block.planned):
             if not may_draw:
                 raise UserError(
                     "the student's samples are missing, and the weights that drew them are gone",
@@ -128,7 +130,8 @@ class LiveRows:
         with self._changed:
             self._blocks[number] = block
             self._changed.notify_all()
-        self._worker.submit(self._make, block)
+        if block.planned:
+            self._worker.submit(self._make, block)
 
     def rows(self, step: int, row_indices: Sequence[RowIndex]) -> list[TrainingRow]:
         """The rows `row_indices` with the student's responses of `step`; waits until these are scored.

@@ -29,7 +29,7 @@ class DataOptions(Settings):
     responses: Literal["all", "teacher", "reference"] | None = Field(
         None,
         description="which rows of the cache to train on: teacher responses, reference responses, or all; none: the "
-        "teacher's for pairs and for seqkd, else all",
+        "teacher's for pairs, for --mix and for seqkd, else all",
     )
     verify: Literal["start", "read"] = Field(
         "start", description="verify the cache's checksums before the first step, or as shards are read"
@@ -128,6 +128,13 @@ class StudentSampleOptions(Settings):
         "or drawn during training and scored by a teacher server (live); none: cached with --round, else forced",
     )
     round: str | None = Field(None, description="round of the cache with the student's responses")
+    mix: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the rows that are the student's own responses (of --round, or live); the others are the "
+        "teacher's cached responses; none: all",
+    )
     pairing: Literal["index", "all", "best-vs-worst"] = Field(
         "index",
         description="how to pair an example's responses: first with first and so on, every one with every one, or the "
@@ -168,6 +175,8 @@ class StudentSampleOptions(Settings):
             raise ValueError(f"--student-samples {samples} takes no --round")
         if samples == "live" and not self.teacher_url:
             raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
+        if self.mix is not None and samples != "live" and self.round is None:
+            raise ValueError("--mix needs the student's responses: give --round NAME or --student-samples live")
         if self.teacher_url and samples != "live":
             raise ValueError("--teacher-url goes with --student-samples live")
         return self

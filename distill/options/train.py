@@ -84,6 +84,10 @@ class TrainConfig(
             return (
                 f"--best-metric {self.best_metric} is best where a fixed round is overshot; give kld or rouge_l instead"
             )
+        if self.mix is not None and paired:
+            return "--mix chooses one response a row, and --level sequence compares two: leave one of them out"
+        if self.mix is not None and objective == "minillm":
+            return "--objective minillm learns from the student's own responses alone: leave --mix out"
         if self.share_prompt and not paired:
             return "--share-prompt needs --level sequence: only pairs share a prompt"
         if self.lora_rank is not None and samples == "live" and self.sampler == "vllm":
@@ -129,7 +133,8 @@ class TrainConfig(
     @property
     def origin(self) -> str | None:
         """Origin of the rows of the cache to train on; None for all."""
-        origin = self.responses or ("teacher" if self.needs_pairs or self.objective == "seqkd" else "all")
+        teachers = self.needs_pairs or self.mix is not None or self.objective == "seqkd"
+        origin = self.responses or ("teacher" if teachers else "all")
         return None if origin == "all" else origin
 
     @property

@@ -14,6 +14,7 @@ from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import choose_of_cache, split_rows
+from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
@@ -117,19 +118,20 @@ def open_cache_rows(
     if student_round is not None and config.needs_pairs and config.pairing != "index":
         source = paired_rows(cache, student_round, shards, config.pairing)
     else:
-        source = CacheRows(cache, shards, student_round, pairs=config.needs_pairs)
-    if not config.validation_examples:
-        return source, None
-    held_out = choose_of_cache(cache, config.validation_examples, config.seed)
-    training, validation = split_rows(source, source.ids_by_group(), held_out)
-    if student_round is not None and not config.needs_pairs:
-        # on the student's own rows a run could not be compared with any other, nor with itself after another round
-        if config.needs_distributions and cache.top_k == 0:
-            what = "validation measures the teacher's responses, and the cache has no distributions of them"
-            raise _no_distributions(what, cache, "train without --validation-examples")
-        of_cache = CacheRows(cache, shards, None, pairs=False)
-        _, validation = split_rows(of_cache, of_cache.ids_by_group(), held_out)
-    return training, validation
+        source = CacheRows(cache, shards, student_round, pairs=config.needs_pairs or config.mix is not None)
+    training: RowSource = source
+    validation: RowSource | None = None
+    if config.validation_examples:
+        held_out = choose_of_cache(cache, config.validation_examples, config.seed)
+        training, validation = split_rows(source, source.ids_by_group(), held_out)
+        if student_round is not None and not config.needs_pairs:
+            # on the student's own rows a run could not be compared with any other, nor with itself after another round
+            if config.needs_distributions and cache.top_k == 0:
+                what = "validation measures the teacher's responses, and the cache has no distributions of them"
+                raise _no_distributions(what, cache, "train without --validation-examples")
+            of_cache = CacheRows(cache, shards, None, pairs=False)
+            _, validation = split_rows(of_cache, of_cache.ids_by_group(), held_out)
+    return (training if config.mix is None else MixedRows(training)), validation
 
 
 def used_shards(
@@ -165,16 +167,17 @@ def check_positions(longest: int, limit: int | None, *, where: str, too_long: st
 
 
 def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
-    """Most entries a position of the responses to learn from: the round's, where its rows are read alone."""
+    """Most entries a position of the responses to learn from: of the round's, of the cache's, or the fewer of both."""
     if student_round is None or config.needs_pairs:
         return cache.top_k
-    return int(student_round.manifest.identities["logprobs"]["top_k"])
+    of_round = int(student_round.manifest.identities["logprobs"]["top_k"])
+    return of_round if config.mix is None else min(of_round, cache.top_k)
 
 
 def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs distributions and its responses have none."""
     if config.needs_distributions and top_k_of(cache, student_round, config) == 0:
-        source = "cache" if student_round is None or config.needs_pairs else "round"
+        source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
         what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
         raise _no_distributions(what, cache, "train with --level sequence or --objective sft")
 

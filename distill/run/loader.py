@@ -15,7 +15,8 @@ from dpkd.distill.batches.collate import collate, collate_corpus
 from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.rows.following import FollowedRows
-from dpkd.distill.rows.row import RowIndex
+from dpkd.distill.rows.mixed import MixedRows
+from dpkd.distill.rows.row import RowIndex, TrainingRow
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.run.ranks import on_all_ranks, raise_first
 from dpkd.distill.run.reduction import all_reduce_sums
@@ -75,7 +76,7 @@ class StepLoader:
         run, ranks, rank = self._run, self._accelerator.num_processes, self._accelerator.process_index
         micro_batches = []
         for number, indices in enumerate(run.order.micro_batches_of(step)[rank::ranks]):
-            rows = self._live.rows(step, indices) if self._live else [run.rows.row(*index) for index in indices]
+            rows = self._rows(step, indices)
             corpus = None
             if run.corpus is not None:
                 size = run.config.batch_size
@@ -85,6 +86,12 @@ class StepLoader:
             shared = share_prompts(rows) if run.config.share_prompt else None
             micro_batches.append(MicroBatch(collate(rows, with_distributions=run.has_distributions), corpus, shared))
         return micro_batches
+
+    def _rows(self, step: int, indices: list[RowIndex]) -> list[TrainingRow]:
+        """The rows at `indices`, those that are sampled live first."""
+        live = [index for index in indices if _is_live(self._run, index)]
+        sampled = self._live.rows(step, live) if self._live is not None and live else []
+        return sampled + [self._run.rows.row(*index) for index in indices if not _is_live(self._run, index)]
 
     def settle(self) -> None:
         """Before a checkpoint: store the samples that a resumed run could not draw again."""
@@ -119,6 +126,12 @@ class StepLoader:
         self._stack.close()
 
 
+def _is_live(run: Run, index: RowIndex) -> bool:
+    """Whether the student answers the prompt of a row during training: with `mix`, that of some rows only."""
+    samples_live = run.config.student_samples == "live"
+    return samples_live and (not isinstance(run.rows, MixedRows) or run.rows.is_students(index))
+
+
 def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> LiveRows:
     """Responses that the student samples while it trains; `UserError` for a server without the cache's teacher."""
     from dpkd.distill.live.rows import LiveRows
@@ -127,7 +140,8 @@ def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> Li
     ranks, rank = accelerator.num_processes, accelerator.process_index
 
     def rows_of(step: int) -> list[RowIndex]:
-        return [index for indices in run.order.micro_batches_of(step)[rank::ranks] for index in indices]
+        indices = [index for part in run.order.micro_batches_of(step)[rank::ranks] for index in part]
+        return [index for index in indices if _is_live(run, index)]
 
     made_of = (run.config, run.cache, run.rows, run.student)
     return LiveRows(*made_of, model, accelerator.device, run.steps, rows_of, rank=rank)

@@ -12,10 +12,11 @@ from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.outputs import output_exists
 from dpkd.core.prompts.templates import PromptEncoder
-from dpkd.distill.batches.order import BatchOrder, FollowOrder, RowOrder
+from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
 from dpkd.distill.batches.token_budget import TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.following import FollowedRows, open_growing
+from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import (
     check_distributions,
@@ -112,6 +113,9 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         check_positions(config.lm_length, student.max_positions, where=student.name)
         facts["corpus"] = corpus.identity
     order, steps = _plan_steps(config, rows, num_processes)
+    if config.mix is not None:
+        assert isinstance(rows, MixedRows)
+        order = MixedOrder(order, rows, config.mix, config.seed)
     return Run(
         config=config,
         student=student,

@@ -113,6 +113,8 @@ OTHERS = [
     {"objective": "forward-kl", "tail": "renormalise"},
     {"objective": "forward-kl", "tail": "uniform"},
     {"objective": "reverse-kl", "student_samples": "cached"},
+    {"objective": "jsd", "student_samples": "cached", "mix": 0.5},
+    {"objective": "dpkd", "student_samples": "cached", "mix": 0.5},
     # a policy gradient: samples of an earlier student are good for a few steps
     {"objective": "minillm", "student_samples": "cached", "learning_rate": 3e-4, "steps": 20},
 ]

@@ -70,6 +70,8 @@ SEQUENCE = {"level": "sequence", "beta": 1.0}
         {"level": "token"},
         {"objective": "reverse-kl", "staleness": 0},
         {"objective": "minillm", "staleness": 0},
+        {"objective": "jsd", "mix": 0.5},
+        {"objective": "jsd", "mix": 0.1, "staleness": 0},  # steps without a response of the student
     ],
     ids=str,
 )
@@ -80,7 +82,9 @@ def test_every_kind_of_objective_trains_on_live_samples(
     lines = lines_of(run)
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert all(line["kld"] >= 0 for line in lines)
-    if options.get("level") == "sequence":
+    if "mix" in options:
+        assert 0 < len(list(stored_rows(run))) < 6 * 4
+    elif options.get("level") == "sequence":
         assert lines[0]["rejected_length"] <= 12
         assert lines[0]["reward_margin"] is not None
     else:
