@@ -115,8 +115,6 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
         raise ids_without_embedding("cache", f"id {largest}", num_logits, largest, where=f"rows {names}")
     if batch.entry_ids_TK is None:
         return batch
-    assert batch.entry_logprobs_TK is not None
-    assert batch.log_tail_T is not None
     beyond_TK = batch.entry_ids_TK >= num_logits
     if not bool(beyond_TK.any()):
         return batch
@@ -132,10 +130,33 @@ def narrowed(batch: Batch, num_logits: int) -> Batch:
             where=f"row {batch.example_ids[row]}",
             advice="Build the cache with a larger --top-k",
         )
-    # move the entries that stay to the front, in their order
-    order_TK = (~kept_TK).to(torch.int8).argsort(dim=1, stable=True)
+    return _with_entries(batch, kept_TK)
+
+
+def cut_entries(batch: Batch, top_k: int | None, top_mass: float | None) -> Batch:
+    """`batch` as if its cache kept at most `top_k` entries a position, or the fewest that reach `top_mass`."""
+    if batch.entry_ids_TK is None or (top_k is None and top_mass is None):
+        return batch
+    assert batch.entry_logprobs_TK is not None
+    kept_TK = batch.entry_ids_TK >= 0
+    if top_k is not None:
+        kept_TK[:, top_k:] = False
+    if top_mass is not None:  # an entry stays if those before it do not reach the mass
+        mass_TK = batch.entry_logprobs_TK.double().exp()
+        kept_TK &= mass_TK.cumsum(dim=1) - mass_TK < top_mass
+    return _with_entries(batch, kept_TK)
+
+
+def _with_entries(batch: Batch, kept_TK: Tensor) -> Batch:
+    """`batch` with these entries, in their order; the mass of the others becomes part of the tail."""
+    assert batch.entry_ids_TK is not None
+    assert batch.entry_logprobs_TK is not None
+    assert batch.log_tail_T is not None
+    lost_T = batch.entry_logprobs_TK.masked_fill(kept_TK, -torch.inf).logsumexp(dim=1)
+    counts_T = kept_TK.sum(dim=1)
+    most = max(int(counts_T.max()), 1)
+    order_TK = (~kept_TK).to(torch.int8).argsort(dim=1, stable=True)[:, :most]  # the entries that stay come first
     kept_TK = kept_TK.gather(1, order_TK)
-    lost_T = batch.entry_logprobs_TK.masked_fill(~beyond_TK, -torch.inf).logsumexp(dim=1)
     return replace(
         batch,
         entry_ids_TK=batch.entry_ids_TK.gather(1, order_TK).masked_fill(~kept_TK, -1),

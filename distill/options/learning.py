@@ -31,6 +31,12 @@ class DataOptions(Settings):
         description="which rows of the cache to train on: teacher responses, reference responses, or all; none: the "
         "teacher's for pairs, for --mix and for seqkd, else all",
     )
+    top_k: int | None = Field(
+        None, ge=1, description="use only so many of the cache's entries at each position, the likeliest; none: all"
+    )
+    top_mass: float | None = Field(
+        None, gt=0, lt=1, description="use only the fewest entries that reach this probability; none: all"
+    )
     verify: Literal["start", "read"] = Field(
         "start", description="verify the cache's checksums before the first step, or as shards are read"
     )

@@ -48,6 +48,8 @@ class TrainConfig(
     def _problem_of_the_data(self) -> str | None:
         if self.data is not None and (self.objective != "sft" or self.cache is not None):
             return "--data replaces --cache and needs --objective sft"
+        if self.data is not None and (self.top_k or self.top_mass):
+            return "--top-k and --top-mass cut the distributions of a --cache, and --data has none"
         if self.follow and self.round is not None:
             return "--follow takes no --round: a round needs a finished cache"
         if self.follow and self.batch_tokens is not None:

@@ -175,8 +175,17 @@ def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfi
 
 
 def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
-    """Raise `UserError` when the objective needs distributions and its responses have none."""
-    if config.needs_distributions and top_k_of(cache, student_round, config) == 0:
+    """Raise `UserError` when the objective needs distributions and its responses have none, or fewer than `top_k`."""
+    most = top_k_of(cache, student_round, config)
+    if config.top_k is not None and config.top_k > most:
+        raise UserError(
+            "top_k is more than the cache keeps",
+            found=f"top_k {config.top_k}",
+            expected=f"at most {most}",
+            where=cache.folder,
+            advice="Lower --top-k, or leave it out",
+        )
+    if config.needs_distributions and most == 0:
         source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
         what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
         raise _no_distributions(what, cache, "train with --level sequence or --objective sft")

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.batch import MicroBatch
+from dpkd.distill.batches.batch import MicroBatch, cut_entries
 from dpkd.distill.batches.collate import collate, collate_corpus
 from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.batches.shared_prompts import share_prompts
@@ -84,7 +84,9 @@ class StepLoader:
                 start = (block * ranks + rank) * size
                 corpus = collate_corpus(run.corpus.blocks(start, size), start)
             shared = share_prompts(rows) if run.config.share_prompt else None
-            micro_batches.append(MicroBatch(collate(rows, with_distributions=run.has_distributions), corpus, shared))
+            whole = collate(rows, with_distributions=run.has_distributions)
+            batch = cut_entries(whole, run.config.top_k, run.config.top_mass)
+            micro_batches.append(MicroBatch(batch, corpus, shared))
         return micro_batches
 
     def _rows(self, step: int, indices: list[RowIndex]) -> list[TrainingRow]:

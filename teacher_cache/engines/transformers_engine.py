@@ -28,6 +28,7 @@ from dpkd.teacher_cache.engines.top_k import build_result
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
+# requests at once on a CPU; a GPU takes max_num_seqs, and a quarter of it for scoring
 _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
 
@@ -42,16 +43,19 @@ class TransformersEngine(Engine):
         self._model: Any = model.load(options.dtype).eval()
         self._model.to(self._device)
         self._options = options
+        on_cpu, most = self._device.type == "cpu", options.max_num_seqs
+        self._num_generated = _GENERATE_BATCH if on_cpu else most
+        self._num_scored = _SCORE_BATCH if on_cpu else max(most // 4, 1)
         self.vocab_size = model.vocab_size
 
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, _GENERATE_BATCH):
+        for batch in _batched(requests, self._num_generated):
             yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, _SCORE_BATCH):
+        for batch in _batched(requests, self._num_scored):
             yield from self._answered(batch, self._score_batch)
 
     def _answered(
