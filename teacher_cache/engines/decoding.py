@@ -56,7 +56,7 @@ def decode(
     inputs: dict[str, Any],
     seeds: Sequence[int],
     sampling: Sampling,
-    on_step: Callable[[Tensor, Tensor], None] | None = None,
+    on_step: Callable[[Tensor, Tensor, list[int]], None] | None = None,
 ) -> list[tuple[list[int], FinishReason]]:
     """Draw a response for every row of `inputs`: its ids with their stop token, and how it ended.
 
@@ -66,8 +66,8 @@ def decode(
         forward: from a model's inputs to the scores of the next token [B, V] and the key-value cache.
         inputs: the prompts, as `left_padded` makes them.
         seeds: one per row.
-        on_step: called with scores [B, V] and drawn tokens [B] of each step. Without it, finished rows leave the
-            batch once they are half of it.
+        on_step: called at each step with the scores [b, V], the drawn tokens [b], and the b rows of `inputs` that they
+            belong to. Finished rows leave the batch once they are half of it.
     """
     streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
     ids: list[list[int]] = [[] for _ in seeds]
@@ -77,7 +77,7 @@ def decode(
         scores_BV, past = forward(inputs)
         token_B = draw_tokens(scores_BV, [streams[row].random() for row in running], sampling)
         if on_step is not None:
-            on_step(scores_BV, token_B)
+            on_step(scores_BV, token_B, running)
         for row, token in zip(running, token_B.tolist(), strict=True):
             if row not in stopped:
                 ids[row].append(token)
@@ -87,7 +87,7 @@ def decode(
             break
         inputs = _next_inputs(inputs, token_B, past)
         kept = [index for index, row in enumerate(running) if row not in stopped]
-        if on_step is None and 2 * len(kept) <= len(running):
+        if 2 * len(kept) <= len(running):
             running = [running[index] for index in kept]
             inputs = _select_rows(inputs, torch.tensor(kept, device=token_B.device))
     return [(row_ids, "stop" if row in stopped else "length") for row, row_ids in enumerate(ids)]

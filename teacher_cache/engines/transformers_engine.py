@@ -28,9 +28,11 @@ from dpkd.teacher_cache.engines.top_k import build_result
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
-# requests at once on a CPU; a GPU takes max_num_seqs, and a quarter of it for scoring
+# requests at once on a CPU, where larger batches take longer per token; a GPU takes max_num_seqs, and a quarter of it
+# for scoring
 _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
+_WINDOW_BATCHES = 4  # batches whose requests are sorted by length together
 
 
 class TransformersEngine(Engine):
@@ -51,8 +53,11 @@ class TransformersEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, self._num_generated):
-            yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
+        for window in _batched(requests, _WINDOW_BATCHES * self._num_generated):
+            # prompts of similar lengths together: less padding
+            window.sort(key=lambda request: len(request.prompt_ids))
+            for batch in _batched(window, self._num_generated):
+                yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         for batch in _batched(requests, self._num_scored):
@@ -70,7 +75,7 @@ class TransformersEngine(Engine):
             if is_out_of_memory(error):
                 raise UserError(
                     f"the engine ran out of memory: {first_line(error)}",
-                    advice="Choose --engine vllm, or lower --max-new-tokens or --top-k; committed shards are kept",
+                    advice="Choose --engine vllm, or lower --max-num-seqs or --max-new-tokens; committed shards are kept",
                 ) from error
             if len(batch) == 1:
                 results = [FailedRequest(batch[0].index, f"the model fails on it: {first_line(error)}")]
@@ -79,25 +84,34 @@ class TransformersEngine(Engine):
         yield from results
 
     def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
-        steps: list[_Table] = []
+        steps: list[tuple[list[int], _Table]] = []
 
         def forward(inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-            output = self._model(**inputs, use_cache=True)
+            output = self._model(**inputs, use_cache=True, logits_to_keep=1)
             return torch.log_softmax(output.logits[:, -1].float(), dim=-1), output.past_key_values
+
+        def keep(logprobs_BV: torch.Tensor, token_B: torch.Tensor, rows: list[int]) -> None:
+            steps.append((rows, _Table.take(logprobs_BV, token_B, self._options.top_k)))
 
         responses = decode(
             forward,
             left_padded([list(request.prompt_ids) for request in batch], self._model, self._device),
             [request.seed for request in batch],
             sampling,
-            on_step=lambda logprobs_BV, token_B: steps.append(_Table.take(logprobs_BV, token_B, self._options.top_k)),
+            keep,
         )
-        table_LB = _Table(*(np.stack(arrays) for arrays in zip(*steps, strict=True)))
+        of_row: list[list[_Table]] = [[] for _ in batch]
+        for rows, table_B in steps:
+            for position, row in enumerate(rows):
+                of_row[row].append(_Table(*(array[position] for array in table_B)))
         return [
             self._result(
-                request.index, np.array(ids, np.int32), reason, _Table(*(a[: len(ids), row] for a in table_LB))
+                request.index,
+                np.array(ids, np.int32),
+                reason,
+                _Table(*(np.stack(arrays[: len(ids)]) for arrays in zip(*tables, strict=True))),
             )
-            for row, (request, (ids, reason)) in enumerate(zip(batch, responses, strict=True))
+            for request, tables, (ids, reason) in zip(batch, of_row, responses, strict=True)
         ]
 
     def _score_batch(self, batch: list[ScoreRequest]) -> list[EngineResult]:
