@@ -75,7 +75,7 @@ class TransformersEngine(Engine):
             if is_out_of_memory(error):
                 raise UserError(
                     f"the engine ran out of memory: {first_line(error)}",
-                    advice="Choose --engine vllm, or lower --max-num-seqs or --max-new-tokens; committed shards are kept",
+                    advice="Choose --engine vllm, or lower --max-num-seqs or --max-new-tokens; shards are kept",
                 ) from error
             if len(batch) == 1:
                 results = [FailedRequest(batch[0].index, f"the model fails on it: {first_line(error)}")]
