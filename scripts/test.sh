@@ -9,4 +9,4 @@ source scripts/environment.sh
 setup_environment report,dev
 fetch_teacher models/smollm2-135m-instruct
 fetch_browser
-exec python -m pytest --numprocesses "${DPKD_TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec python -m pytest --numprocesses "${DPKD_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -1,4 +1,4 @@
-"""What each command calls: one public function of a package, and what it prints. Returns the exit code.
+"""Commands that print more than a path: each calls one public function of a package and returns the exit code.
 
 The functions are imported inside: a command loads only what it needs.
 """
@@ -13,20 +13,12 @@ from typing import TYPE_CHECKING, Any
 from dpkd.pipelines.process import EXIT_ROWS_FAILED
 
 if TYPE_CHECKING:
-    from dpkd.distill.options.student import InitStudentConfig
     from dpkd.distill.options.train import TrainConfig
     from dpkd.evaluate.options.eval import EvalConfig
     from dpkd.evaluate.options.judge import JudgeConfig
     from dpkd.evaluate.options.merge import MergeConfig
-    from dpkd.pipelines.commands.options import NoiseConfig, PrepareConfig
     from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, VerifyOptions
     from dpkd.teacher_cache.options.cache import CacheConfig
-
-
-def prepare(config: PrepareConfig) -> None:
-    from dpkd.pipelines.commands.prepare import prepare_data
-
-    print(prepare_data(config))
 
 
 def cache_teacher(config: CacheConfig) -> int:
@@ -35,18 +27,6 @@ def cache_teacher(config: CacheConfig) -> int:
     manifest = build_cache(config)
     print(config.out)
     return EXIT_ROWS_FAILED if manifest.failed else 0
-
-
-def make_student(config: InitStudentConfig) -> None:
-    from dpkd.distill.student.init import init_student
-
-    print(init_student(config))
-
-
-def make_noisy_copies(config: NoiseConfig) -> None:
-    from dpkd.pipelines.commands.noise import add_noise
-
-    print(add_noise(config))
 
 
 def train_student(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ Importing it imports no command: a row names its options class and its function,
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ class Command(NamedTuple):
         name: as typed after `dpkd`; `cache info` is the command `info` of the group `cache`.
         about: one line for `--help`.
         options: the options class, as `module:class` of the package.
-        function: takes the options and returns an exit code, or None for 0; as `module:function` of the package.
+        function: takes the options and returns an exit code, a path to print, or None; as `module:function` of the
+            package.
     """
 
     name: str
@@ -34,7 +36,11 @@ class Command(NamedTuple):
 
     def run(self, config: Settings) -> int:
         """Run the command with validated options; the exit code. Raises whatever the command raises."""
-        return _load(self.function)(config) or 0
+        result: int | Path | None = _load(self.function)(config)
+        if isinstance(result, Path):
+            print(result)
+            return 0
+        return result or 0
 
 
 def _load(name: str) -> Any:
@@ -48,7 +54,7 @@ _HERE, _CALLS = "pipelines.commands.options", "pipelines.commands.calls"
 STEPS = (
     Command(
         "prepare-data", "Select rows of instruction data by response length.",
-        f"{_HERE}:PrepareConfig", f"{_CALLS}:prepare",
+        f"{_HERE}:PrepareConfig", "pipelines.commands.prepare:prepare_data",
     ),
     Command(
         "cache-teacher", "Cache the teacher's responses and distributions.",
@@ -56,7 +62,7 @@ STEPS = (
     ),
     Command(
         "init-student", "Make a student from the teacher.",
-        "distill.options.student:InitStudentConfig", f"{_CALLS}:make_student",
+        "distill.options.student:InitStudentConfig", "distill.student.init:init_student",
     ),
     Command(
         "train", "Train a student from a teacher cache, or on data.",
@@ -76,7 +82,7 @@ STEPS = (
     ),
     Command(
         "add-noise", "Copy a model with noise on its weights and measure the copies (Fig. 2).",
-        f"{_HERE}:NoiseConfig", f"{_CALLS}:make_noisy_copies",
+        f"{_HERE}:NoiseConfig", "pipelines.commands.noise:add_noise",
     ),
 )  # fmt: skip
 

@@ -12,16 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from support.commands import Command, Result, dpkd
 
 from dpkd.pipelines.commands.registry import COMMANDS
 
 
-def dpkd(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def new_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as a shell starts it."""
     command = [sys.executable, "-m", "dpkd.pipelines.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+def assert_one_clear_line(result: Result | subprocess.CompletedProcess[str], *parts: str) -> None:
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -34,7 +36,7 @@ def test_help_names_every_command_and_is_quick() -> None:
     times = []
     for _ in range(5):
         started_s = time.perf_counter()
-        result = dpkd("--help")
+        result = new_process("--help")
         times.append(time.perf_counter() - started_s)
     for command in COMMANDS.values():
         assert re.search(rf"^  {command.name} ", result.stdout, flags=re.M), command.name
@@ -43,7 +45,7 @@ def test_help_names_every_command_and_is_quick() -> None:
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    result = dpkd("--version")
+    result = new_process("--version")
     assert (result.returncode, result.stdout, result.stderr) == (0, f"dpkd {version('dpkd')}\n", "")
 
 
@@ -106,7 +108,7 @@ def test_bad_options_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     )
     recipe.write_text("steps = = 3")
     assert_one_clear_line(dpkd("train", "--config", recipe), "the config file is not TOML")
-    assert_one_clear_line(dpkd("train", "--config", tmp_path / "none.toml"), "the config file is missing")
+    assert_one_clear_line(new_process("train", "--config", tmp_path / "none.toml"), "the config file is missing")
     assert_one_clear_line(dpkd("train", "--bogus", 1), "unknown option --bogus. See dpkd train --help")
     assert_one_clear_line(dpkd("train", "--set", "beta"), "--set takes KEY=VALUE")
     assert_one_clear_line(
@@ -150,7 +152,7 @@ def test_flags_toml_and_set_meet_in_one_config(tmp_path: Path) -> None:
 
 
 def test_no_command_shows_the_help() -> None:
-    result = dpkd()
+    result = new_process()
     assert result.returncode == 2
     assert "cache-teacher" in result.stdout + result.stderr
     assert len(result.stderr.splitlines() + result.stdout.splitlines()) > 5
@@ -181,21 +183,20 @@ def test_an_interrupted_training_checkpoints_and_exits_130(
     tmp_path: Path, toy_cache: Path, toy_student: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    train = [
-        sys.executable, "-m", "dpkd.pipelines.cli", "train", "--cache", str(toy_cache), "--student", str(toy_student),
-        "--out", str(out), "--batch-size", "4", "--device", "cpu",
-    ]  # fmt: skip
-    process = subprocess.Popen([*train, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    process = Command(
+        "train", "--cache", toy_cache, "--student", toy_student, "--out", out, "--batch-size", 4, "--device", "cpu",
+        "--steps", 100_000,
+    )  # fmt: skip
     deadline_s = time.monotonic() + 120
     while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "run the same command again to resume" in errors
-    assert "Traceback" not in errors
+    done = process.finish(60)
+    assert done.returncode == 130, done.stderr
+    assert "run the same command again to resume" in done.stderr
+    assert "Traceback" not in done.stderr
     checkpoints = sorted(out.glob("checkpoint-*"))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert str(len(lines)) in {path.name.removeprefix("checkpoint-") for path in checkpoints}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from support.commands import dpkd
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.cli import run
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.process import run_process
 
 OPTIONS = [(name, key) for name, command in COMMANDS.items() for key in command.options_class().model_fields]
 #: options whose name `TrainConfig.weights` puts together, and that property
@@ -26,10 +23,8 @@ BY_FLAGS = {"dry_run"}
 
 def output_of(*arguments: str) -> tuple[int, str]:
     """The exit code, and what the command printed."""
-    printed = io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        code = run_process(lambda: run(arguments), "a test")
-    return code, printed.getvalue()
+    result = dpkd(*arguments)
+    return result.returncode, result.stdout + result.stderr
 
 
 def names_read(source: str, *, in_options: bool = False) -> set[str]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support.commands import Command
 
 pytestmark = pytest.mark.engine
 
 
 def dpkd(*arguments: object) -> str:
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    """A process for each command, as on the command line."""
+    result = Command(*arguments).finish()
     assert result.returncode == 0, result.stderr
     return result.stdout
 

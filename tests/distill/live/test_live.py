@@ -6,8 +6,6 @@ import contextlib
 import copy
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import Command
 from support.samples import stored_rows
 from support.vllm_servers import VllmServer, free_port
 from transformers import PreTrainedModel
@@ -504,25 +503,23 @@ def test_a_killed_run_learns_from_the_same_samples(
     options = tmp_path / "train.toml"
     options.write_text(f"staleness = {staleness}\nsave_every = 2\n")
 
-    def command(out: Path) -> list[str]:
-        return [
-            sys.executable, "-m", "dpkd.pipelines.cli", "train", "--cache", str(toy_cache), "--student",
-            str(toy_student), "--out", str(out), "--level", "sequence", "--student-samples", "live", "--teacher-url",
-            server.url, "--steps", "8", "--batch-size", "4", "--device", "cpu", "--config", str(options),
-            "--learning-rate", "1e-3",
-        ]  # fmt: skip
+    def start(out: Path) -> Command:
+        return Command(
+            "train", "--cache", toy_cache, "--student", toy_student, "--out", out, "--level", "sequence",
+            "--student-samples", "live", "--teacher-url", server.url, "--steps", 8, "--batch-size", 4,
+            "--device", "cpu", "--config", options, "--learning-rate", 1e-3,
+        )  # fmt: skip
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole), check=True, capture_output=True)
-    process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert start(whole).finish().returncode == 0
+    process = start(cut)
     deadline_s = time.monotonic() + 120
     while not (cut / "checkpoint-4").is_dir():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     process.kill()
-    process.communicate()
-    subprocess.run(command(cut), check=True, capture_output=True)
+    assert start(cut).finish().returncode == 0
     ours, theirs = list(stored_rows(cut)), list(stored_rows(whole))
     assert [(row.example_id, row.response_ids.tolist()) for row in ours] == [
         (row.example_id, row.response_ids.tolist()) for row in theirs

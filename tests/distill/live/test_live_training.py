@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import Command, TwoRanks
 from support.samples import stored_rows
-from support.trainer_processes import TwoRanks
 from support.vllm_servers import VllmServer
 
 from dpkd.core.files import write_atomic
@@ -108,14 +106,13 @@ def test_a_killed_live_run_ends_as_the_one_that_was_not(
     file = tmp_path / "run.toml"
     write_atomic(file, options.to_toml().encode())
     for until in (3, 5, None):
-        command = [sys.executable, "-m", "dpkd.pipelines.cli", "train", "--config", str(file)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = Command("train", "--config", file)
         while until is not None and process.poll() is None and len(lines_of(run)) < until:
             time.sleep(0.01)
         if until is not None:
-            process.send_signal(signal.SIGKILL)
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == (0 if until is None else -signal.SIGKILL), said
+            process.kill()
+        done = process.finish()
+        assert done.returncode == (0 if until is None else -signal.SIGKILL), done.stderr
     assert without_times(run) == without_times(whole)
     assert file_sha256(run / "model.safetensors") == file_sha256(whole / "model.safetensors")
 
@@ -127,7 +124,7 @@ def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
     run = tmp_path / "run"
     here = {"out": run, "cache": toy_cache, "student": toy_student, "teacher_url": url}
     options = here | DEFAULTS | SEQUENCE | {"batch_size": 2}
-    TwoRanks(tmp_path, options).finish()
+    TwoRanks(options).finish()
     assert [line["step"] for line in lines_of(run)] == list(range(1, 7))
     by_rank = [len([*(run / "samples" / "shards").glob(f"*-rank-000{rank}.parquet")]) for rank in range(2)]
     assert by_rank == [6, 6]
@@ -137,5 +134,5 @@ def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
     # back to the checkpoint of step 4, without what rank 1 drew for the steps after it
     for path in (run / "run.json", run / "model.safetensors", *(run / "samples").rglob("*-rank-0001*")):
         path.unlink()
-    texts = TwoRanks(tmp_path, options).finish(2)
+    texts = TwoRanks(options).finish(2)
     assert ["the student's samples are missing" in text for text in texts] == [False, True], texts

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import Command
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import FollowOrder
@@ -23,22 +22,19 @@ from dpkd.teacher_cache.store.growing import GrowingCache
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND, TeacherCache
 
-DPKD = [sys.executable, "-m", "dpkd.pipelines.cli"]
+
+def start_cache(out: Path, teacher: Path, data: Path) -> Command:
+    return Command(
+        "cache-teacher", "--teacher", teacher, "--data", data, "--out", out, "--engine", "transformers",
+        "--template", "chat", "--max-new-tokens", 200, "--top-k", 16, "--set", "rows_per_shard=8",
+    )  # fmt: skip
 
 
-def cache_command(out: Path, teacher: Path, data: Path) -> list[str]:
-    return [
-        *DPKD, "cache-teacher", "--teacher", str(teacher), "--data", str(data), "--out", str(out),
-        "--engine", "transformers", "--template", "chat", "--max-new-tokens", "200", "--top-k", "16",
-        "--set", "rows_per_shard=8",
-    ]  # fmt: skip
-
-
-def train_command(out: Path, cache: Path, student: Path, steps: int) -> list[str]:
-    return [
-        *DPKD, "train", "--cache", str(cache), "--student", str(student), "--out", str(out), "--follow",
-        "--steps", str(steps), "--batch-size", "8", "--device", "cpu", "--set", "save_every=5",
-    ]  # fmt: skip
+def start_training(out: Path, cache: Path, student: Path, steps: int) -> Command:
+    return Command(
+        "train", "--cache", cache, "--student", student, "--out", out, "--follow", "--steps", steps,
+        "--batch-size", 8, "--device", "cpu", "--set", "save_every=5",
+    )  # fmt: skip
 
 
 def config(out: Path, cache: Path, student: Path, **options: Any) -> TrainConfig:
@@ -55,12 +51,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def wait_until(ready: Any, *processes: subprocess.Popen[bytes]) -> None:
+def wait_until(ready: Any, *processes: Command) -> None:
     deadline_s = time.monotonic() + 180
     while not ready():
         assert time.monotonic() < deadline_s
         for process in processes:
-            assert process.poll() in (None, 0), process.stderr.read().decode() if process.stderr else ""
+            assert process.poll() in (None, 0), process.stderr
         time.sleep(0.02)
 
 
@@ -70,23 +66,22 @@ def test_both_processes_run_and_a_killed_trainer_resumes(
 ) -> None:
     cache, run, steps = tmp_path / "cache", tmp_path / "run", 40
     data = repeat_rows(tmp_path / "data.jsonl", 16)  # 320 rows: one pass is 40 steps of 8
-    trainer = subprocess.Popen(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE)
+    trainer = start_training(run, cache, toy_student, steps)
     wait_until(lambda: True, trainer)
-    writer = subprocess.Popen(cache_command(cache, toy_teacher, data), stderr=subprocess.PIPE)
+    writer = start_cache(cache, toy_teacher, data)
     wait_until(lambda: len(list((cache / "ledger").glob("[!.]*.json"))) >= 9, trainer, writer)
     writer.send_signal(signal.SIGSTOP)
     wait_until(lambda: len(metrics(run)) >= 7, trainer, writer)
     # it has learnt from shards of a cache that has no manifest yet
     assert not (cache / "manifest.json").exists()
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
+    trainer.kill()
     writer.send_signal(signal.SIGCONT)
     order_at_kill = (run / "followed.jsonl").read_text().splitlines()
 
-    again = subprocess.run(train_command(run, cache, toy_student, steps), stderr=subprocess.PIPE, check=False)
-    assert again.returncode == 0, again.stderr.decode()
-    assert b"resuming from step 5 of 40" in again.stderr
-    assert writer.wait(timeout=180) == 0
+    again = start_training(run, cache, toy_student, steps).finish()
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step 5 of 40" in again.stderr
+    assert writer.finish().returncode == 0
     assert (cache / "manifest.json").exists()
 
     _, *lines = (run / "followed.jsonl").read_text().splitlines()
@@ -104,13 +99,13 @@ def test_both_processes_run_and_a_killed_trainer_resumes(
 @pytest.mark.engine
 def test_an_interrupt_while_it_waits_ends_the_trainer(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     cache = unfinished(tmp_path / "cache", toy_cache, 3)
-    trainer = subprocess.Popen(train_command(tmp_path / "run", cache, toy_student, 4), stderr=subprocess.PIPE)
+    trainer = start_training(tmp_path / "run", cache, toy_student, 4)
     wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, trainer)
     time.sleep(1)
     trainer.send_signal(signal.SIGINT)
-    _, errors = trainer.communicate(timeout=60)
-    assert trainer.returncode == 130, errors.decode()
-    assert b"read 18 of 40 rows of the cache so far; waiting for more" in errors
+    done = trainer.finish()
+    assert done.returncode == 130, done.stderr
+    assert "read 18 of 40 rows of the cache so far; waiting for more" in done.stderr
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 

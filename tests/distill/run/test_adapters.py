@@ -95,13 +95,13 @@ def test_resuming_is_bitwise(tmp_path: Path, runs: tuple[Path, Path], toy_cache:
 def test_two_ranks_give_the_adapters_of_one(
     tmp_path: Path, runs: tuple[Path, Path], toy_cache: Path, toy_student: Path
 ) -> None:
-    from support.trainer_processes import TwoRanks
+    from support.commands import TwoRanks
 
     out = tmp_path / "run"
     shared = {"out": out, "cache": toy_cache, "student": toy_student, "device": "cpu", "lora_rank": 4}
     changed = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "sharding": "fsdp2"}
     reference = train(config(tmp_path / "one", toy_cache, toy_student, batch_size=4))
-    TwoRanks(tmp_path, shared | changed).finish()
+    TwoRanks(shared | changed).finish()
     ours, theirs = (load_file(path / "model.safetensors") for path in (out, reference))
     assert set(ours) == set(theirs)
     assert all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in theirs)

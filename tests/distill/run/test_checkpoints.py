@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.trainer_processes import start
+from support.commands import Command, train_arguments
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
@@ -84,18 +83,17 @@ def test_kills_at_random_steps_change_nothing(
     options = {"out": run, "cache": toy_cache, "student": toy_student, **COMMON}
     kills = 0
     while not (run / "run.json").is_file():
-        process = start({}, options, tmp_path / "said.txt")
+        process = Command(*train_arguments(options))
         seen = len(lines_of(run))
         until = seen + chance.randint(1, 3)
-        while process.is_alive() and (kills == 4 or len(lines_of(run)) < until):
+        while process.poll() is None and (kills == 4 or len(lines_of(run)) < until):
             time.sleep(0.005)
-        if process.is_alive():
+        if process.poll() is None:
             time.sleep(chance.random() * 0.05)
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "said.txt").read_text()
+            process.kill()
+        done = process.finish()
+        kills += done.returncode == -signal.SIGKILL
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
     assert kills >= 2
     assert_same_run(run, reference)
 

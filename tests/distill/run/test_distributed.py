@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.trainer_processes import TwoRanks, arguments, free_port
+from support.commands import TwoRanks, free_port, train_arguments
 
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.options.train import TrainConfig
@@ -48,7 +48,7 @@ def launch(launcher: str, options: dict[str, Any]) -> str:
         ],
     }
     done = subprocess.run(
-        [sys.executable, "-m", *starts[launcher], "dpkd.pipelines.cli", *arguments(options)],
+        [sys.executable, "-m", *starts[launcher], "dpkd.pipelines.cli", *train_arguments(options)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
@@ -99,7 +99,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any])
 def sharded(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -> Path:
     """The run of two processes under FSDP2."""
     out = tmp_path_factory.mktemp("runs") / "fsdp2"
-    texts = TwoRanks(out.parent, {"out": out, **options, **TWO, "sharding": "fsdp2"}).finish()
+    texts = TwoRanks({"out": out, **options, **TWO, "sharding": "fsdp2"}).finish()
     assert "complete: 6 steps" in texts[0]
     assert "complete" not in texts[1]  # one rank speaks
     return out
@@ -146,15 +146,14 @@ def test_sigterm_on_all_ranks_leaves_one_checkpoint(tmp_path: Path, options: dic
     """The signal reaches ranks at different times; they stop before the same step, and one process resumes."""
     run = tmp_path / "run"
     changed = {"steps": 4000, "save_every": 1000, "gradient_accumulation_steps": 1, "sharding": "fsdp2"}
-    ranks = TwoRanks(tmp_path, {"out": run, **options, **TWO, **changed})
+    ranks = TwoRanks({"out": run, **options, **TWO, **changed})
     deadline_s = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or len(lines_so_far(run)) < 3:
         assert time.monotonic() < deadline_s, "no step in 120 s"
         time.sleep(0.05)
     seen = len(lines_so_far(run))
     for process in ranks.processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.02)
     texts = ranks.finish(130)
     assert sum("finishing this step" in text for text in texts) == 1
@@ -181,5 +180,5 @@ def test_every_row_goes_to_one_rank_once_an_epoch(ranks: int) -> None:
 
 
 def test_an_error_on_every_rank_is_printed_once(tmp_path: Path, options: dict[str, Any]) -> None:
-    texts = TwoRanks(tmp_path, {"out": tmp_path / "run", **options, **TWO, "batch_size": 500}).finish(2)
+    texts = TwoRanks({"out": tmp_path / "run", **options, **TWO, "batch_size": 500}).finish(2)
     assert sum("a step takes more rows than there are" in text for text in texts) == 1

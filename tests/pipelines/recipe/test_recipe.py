@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.commands import dpkd
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
@@ -228,8 +229,7 @@ device = "cpu"
     assert not (tmp_path / "round-1").exists()
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert dpkd(*command[3:]).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
     cache = TeacherCache.open(cache_copy)
     students = [toy_student, first, tmp_path / "round-1"]
@@ -285,15 +285,15 @@ def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teac
     assert "student is complete" in done.stderr.replace(str(tmp_path) + "/", "")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["complete"] is True
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = dpkd(*command[3:])
+    assert again.returncode == 0
     assert "the recipe" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     recipe = write(tmp_path / "r.toml", recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data))
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(recipe), "--dry-run"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = dpkd("run", recipe, "--dry-run")
     assert [line for line in result.stdout.splitlines() if line.startswith("# ")] == [
         "# init-student", "# cache-teacher", "# train",
     ]  # fmt: skip

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.commands import Command
 
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -19,8 +18,7 @@ pytestmark = pytest.mark.engine
 
 def command(out: Path, teacher: Path, data: Path) -> list[str]:
     return [
-        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher",
-        "--teacher", str(teacher), "--data", str(data), "--out", str(out), "--engine", "vllm",
+        "cache-teacher", "--teacher", str(teacher), "--data", str(data), "--out", str(out), "--engine", "vllm",
         "--max-new-tokens", "160", "--top-k", "16", "--set", "rows_per_shard=4", "--set", "max_num_seqs=4",
     ]  # fmt: skip
 
@@ -29,11 +27,11 @@ def committed(out: Path) -> list[Path]:
     return sorted((out / "ledger").glob("[!.]*.json"))
 
 
-def start_and_wait(arguments: list[str], out: Path, at_least: int) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+def start_and_wait(arguments: list[str], out: Path, at_least: int) -> Command:
+    process = Command(*arguments)
     deadline_s = time.monotonic() + 180
     while len(committed(out)) < at_least:
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     return process
@@ -51,19 +49,19 @@ def test_killed_and_interrupted_jobs_resume(tmp_path: Path, toy_teacher: Path, t
 
     process = start_and_wait(arguments, out, 2)
     process.kill()
-    process.wait()
     kept = {path.name: path.read_bytes() for path in committed(out)}
     assert not (out / "manifest.json").exists()
 
     process = start_and_wait(arguments, out, len(kept) + 2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors.decode()
-    assert b"run the same command again" in errors
+    done = process.finish()
+    assert done.returncode == 130, done.stderr
+    assert "run the same command again" in done.stderr
     for name, content in kept.items():
         assert (out / "ledger" / name).read_bytes() == content  # nothing committed was made again
 
-    subprocess.run(arguments, check=True, timeout=300)
+    done = Command(*arguments).finish()
+    assert done.returncode == 0, done.stderr
     verify_cache(out)
     cache = TeacherCache.open(out)
     seen = [cache.read(record).row(i).example_id for record in cache.shards() for i in range(record.rows)]

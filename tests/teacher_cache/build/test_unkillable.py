@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import Command, dpkd
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
@@ -251,12 +251,11 @@ def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
     teacher, word = broken_teacher
     rows = [{"id": f"r{i}", "instruction": f"Say {word if i == 3 else i}"} for i in range(6)]
     out = tmp_path / "cache"
-    command = [
-        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(teacher),
-        "--data", str(write_rows(rows)), "--out", str(out), "--engine", engine, "--template", "raw",
-        "--max-new-tokens", "6", "--top-k", "8", "--set", "rows_per_shard=2",
-    ]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = (
+        "cache-teacher", "--teacher", teacher, "--data", write_rows(rows), "--out", out, "--engine", engine,
+        "--template", "raw", "--max-new-tokens", 6, "--top-k", 8, "--set", "rows_per_shard=2",
+    )  # fmt: skip
+    first = dpkd(*words)
     assert first.returncode == 3, first.stderr
     assert "1 rows failed, because the engine could not answer them" in first.stderr
     assert "teacher r3, sample 0: " in first.stderr
@@ -265,7 +264,7 @@ def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
     assert [row["example_id"] for row in cache.manifest.failed] == ["r3"]
     assert [shard.rows for shard in cache.manifest.shards] == [2, 1, 2]
     # the finished cache says so again, and trains
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 3
+    assert dpkd(*words).returncode == 3
     if engine == "transformers":
         build_cache(
             CacheConfig(out=str(out), teacher=str(teacher), student=str(toy_student), round="r0", engine="transformers",
@@ -364,13 +363,10 @@ def test_a_failing_vllm_is_restarted_and_the_failing_row_found(
 
 @pytest.mark.engine
 def test_out_of_memory_is_an_error_of_one_line(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
-    command = [
-        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher),
-        "--data", str(toy_data), "--out", str(tmp_path / "cache"), "--engine", "vllm", "--max-new-tokens", "6",
-    ]  # fmt: skip
-    found = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "100000"}
-    )
+    found = Command(
+        "cache-teacher", "--teacher", toy_teacher, "--data", toy_data, "--out", tmp_path / "cache",
+        "--engine", "vllm", "--max-new-tokens", 6, environment={"VLLM_CPU_KVCACHE_SPACE": "100000"},
+    ).finish()  # fmt: skip
     assert found.returncode == 2, found.stderr
     assert "Traceback" not in found.stderr
     assert "VLLM_CPU_KVCACHE_SPACE" in found.stderr

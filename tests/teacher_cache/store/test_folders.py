@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.commands import Command
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
@@ -150,32 +151,31 @@ def test_a_cache_by_url_is_the_cache_of_a_directory(
 @pytest.mark.engine
 def test_a_killed_job_resumes_in_an_object_store(s3: str, toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
     out = f"{s3}/killed"
-    command = [
-        sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher", "--teacher", str(toy_teacher),
-        "--data", str(toy_data), "--out", out, "--engine", "transformers", "--template", "chat",
-        "--max-new-tokens", "300", "--max-prompt-tokens", "200", "--top-k", "16", "--set", "rows_per_shard=2",
-    ]  # fmt: skip
+    words = (
+        "cache-teacher", "--teacher", toy_teacher, "--data", toy_data, "--out", out, "--engine", "transformers",
+        "--template", "chat", "--max-new-tokens", 300, "--max-prompt-tokens", 200, "--top-k", 16,
+        "--set", "rows_per_shard=2",
+    )  # fmt: skip
     folder = open_folder(out)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = Command(*words)
     deadline_s = time.monotonic() + 120
     while len(folder.sizes("ledger")) < 2:
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     process.send_signal(signal.SIGSTOP)  # alive, and no further while the second one starts
-    second = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+    second = Command(*words).finish()
     assert second.returncode == 2
-    assert f"another dpkd job is writing to this directory: found process {process.pid} on".encode() in second.stderr
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert f"another dpkd job is writing to this directory: found process {process.pid} on" in second.stderr
+    process.kill()
     kept = folder.read_many(folder.sizes("ledger"))
     assert kept
     assert not folder.exists("manifest.json")
 
-    again = subprocess.run(command, stderr=subprocess.PIPE, check=False)
-    assert again.returncode == 0, again.stderr.decode()
-    assert f"the lock of process {process.pid} on".encode() in again.stderr
-    assert b"is stale (that process no longer runs); taking it over" in again.stderr
+    again = Command(*words).finish()
+    assert again.returncode == 0, again.stderr
+    assert f"the lock of process {process.pid} on" in again.stderr
+    assert "is stale (that process no longer runs); taking it over" in again.stderr
     cache = TeacherCache.open(out)
     shards = {shard.path: shard for shard in cache.manifest.shards}
     for content in kept.values():
