@@ -7,28 +7,43 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import DeviceName, Location, Settings
 
 
 class InitStudentConfig(Settings):
     """How to make a student: from the teacher's layers and neurons, with random weights, or as a copy."""
 
-    example: ClassVar[str] = "dpkd init-student --teacher teacher --out student --layers 8"
+    example: ClassVar[str] = "dpkd init-student --teacher teacher --cache cache --out student --layers 20"
 
     teacher: str = Field(description="teacher: a checkpoint directory or a hub name")
     out: Path = Field(description="directory of the student")
+    params: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the teacher's parameters to keep, such as 0.6, embeddings included; --layers and "
+        "--mlp-width are chosen to fit unless one is given; none: as many as --layers, --mlp-width and --heads leave",
+    )
     layers: int | None = Field(
-        None, ge=1, description="number of the teacher's layers to keep; none: all, or as many as --keep lists"
-    )
-    keep: Literal["spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        "last",
-        description="which layers to keep: the last ones (the best start, docs/results/students.md), the first ones, "
-        "evenly spread ones, or comma-separated numbers from 0",
-    )
-    mlp_width: int | None = Field(
         None,
         ge=1,
-        description="number of neurons to keep in each MLP, by activation on --cache; none: all",
+        description="number of the teacher's layers to keep; none: all, or as many as --keep lists or --params allows",
+    )
+    keep: Literal["importance", "spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        "importance",
+        description="which layers to keep: those that the teacher needs most on rows of --cache or --data (the best "
+        "start, docs/results/students.md), evenly spread ones, the first ones, the last ones, or comma-separated "
+        "numbers from 0",
+    )
+    mlp_width: int | None = Field(
+        None, ge=1, description="number of neurons to keep in each MLP, by activation; none: all, or as --params allows"
+    )
+    heads: int | None = Field(
+        None,
+        ge=1,
+        description="number of attention heads to keep in each layer, by activation; heads that share keys and values "
+        "stay together; none: all",
     )
     from_config: Path | None = Field(
         None, description="make a student with random weights from this config.json of transformers; none: do not"
@@ -39,62 +54,91 @@ class InitStudentConfig(Settings):
         json_schema_extra={"flag": "from"},
     )
     cache: Location | None = Field(
-        None, description="teacher cache to choose neurons on and to measure the new student on; none: no measurement"
+        None,
+        description="teacher cache whose rows to choose on and to measure the student on; none: --data, or no rows",
     )
-    cache_rows: int = Field(64, ge=1, description="largest number of rows of --cache to read")
+    data: str | None = Field(
+        None,
+        description="where no cache exists: rows to choose and measure on, references included where they have any "
+        "(a .json, .jsonl or .parquet file, or a name of the datasets library); none: --cache, or no rows",
+    )
+    template: TemplateName | None = Field(None, description="prompt template for --data; none: a cache has its own")
+    cache_rows: int = Field(
+        64,
+        ge=2,
+        description="largest number of rows of --cache or --data: a quarter to choose on, the others to measure on",
+    )
     seed: int = Field(0, ge=0, description="seed of the random weights of --from-config")
-    device: DeviceName = Field("auto", description="device to measure on; auto: CUDA if it is available")
+    device: DeviceName = Field("auto", description="device to choose and measure on; auto: CUDA if it is available")
 
     @field_validator("keep", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-        if value in ("spread", "first", "last"):
+        if value in ("importance", "spread", "first", "last"):
             return value
         if (
             not isinstance(parts, (list, tuple))
             or not parts
             or not all(str(part).strip().isdecimal() for part in parts)
         ):
-            raise ValueError(f"{value!r} is neither spread, first, last nor a list of layers from 0, such as 0,3,7")
+            raise ValueError(
+                f"{value!r} is neither importance, spread, first, last nor a list of layers from 0, such as 0,3,7"
+            )
         return tuple(int(part) for part in parts)
 
     @model_validator(mode="after")
     def _fits_together(self) -> InitStudentConfig:
         listed = self.keep if isinstance(self.keep, tuple) else None
-        prunes = [
-            flag
-            for flag, given in (
-                ("--layers", self.layers is not None),
-                (f"--keep {self._keep_text}", self.keep != type(self).model_fields["keep"].default),
-                ("--mlp-width", self.mlp_width is not None),
-            )
-            if given
-        ]
-        whole = [
-            flag
-            for flag, given in (("--from-config", self.from_config), ("--from", self.from_checkpoint))
-            if given is not None
-        ]
+        sizes = [f"--{name}" for name in ("params", "layers", "mlp_width", "heads") if getattr(self, name) is not None]
+        sizes = [flag.replace("_", "-") for flag in sizes]
+        named = self.keep != type(self).model_fields["keep"].default
+        prunes = [*sizes, *([f"--keep {self._keep_text}"] if named else [])]
+        wholes = {"--from-config": self.from_config, "--from": self.from_checkpoint}
+        whole = [flag for flag, given in wholes.items() if given is not None]
         if len(whole) == 2:
             raise ValueError("give --from-config or --from, not both")
         if whole and prunes:
             raise ValueError(f"{prunes[0]} selects the teacher's weights and does not go with {whole[0]}")
         if not whole and not prunes:
             raise ValueError(
-                "say what the student is: --layers N, --mlp-width N, --from-config FILE or --from CHECKPOINT"
+                "say what the student is: --params SHARE, --layers N, --mlp-width N, --heads N, --from-config FILE or "
+                "--from CHECKPOINT"
             )
         if listed is not None and list(listed) != sorted(set(listed)):
             raise ValueError(f"--keep {self._keep_text} must list layers in ascending order, each once")
         if listed is not None and self.layers not in (None, len(listed)):
             raise ValueError(f"--keep {self._keep_text} lists {len(listed)} layers, but --layers says {self.layers}")
-        if listed is None and self.layers is None and f"--keep {self._keep_text}" in prunes:
+        if named and listed is None and self.layers is None:
             raise ValueError(f"--keep {self._keep_text} needs --layers N")
-        if self.mlp_width is not None and self.cache is None:
-            raise ValueError("--mlp-width needs --cache, on whose rows the neurons' activations are measured")
+        if self.params is not None and self.mlp_width is not None and (self.layers is not None or listed is not None):
+            raise ValueError(
+                "--params chooses layers or neurons, but both are given: leave out --params or --mlp-width"
+            )
+        if self.cache is not None and self.data is not None:
+            raise ValueError("give --cache or --data, not both")
+        if (self.data is None) != (self.template is None):
+            raise ValueError("--data and --template go together; a cache has its own template")
+        if self.needs_rows and self.cache is None and self.data is None:
+            chooser = "--keep importance (the default)" if self.chooses_layers else [*sizes][-1]
+            raise ValueError(
+                f"{chooser} chooses on rows: give --cache CACHE, or --data FILE --template NAME; without rows, "
+                "give --layers N and --keep spread"
+            )
         if self.seed and self.from_config is None:
             raise ValueError("--seed goes with --from-config: nothing else is random")
         return self
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the layers are chosen by importance."""
+        return self.keep == "importance" and (self.layers is not None or self.params is not None)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether weights are chosen by what they do on rows."""
+        widths = (self.params, self.mlp_width, self.heads)
+        return self.chooses_layers or any(size is not None for size in widths)
 
     @property
     def _keep_text(self) -> str:

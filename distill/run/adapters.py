@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.student.init import skeleton
+from dpkd.distill.student.sizes import skeleton
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,10 +17,12 @@ from dpkd.core.models import ModelSource, config_sha256, locate_model
 from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
 from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.student.calibration import Calibration, rows_of_cache, rows_of_data
+from dpkd.distill.student.sizes import count_parameters
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 #: what the student is made of, for a second `dpkd init-student` with the same --out
 _MARKER = "dpkd-student.json"
@@ -41,70 +42,78 @@ _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.saf
 
 @dataclass(frozen=True)
 class _Plan:
-    """A student before it is made: what it is made of, the same in words, and what writes its model to a directory."""
+    """A student before it is made: what it is made of, and what writes its model to a directory and says what it is."""
 
     made_of: dict[str, Any]
-    words: str
-    write: Callable[[Path], None]
+    write: Callable[[Path], str]
 
 
 def init_student(config: InitStudentConfig) -> Path:
     """Write the student that `config` describes to the directory `config.out`, and return it.
 
-    With `config.cache` the student is then measured on the cache; student.json holds the metrics and the number of
-    parameters. A student that exists and was made with the same options is kept, and so are its metrics on the same
-    rows. Raises `UserError` when teacher, cache and options do not fit together, or `config.out` holds something else.
+    With `config.cache` or `config.data` the student is then measured on rows that nothing was chosen on; student.json
+    holds the metrics, the number of parameters and the share of the teacher's. A student that exists and was made with
+    the same options is kept, and so are its metrics on the same rows. Raises `UserError` when teacher, rows and options
+    do not fit together, or `config.out` holds something else.
     """
     teacher = locate_model(config.teacher, "teacher")
-    cache = None if config.cache is None else TeacherCache.open(config.cache)
-    if cache is not None:
-        cache.check_tokenizer(teacher, "teacher")
+    rows = _rows(config, teacher)
     if config.from_config is not None:
         plan = _random(config.from_config, config.seed, teacher)
     elif config.from_checkpoint is not None:
         plan = _copied(config.from_checkpoint, teacher)
     else:
-        plan = _pruned(config, teacher, cache)
+        plan = _pruned(config, teacher, rows)
     choose_device(config.device)
     if output_exists(config.out, _MARKER, plan.made_of, "student"):
         say(f"the student {config.out} is complete")
     else:
         _write(config, teacher, plan)
-    if cache is not None:
-        _measure(config, cache)
+    if rows is not None:
+        _measure(config, teacher, rows)
+    say(_closing_line(config.out))
     return config.out
 
 
-def _pruned(config: InitStudentConfig, teacher: ModelSource, cache: TeacherCache | None) -> _Plan:
-    from dpkd.distill.student.pruning import check_mlp_width, choose_layers, keep_layers, neuron_sizes, prune_mlps
+def _rows(config: InitStudentConfig, teacher: ModelSource) -> Calibration | None:
+    if config.cache is not None:
+        cache = TeacherCache.open(config.cache)
+        cache.check_tokenizer(teacher, "teacher")
+        return rows_of_cache(cache, config.cache_rows)
+    if config.data is not None:
+        assert config.template is not None  # the config's own check
+        return rows_of_data(config.data, config.template, teacher, config.cache_rows)
+    return None
 
-    num_layers = int(teacher.config.get_text_config().num_hidden_layers)
-    kept = choose_layers(num_layers, config.layers, config.keep)
-    made_of: dict[str, Any] = {"teacher": teacher.identity("float32"), "layers": kept}
-    words = f"layers {', '.join(map(str, kept))} of {num_layers}" if len(kept) < num_layers else f"{num_layers} layers"
-    width = config.mlp_width
-    if width is not None:
-        assert cache is not None  # the config's own check
-        made_of |= {"mlp_width": width, "cache": cache.fingerprint, "cache_rows": config.cache_rows}
-        words += f", {width} neurons in every MLP"
-        check_mlp_width(skeleton(teacher.config), width)
 
-    def write(directory: Path) -> None:
-        model = teacher.load("float32")
-        if width is None:
-            student = keep_layers(model, kept)
-        else:
-            from dpkd.distill.student.measures import batches_of, sample_rows
+def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration | None) -> _Plan:
+    from dpkd.distill.student.choosing import choose, size_of
 
-            assert cache is not None
+    size = size_of(config, teacher.config)
+    made_of: dict[str, Any] = {"teacher": teacher.identity("float32")}
+    made_of["layers"] = size.layers or f"{config.layers or 'any'}, by importance"
+    asked = {"params": config.params, "mlp_width": config.mlp_width, "heads": config.heads}
+    made_of |= {name: value for name, value in asked.items() if value is not None}
+    if config.needs_rows:
+        assert rows is not None  # the config's own check
+        made_of |= {"chosen_on": rows.identity}
+
+    def write(directory: Path) -> str:
+        from dpkd.distill.student.calibration import with_teacher
+        from dpkd.distill.student.measures import batches_of
+
+        model, batches = teacher.load("float32"), []
+        if config.needs_rows:
+            assert rows is not None
             device = choose_device(config.device)
-            rows = sample_rows(cache, config.cache_rows)
-            say(f"measuring the teacher's neurons on {len(rows)} rows of {cache.folder}")
-            sizes_LW = neuron_sizes(cast(Any, model).to(device), batches_of(rows, device)).cpu()
-            student = prune_mlps(keep_layers(model.cpu(), kept), width, sizes_LW[kept])
-        student.save_pretrained(directory)
+            model = cast(Any, model).to(device)
+            say(f"choosing on {len(rows.choose)} rows of {rows.where}")
+            batches = with_teacher(model, batches_of(rows.choose, device), len(teacher.tokenizer))
+        student, kept = choose(model, size, batches, len(teacher.tokenizer))
+        student.cpu().save_pretrained(directory)
+        return kept.words(int(model.config.get_text_config().num_hidden_layers))
 
-    return _Plan(made_of, words, write)
+    return _Plan(made_of, write)
 
 
 def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
@@ -121,7 +130,7 @@ def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the student takes the teacher's tokenizer
         setattr(student_config, name, getattr(teacher.config, name, None))
 
-    def write(directory: Path) -> None:
+    def write(directory: Path) -> str:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -131,9 +140,10 @@ def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
         if (teacher.path / "generation_config.json").is_file():
             student.generation_config = GenerationConfig.from_pretrained(teacher.path)
         student.save_pretrained(directory)
+        return f"random weights of {path}, seed {seed}"
 
     made_of = {"config": config_sha256(student_config), "seed": seed, "tokenizer": teacher.tokenizer_identity()}
-    return _Plan(made_of, f"random weights of {path}, seed {seed}", write)
+    return _Plan(made_of, write)
 
 
 def _read_config(path: Path) -> PretrainedConfig:
@@ -165,49 +175,60 @@ def _copied(name: str, teacher: ModelSource) -> _Plan:
         )
     check_width(source, teacher.vocab_size)
     made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
-    return _Plan(made_of, f"a copy of {name}", partial(_copy_files, source, _MODEL_FILES))
+
+    def write(directory: Path) -> str:
+        _copy_files(source, _MODEL_FILES, directory)
+        return f"a copy of {name}"
+
+    return _Plan(made_of, write)
 
 
 def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None:
     with replacing_directory(config.out) as temporary:
-        plan.write(temporary)
+        words = plan.write(temporary)
         copy_tokenizer(teacher, temporary)
-        model = skeleton(ModelSource(str(config.out), temporary).config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-        (temporary / REPORT).write_bytes(canonical_json({"parameters": parameters}))
+        parameters = count_parameters(ModelSource(str(config.out), temporary).config)
+        report = {"kept": words, "parameters": parameters, "share": parameters / count_parameters(teacher.config)}
+        (temporary / REPORT).write_bytes(canonical_json(report))
         (temporary / _MARKER).write_bytes(canonical_json(plan.made_of))
         (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
-    say(f"the student {config.out}: {plan.words}; {parameters / 1e6:.1f}M parameters")
 
 
-def _measure(config: InitStudentConfig, cache: TeacherCache) -> None:
-    """Measure the student in `config.out` on `cache`, unless its report has the metrics, and print them."""
-    report_path = config.out / REPORT
-    student = locate_model(str(config.out), "student")
-    report = json.loads(report_path.read_bytes())
-    measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows}
-    if report.get("measured_on") != measured_on:
-        from dpkd.distill.student.measures import measure_student
+def _measure(config: InitStudentConfig, teacher: ModelSource, rows: Calibration) -> None:
+    """Measure the student in `config.out` on the held rows, unless its report has the metrics."""
+    path = config.out / REPORT
+    report = json.loads(path.read_bytes())
+    if report.get("measured_on") == rows.identity:
+        return
+    from dpkd.distill.student.calibration import with_teacher
+    from dpkd.distill.student.measures import batch_measures, batches_of, summary
 
-        model, device = student.load("float32"), choose_device(config.device)
-        metrics = measure_student(student, model, cache, config.cache_rows, device)
-        report |= {"measured_on": measured_on, "before_training": metrics}
-        write_atomic(report_path, canonical_json(report))
-    metrics = report["before_training"]
-    kl = "" if metrics["kl"] is None else f", KL to the teacher {metrics['kl']:.3f} nats a token"
-    say(
-        f"the student {config.out} before training: perplexity {metrics['perplexity']:.5g}{kl} "
-        f"({metrics['tokens']} response tokens of {metrics['rows']} rows of {cache.folder})"
+    device = choose_device(config.device)
+    if rows.is_cached:
+        batches = list(batches_of(rows.held, device, with_distributions=rows.held[0].chosen.distributions is not None))
+    else:
+        model = cast(Any, teacher.load("float32")).to(device)
+        batches = with_teacher(model, batches_of(rows.held, device), len(teacher.tokenizer))
+    source = locate_model(str(config.out), "student")
+    student = cast(Any, source.load("float32")).to(device)
+    metrics = summary(batch_measures(source, student, batches, len(rows.held)))
+    report |= {"measured_on": rows.identity, "rows": rows.where, "before_training": metrics}
+    write_atomic(path, canonical_json(report))
+
+
+def _closing_line(out: Path) -> str:
+    report = json.loads((out / REPORT).read_bytes())
+    line = f"the student {out}: {report['kept']}; {report['parameters'] / 1e6:.1f}M parameters"
+    line += f" ({report['share']:.0%} of the teacher's)"
+    if (metrics := report.get("before_training")) is None:
+        return line
+    kl = ""
+    if metrics["kl"] is not None:
+        kl = f"KL to the teacher {metrics['kl']:.2f} nats a token, top-1 agreement {metrics['top1_agreement']:.0%}, "
+    return (
+        f"{line}; before training {kl}perplexity {metrics['perplexity']:.4g} "
+        f"({metrics['tokens']} tokens of {metrics['rows']} held rows of {report['rows']})"
     )
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of `config` without memory for its weights: for names, shapes and counts."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def copy_tokenizer(source: ModelSource, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,11 @@ def measure_student(
 
     Raises `UserError` if a row is longer than the student's positions, or if the student's logits are not finite.
     """
-    sums = row_measures(student, model, cache, num_rows, device)
+    return summary(row_measures(student, model, cache, num_rows, device), beta)
+
+
+def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
+    """The metrics of `measure_student` from the values of `batch_measures`."""
     num_tokens_N = sums["tokens"]
     log_ratio_N = sums["teacher_nll"] - sums["nll"]  # log q(y)/p(y)
 
@@ -119,25 +123,34 @@ def measure_student(
     }
 
 
-@torch.no_grad()
 def row_measures(
     student: ModelSource, model: nn.Module, cache: TeacherCache, num_rows: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """The values behind `measure_student` by name: one float64 a row, in the order of `sample_rows`.
+    """`batch_measures` of at most `num_rows` rows of `cache`, in the order of `sample_rows`."""
+    rows = sample_rows(cache, num_rows)
+    return batch_measures(
+        student, model.to(device), batches_of(rows, device, with_distributions=cache.top_k > 0), len(rows)
+    )
+
+
+@torch.no_grad()
+def batch_measures(
+    student: ModelSource, model: nn.Module, batches: Iterable[Batch], num_rows: int
+) -> dict[str, np.ndarray]:
+    """The values behind `measure_student` by name: one float64 a row, in the order of `batches`.
 
     `tokens` is the length of the response, EOS included. Sums over it, in nats: `nll` and `teacher_nll`, -log q(y) and
     -log p(y); with distributions also `kld`, `rkld` and `top1_agreement`. `kld_first` and `rkld_first` are values at
-    the first token. Raises the errors of `measure_student`.
+    the first token. Batches are on the model's device.
+    `num_rows`, rows in all batches, is for the progress shown. Raises the errors of `measure_student`.
     """
-    rows = sample_rows(cache, num_rows)
-    longest = max(len(row.chosen.prompt_ids) + len(row.chosen.response_ids) for row in rows)
-    check_positions(longest, student.max_positions, where=student.name)
-    model = model.to(device).eval()
-    check_head(model, student.name)
+    check_head(model.eval(), student.name)
     scorer = StudentScorer(model, num_tokens=len(student.tokenizer), logits_chunk=_LOGITS_CHUNK)
     parts: list[dict[str, Tensor]] = []
-    with Progress("rows of the cache", len(rows), "rows") as progress:
-        for wide_batch in batches_of(rows, device, with_distributions=cache.top_k > 0):
+    with Progress("rows of the cache", num_rows, "rows") as progress:
+        for wide_batch in batches:
+            longest = int(wide_batch.attention_mask_BS.sum(dim=1).max())
+            check_positions(longest, student.max_positions, where=student.name)
             batch = narrowed(wide_batch, student.vocab_size)
             sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
             values = scorer(*sequences, batch_fields(batch), (target_logprob, distance_from_teacher))
@@ -147,7 +160,7 @@ def row_measures(
 
 
 def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    assert batch.teacher_logprob_T is not None  # the teacher has scored every row of a cache
+    assert batch.teacher_logprob_T is not None  # of a cache's rows, and of others once the teacher has read them
     values = values | {"nll": -values["target"], "teacher_nll": -batch.teacher_logprob_T}
     # float64 on the CPU: some devices have none
     row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}

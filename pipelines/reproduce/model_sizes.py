@@ -45,7 +45,8 @@ class ModelSizes:
         if maker.from_checkpoint is not None:
             return self._config(maker.from_checkpoint)
         config = self._config(maker.teacher)
-        if config is None or maker.mlp_width is not None:  # whose name differs between architectures
+        narrower = (maker.params, maker.mlp_width, maker.heads)
+        if config is None or any(size is not None for size in narrower):  # their names differ between architectures
             return None
         layers = len(maker.keep) if isinstance(maker.keep, tuple) else maker.layers
         key = next((key for key in ("num_hidden_layers", "n_layer") if key in config), None)

@@ -21,7 +21,7 @@ def dpkd(*arguments: object) -> str:
 
 def test_cache_train_eval_with_a_round(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     cache, student = tmp_path / "cache", tmp_path / "student"
-    dpkd("init-student", "--teacher", toy_teacher, "--out", student, "--layers", 1)
+    dpkd("init-student", "--teacher", toy_teacher, "--out", student, "--layers", 1, "--keep", "last")
     asked = ("--teacher", toy_teacher, "--out", cache, "--engine", "vllm", "--max-new-tokens", 16, "--top-k", 24)
     dpkd("cache-teacher", *asked, "--data", toy_data, "--template", "chat", "--responses", "both")
     dpkd("cache-teacher", *asked, "--student", student, "--round", "first", "--top-k", 0)

@@ -25,7 +25,8 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.distill.student.pruning import choose_layers, keep_layers, mlps_of, neuron_sizes, prune_mlps, spread_layers
+from dpkd.distill.student.layers import in_words, keep_layers, named_layers, spread_layers
+from dpkd.distill.student.neurons import mlps_of, neuron_sizes, only_largest, prune_mlps
 from dpkd.teacher_cache.store.schema import CachedRow
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
@@ -75,15 +76,13 @@ def test_layers_are_spread_from_first_to_last() -> None:
 
 
 def test_which_layers_are_kept() -> None:
-    assert choose_layers(30, 3, "spread") == [0, 14, 29]
-    assert choose_layers(30, 3, "first") == [0, 1, 2]
-    assert choose_layers(30, 3, "last") == [27, 28, 29]
-    assert choose_layers(30, None, (0, 3, 7)) == [0, 3, 7]
-    assert choose_layers(3, None, "spread") == [0, 1, 2]
+    assert named_layers(30, 3, "spread") == [0, 14, 29]
+    assert named_layers(30, 3, "first") == [0, 1, 2]
+    assert named_layers(30, 3, "last") == [27, 28, 29]
+    assert named_layers(30, 3, (0, 3, 7)) == [0, 3, 7]
+    assert in_words([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     with pytest.raises(UserError, match="no such layer: found layer 30 in --keep, expected layers 0 to 29"):
-        choose_layers(30, None, (0, 30))
-    with pytest.raises(UserError, match="more layers than the teacher: found 9, expected at most 2"):
-        choose_layers(2, 9, "first")
+        named_layers(30, 2, (0, 30))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,6 +134,10 @@ def test_pruning_dead_neurons_keeps_the_logits(family: str, tmp_path: Path) -> N
     student = prune_mlps(model, width - len(dead), sizes_LW)
     assert mlps_of(student)[0].width == width - len(dead)
     torch.testing.assert_close(logits(student), logits(model), rtol=0, atol=1e-5)
+    # the model that only switches neurons off computes what its pruned copy does
+    narrow = prune_mlps(model, width // 2, sizes_LW)
+    with only_largest(model, width // 2, sizes_LW):
+        torch.testing.assert_close(logits(narrow), logits(model), rtol=0, atol=1e-5)
     # as a checkpoint: the same logits, and the head tied or not as in the teacher
     student.save_pretrained(tmp_path / "s")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "s")

@@ -16,6 +16,7 @@ from transformers import GPT2Config
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.student.calibration import rows_of_cache
 from dpkd.distill.student.init import init_student
 from dpkd.teacher_cache.store.reader import TeacherCache
 
@@ -39,17 +40,19 @@ def test_a_student_has_the_layers_and_tokenizer_of_its_teacher(tmp_path: Path, t
     ours, theirs = student.load("float32").state_dict(), teacher.load("float32").state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # by hand: embeddings (which are the head too), attention, MLP, two norms, the last norm
-    assert report(student) == {"parameters": 600 * 64 + 64 * (64 + 2 * 32 + 64) + 3 * 64 * 128 + 2 * 64 + 64}
+    a_layer = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 128 + 2 * 64
+    parameters = 600 * 64 + a_layer + 64
+    share = parameters / (parameters + a_layer)
+    assert report(student) == {"kept": "layers 0 of 2", "parameters": parameters, "share": share}
 
 
 def test_a_student_is_known_again(tmp_path: Path, toy_teacher: Path) -> None:
-    out = made(tmp_path / "s", toy_teacher, layers=1).path
+    out = made(tmp_path / "s", toy_teacher, layers=1, keep="last").path
     before = (out / "model.safetensors").stat().st_mtime_ns
-    made(out, toy_teacher, layers=1, keep="last")  # the default
     made(out, toy_teacher, keep="1")  # the same layer, said otherwise
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"holds another student; differing: layers: \[1\] -> \[0, 1\]"):
-        made(out, toy_teacher, layers=2)
+        made(out, toy_teacher, layers=2, keep="last")
     with pytest.raises(UserError, match=r"holds another student; differing: layers: \[1\] -> \[0\]"):
         made(out, toy_teacher, layers=1, keep="spread")
     with pytest.raises(UserError, match="holds another student; differing: checkpoint: "):
@@ -65,14 +68,14 @@ def test_listed_layers_are_kept(tmp_path: Path, toy_teacher: Path) -> None:
 
 def test_more_layers_than_the_teacher_is_an_error(tmp_path: Path, toy_teacher: Path) -> None:
     with pytest.raises(UserError, match="more layers than the teacher: found 9, expected at most 2"):
-        made(tmp_path / "s", toy_teacher, layers=9)
+        made(tmp_path / "s", toy_teacher, layers=9, keep="first")
     assert not (tmp_path / "s").exists()
 
 
 def test_another_directory_is_not_overwritten(tmp_path: Path, toy_teacher: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no student of dpkd"):
-        made(tmp_path, toy_teacher, layers=1)
+        made(tmp_path, toy_teacher, layers=1, keep="last")
 
 
 def test_neurons_are_chosen_on_the_cache(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
@@ -83,13 +86,11 @@ def test_neurons_are_chosen_on_the_cache(tmp_path: Path, toy_teacher: Path, toy_
     assert places == sorted(set(places))
     assert len(places) == student.config.intermediate_size == 40
     # those left out write less on the cache's rows, by a pass over each row alone
-    cache = TeacherCache.open(toy_cache)
     heard: list[torch.Tensor] = []
     theirs.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[0][0]))
     with torch.no_grad():
-        for _, rows in cache.scan(cache.shards()):
-            for row in map(rows.row, range(len(rows))):
-                theirs(input_ids=torch.tensor([[*row.prompt_ids, *row.response_ids]]))
+        for row in (row.chosen for row in rows_of_cache(TeacherCache.open(toy_cache), 64).choose):
+            theirs(input_ids=torch.tensor([[*row.prompt_ids, *row.response_ids]]))
     sizes_W = torch.cat(heard).abs().mean(dim=0) * theirs.layers[1].mlp.down_proj.weight.detach().norm(dim=0)
     assert sorted(sizes_W.argsort(descending=True)[:40].tolist()) == places
     with pytest.raises(UserError, match="more neurons than the teacher's: found --mlp-width 129, expected at most 128"):
@@ -105,28 +106,29 @@ def test_every_neuron_kept_is_the_teacher(tmp_path: Path, toy_teacher: Path, toy
 
 
 def test_measures_are_those_of_full_logits(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
-    student = made(tmp_path / "s", toy_teacher, layers=1, cache=toy_cache, cache_rows=1000)
-    model, cache = student.load("float32"), TeacherCache.open(toy_cache)
+    student = made(tmp_path / "s", toy_teacher, layers=1, keep="last", cache=toy_cache, cache_rows=1000)
+    model, rows = student.load("float32"), rows_of_cache(TeacherCache.open(toy_cache), 1000)
+    chosen, held = ({row.chosen.example_id for row in part} for part in (rows.choose, rows.held))
+    assert (len(rows.choose), len(chosen | held), chosen & held) == (10, 20, set())
     nll = kl = agreements = 0.0
     num_rows = num_tokens = 0
-    for _, rows in cache.scan(cache.shards()):
-        for row in map(rows.row, range(len(rows))):
-            with torch.no_grad():
-                logits_SV = model(input_ids=torch.tensor([[*row.prompt_ids, *row.response_ids]])).logits[0].double()
-            log_q_TV = logits_SV.log_softmax(dim=1)[len(row.prompt_ids) - 1 : -1]
-            entry = 0
-            for place, token in enumerate(row.response_ids):
-                nll -= float(log_q_TV[place, token])
-                count, top = row.distributions.counts_T[place], row.distributions
-                ids = torch.tensor(top.ids_E[entry : entry + count].astype(int))
-                p = torch.tensor([*top.logprobs_E[entry : entry + count], top.log_tail_T[place]]).double().exp()
-                q = log_q_TV[place, ids].exp()
-                q = torch.cat([q, 1 - q.sum()[None]])
-                p = p / p.sum()
-                kl += float((p * (p / q).log()).sum())
-                agreements += float(log_q_TV[place].argmax() == ids[0])
-                entry += count
-            num_rows, num_tokens = num_rows + 1, num_tokens + len(row.response_ids)
+    for row in (row.chosen for row in rows.held):
+        with torch.no_grad():
+            logits_SV = model(input_ids=torch.tensor([[*row.prompt_ids, *row.response_ids]])).logits[0].double()
+        log_q_TV = logits_SV.log_softmax(dim=1)[len(row.prompt_ids) - 1 : -1]
+        entry = 0
+        for place, token in enumerate(row.response_ids):
+            nll -= float(log_q_TV[place, token])
+            count, top = row.distributions.counts_T[place], row.distributions
+            ids = torch.tensor(top.ids_E[entry : entry + count].astype(int))
+            p = torch.tensor([*top.logprobs_E[entry : entry + count], top.log_tail_T[place]]).double().exp()
+            q = log_q_TV[place, ids].exp()
+            q = torch.cat([q, 1 - q.sum()[None]])
+            p = p / p.sum()
+            kl += float((p * (p / q).log()).sum())
+            agreements += float(log_q_TV[place].argmax() == ids[0])
+            entry += count
+        num_rows, num_tokens = num_rows + 1, num_tokens + len(row.response_ids)
     measures = report(student)["before_training"]
     assert (measures["rows"], measures["tokens"]) == (num_rows, num_tokens)
     assert measures["perplexity"] == pytest.approx(math.exp(nll / num_tokens), rel=1e-4)
@@ -137,18 +139,18 @@ def test_measures_are_those_of_full_logits(tmp_path: Path, toy_teacher: Path, to
 def test_a_student_that_stands_is_measured_once(
     tmp_path: Path, toy_teacher: Path, toy_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student = made(tmp_path / "s", toy_teacher, layers=1)
-    made(student.path, toy_teacher, layers=1, cache=toy_cache, cache_rows=5)
+    student = made(tmp_path / "s", toy_teacher, layers=1, keep="first")
+    made(student.path, toy_teacher, layers=1, keep="first", cache=toy_cache, cache_rows=5)
     found = report(student)
-    assert found["before_training"]["rows"] == 5
+    assert found["before_training"]["rows"] == 4  # the fifth is for choosing
     assert found["parameters"] == sum(parameter.numel() for parameter in student.load("float32").parameters())
     said = capsys.readouterr().err
-    assert "before training: perplexity" in said
-    assert f"KL to the teacher {found['before_training']['kl']:.3f} nats a token" in said
+    assert said.splitlines()[-1].startswith(f"the student {student.path}: layers 0 of 2; 0.1M parameters (")
+    assert f"before training KL to the teacher {found['before_training']['kl']:.2f} nats a token, top-1" in said
     written = (student.path / "student.json").stat().st_mtime_ns
-    made(student.path, toy_teacher, layers=1, cache=toy_cache, cache_rows=5)
+    made(student.path, toy_teacher, layers=1, keep="first", cache=toy_cache, cache_rows=5)
     assert (student.path / "student.json").stat().st_mtime_ns == written
-    assert "before training: perplexity" in capsys.readouterr().err
+    assert "; before training KL" in capsys.readouterr().err
 
 
 def test_the_teacher_has_no_distance_from_itself(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
@@ -229,24 +231,32 @@ def test_a_failure_while_it_is_written_leaves_nothing(
 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="cannot be written: no space left on device"):
-        made(tmp_path / "s", toy_teacher, layers=1)
+        made(tmp_path / "s", toy_teacher, layers=1, keep="last")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say what the student is: --layers N, --mlp-width N, --from-config FILE or --from CHECKPOINT"),
+        ({}, "say what the student is: --params SHARE, --layers N, --mlp-width N, --heads N, --from-config FILE or"),
+        ({"layers": 2}, r"--keep importance \(the default\) chooses on rows: give --cache CACHE, or --data"),
+        ({"params": 0.5}, r"--keep importance \(the default\) chooses on rows: give --cache"),
+        ({"heads": 2}, "--heads chooses on rows: give --cache"),
+        ({"params": 0.5, "layers": 2, "mlp_width": 3, "cache": "c"}, "--params chooses layers or neurons"),
+        ({"params": 1.5, "cache": "c"}, "`params` must be 1 or less, found 1.5"),
+        ({"params": 0.5, "keep": "last", "cache": "c"}, "--keep last needs --layers N"),
+        ({"layers": 2, "cache": "c", "data": "d", "template": "raw"}, "give --cache or --data, not both"),
+        ({"layers": 2, "data": "d"}, "--data and --template go together"),
         ({"keep": "first"}, "--keep first needs --layers N"),
-        ({"keep": "middle", "layers": 2}, "'middle' is neither spread, first, last nor a list of layers"),
+        ({"keep": "middle", "layers": 2}, "'middle' is neither importance, spread, first, last nor a list of layers"),
         ({"keep": "3,1"}, "--keep 3,1 must list layers in ascending order, each once"),
         ({"keep": [1, 1]}, "--keep 1,1 must list layers in ascending order, each once"),
         ({"keep": "0,3,7", "layers": 2}, "--keep 0,3,7 lists 3 layers, but --layers says 2"),
-        ({"mlp_width": 8}, "--mlp-width needs --cache"),
+        ({"mlp_width": 8}, "--mlp-width chooses on rows: give --cache"),
         ({"from_config": "c.json", "from_checkpoint": "d"}, "give --from-config or --from, not both"),
         ({"from_config": "c.json", "layers": 2}, "--layers selects the teacher's weights .* --from-config"),
         ({"from_checkpoint": "d", "mlp_width": 2, "cache": "c"}, "--mlp-width selects .* does not go with --from"),
-        ({"layers": 2, "seed": 1}, "--seed goes with --from-config"),
+        ({"layers": 2, "keep": "last", "seed": 1}, "--seed goes with --from-config"),
     ],
 )  # fmt: skip
 def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:

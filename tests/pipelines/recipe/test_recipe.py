@@ -66,6 +66,7 @@ command = "init-student"
 teacher = "t"
 out = "{student}"
 layers = 1
+keep = "last"
 
 [[steps]]
 repeat = "rounds"
@@ -174,7 +175,7 @@ def test_the_steps_of_a_round_are_adjacent_and_train(tmp_path: Path) -> None:
 
 
 def test_a_placeholder_without_rounds_is_refused(tmp_path: Path) -> None:
-    plain = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "{student}"\nlayers = 1\n'
+    plain = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "{student}"\nlayers = 1\nkeep = "last"\n'
     with pytest.raises(UserError, match=r"\{student\} has no value here: expected \{recipes\}, \{examples\} "):
         read_recipe(write(tmp_path / "r.toml", plain))
 
@@ -247,6 +248,7 @@ command = "init-student"
 teacher = "{teacher}"
 out = "{student_out}"
 layers = 1
+keep = "last"
 
 [[steps]]
 command = "cache-teacher"

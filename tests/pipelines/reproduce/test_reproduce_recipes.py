@@ -34,7 +34,7 @@ def options_of(path: Path) -> list[dict[str, Any]]:
     return [step.config.model_dump(mode="json") for step in read_recipe(path)]
 
 
-START = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "s"\nlayers = 1\n'
+START = '[[steps]]\ncommand = "init-student"\nteacher = "t"\nout = "s"\nlayers = 1\nkeep = "last"\n'
 TRAIN = '[[steps]]\ncommand = "train"\ncache = "c"\nstudent = "s"\nout = "{0}"\n'
 
 

@@ -1,19 +1,21 @@
-"""A smaller model from the weights of a larger one of the same family: fewer layers, fewer neurons in each MLP."""
+"""Fewer neurons in each MLP of a model: which ones do least, and a copy without them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
+from dpkd.distill.student.layers import layer_stack, rebuilt
 
 #: (projections into the neurons, projection out of them), as model families name them
 _MLP_NAMES = (
@@ -25,8 +27,6 @@ _MLP_NAMES = (
 )
 #: names of the number of neurons in configs
 _WIDTH_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-#: lists in configs with one value a layer
-_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -38,60 +38,9 @@ class Mlp:
     width: int
 
 
-def spread_layers(num_layers: int, num_kept: int) -> list[int]:
-    """`num_kept` of `num_layers` layers, evenly from the first to the last (the first alone for one)."""
-    if num_kept == 1:
-        return [0]
-    return [round(index * (num_layers - 1) / (num_kept - 1)) for index in range(num_kept)]
-
-
-def choose_layers(num_layers: int, num_kept: int | None, keep: str | Sequence[int]) -> list[int]:
-    """Numbers (from 0, ascending) of the layers to keep: the list `keep`, or `num_kept` (None: all) chosen that way.
-
-    Raises `UserError` when the model has fewer layers.
-    """
-    if not isinstance(keep, str):
-        if max(keep) >= num_layers:
-            raise UserError(
-                "the teacher has no such layer",
-                found=f"layer {max(keep)} in --keep",
-                expected=f"layers 0 to {num_layers - 1}",
-            )
-        return list(keep)
-    num_kept = num_layers if num_kept is None else num_kept
-    if num_kept > num_layers:
-        raise UserError(
-            "the student would have more layers than the teacher", found=num_kept, expected=f"at most {num_layers}"
-        )
-    if keep == "spread":
-        return spread_layers(num_layers, num_kept)
-    return list(range(num_kept) if keep == "first" else range(num_layers - num_kept, num_layers))
-
-
-def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of the same family with the layers `kept` and everything else copied."""
-    config = copy.deepcopy(model.config)
-    text_config = config.get_text_config()
-    prefix = f"{_layer_stack(model)}."
-    text_config.num_hidden_layers = len(kept)
-    for name in _LAYER_LISTS:
-        if getattr(text_config, name, None):
-            setattr(text_config, name, [getattr(text_config, name)[layer] for layer in kept])
-    new_layer = {str(layer): str(index) for index, layer in enumerate(kept)}
-    weights = {}
-    for name, value in model.state_dict().items():
-        if name.startswith(prefix):
-            layer, _, rest = name[len(prefix) :].partition(".")
-            if layer not in new_layer:
-                continue
-            name = f"{prefix}{new_layer[layer]}.{rest}"
-        weights[name] = value
-    return _rebuilt(model, config, weights)
-
-
 def mlps_of(model: PreTrainedModel) -> list[Mlp]:
     """The MLP of every layer, in order; raises `UserError` for a model family whose MLPs are unknown."""
-    prefix = f"{_layer_stack(model)}."
+    prefix = f"{layer_stack(model)[0]}."
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     found: list[Mlp] = []
     for name, module in model.named_modules():
@@ -172,12 +121,9 @@ def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"
     """
     mlps = mlps_of(model)
     check_mlp_width(model, width)
-    config = copy.deepcopy(model.config)
-    text_config = config.get_text_config()
-    setattr(text_config, str(_width_name(text_config)), width)
     weights = dict(model.state_dict())
     for mlp, sizes_W in zip(mlps, sizes_LW, strict=True):
-        kept = sizes_W.argsort(descending=True, stable=True)[:width].sort().values.to(next(model.parameters()).device)
+        kept = largest(sizes_W, width).to(next(model.parameters()).device)
         for name in mlp.inputs:
             axis = _neuron_axis(model.get_submodule(name), is_output=False)
             weights[f"{name}.weight"] = weights[f"{name}.weight"].index_select(axis, kept)
@@ -185,7 +131,39 @@ def prune_mlps(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"
                 weights[f"{name}.bias"] = weights[f"{name}.bias"][kept]
         axis = _neuron_axis(model.get_submodule(mlp.output), is_output=True)
         weights[f"{mlp.output}.weight"] = weights[f"{mlp.output}.weight"].index_select(axis, kept)
-    return _rebuilt(model, config, weights)
+    return rebuilt(model, with_width(model.config, width), weights)
+
+
+def with_width(config: Any, width: int) -> Any:
+    """A copy of a model's config with `width` neurons in each MLP."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    setattr(text_config, str(_width_name(text_config)), width)
+    return config
+
+
+@contextmanager
+def only_largest(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"]) -> Iterator[None]:
+    """Inside, the model computes what it would after `prune_mlps`, without a copy: the other neurons are 0."""
+    handles = []
+    for mlp, sizes_W in zip(mlps_of(model), sizes_LW, strict=True):
+        output = model.get_submodule(mlp.output)
+        mask_W = torch.zeros_like(sizes_W).index_fill(0, largest(sizes_W, width), 1).to(output.weight.device)
+        handles.append(output.register_forward_pre_hook(_times(mask_W)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _times(mask_W: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda _, arguments: (arguments[0] * mask_W.to(arguments[0].dtype), *arguments[1:])
+
+
+def largest(sizes: Float[Tensor, " N"], num_kept: int) -> Int[Tensor, " K"]:
+    """Indices of the `num_kept` largest of `sizes`, ascending; of equal ones the first."""
+    return sizes.argsort(descending=True, stable=True)[:num_kept].sort().values
 
 
 def _width_name(text_config: Any) -> str | None:
@@ -195,30 +173,3 @@ def _width_name(text_config: Any) -> str | None:
 def _neuron_axis(module: nn.Module, *, is_output: bool) -> int:
     """The weight's axis of neurons: `Linear` has weights [out, in], GPT-2's `Conv1D` has [in, out]."""
     return int(is_output) if isinstance(module, nn.Linear) else int(not is_output)
-
-
-def _layer_stack(model: PreTrainedModel) -> str:
-    """Name of the one list of layers in `model`."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    stacks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.count(".") <= 2
-    ]
-    if len(stacks) != 1:
-        raise UserError(
-            "the teacher's layers cannot be identified",
-            found=f"lists of {num_layers} modules: {', '.join(stacks) or 'none'}",
-            expected="exactly one such list",
-        )
-    return stacks[0]
-
-
-def _rebuilt(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of `config` with `weights`; its head is tied or not, as the config says."""
-    from transformers import AutoModelForCausalLM
-
-    student = AutoModelForCausalLM.from_config(config)
-    student.load_state_dict(weights)
-    student.generation_config = model.generation_config
-    return cast("PreTrainedModel", student)

@@ -1,0 +1,201 @@
+"""What a student keeps: chosen by what the teacher loses, and nearer to the teacher than what is chosen blindly."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from dpkd.core.errors import UserError
+from dpkd.distill.batches.batch import Batch
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.rows.row import TrainingRow
+from dpkd.distill.student.calibration import with_teacher
+from dpkd.distill.student.heads import group_sizes, prune_heads
+from dpkd.distill.student.importance import Trials
+from dpkd.distill.student.layers import keep_layers, layer_stack
+from dpkd.distill.student.sizes import count_parameters, widths_within
+from dpkd.teacher_cache.store.schema import unscored_row
+
+SMALL = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 5, "intermediate_size": 24}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+FAMILIES = {
+    "llama, tied": LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True),
+    "llama, untied, biases": LlamaConfig(
+        **SMALL, **HEADS, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "gpt2": GPT2Config(vocab_size=60, n_embd=16, n_layer=5, n_head=2, n_positions=32),
+}
+WITH_HEADS = {
+    "llama, untied, biases": FAMILIES["llama, untied, biases"],
+    "qwen3": Qwen3Config(**SMALL, **HEADS, attention_bias=True),
+}
+
+
+def made(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def rows(*lengths: int) -> list[TrainingRow]:
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, 60, (length,), generator=draw).tolist() for length in lengths]
+    return [TrainingRow(unscored_row(tokens[:3], tokens[3:], str(index))) for index, tokens in enumerate(ids)]
+
+
+def batches(model: PreTrainedModel) -> list[Batch]:
+    found = [collate(rows(9, 6), with_distributions=False), collate(rows(8), with_distributions=False)]
+    return with_teacher(model, found, num_tokens=60)
+
+
+@torch.no_grad()
+def full_kl(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
+    """KL over all tokens of the vocabulary at every response token, each row alone, in float64."""
+    total, count = 0.0, 0
+    for part in (rows(9, 6), rows(8)):
+        for row in part:
+            ids = torch.tensor([[*row.chosen.prompt_ids, *row.chosen.response_ids]])
+            log_p, log_q = (
+                model.eval().double()(input_ids=ids).logits[0, 2:-1].log_softmax(dim=1) for model in (teacher, student)
+            )
+            total, count = total + float((log_p.exp() * (log_p - log_q)).sum()), count + len(log_p)
+            teacher.float(), student.float()
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trial_is_the_model_without_those_layers(family: str) -> None:
+    teacher = made(FAMILIES[family])
+    trials = Trials(teacher, batches(teacher), num_tokens=60)
+    assert trials.kl(range(5)) == pytest.approx(0, abs=1e-5)
+    for kept in ((0, 2, 4), (1, 2, 3, 4), (4,)):
+        # all 60 tokens are among the 64 that are compared
+        assert trials.kl(kept) == pytest.approx(full_kl(teacher, keep_layers(teacher, kept)), rel=1e-3)
+    assert all("forward" not in vars(layer) for layer in layer_stack(teacher)[1])
+
+
+def test_the_teacher_of_rows_without_a_cache() -> None:
+    teacher = made(LlamaConfig(**SMALL | {"vocab_size": 200}, **HEADS))
+    (batch,) = with_teacher(teacher, [collate(rows(9, 6), with_distributions=False)], num_tokens=200)
+    with torch.no_grad():
+        log_p_V = teacher.double()(input_ids=batch.input_ids_BS[:1, :9]).logits[0, 4].log_softmax(dim=0)
+    position = 2  # of the first row, whose prompt has 3 tokens
+    top = log_p_V.sort(descending=True)
+    assert batch.entry_ids_TK[position].tolist() == top.indices[:64].tolist()
+    torch.testing.assert_close(batch.entry_logprobs_TK[position].double(), top.values[:64], rtol=1e-4, atol=1e-5)
+    assert float(batch.log_tail_T[position]) == pytest.approx(float(top.values[64:].logsumexp(dim=0)), rel=1e-3)
+    assert float(batch.teacher_logprob_T[position]) == pytest.approx(float(log_p_V[batch.target_T[position]]), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_removal_is_the_best_of_all(family: str) -> None:
+    teacher = made(FAMILIES[family])
+    trials = Trials(teacher, batches(teacher), num_tokens=60)
+    kept = (0, 1, 2, 3, 4)
+    for removal in trials.removals(2, num_tried=5):
+        kl_of = {tuple(left): trials.kl(left) for left in itertools.combinations(kept, len(kept) - 1)}
+        assert removal.kept == min(kl_of, key=kl_of.__getitem__)
+        assert removal.kl == pytest.approx(kl_of[removal.kept], rel=1e-4)
+        assert {removal.layer} == {*kept} - {*removal.kept}
+        kept = removal.kept
+    assert len(kept) == 2
+
+
+def test_a_layer_that_does_nothing_is_removed_first() -> None:
+    teacher = made(FAMILIES["llama, tied"])
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        teacher.model.layers[3].get_submodule(name).weight.data.zero_()
+    removal = next(Trials(teacher, batches(teacher), num_tokens=60).removals(4, num_tried=1))
+    assert (removal.layer, removal.kl) == (3, pytest.approx(0, abs=1e-5))
+
+
+def test_layers_that_return_more_than_hidden_states_are_refused() -> None:
+    from transformers import BloomConfig
+
+    model = made(BloomConfig(vocab_size=60, hidden_size=16, n_layer=3, n_head=2))
+    with pytest.raises(
+        UserError, match=r"cannot be chosen by importance.*found a tuple.*type bloom\). Give --keep spread"
+    ):
+        list(Trials(model, batches(model), num_tokens=60).removals(2))
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_removing_silent_heads_keeps_the_logits(family: str, tmp_path: Path) -> None:
+    teacher = made(WITH_HEADS[family])
+    silent = [1, 0, 2, 1, 0]  # a group of each layer writes nothing
+    for layer, group in zip(teacher.model.layers, silent, strict=True):
+        layer.self_attn.o_proj.weight.data[:, 8 * group : 8 * group + 8] = 0
+    sizes_LG = group_sizes(teacher, batches(teacher))
+    assert sizes_LG.argmin(dim=1).tolist() == silent
+    student = prune_heads(teacher, 4, sizes_LG)
+    assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (4, 2)
+    assert full_kl(teacher, student) == pytest.approx(0, abs=1e-6)
+    student.save_pretrained(tmp_path / "s")
+    assert full_kl(teacher, AutoModelForCausalLM.from_pretrained(tmp_path / "s")) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_size_of_a_group_is_the_mean_norm_of_what_it_adds() -> None:
+    teacher = made(FAMILIES["llama, untied, biases"])
+    attention = teacher.model.layers[2].self_attn
+    heard: list[torch.Tensor] = []
+    attention.o_proj.register_forward_pre_hook(lambda _, arguments: heard.append(arguments[0][0]))
+    sizes_LG = group_sizes(teacher, [collate(rows(9), with_distributions=False)])
+    weight = attention.o_proj.weight.detach()
+    for group in range(3):
+        part = slice(8 * group, 8 * group + 8)
+        added = torch.stack([weight[:, part] @ token[part] for token in heard[0].detach()])
+        assert float(sizes_LG[2, group]) == pytest.approx(float((added**2).sum(dim=1).sqrt().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "message"),
+    [
+        ("gpt2", 1, "cannot be removed from the model type gpt2: its attention is unknown"),
+        ("qwen2", 2, "cannot be removed from the model type qwen2: its config has no size of a head"),
+        (
+            "llama, tied",
+            3,
+            "so many attention heads in a layer: found --heads 3, expected one of 2, 4, 6: whole groups",
+        ),
+        ("llama, tied", 8, "so many attention heads in a layer: found --heads 8"),
+    ],
+)
+def test_heads_that_a_family_cannot_lose(family: str, heads: int, message: str) -> None:
+    model = made(FAMILIES[family])
+    with pytest.raises(UserError, match=message):
+        prune_heads(model, heads, torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.45, 0.7, 0.99])
+def test_the_widest_student_within_a_share(family: str, share: float) -> None:
+    """Against the counts of models with every number of neurons."""
+    from transformers import AutoConfig
+
+    config = FAMILIES[family]
+    name = "n_inner" if family == "gpt2" else "intermediate_size"
+    whole = 64 if family == "gpt2" else 24
+    most = share * count_parameters(config)
+    found = widths_within(config, share)
+    for layers in range(1, 6):
+        counts = {}
+        for width in range(1, whole + 1):
+            content = config.to_dict() | {"num_hidden_layers": layers, "n_layer": layers, name: width}
+            content.pop("layer_types", None)
+            smaller = AutoConfig.for_model(content.pop("model_type"), **content)
+            counts[width] = sum(
+                parameter.numel() for parameter in AutoModelForCausalLM.from_config(smaller).parameters()
+            )
+        fitting = [width for width, count in counts.items() if count <= most]
+        assert (layers in found) == bool(fitting)
+        if fitting:
+            assert (found[layers] or whole) == max(fitting)
