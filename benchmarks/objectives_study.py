@@ -1,13 +1,15 @@
-"""Which objective distils best: every arm from the same start, cache and number of steps, on held-out data.
+"""Which objective distils best: every arm of `recipes/study`, measured in the same way.
 
-    python benchmarks/objectives_study.py --teacher DIR --data TRAIN.jsonl --eval-data HELDOUT.jsonl --out DIR
+    python benchmarks/objectives_study.py --teacher DIR --data dolly_train.jsonl --select dolly_dev.jsonl \\
+        --eval dolly=dolly_eval.jsonl --out DIR --jobs 8 --time-limit 550
 
-One arm is one objective with its options. Each arm trains with every learning rate for the first seed; the rate with
-the lowest KL(teacher || student) on held-out rows of the cache is kept, and the arms of `--finalists` train with the
-other seeds too. Answers are sampled at temperature 1 and scored by Rouge-L, as `dpkd eval` does. Every result is one
-line of OUT/results.jsonl, and finished work is skipped, so that a stopped study continues. `--jobs N` runs N arms at
-once. The table at the end has means over seeds, 95% bootstrap intervals over rows, and the paired difference from
-forward KL.
+The protocol is in docs/results/objectives.md. Each arm trains at every rate of `--rates` with the first seed; the rate
+with the lowest KL(teacher || student) on the selection rows is kept and its student answers the evaluation rows. Then
+the finalists, and the arms of study/cache-size, train with all seeds. Every result is a line of OUT/results.jsonl.
+
+You can stop the study at any moment and start it again: it repeats only the runs that were not finished. A run that
+fails is a line with `error`, and is tried again at the next start. `--time-limit` ends it in time, with a summary.
+`study_page.py` makes the page of the results.
 """
 
 from __future__ import annotations
@@ -15,233 +17,257 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from study_arms import ARM_RECIPES, SIZE_RECIPE, Study
+from study_page import choose_finalists, summary
+from study_runs import START, cache_sizes, drop_run, measure_run, prepare
 
-ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"objective": "sft", "responses": "reference"},
-    "seqkd": {"objective": "seqkd"},
-    "kd": {"objective": "kd"},
-    **{
-        name: {"objective": name}
-        for name in ("forward-kl", "reverse-kl", "jeffreys", "jsd", "akl", "tvd", "alpha-beta")
-    },
-    "skewed-forward-kl": {"objective": "skewed-forward-kl"},
-    "skewed-reverse-kl": {"objective": "skewed-reverse-kl"},
-    "dpkd-all": {"token_pairs": "all", "beta": 1.0},
-    "dpkd-all-beta0.1": {"token_pairs": "all", "beta": 0.1},
-    "dpkd-all-beta4": {"token_pairs": "all", "beta": 4.0},
-    "dpkd-drawn": {"token_pairs": "drawn", "beta": 1.0},
-    "dpkd-argmax": {"token_pairs": "argmax", "beta": 0.1},
-    "dpkd-argmax-mix": {"token_pairs": "argmax", "beta": 0.1, "dpkd_weight": 0.5, "sft_weight": 0.5},
-    "dpkd-argmax-kl": {"token_pairs": "argmax", "beta": 0.1, "dpkd_weight": 0.5, "kd_weight": 0.5},
-}
+from dpkd.core.files import write_atomic
+
+_GRACE_S = 15  # for workers to end
 
 
-def run_arm(arguments: argparse.Namespace, arm: str, rate: float, seed: int, *, scored: bool) -> dict[str, Any]:
-    """Train one arm and measure it on held-out rows of the cache; with `scored` also its answers by Rouge-L."""
-    from dpkd.distill import TrainConfig, train
-    from dpkd.evaluate import EvalConfig, evaluate
+class Task(NamedTuple):
+    """One run; with `scored`, its answers are measured too."""
 
-    out = arguments.out / "runs" / f"{arm}-{rate:g}-{seed}"
-    started_s = time.perf_counter()
-    options = {"responses": "teacher"} | ARMS[arm]
-    config = TrainConfig(
-        cache=str(arguments.cache or arguments.out / "cache"),
-        student=str(arguments.student or arguments.out / "student"),
-        out=out,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=rate,
-        seed=seed,
-        validation_examples=arguments.validation_examples,
-        validate_every=arguments.steps,
-        save_every=None,
-        device=arguments.device,
-        tracker="none",
-        **options,
-    )
-    train(config)
-    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
-    names = ("kld", "rkld", "entropy", "top1_agreement")
-    result = {"arm": arm, "rate": rate, "seed": seed, "seconds": round(time.perf_counter() - started_s, 1)}
-    result |= {name: lines[-1][name] for name in names} | {"start_kld": lines[0]["kld"]}
-    if scored:
-        report = evaluate(eval_config(EvalConfig, arguments, arm, out, out / "eval"))
-        result |= rouge_of(report)
-    return result
+    arm: str
+    rate: float
+    seed: int
+    scored: bool
 
 
-def eval_config(kind: Any, arguments: argparse.Namespace, name: str, model: Path, out: Path) -> Any:
-    return kind(
-        model={name: str(model)},
-        data={"heldout": str(arguments.eval_data)},
-        out=out,
-        limit=arguments.eval_rows,
-        template="chat",
-        seeds=(10, 20),
-        max_new_tokens=arguments.max_new_tokens,
-        max_num_seqs=256,
-        engine="auto",
-        device=arguments.device,
-        perplexity=False,
-        num_sign_flips=200,
-    )
+class Results:
+    """The lines of OUT/results.jsonl, and what is left to do."""
+
+    def __init__(self, study: Study, options: argparse.Namespace) -> None:
+        self.path = study.out / "results.jsonl"
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        self.lines: list[dict[str, Any]] = [line for line in lines if "error" not in line]
+        self.failed: set[Task] = set()
+        self._study, self._options = study, options
+        recipes = study.arms(1.0, 0)
+        self.arms = [name for name in recipes if options.arms is None or name in options.arms]
+        #: arms that need no student's responses
+        self.early = {*study.arms(1.0, 0, ["token"])}
+        self.sizes = [*study.arms(1.0, 0, [SIZE_RECIPE])] if "sizes" in options.parts else []
+
+    def add(self, task: Task, result: dict[str, Any]) -> None:
+        """Append the result of `task`."""
+        line = task._asdict() | result
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        if "error" in line:
+            self.failed.add(task)
+        else:
+            self.lines.append(line)
+        shown = {key: round(v, 3) if isinstance(v, float) else v for key, v in line.items() if "rows" not in key}
+        print(json.dumps(shown), flush=True)
+
+    def find(self, arm: str, seed: int, *, scored: bool) -> list[dict[str, Any]]:
+        """The finished runs of an arm."""
+        return [line for line in self.lines if (line["arm"], line["seed"], line["scored"]) == (arm, seed, scored)]
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """The learning rates to try."""
+        on_writer = arm.startswith(("eq", "writer"))
+        return self._options.writer_rates if on_writer else self._options.rates
+
+    def best_rate(self, arm: str) -> float | None:
+        """The rate with the lowest KL on the selection rows; None while some have not been tried."""
+        first = self._options.seeds[0]
+        found = {line["rate"]: line["kl"] for line in self.find(arm, first, scored=False)}
+        tried = set(found) | {task.rate for task in self.failed if task[:1] == (arm,) and not task.scored}
+        if not found or not tried >= set(self.rates(arm)):
+            return None
+        return min(found, key=lambda rate: found[rate])
+
+    def next(self, running: set[Task]) -> Task | None:
+        """What to start next; None if there is nothing, or nothing yet."""
+        first, parts = self._options.seeds[0], self._options.parts
+        done = {Task(*(line[key] for key in Task._fields)) for line in self.lines} | running | self.failed
+        scores = [(arm, rate) for arm in self.arms if (rate := self.best_rate(arm)) is not None]
+        start = Task(START, 0.0, first, False)
+        is_started = start in done and start not in running
+        due = [] if set(self.arms) <= self.early else [start]
+        due += [Task(arm, rate, first, True) for arm, rate in scores]
+        arms = [arm for arm in self.arms if is_started or arm in self.early]
+        due += [Task(arm, rate, first, False) for arm in arms for rate in self.rates(arm)]
+        open_arms = [task for task in due if task not in done]
+        settled = not open_arms and not running & set(due)
+        later: list[Task] = []
+        if settled and "finalists" in parts:
+            names = choose_finalists(self.lines, first, self._options.finalists)
+            rates = dict(scores)
+            later += [Task(arm, rates[arm], seed, True) for seed in self._options.seeds[1:] for arm in names]
+        default = dict(scores).get("dpkd-all")
+        if default is not None:  # `dpkd-all` is the size of the default cache
+            sizes = [*self.sizes, "dpkd-all"] if self.sizes else []
+            later += [Task(arm, default, seed, True) for seed in self._options.seeds[:3] for arm in sizes]
+        return next((task for task in [*open_arms, *later] if task not in done), None)
+
+    def drop_losers(self) -> None:
+        """Delete the weights of runs at rates that were not chosen."""
+        for arm in self.arms:
+            if (best := self.best_rate(arm)) is not None:
+                for rate in set(self.rates(arm)) - {best}:
+                    drop_run(self._study, arm, rate, self._options.seeds[0])
 
 
-def rouge_of(report: Path) -> dict[str, Any]:
-    """Mean Rouge-L of every row over the generation seeds, in the order of the rows, and the answers' mean length."""
-    import pyarrow.parquet as pq
+def serve(pipe: Connection, study: Study, number: int) -> None:
+    """A worker: run tasks from `pipe` until it closes; what it prints goes to OUT/worker-N.log."""
+    import torch
 
-    table = pq.read_table(report.parent / "per_example.parquet").to_pylist()
-    by_row: dict[str, list[float]] = {}
-    for row in table:
-        by_row.setdefault(row["example_id"], []).append(row["rouge_l"])
-    rows = [round(float(np.mean(by_row[name])), 3) for name in sorted(by_row)]
-    return {"rouge_l": float(np.mean(rows)), "rouge_rows": rows}
-
-
-def work(task: tuple[argparse.Namespace, str, float, int, bool]) -> dict[str, Any]:
-    arguments, arm, rate, seed, scored = task
-    try:
-        return run_arm(arguments, arm, rate, seed, scored=scored)
-    except Exception as error:  # one arm that cannot run must not end the study: its line says why
-        return {"arm": arm, "rate": rate, "seed": seed, "error": f"{type(error).__name__}: {error}"[:300]}
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    from dpkd.distill import InitStudentConfig, init_student
-    from dpkd.evaluate import EvalConfig, evaluate
-    from dpkd.teacher_cache import CacheConfig, build_cache
-
-    if arguments.cache is None:
-        build_cache(
-            CacheConfig(
-                teacher=str(arguments.teacher),
-                data=str(arguments.data),
-                out=str(arguments.out / "cache"),
-                limit=arguments.rows,
-                responses="both",
-                template="chat",
-                top_k=64,
-                max_new_tokens=arguments.max_new_tokens,
-                engine="auto",
-                max_num_seqs=128,
-                device=arguments.device,
-            )
-        )
-    if arguments.student is None:
-        init_student(
-            InitStudentConfig(teacher=str(arguments.teacher), out=arguments.out / "student", keep=arguments.keep)
-        )
-    path = arguments.out / "references.json"
-    if not path.is_file():
-        student = arguments.student or arguments.out / "student"
-        measured = {
-            name: rouge_of(evaluate(eval_config(EvalConfig, arguments, name, model, arguments.out / f"eval-{name}")))
-            for name, model in (("teacher", arguments.teacher), ("start", student))
-        }
-        path.write_text(json.dumps(measured))
+    log = (study.out / f"worker-{number}.log").open("a", encoding="utf-8")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(measure_run(study, task.arm, task.rate, task.seed, scored=task.scored))
+        except Exception as error:  # one run that fails must not end the study: its line says why
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            pipe.send({"error": f"{type(error).__name__}: {error}"[:300], "where": f"{where.filename}:{where.lineno}"})
 
 
-def study(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All results; those that OUT/results.jsonl has are not computed again."""
-    path = arguments.out / "results.jsonl"
-    results = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    results = [line for line in results if "error" not in line]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.jobs) as pool, path.open("a", encoding="utf-8") as log:
+class Workers:
+    """Processes that import torch once and run one task at a time each; a dead one is replaced."""
 
-        def run_all(tasks: list[tuple[str, float, int]], *, scored: bool) -> None:
-            done = {(line["arm"], line["rate"], line["seed"]) for line in results if not scored or "rouge_l" in line}
-            due = [(arguments, *task, scored) for task in tasks if task not in done]
-            for result in pool.imap_unordered(work, due):
-                results.append(result)
-                log.write(json.dumps(result) + "\n")
-                log.flush()
-                shown = {key: value for key, value in result.items() if key != "rouge_rows"}
-                print(json.dumps(shown), flush=True)
+    def __init__(self, study: Study, number: int) -> None:
+        self._study, self._context = study, multiprocessing.get_context("spawn")
+        self._free = number
+        self._busy: dict[Any, tuple[Any, Task]] = {}  # by pipe
+        self._idle: list[tuple[Any, Any]] = []
 
-        first, *others = arguments.seeds
-        run_all([(arm, rate, first) for arm in arguments.arms for rate in arguments.rates], scored=False)
-        best = {arm: best_rate(results, arm, first) for arm in arguments.arms}
-        best = {arm: rate for arm, rate in best.items() if rate is not None}
-        run_all([(arm, rate, first) for arm, rate in best.items()], scored=True)
-        run_all([(arm, best[arm], seed) for seed in others for arm in arguments.finalists if arm in best], scored=True)
-    return results
+    @property
+    def running(self) -> set[Task]:
+        return {task for _, task in self._busy.values()}
 
+    def work(self, results: Results, is_over: Callable[[], bool]) -> None:
+        """Run tasks until there are none, or until `is_over`."""
+        while not is_over():
+            while (self._idle or self._free) and (task := results.next(self.running)) is not None:
+                process, pipe = self._idle.pop() if self._idle else self._start()
+                pipe.send(task)
+                self._busy[pipe] = process, task
+            if not self._busy:
+                return
+            for pipe in wait(list(self._busy), timeout=1):
+                process, task = self._busy.pop(pipe)
+                try:
+                    results.add(task, pipe.recv())  # type: ignore[union-attr]
+                    self._idle.append((process, pipe))
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    self._free += 1
+                    results.add(task, {"error": f"the worker ended with exit code {process.exitcode}"})
+                results.drop_losers()
 
-def best_rate(results: list[dict[str, Any]], arm: str, seed: int) -> float | None:
-    """The learning rate with the lowest held-out KL; None if no run of the arm ended."""
-    found = [line for line in results if line["arm"] == arm and line["seed"] == seed and "kld" in line]
-    return min(found, key=lambda line: line["kld"])["rate"] if found else None
+    def _start(self) -> tuple[Any, Any]:
+        self._free -= 1
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs, self._study, self._free), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
 
-
-def table(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> str:
-    scored: dict[str, list[dict[str, Any]]] = {}
-    for line in results:
-        if "rouge_l" in line:
-            scored.setdefault(line["arm"], []).append(line)
-    references = json.loads((arguments.out / "references.json").read_text())
-    draws = np.random.default_rng(0)
-    rows_of = {arm: np.mean([line["rouge_rows"] for line in lines], axis=0) for arm, lines in scored.items()}
-
-    def interval(values: np.ndarray) -> str:
-        resampled = values[draws.integers(0, len(values), (5000, len(values)))].mean(axis=1)
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        return f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-
-    lines = [
-        f"teacher {references['teacher']['rouge_l']:.2f}, student before training {references['start']['rouge_l']:.2f}",
-        "",
-        "| arm | rate | seeds | KL(p, q) | KL(q, p) | entropy | top-1 | Rouge-L | less forward KL |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for arm in sorted(scored, key=lambda arm: -float(np.mean(rows_of[arm]))):
-        of_arm = scored[arm]
-        means = [np.mean([line[name] for line in of_arm]) for name in ("kld", "rkld", "entropy", "top1_agreement")]
-        figures = " | ".join(f"{value:.3f}" for value in means)
-        against = interval(rows_of[arm] - rows_of["forward-kl"]) if "forward-kl" in rows_of else ""
-        lines.append(
-            f"| {arm} | {of_arm[0]['rate']:g} | {len(of_arm)} | {figures} | {rows_of[arm].mean():.2f} | {against} |"
-        )
-    return "\n".join(lines)
+    def close(self) -> None:
+        """End all workers; a run in progress writes a checkpoint if there is time."""
+        started = [process for process, _ in self._busy.values()] + [process for process, _ in self._idle]
+        for _, pipe in self._idle:
+            pipe.close()
+        for process, _ in self._busy.values():
+            process.terminate()
+        deadline_s = time.monotonic() + _GRACE_S
+        for process in started:
+            process.join(max(deadline_s - time.monotonic(), 0.1))
+            if process.is_alive():
+                process.kill()
 
 
 def main() -> None:
+    options = parse()
+    started_s = time.monotonic()
+    study = Study(
+        teacher=str(options.teacher), data=str(options.data), select=str(options.select), evals=dict(options.eval),
+        out=options.out, rows=options.rows, select_rows=options.select_rows, eval_rows=options.eval_rows,
+        steps=options.steps, tokens=options.max_new_tokens, eval_seeds=options.eval_seeds, recipes=options.recipes,
+        device=options.device, engine=options.engine, max_num_seqs=options.max_num_seqs, student=options.student,
+        url=options.teacher_url,
+    )  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    seconds = prepare(study)
+    if not (options.out / "study.json").is_file():
+        facts = {key: value for key, value in vars(options).items() if key not in ("time_limit", "parts")}
+        kept = {"options": json.loads(json.dumps(facts, default=str)), "seconds": seconds}
+        text = json.dumps(kept | {"sizes": cache_sizes(study)}, indent=1)
+        write_atomic(options.out / "study.json", text.encode())
+    print(f"prepared after {time.monotonic() - started_s:.0f} s", flush=True)
+    workers, results = Workers(study, options.jobs), Results(study, options)
+
+    def is_over() -> bool:
+        limit_s = options.time_limit
+        return limit_s is not None and time.monotonic() - started_s > limit_s - _GRACE_S
+
+    try:
+        workers.work(results, is_over)
+    finally:
+        left = workers.running
+        workers.close()
+    print(summary(options.out))
+    print(f"stopped: {len(left)} runs were in progress; start again to go on" if left else "the study is complete")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="checkpoint of the teacher")
-    parser.add_argument("--data", type=Path, help="rows to cache, if --cache is not given")
-    parser.add_argument("--eval-data", type=Path, required=True, help="held-out rows with references")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the study")
-    parser.add_argument("--cache", type=Path, help="a finished cache; none: OUT/cache is built from --data")
-    parser.add_argument("--student", type=Path, help="the start of every arm; none: OUT/student by --keep")
-    parser.add_argument("--keep", default="0,1,2,3,4,5,6,7,8,9,16,17,18,19,20,21,22,23,24,25,26,27,28,29")
-    parser.add_argument("--rows", type=int, default=2000, help="rows to cache")
-    parser.add_argument("--eval-rows", type=int, default=200, help="held-out rows to answer")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest response and answer, in tokens")
-    parser.add_argument("--validation-examples", type=int, default=96, help="examples of the cache to hold out")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a run")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
-    parser.add_argument("--rates", type=_floats, default=(1e-4, 3e-4, 1e-3), help="learning rates, comma-separated")
-    parser.add_argument("--seeds", type=_ints, default=(0, 1, 2), help="training seeds, comma-separated")
-    parser.add_argument("--arms", type=_texts, default=tuple(ARMS), help="arms, comma-separated")
-    parser.add_argument("--finalists", type=_texts, default=tuple(ARMS), help="arms that all seeds train")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    prepare(arguments)
-    text = table(arguments, study(arguments))
-    (arguments.out / "table.md").write_text(text + "\n")
-    print(text)
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, help="checkpoint of the teacher")
+    add("--data", type=Path, required=True, help="training rows with references (JSON lines)")
+    add("--select", type=Path, required=True, help="rows to choose learning rates and finalists on")
+    add("--eval", type=_named, action="append", required=True, help="NAME=FILE: rows to evaluate on; repeatable")
+    add("--out", type=Path, required=True, help="directory of the study; start with the same one to continue")
+    add("--student", help="the start of every arm; none: 24 of 30 layers, as in study/start")
+    add("--rows", type=int, default=1000, help="training rows to cache")
+    add("--select-rows", type=int, default=64, help="selection rows")
+    add("--eval-rows", type=int, default=250, help="rows of each evaluation set")
+    add("--max-new-tokens", type=int, default=96, help="longest response and answer, in tokens")
+    add("--steps", type=int, default=150, help="optimizer steps of a run, 8 rows each")
+    add("--rates", type=_floats, default=(1e-4, 3e-4, 1e-3), help="learning rates, comma-separated")
+    add("--writer-rates", type=_floats, default=(3e-5, 1e-4, 3e-4), help="those of arms that start from the writer")
+    add("--seeds", type=_ints, default=(0, 1, 2, 3, 4), help="training seeds, comma-separated")
+    add("--eval-seeds", type=_ints, default=(10, 20), help="seeds of the answers, comma-separated")
+    add("--recipes", type=_texts, default=ARM_RECIPES, help="recipes of study/ with arms, in the order to run them")
+    add("--teacher-url", default="http://127.0.0.1:8000", help="with the recipe live: server of the cache's teacher")
+    add("--arms", type=_texts, help="only these arms, comma-separated")
+    add("--finalists", type=int, default=6, help="how many of the best arms train with every seed")
+    add("--parts", type=_texts, default=("finalists", "sizes"), help="what to run after the arms' first seed")
+    add("--jobs", type=int, default=1, help="runs at once")
+    add("--time-limit", type=float, help="end after so many seconds")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--engine", default="transformers", help="engine that draws and scores responses")
+    add("--max-num-seqs", type=int, default=256, help="responses to draw at once")
+    return parser.parse_args()
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    return name, path
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    return tuple(part for part in text.split(",") if part)
 
 
 def _ints(text: str) -> tuple[int, ...]:

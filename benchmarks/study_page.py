@@ -1,0 +1,240 @@
+"""The page of the study of objectives: writes the results of `objectives_study.py` into docs/results/objectives.md.
+
+    python benchmarks/study_page.py --results OUT --page docs/results/objectives.md
+
+The protocol in the page stays as it is; what follows the line `<!-- results -->` is written anew, with a figure beside
+the page (objectives.png and .svg).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpkd.core.markdown import markdown_table
+from dpkd.evaluate.metrics.inference import Interval, add_holm, mean_intervals, paired_differences
+
+MARK = "<!-- results -->"
+#: arms that train with every seed whatever they reach: the default, its rival, and the published losses
+ALWAYS = ("dpkd-all", "forward-kl", "dpkd-released", "eq9-lm", "writer-forward-kl")
+_FLIPS = 20_000
+Line = dict[str, Any]
+
+
+def from_writer(arm: str) -> bool:
+    """Whether an arm starts from the student that writes already."""
+    return arm.startswith(("eq", "writer"))
+
+
+def baseline(arm: str) -> str:
+    """What an arm is compared with: forward KL for the same steps from the same start."""
+    return "writer-forward-kl" if from_writer(arm) else "forward-kl"
+
+
+def choose_finalists(lines: Sequence[Line], first_seed: int, number: int) -> list[str]:
+    """The `number` arms with the best Rouge-L on the selection rows with the first seed, and `ALWAYS`."""
+    scored = [line for line in lines if line["scored"] and line["seed"] == first_seed and "selection_rouge_l" in line]
+    by_score = sorted(scored, key=lambda line: -line["selection_rouge_l"])
+    names = [line["arm"] for line in by_score if not line["arm"].startswith(("entries", "mass"))]
+    return list(dict.fromkeys([*names[:number], *(name for name in ALWAYS if name in names)]))
+
+
+class Found:
+    """The results of a study, by arm."""
+
+    def __init__(self, directory: Path) -> None:
+        self.facts = json.loads((directory / "study.json").read_text())
+        every = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+        self.errors = [line for line in every if "error" in line]
+        lines = [line for line in every if "error" not in line]
+        self.start: Line = next((line for line in lines if line["arm"] == "start"), {})
+        self.runs = [line for line in lines if line["arm"] != "start"]
+        self.sets = [name for name, _ in self.facts["options"]["eval"]]
+        self.scored: dict[str, list[Line]] = {}
+        for line in self.runs:
+            if line["scored"]:
+                self.scored.setdefault(line["arm"], []).append(line)
+
+    def rows(self, arm: str, data: str) -> np.ndarray:
+        """Rouge-L of each row [training seeds, rows], the mean over generation seeds."""
+        return np.array([line[f"{data}_rouge_rows"] for line in self.scored[arm]])
+
+    def mean(self, arm: str, key: str) -> float:
+        return float(np.mean([line[key] for line in self.scored[arm]]))
+
+
+def summary(directory: Path) -> str:
+    """The tables so far; one line where there are none."""
+    if not (directory / "results.jsonl").is_file():
+        return "no results yet"
+    found = Found(directory)
+    return results_text(found) if found.scored else f"{len(found.runs)} runs, none of them scored yet"
+
+
+def results_text(found: Found) -> str:
+    """All tables of the page."""
+    arms = [arm for arm in found.scored if not arm.startswith(("entries", "mass"))]
+    parts = [_setting(found)]
+    if found.start:
+        parts += ["### Teacher, start and writer", _references(found)]
+    for title, chosen in (("From the start", False), ("From the student that writes", True)):
+        names = [arm for arm in arms if from_writer(arm) is chosen]
+        if names:
+            parts += [f"### {title}: all arms, first seed", _arms_table(found, names)]
+    finalists = [arm for arm in arms if len(found.scored[arm]) > 1]
+    if all(baseline(arm) in finalists for arm in finalists) and finalists:
+        parts += ["### Finalists, several training seeds", _finalists(found, finalists)]
+    sizes = [name for name in found.facts["sizes"] if name in found.scored]
+    if len(sizes) > 1:
+        parts += ["### A smaller cache", _sizes(found, sizes)]
+    if found.errors:
+        failed = dict.fromkeys(f"`{line['arm']}` at {line['rate']:g}: {line['error']}" for line in found.errors)
+        parts += ["### Runs that failed", "\n".join(f"- {text}" for text in failed)]
+    return "\n\n".join(parts)
+
+
+def _setting(found: Found) -> str:
+    options = found.facts["options"]
+    return (
+        f"{options['rows']} training rows, {options['select_rows']} selection rows, {options['eval_rows']} rows of "
+        f"{', '.join(found.sets)}, {options['steps']} steps of 8 rows, answers of at most {options['max_new_tokens']} "
+        f"tokens with seeds {', '.join(map(str, options['eval_seeds']))}; {len(found.runs)} runs, "
+        f"{options['jobs']} at once."
+    )
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:{sign}.2f}"
+    return f"{interval.mean:{sign}.2f} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+
+
+_COLUMNS = ("kl", "rkl", "own_rkl", "own_teacher_logprob", "own_entropy", "top1_agreement")
+_HEADS = ("KL(p, q)", "KL(q, p)", "own KL(q, p)", "own log p", "own entropy", "top-1")
+
+
+def _references(found: Found) -> str:
+    data = found.sets[0]
+    rows = []
+    for name in ("teacher", "start", "writer"):
+        line = found.start[name]
+        scores = [line[f"{data}_rouge_l"], line[f"{data}_num_words"], line[f"{data}_self_repetition"]]
+        rows.append([name, *(f"{line[key]:.3f}" for key in _COLUMNS), *(f"{value:.2f}" for value in scores)])
+    return markdown_table(["model", *_HEADS, f"Rouge-L, {data}", "words", "repeated"], rows)
+
+
+def _arms_table(found: Found, arms: Sequence[str]) -> str:
+    data = found.sets[0]
+    first = found.facts["options"]["seeds"][0]
+    rows = []
+    for arm in arms:
+        line = next((line for line in found.scored[arm] if line["seed"] == first), None)
+        if line is None:
+            continue
+        (rouge,) = mean_intervals(np.array(line[f"{data}_rouge_rows"])[None, None], (0.0, 100.0))
+        seconds = line["train_s"], line["round_s"] + _shared_round_s(found, arm)
+        row = [arm, f"{line['rate']:g}", *(f"{line[key]:.3f}" for key in _COLUMNS), _interval(rouge)]
+        row += [f"{line['selection_rouge_l']:.2f}", f"{line[f'{data}_num_words']:.0f}"]
+        rows.append([*row, f"{line[f'{data}_self_repetition']:.1f}", *(f"{value:.0f}" for value in seconds)])
+    rows.sort(key=lambda row: float(row[2]))
+    last = (f"Rouge-L, {data}", "selection", "words", "repeated", "train s", "rounds s")
+    return markdown_table(["arm", "rate", *_HEADS, *last], rows)
+
+
+def _shared_round_s(found: Found, arm: str) -> float:
+    """Seconds of the first round, which all arms with the student's responses share."""
+    if not (from_writer(arm) or arm.startswith(("own", "mix", "minillm", "distillm2"))):
+        return 0.0
+    name = "writer" if from_writer(arm) else "student"
+    return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))
+
+
+def _finalists(found: Found, arms: Sequence[str]) -> str:
+    parts = []
+    for data in found.sets:
+        means = {arm: found.rows(arm, data).mean(axis=0) for arm in arms}
+        others = [arm for arm in arms if arm != baseline(arm)]
+        gaps = np.array([means[arm] - means[baseline(arm)] for arm in others]).reshape(len(others), -1)
+        differences = paired_differences(gaps, _FLIPS, 0)
+        family = [difference._asdict() for difference in differences]
+        add_holm(family)
+        against = dict(zip(others, family, strict=True))
+        rows = []
+        for arm in sorted(arms, key=lambda arm: -means[arm].mean()):
+            seeds = found.rows(arm, data).mean(axis=1)
+            (rouge,) = mean_intervals(found.rows(arm, data)[None], (0.0, 100.0))
+            row = [arm, len(seeds), _interval(rouge), f"{seeds.std(ddof=1):.2f}" if len(seeds) > 1 else ""]
+            row += [f"{found.mean(arm, key):.3f}" for key in ("kl", "rkl", "own_rkl", "own_teacher_logprob")]
+            if arm not in against:
+                rows.append([*row, "", "", ""])
+                continue
+            test = against[arm]
+            gap = _interval(Interval(test["mean"], test["low"], test["high"]), "+")
+            rows.append([*row, gap, f"{test['p_value']:.4f}", f"{test['p_holm']:.4f}"])
+        head = ["arm", "seeds", f"Rouge-L, {data}", "sd of seeds", *_HEADS[:4], "less forward KL", "p", "p, Holm"]
+        parts.append(markdown_table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _sizes(found: Found, names: Sequence[str]) -> str:
+    data = found.sets[0]
+    rows = []
+    for name in sorted(names, key=lambda name: found.facts["sizes"][name]["bytes"]):
+        size = found.facts["sizes"][name]
+        (rouge,) = mean_intervals(found.rows(name, data)[None], (0.0, 100.0))
+        values = [f"{found.mean(name, key):.3f}" for key in ("kl", "rkl", "own_rkl", "top1_agreement")]
+        label = f"{name} (64 entries)" if name == "dpkd-all" else name
+        count = len(found.scored[name])
+        rows.append([label, count, f"{size['entries']:.1f}", f"{size['bytes']:.0f}", *values, _interval(rouge)])
+    head = ["cache", "seeds", "entries a position", "bytes a position", "KL(p, q)", "KL(q, p)", "own KL(q, p)", "top-1"]
+    return markdown_table([*head, f"Rouge-L, {data}"], rows)
+
+
+def draw(found: Found, path: Path) -> list[Path]:
+    """KL(p, q) against Rouge-L, and reverse KL of own samples against Rouge-L: a point an arm."""
+    from dpkd.core.plotting import COLOURS, frame_figure, new_figure, save_figure
+
+    data = found.sets[0]
+    figure, panels = new_figure(11, 5.5, 2, side_by_side=True)
+    arms = [arm for arm in found.scored if not arm.startswith(("entries", "mass"))]
+    for panel, key, label in (
+        (panels[0], "kl", "KL(teacher || student) on the teacher's responses, nats a token"),
+        (panels[1], "own_rkl", "KL(student || teacher) on the student's own, nats a token"),
+    ):
+        for number, (title, chosen) in enumerate((("from the start", False), ("from the writer", True))):
+            names = [arm for arm in arms if from_writer(arm) is chosen]
+            points = [(found.mean(arm, key), found.rows(arm, data).mean()) for arm in names]
+            if points:
+                panel.scatter(*zip(*points, strict=True), color=COLOURS[number], label=title, s=18)
+            for arm, point in zip(names, points, strict=True):
+                panel.annotate(arm, point, fontsize=5.5, xytext=(3, 2), textcoords="offset points")
+        if found.start:
+            panel.axhline(found.start["teacher"][f"{data}_rouge_l"], color="#999999", linewidth=0.8, label="teacher")
+        panel.set_xlabel(label)
+        panel.set_ylabel(f"Rouge-L, {data}")
+        panel.set_xscale("log")
+    frame_figure(figure, panels, _setting(found))
+    return save_figure(figure, path, "Distance from the teacher against Rouge-L for every arm of the study")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--page", type=Path, default=Path("docs/results/objectives.md"), help="page to write into")
+    options = parser.parse_args()
+    found = Found(options.results)
+    protocol = options.page.read_text(encoding="utf-8").partition(MARK)[0]
+    draw(found, options.page.with_suffix(""))
+    figure = f"![Distance from the teacher against Rouge-L]({options.page.stem}.png)"
+    text = f"{protocol}{MARK}\n\n{figure}\n\n{results_text(found)}\n"
+    options.page.write_text(text, encoding="utf-8")
+    print(f"wrote {options.page}")
+
+
+if __name__ == "__main__":
+    main()
