@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import Progress, say
 from dpkd.evaluate.answers.answers import ModelAnswers
 from dpkd.evaluate.answers.generation import LazyEngine, generate_answers
@@ -41,7 +40,6 @@ def evaluate(config: EvalConfig) -> Path:
     After a crash, call it again: it generates only what is missing. If the report is complete it does nothing. Raises
     `UserError` for options that cannot be used, before any model runs.
     """
-    require_matplotlib()
     engine = resolve_engine(config.engine) if config.model else None
     # resolved first, so that the saved options record what ran
     config = config.model_copy(update={"seeds": config.resolved_seeds(), "data": resolve_sets(config)})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples
+from dpkd.core.prompts.examples import Example, Message, SkippedRow, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, TemplateMismatchError
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.inputs.named_sets import open_set
@@ -50,10 +50,22 @@ class EvalSet:
 
     def question(self, index: int) -> str:
         """The row's own words, without a template."""
+        return "\n\n".join(turn.content for turn in self.messages(index))
+
+    def messages(self, index: int) -> tuple[Message, ...]:
+        """The row as chat turns: one of the user, unless it has several."""
         example = self.examples[index]
         if example.messages is not None:
-            return "\n\n".join(turn.content for turn in example.messages)
-        return "\n\n".join(part for part in (example.instruction or example.prompt, example.input) if part)
+            return example.messages
+        parts = (part for part in (example.instruction or example.prompt, example.input) if part)
+        return (Message("user", "\n\n".join(parts)),)
+
+    def categories(self) -> dict[str, list[int]]:
+        """The indices of the rows of each category, the largest first; empty if the rows have less than two."""
+        found: dict[str, list[int]] = {}
+        for index, example in enumerate(self.examples):
+            found.setdefault(example.category, []).append(index)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1]))) if len(found) > 1 else {}
 
 
 def read_eval_sets(config: EvalConfig, candidates: Sequence[Candidate]) -> list[EvalSet]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
-from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.examples import Example, Message
 from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.evaluate.answers.answers import Answer
 from dpkd.evaluate.answers.perplexity import References
@@ -156,7 +156,7 @@ def read_set(
             example_id,
             line=0,  # not known from the rows
             references=tuple(first[example_id]["references"]),
-            prompt=first[example_id]["question"],
+            messages=tuple(Message(**turn) for turn in first[example_id]["messages"]),
             category=first[example_id]["category"],
         )
         for example_id in ids

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpkd.core.errors import UserError
-from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import say
 from dpkd.evaluate.answers.perplexity import leave_out_for_all
 from dpkd.evaluate.answers.scoring import ScoredSet
@@ -28,7 +27,6 @@ def merge(config: MergeConfig) -> Path:
     Intervals and paired differences are computed from the rows of each `per_example.parquet`. If the report is complete
     it does nothing. Raises `UserError` for evaluations that are not finished or do not compare.
     """
-    require_matplotlib()
     check_options(config, config.out, _FREE_OPTIONS, REPORT)
     evaluations = [open_evaluation(text) for text in config.evaluations]
     check_scoring(evaluations)

@@ -117,6 +117,10 @@ def compare(scored_sets: Sequence[ScoredSet], options: ComparingOptions, *, by_b
     rows: list[dict[str, Any]] = [{"model": model.model, "baseline": baseline.model} for baseline, model in pairs]
     for row, differences in zip(rows, _differences(pairs, np.full(bucket_N.shape, True), options), strict=True):
         row.update(differences)
+    for category, indices in scored_sets[0].eval_set.categories().items():
+        chosen_N = np.isin(np.arange(len(bucket_N)), indices)
+        for row, differences in zip(rows, _differences(pairs, chosen_N, options), strict=True):
+            row.setdefault("categories", []).append({"category": category, **differences})
     if by_bucket:
         for index in range(len(scored_sets[0].eval_set.edges) + 1):
             for row, differences in zip(rows, _differences(pairs, bucket_N == index, options), strict=True):
@@ -141,12 +145,12 @@ def _differences(
     return [{metric: next(differences)._asdict() for metric in _COMPARED} for _ in pairs]
 
 
-def summaries_of(report: dict[str, Any], data: str) -> dict[str, Any]:
+def summaries_of(report: Mapping[str, Any], data: str) -> dict[str, Any]:
     """The summaries of the models evaluated on `data`; a merged report may have other models too."""
     return {name: model["data"][data] for name, model in report["models"].items() if data in model["data"]}
 
 
-def length_text(report: dict[str, Any]) -> str:
+def length_text(report: Mapping[str, Any]) -> str:
     """Whose length the buckets are of, and in which unit."""
     settings = report["settings"]
     whose = "answer itself" if settings["bucket_of"] == "prediction" else "gold response"

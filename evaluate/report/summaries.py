@@ -36,6 +36,7 @@ def summarise(scored: ScoredSet) -> dict[str, Any]:
         **_reference_summary(scored, None),
         "seeds": _seeds(scored, everywhere_SN),
         "buckets": [],
+        "categories": [],
     }
     for index, bucket in enumerate(buckets_of(scored.eval_set.edges)):
         in_bucket_SN = scored.bucket_SN == index
@@ -49,6 +50,9 @@ def summarise(scored: ScoredSet) -> dict[str, Any]:
                 "seeds": _seeds(scored, in_bucket_SN),
             }
         )
+    for category, indices in scored.eval_set.categories().items():
+        (interval,) = mean_intervals(scored.scores["rouge_l"][None, :, indices], SCORES)
+        summary["categories"].append({"category": category, "n": len(indices), "rouge_l": interval._asdict()})
     # for two models with unrelated scores; rows scored by both usually resolve smaller differences
     resolvable = smallest_resolvable(scored.scores["rouge_l"].mean(axis=0))
     summary["smallest_resolvable_unpaired"] = None if resolvable is None else math.sqrt(2) * resolvable

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpkd.evaluate.metrics.buckets import Bucket
+from dpkd.evaluate.metrics.inference import FEW_ROWS
 from dpkd.evaluate.metrics.rouge import LostText
 from dpkd.evaluate.report.build import length_text, summaries_of
 
+# pairs of models whose differences a table by category shows without a baseline
+_MOST_PAIRS = 3
 #: after the best cell of a column
 BEST_MARK = "\u2605"
 
@@ -51,17 +54,53 @@ class Table:
     note: str = ""
 
 
-def set_tables(report: dict[str, Any], data: str) -> list[Table]:
-    """Rouge-L and exact match by length, further metrics, and differences if there are two models."""
-    tables = [
-        length_table(report, data, "Rouge-L", "rouge_l"),
-        length_table(report, data, "Exact match", "exact_match"),
-        further_table(report, data),
-    ]
-    return [*tables, difference_table(report, data)] if report["comparisons"][data] else tables
+def set_tables(report: Mapping[str, Any], data: str) -> list[Table]:
+    """Every table of a set: Rouge-L by length, exact match if there is any, further metrics, differences, slices."""
+    tables = [length_table(report, data, "Rouge-L", "rouge_l")]
+    if no_match_text(report, data) is None:
+        tables.append(length_table(report, data, "Exact match", "exact_match"))
+    tables.append(further_table(report, data))
+    if report["comparisons"][data]:
+        tables += [difference_table(report, data), *slice_tables(report, data)]
+    return tables
 
 
-def length_table(report: dict[str, Any], data: str, title: str, metric: str) -> Table:
+def no_match_text(report: Mapping[str, Any], data: str) -> str | None:
+    """What is known of exact match if no answer is one; None if one is."""
+    scores = [summary["exact_match"] for summary in summaries_of(report, data).values()]
+    if any(score["mean"] for score in scores):
+        return None
+    text = f"No answer equals a reference (exact match is 0 for {'the model' if len(scores) == 1 else 'all models'})"
+    highest = scores[0]["high"]
+    return f"{text}." if highest is None else f"{text}; the true share may be up to {highest:.1f}%."
+
+
+def slice_tables(report: Mapping[str, Any], data: str) -> list[Table]:
+    """The paired differences in Rouge-L by length, and scores and differences by category if the rows have several."""
+    pairs, summaries = report["comparisons"][data], summaries_of(report, data)
+    tables = []
+    if pairs and "buckets" in pairs[0]:
+        rows: list[Row] = [
+            ((row["model"], row["baseline"]), [interval_cell(part["rouge_l"], sign="+") for part in row["buckets"]])
+            for row in pairs
+        ]
+        title = f"Differences in Rouge-L by {length_text(report)}: {data}"
+        tables.append(Table(title, bucket_labels(summaries), rows, "Difference"))
+    of_first = next(iter(summaries.values()))["categories"]
+    if of_first:
+        shown = [row for row in pairs if report["roles"]["baseline"] or len(pairs) <= _MOST_PAIRS]
+        columns = [*summaries, *(f"{row['model']} - {row['baseline']}" for row in shown)]
+        rows = []
+        for index, part in enumerate(of_first):
+            cells = [interval_cell(summary["categories"][index]["rouge_l"]) for summary in summaries.values()]
+            cells += [interval_cell(row["categories"][index]["rouge_l"], sign="+") for row in shown]
+            few = ", few rows" if part["n"] < FEW_ROWS else ""
+            rows.append(((f"{part['category'] or 'no category'} (n={part['n']}{few})",), cells))
+        tables.append(Table(f"Rouge-L by category: {data}", columns, rows, "Category"))
+    return tables
+
+
+def length_table(report: Mapping[str, Any], data: str, title: str, metric: str) -> Table:
     """A table in the form of the paper's Tables 4 (exact match) and 5 (Rouge-L), with the whole set first."""
     summaries = summaries_of(report, data)
     columns = [_intervals(title, {name: summary[metric] for name, summary in summaries.items()})]
@@ -77,11 +116,14 @@ def bucket_labels(summaries: Mapping[str, Any]) -> list[str]:
     labels = [Bucket(bucket["low"], bucket["high"]).label for bucket in buckets]
     # buckets by the answers' own lengths hold different rows for each model
     if all([b["n"] for b in summary["buckets"]] == [b["n"] for b in buckets] for summary in summaries.values()):
-        return [f"{label} (n={bucket['n']})" for label, bucket in zip(labels, buckets, strict=True)]
+        return [
+            f"{label} (n={bucket['n']}{', few rows' if 0 < bucket['n'] < FEW_ROWS else ''})"
+            for label, bucket in zip(labels, buckets, strict=True)
+        ]
     return labels
 
 
-def further_table(report: dict[str, Any], data: str) -> Table:
+def further_table(report: Mapping[str, Any], data: str) -> Table:
     """The other metrics; perplexity has columns only if a model was measured."""
     summaries = summaries_of(report, data)
 
@@ -115,7 +157,7 @@ def further_table(report: dict[str, Any], data: str) -> Table:
     return _table(f"Further metrics: {data}", columns, note)
 
 
-def difference_table(report: dict[str, Any], data: str) -> Table:
+def difference_table(report: Mapping[str, Any], data: str) -> Table:
     """Every model minus each one before it."""
     columns = ["Rouge-L", "p", "p (Holm)", "won / tied / lost", "resolvable", "Exact match", "p (Holm)"]
     rows: list[Row] = []
@@ -124,6 +166,30 @@ def difference_table(report: dict[str, Any], data: str) -> Table:
         cells = [*difference_cells(rouge), interval_cell(exact, sign="+"), Cell(p_value_text(exact["p_holm"]))]
         rows.append(((row["model"], row["baseline"]), cells))
     return Table(f"Differences, paired by row: {data}", columns, rows, "Difference", power_note(report, data))
+
+
+def difference_of(report: Mapping[str, Any], data: str, model: str, baseline: str | None) -> dict[str, Any] | None:
+    """The difference in Rouge-L of `model` minus `baseline`; None if they were not compared."""
+    for row in report["comparisons"][data]:
+        if (row["model"], row["baseline"]) == (model, baseline):
+            return dict(row["rouge_l"])
+        if (row["model"], row["baseline"]) == (baseline, model):
+            return turned(row["rouge_l"])
+    return None
+
+
+def turned(difference: Mapping[str, Any]) -> dict[str, Any]:
+    """The same comparison with the models exchanged."""
+
+    def negative(value: float | None) -> float | None:
+        return None if value is None else -value
+
+    return {
+        **difference,
+        **{key: negative(difference[other]) for key, other in (("mean", "mean"), ("low", "high"), ("high", "low"))},
+        "wins": difference["losses"],
+        "losses": difference["wins"],
+    }
 
 
 def difference_cells(difference: Mapping[str, Any]) -> list[Cell]:
@@ -137,7 +203,7 @@ def difference_cells(difference: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
-def teacher_table(report: dict[str, Any]) -> Table | None:
+def teacher_table(report: Mapping[str, Any]) -> Table | None:
     """The divergence of each model from the teacher of the cache; None if none was measured."""
     measured = {name: model["to_teacher"] for name, model in report["models"].items() if model.get("to_teacher")}
     if not measured:
@@ -156,12 +222,12 @@ def teacher_table(report: dict[str, Any]) -> Table | None:
     return Table("Divergence from the teacher of the cache", list(_TEACHER_COLUMNS), rows, note=note)
 
 
-def lost_text(report: dict[str, Any], data: str) -> str | None:
+def lost_text(report: Mapping[str, Any], data: str) -> str | None:
     """What Rouge loses of the references of a set; None if it loses little."""
     return LostText(**report["data"][data]["lost_text"]).message
 
 
-def power_note(report: dict[str, Any], data: str) -> str:
+def power_note(report: Mapping[str, Any], data: str) -> str:
     """Which differences the set can resolve, between its models or to another one."""
     about, significance = report["data"][data], report["significance"]
     chance = f"at the {significance['alpha']:.0%} level in {significance['power']:.0%} of repetitions"

@@ -7,7 +7,8 @@ from typing import Any
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.report.build import length_text
 from dpkd.evaluate.report.provenance import data_text, decoding_text, how_made
-from dpkd.evaluate.report.tables import Table, lost_text, power_note, set_tables, teacher_table
+from dpkd.evaluate.report.headline import cautions, headline, ranked_table
+from dpkd.evaluate.report.tables import Table, no_match_text, power_note, set_tables, teacher_table
 
 
 def report_markdown(report: dict[str, Any]) -> str:
@@ -15,9 +16,12 @@ def report_markdown(report: dict[str, Any]) -> str:
     parts = ["# Evaluation\n", f"{introduction(report)}\n"]
     for data in report["data"]:
         parts.append(f"## {data} ({data_text(report, data)})\n")
-        if lost := lost_text(report, data):
-            parts.append(f"**Rouge loses text here:** {lost}.\n")
-        parts += [_table(table) for table in set_tables(report, data)]
+        parts.append(f"**{headline(report, data)}**\n")
+        if found := cautions(report, data):
+            parts.append("".join(f"- {caution}\n" for caution in found))
+        parts += [_table(table) for table in (ranked_table(report, data), *set_tables(report, data))]
+        if none := no_match_text(report, data):
+            parts.append(f"{none}\n")
         if not report["comparisons"][data]:
             parts.append(f"{power_note(report, data)}\n")
     if (teacher := teacher_table(report)) is not None:

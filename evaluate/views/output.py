@@ -14,20 +14,26 @@ from dpkd.core.identity import differences, fingerprint
 from dpkd.core.outputs import output_exists
 from dpkd.core.settings import Settings
 from dpkd.evaluate.answers.scoring import ScoredSet, write_per_example
+from dpkd.evaluate.views.figures import write_figures
 from dpkd.evaluate.views.markdown import report_markdown
+from dpkd.evaluate.views.page.examples import Grades
 from dpkd.evaluate.views.page.page import html_page
-from dpkd.evaluate.views.plots import write_plots
 
 REPORT, ROWS, OPTIONS = "report.json", "per_example.parquet", "dpkd.toml"
 _ADVICE = "Choose another --out (--generations reuses the answers of this one); nothing was overwritten"
 
 
-def write_all(out: Path, report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> Path:
-    """Write the report in every form; returns the path of `report.json`, which comes last and marks the end."""
+def write_all(
+    out: Path, report: dict[str, Any], scored_sets: Sequence[ScoredSet], grades: Grades | None = None
+) -> Path:
+    """Write the report in every form; returns the path of `report.json`, which comes last and marks the end.
+
+    `grades` are those of a judge, for the page.
+    """
     write_per_example(out / ROWS, scored_sets)
     write_text(out / "report.md", report_markdown(report))
-    write_text(out / "report.html", html_page(report, scored_sets))
-    write_plots(report, scored_sets, out)
+    write_text(out / "report.html", html_page(report, scored_sets, grades))
+    write_figures(report, scored_sets, out)
     write_json(out / REPORT, report)
     return out / REPORT
 

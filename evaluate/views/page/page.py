@@ -1,51 +1,50 @@
-"""The report as one self-contained page: tables, charts and a browser of examples; it loads nothing from anywhere.
+"""The report as one self-contained page: the message, what it rests on, and the examples; it loads nothing.
 
-The template escapes every text of a person or a model. The page's script gets the examples as JSON without `<` and
-shows them as text. If a text became markup all the same, the page's content security policy would not run it.
+The template escapes every text of a person or a model. The page's script gets the examples compressed and shows them as
+text. If a text became markup all the same, the page's content security policy would not run it.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from dpkd.evaluate.answers.scoring import ScoredSet
-from dpkd.evaluate.metrics.buckets import buckets_of
-from dpkd.evaluate.report.build import length_text, summaries_of
-from dpkd.evaluate.report.curves import LOGS, METRICS, thinning_text
+from dpkd.evaluate.report.curves import thinning_text
+from dpkd.evaluate.report.headline import cautions, headline, ranked
 from dpkd.evaluate.report.provenance import data_text, how_made
 from dpkd.evaluate.report.tables import (
     BEST_MARK,
-    bucket_labels,
+    Cell,
     difference_table,
     further_table,
+    interval_cell,
     length_table,
-    lost_text,
+    no_match_text,
+    number_text,
     power_note,
+    slice_tables,
     teacher_table,
 )
+from dpkd.evaluate.views.charts import NUM_COLOURS, interval_bar, shortened
+from dpkd.evaluate.views.figures import by_length, colours_of, curves, lengths
 from dpkd.evaluate.views.markdown import introduction
-from dpkd.evaluate.views.page.svg import NUM_COLOURS, Line, grouped_bars, length_boxes, line_chart
-
-#: rows of a set that the browser of examples shows; per_example.parquet has all
-MAX_ROWS = 2000
+from dpkd.evaluate.views.page.examples import Grades, packed_examples
 
 _FOLDER = Path(__file__).parent
+_STYLES = ("charts.css", "style.css")
+_HEADER_CHARACTERS = 14  # of a name in the header of a narrow column
 
 
-class _Figure(NamedTuple):
-    title: str
-    svg: str
-    legend: list[tuple[str, int]] | None = None  # names with the number of their colour
-
-
-def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> str:
-    """The whole page as text."""
+def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet], grades: Grades | None = None) -> str:
+    """The whole page as text; `grades` are shown beside the answers."""
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -53,11 +52,10 @@ def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    sets = {data: [scored for scored in scored_sets if scored.eval_set.name == data] for data in report["data"]}
-    # a model has one colour on the whole page, and so has the run of its name
-    names = dict.fromkeys([*report["models"], *report["runs"]])
-    colours = {name: index % NUM_COLOURS for index, name in enumerate(names)}
+    environment.filters["names"] = _with_names
+    style = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in _STYLES)
+    script = (_FOLDER / "script.js").read_text(encoding="utf-8")
+    colours = {name: index % NUM_COLOURS for name, index in colours_of(report).items()}
     return environment.get_template("page.html.j2").render(
         title=f"Evaluation: {', '.join(report['models'])} on {', '.join(report['data'])}",
         policy=f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
@@ -66,13 +64,13 @@ def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet]) -> str:
         script=script,
         introduction=introduction(report),
         best_mark=BEST_MARK,
-        sections=[_section(report, data, found, colours) for data, found in sets.items()],
+        sections=[_section(report, data, scored_sets, colours) for data in report["data"]],
         teacher=teacher_table(report),
-        curves=list(_curves(report, colours)),
+        curves=curves(report),
         runs=[(name, colours[name]) for name in report["runs"]],
         thinning=thinning_text(report["runs"]),
         how_made=how_made(report),
-        examples={"sets": [_examples(data, found) for data, found in sets.items()]},
+        examples=packed_examples(report, scored_sets, colours, grades or {}),
     )
 
 
@@ -81,81 +79,61 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _with_names(text: str) -> Markup:
+    """`text` as HTML, the names in backticks as code; no line breaks inside Rouge-L."""
+    parts = [escape(part).replace("Rouge-L", "Rouge\u2011L") for part in text.split("`")]
+    return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))  # noqa: S704
+
+
 def _section(
     report: dict[str, Any], data: str, scored_sets: Sequence[ScoredSet], colours: dict[str, int]
 ) -> dict[str, Any]:
-    summaries = summaries_of(report, data)
-    legend = [(name, colours[name]) for name in summaries]
-    scores = []
-    for title, metric in (("Rouge-L", "rouge_l"), ("Exact match", "exact_match")):
-        series = [
-            (name, colours[name], [bucket[metric] for bucket in summary["buckets"]])
-            for name, summary in summaries.items()
-        ]
-        labels = (length_text(report), f"{title} (0 to 100)")
-        bars = grouped_bars(bucket_labels(summaries), series, f"{title} by length, {data}", labels)
-        figure = _Figure(f"{title} by length, with 95% intervals: {data}", bars, legend)
-        scores.append((length_table(report, data, title, metric), figure))
-    lengths: list[tuple[str, Sequence[float], int | None]] = [
-        (scored.model, scored.scores["num_words"].ravel().tolist(), colours[scored.model]) for scored in scored_sets
-    ]
-    gold = [float(len(example.references[0].split())) for example in scored_sets[0].eval_set.examples]
-    boxes = length_boxes([("gold response", gold, None), *lengths], f"Words of the answers, {data}", "words")
+    """What the template shows of one set."""
+    none = no_match_text(report, data)
     return {
         "name": data,
-        "rows": f"{data_text(report, data)}.",
-        "lost_text": lost_text(report, data),
-        "has_best": len(summaries) > 1,
-        "scores": scores,
+        "rows": data_text(report, data),
+        "headline": headline(report, data),
+        "cautions": cautions(report, data),
+        "ranked": _ranked(report, data, colours),
+        "plot": by_length(report, data),
+        "by_length": length_table(report, data, "Rouge-L", "rouge_l"),
+        "no_match": none,
+        "exact": None if none else length_table(report, data, "Exact match", "exact_match"),
+        "exact_plot": None if none else by_length(report, data, "exact_match", "Exact match"),
         "further": further_table(report, data),
-        "lengths": _Figure(f"Words of the answers (90%, the middle half, the median): {data}", boxes),
+        "lengths": lengths(report, data, scored_sets),
         "differences": difference_table(report, data) if report["comparisons"][data] else None,
+        "slices": slice_tables(report, data),
         "power": power_note(report, data),
     }
 
 
-def _curves(report: dict[str, Any], colours: dict[str, int]) -> Iterable[_Figure]:
-    for metric, title in METRICS.items():
-        lines = [
-            Line(f"{name}, {kind}", colours[name], kind == "validation", curve["steps"], curve["values"])
-            for name, run in report["runs"].items()
-            for kind in LOGS
-            if (curve := run[kind].get(metric))
-        ]
-        if lines:
-            yield _Figure(f"{title} by step", line_chart(lines, f"{title} by step", ("step", title)))
-
-
-def _examples(data: str, scored_sets: Sequence[ScoredSet]) -> dict[str, Any]:
-    """The rows of one set with every model's answer of its first seed, as the page's script reads them."""
-    eval_set = scored_sets[0].eval_set
-    buckets = [bucket.label for bucket in buckets_of(eval_set.edges)]
-    num_shown = min(len(eval_set.examples), MAX_ROWS)
+def _ranked(report: dict[str, Any], data: str, colours: dict[str, int]) -> dict[str, Any]:
+    """The ranked table: for each model its name, role, colour, bar and cells; columns that say nothing are left out."""
+    rows, roles = ranked(report, data), report["roles"]
+    top = max(row.score["high"] or row.score["mean"] for row in rows)
+    columns = {
+        f"over {shortened(roles['baseline'] or '', _HEADER_CHARACTERS)}": [
+            interval_cell(row.difference, sign="+") if row.difference else Cell("") for row in rows
+        ],
+        f"of {shortened(roles['teacher'] or '', _HEADER_CHARACTERS)}": [
+            Cell("" if row.share is None else f"{number_text(row.share, 0, 100)}%") for row in rows
+        ],
+        "size": [Cell(row.size) for row in rows],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cell.value for cell in cells)}
     return {
-        "name": data if num_shown == len(eval_set.examples) else f"{data} (first {num_shown} rows)",
-        "models": [scored.model for scored in scored_sets],
-        "buckets": buckets,
+        "columns": list(columns),
         "rows": [
             {
-                "id": example.example_id,
-                "category": example.category,
-                "question": eval_set.question(row),
-                "prompt": eval_set.prompt_text(scored_sets[0].model, row),
-                "references": list(example.references),
-                "answers": [_answer(scored, row, buckets[scored.bucket_SN[0, row]]) for scored in scored_sets],
+                "name": row.name,
+                "role": row.role,
+                "colour": colours[row.name],
+                "score": interval_cell(row.score),
+                "bar": interval_bar(row.score, top, colours[row.name]),
+                "cells": [cells[index] for cells in columns.values()],
             }
-            for row, example in enumerate(eval_set.examples[:num_shown])
+            for index, row in enumerate(rows)
         ],
-    }
-
-
-def _answer(scored: ScoredSet, row: int, bucket: str) -> dict[str, Any]:
-    answer = scored.answers_SN[0][row]
-    return {
-        "text": answer.response,
-        "rouge_l": round(float(scored.scores["rouge_l"][0, row]), 2),
-        "exact_match": float(scored.scores["exact_match"][0, row]),
-        "num_words": int(scored.scores["num_words"][0, row]),
-        "bucket": bucket,
-        "unfinished": answer.finish_reason == "length",
     }
