@@ -55,13 +55,13 @@ class Table:
 
 
 def set_tables(report: Mapping[str, Any], data: str) -> list[Table]:
-    """Every table of a set: Rouge-L by length, exact match if there is any, further metrics, differences, slices."""
+    """The main tables of a set: Rouge-L by length, exact match if there is any, further metrics, differences."""
     tables = [length_table(report, data, "Rouge-L", "rouge_l")]
     if no_match_text(report, data) is None:
         tables.append(length_table(report, data, "Exact match", "exact_match"))
     tables.append(further_table(report, data))
     if report["comparisons"][data]:
-        tables += [difference_table(report, data), *slice_tables(report, data)]
+        tables.append(difference_table(report, data))
     return tables
 
 
@@ -159,11 +159,13 @@ def further_table(report: Mapping[str, Any], data: str) -> Table:
 
 def difference_table(report: Mapping[str, Any], data: str) -> Table:
     """Every model minus each one before it."""
-    columns = ["Rouge-L", "p", "p (Holm)", "won / tied / lost", "resolvable", "Exact match", "p (Holm)"]
+    columns = ["Rouge-L", "p", "p (Holm)", "won / tied / lost", "resolvable"]
+    has_matches = no_match_text(report, data) is None
+    columns += ["Exact match", "p (Holm)"] if has_matches else []
     rows: list[Row] = []
     for row in report["comparisons"][data]:
-        rouge, exact = row["rouge_l"], row["exact_match"]
-        cells = [*difference_cells(rouge), interval_cell(exact, sign="+"), Cell(p_value_text(exact["p_holm"]))]
+        cells, exact = difference_cells(row["rouge_l"]), row["exact_match"]
+        cells += [interval_cell(exact, sign="+"), Cell(p_value_text(exact["p_holm"]))] if has_matches else []
         rows.append(((row["model"], row["baseline"]), cells))
     return Table(f"Differences, paired by row: {data}", columns, rows, "Difference", power_note(report, data))
 

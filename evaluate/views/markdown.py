@@ -6,9 +6,9 @@ from typing import Any
 
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.report.build import length_text
-from dpkd.evaluate.report.provenance import data_text, decoding_text, how_made
 from dpkd.evaluate.report.headline import cautions, headline, ranked_table
-from dpkd.evaluate.report.tables import Table, no_match_text, power_note, set_tables, teacher_table
+from dpkd.evaluate.report.provenance import data_text, decoding_text, how_made
+from dpkd.evaluate.report.tables import Table, no_match_text, power_note, set_tables, slice_tables, teacher_table
 
 
 def report_markdown(report: dict[str, Any]) -> str:
@@ -20,6 +20,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         if found := cautions(report, data):
             parts.append("".join(f"- {caution}\n" for caution in found))
         parts += [_table(table) for table in (ranked_table(report, data), *set_tables(report, data))]
+        parts += [_table(table) for table in slice_tables(report, data)]
         if none := no_match_text(report, data):
             parts.append(f"{none}\n")
         if not report["comparisons"][data]:

@@ -65,13 +65,13 @@ def _draw(console: Console, table: Table) -> None:
     widest = max(16, int(console.width * _NAME_SHARE))
     names = [_name(names, widest) for names, _ in table.rows]
     first = max(len(part) for text in (table.first_column, *names) for part in text.split("\n"))
-    columns = [shortened(column, widest) for column in table.columns]
+    columns = [shortened(column, widest).replace(" (", "\n(") for column in table.columns]
     room, start = console.width - first - _PADDING, 0
     while start < len(columns):
         end, left = start, room
         while end < len(columns):
             cells = [_lines(cells[end]) for _, cells in table.rows]
-            needed = max(len(line) for lines in (*cells, [columns[end]]) for line in lines) + _PADDING
+            needed = max(len(line) for lines in (*cells, columns[end].split("\n")) for line in lines) + _PADDING
             if needed > left and end > start:
                 break
             left, end = left - needed, end + 1

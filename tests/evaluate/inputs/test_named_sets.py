@@ -130,7 +130,7 @@ def test_other_scripts_are_reported_and_scored_with_another_tokenizer(
     report = json.loads(evaluate(config).read_text())
     assert report["models"]["p"]["data"]["d"]["rouge_l"]["mean"] == 0.0
     assert "data d: of 1 rows, 1 have no reference with a letter a-z" in capsys.readouterr().err
-    assert "**Rouge loses text here:** of 1 rows, 1 have" in (config.out / "report.md").read_text()
+    assert "- Rouge loses text here: of 1 rows, 1 have" in (config.out / "report.md").read_text()
     config = make_config(**options, rouge_tokenizer="character", out=tmp_path / "other")
     report = json.loads(evaluate(config).read_text())
     assert report["models"]["p"]["data"]["d"]["rouge_l"]["mean"] == 100.0

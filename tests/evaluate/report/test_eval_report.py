@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.metrics.scores import Scores
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.build import build_report, compare
+from dpkd.evaluate.views.figures import write_figures
 from dpkd.evaluate.views.markdown import report_markdown
-from dpkd.evaluate.views.plots import write_plots
 from dpkd.teacher_cache.engines.engine import FinishReason
 
 _WORDS = (29, 30, 69, 5)  # two rows in [0,30), two in [30,70), none in [70,inf)
@@ -143,10 +142,13 @@ def test_markdown_by_value(report: dict[str, Any]) -> None:
     assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
     assert "## dolly (4 rows, 1 left out)" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[0] == "| Model | Rouge-L | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
+    assert lines[:3] == ["| Model | Rouge-L |", "| :--- | ---: |", "| `b` | 50.00 [50.00, 50.00] |"]  # the best first
+    assert lines[3].startswith("| `a` | 35.00 [")
+    lines = lines[4:]
+    assert lines[0] == "| Model | Rouge-L | [0,30) (n=2, few rows) | [30,70) (n=2, few rows) | [70,inf) (n=0) |"
     assert lines[3] == "| `b` | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | 50.00 [50.00, 50.00] | - |"
     assert lines[2].startswith("| `a` | 35.00 [")
-    assert lines[4] == "| Model | Exact match | [0,30) (n=2) | [30,70) (n=2) | [70,inf) (n=0) |"
+    assert lines[4] == "| Model | Exact match | [0,30) (n=2, few rows) | [30,70) (n=2, few rows) | [70,inf) (n=0) |"
     assert lines[7] == "| `b` | 0.00 [0.00, 48.99] | 0.00 [0.00, 65.76] | 0.00 [0.00, 65.76] | - |"
     assert lines[8].split(" | ")[3:] == [
         "Words",
@@ -212,7 +214,7 @@ def test_perplexity_has_a_column_where_a_model_has_one(report: dict[str, Any]) -
     assert "Perplexity" not in report_markdown(report)
     report["models"]["a"]["data"]["dolly"]["perplexity"] = {"mean": 8.0, "low": 7.0, "high": 9.5}
     report["models"]["b"]["data"]["dolly"]["perplexity"] = None
-    header, _, a, b = [line for line in report_markdown(report).splitlines() if line.startswith("|")][8:12]
+    header, _, a, b = [line for line in report_markdown(report).splitlines() if line.startswith("|")][12:16]
     place = header.split(" | ").index("Perplexity")
     assert a.split(" | ")[place] == "8.00 [7.00, 9.50]"
     assert b.split(" | ")[place] == "-"
@@ -233,6 +235,7 @@ def test_per_example_holds_a_row_for_every_answer(scored_sets: list[ScoredSet], 
         "bucket": "[30,70)",
         "question": "say 1",
         "prompt": "say 1",
+        "messages": [{"role": "user", "content": "say 1"}],
         "references": [" ".join(["w"] * 30)],
         "response": "text",
         "rouge_l": 40.0,
@@ -264,58 +267,47 @@ def test_answers_are_scored_against_their_own_row_and_best_reference(config: Eva
     assert by_own_length.bucket_SN.tolist() == [[1, 1], [1, 1]]
 
 
-def _png_size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
-
-
 def _svg_texts(path: Path) -> list[str]:
     root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
     return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_plots_are_png_and_svg_and_say_what_they_are_of(
-    report: dict[str, Any], scored_sets: list[ScoredSet], tmp_path: Path
-) -> None:
-    report["models"]["a"]["directory"] = "runs/$a$_{x}"  # no formula
-    write_plots(report, scored_sets, tmp_path)
-    names = ("exact_match_by_bucket", "response_lengths", "rouge_by_bucket")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{name}.{kind}" for name in names for kind in ("png", "svg")
-    ]
-    width, height = _png_size(tmp_path / "rouge_by_bucket.png")
-    assert width == 1200
-    assert 500 <= height <= 900
+def test_charts_say_what_they_are_of(report: dict[str, Any], scored_sets: list[ScoredSet], tmp_path: Path) -> None:
+    report["models"]["a"]["directory"] = "runs/<a>"
+    write_figures(report, scored_sets, tmp_path)
+    names = ("answer_lengths", "exact_match_by_length", "rouge_by_length")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.svg" for name in names]
     fingerprint = report["models"]["a"]["fingerprint"]
     for name in names:
         text = " ".join(_svg_texts(tmp_path / f"{name}.svg"))
-        assert "dolly: 4 rows" in text
-        assert "Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256 tokens." in text
-        assert f"a = runs/$a$_{{x}} ({fingerprint[:12]})" in text
+        assert "Data: dolly 4 rows. Answers: template alpaca, temperature 1, top-p 1, seeds 10, 20, at most 256" in text
+        assert f"a = runs/<a> ({fingerprint[:12]})" in text
         assert "rouge-score 0.1.2" in text
         assert "dpkd eval --model a=x --model b=y --data dolly=z" in text
 
 
-def test_plots_have_a_panel_for_each_data_set(
+def test_a_file_has_a_chart_for_each_data_set(
     report: dict[str, Any], scored_sets: list[ScoredSet], eval_set: EvalSet, tmp_path: Path
 ) -> None:
-    write_plots(report, scored_sets, tmp_path / "one")
     report["data"]["other"] = report["data"]["dolly"]
+    report["comparisons"]["other"] = report["comparisons"]["dolly"]
     for model in report["models"].values():
         model["data"]["other"] = model["data"]["dolly"]
     other = dataclasses.replace(eval_set, name="other")
     more = [dataclasses.replace(scored, eval_set=other) for scored in scored_sets]
-    write_plots(report, [*scored_sets, *more], tmp_path / "two")
-    for name in ("rouge_by_bucket.png", "response_lengths.png"):
-        assert _png_size(tmp_path / "two" / name)[1] > _png_size(tmp_path / "one" / name)[1] + 300
+    write_figures(report, [*scored_sets, *more], tmp_path)
+    for name in ("rouge_by_length", "answer_lengths"):
+        titles = [text.rpartition(". ")[2] for text in _svg_texts(tmp_path / f"{name}.svg")]
+        assert {"dolly", "other"} < set(titles)
 
 
-def test_without_matplotlib_nothing_starts(
-    make_config: Callable[..., EvalConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_evaluation_needs_no_matplotlib(
+    make_config: Callable[..., EvalConfig],
+    write_rows: Callable[..., Path],
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what the import system does for a blocked module
-    with pytest.raises(UserError, match=r"plots need matplotlib, which is not installed.*pip install 'dpkd\[report\]"):
-        evaluate(make_config(model="m=missing", data="d=missing.jsonl"))
-    assert list(tmp_path.iterdir()) == []
+    given = write_rows([{"prediction": "word"}] * 6, "p.jsonl")
+    path = evaluate(make_config(predictions=f"p={given}", data=f"d={write_rows(rows, 'd.jsonl')}"))
+    assert (path.parent / "rouge_by_length.svg").is_file()

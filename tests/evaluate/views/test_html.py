@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.toys import ROOT
 
+from dpkd.core.prompts.examples import Example
+from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.evaluation import evaluate
+from dpkd.evaluate.inputs.eval_sets import EvalSet
+from dpkd.evaluate.metrics.rouge import tokenize
 from dpkd.evaluate.options.eval import EvalConfig
-from dpkd.evaluate.views.page.svg import NUM_COLOURS, Line, _round_up, _ticks, grouped_bars, length_boxes, line_chart
+from dpkd.evaluate.views.charts import NUM_COLOURS
+from dpkd.evaluate.views.page import examples
 
-_STYLE = (ROOT / "evaluate/views/page/style.css").read_text(encoding="utf-8")
+_STYLES = [(ROOT / f"evaluate/views/page/{name}.css").read_text(encoding="utf-8") for name in ("charts", "style")]
 _EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u00e9"
 
 
@@ -50,6 +60,11 @@ class _Page(HTMLParser):
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.elements)
+
+    def unpacked(self) -> Any:
+        """What the page's script reads."""
+        (packed,) = [text for tag, text in self.texts if tag == "script" and "use strict" not in text]
+        return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +101,21 @@ def test_no_text_of_a_model_becomes_an_element(page: _Page) -> None:
     assert page.count("script") == 2
     assert page.count("img") == 0
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
-    (content,) = [text for tag, text in page.texts if tag == "script" and text.startswith("{")]
-    (browsed,) = json.loads(content)["sets"]
-    assert browsed["models"] == ["evil", "gold"]
-    first = browsed["rows"][0]
-    assert first["prompt"] == first["id"] == first["answers"][0]["text"] == _EVIL
-    assert browsed["rows"][1]["references"][1] == _EVIL
-    assert browsed["rows"][1]["answers"][1] | {"text": ""} == {
-        "text": "", "rouge_l": 100.0, "exact_match": 100.0, "num_words": 30, "bucket": "[30,70)", "unfinished": False,
-    }  # fmt: skip
+    (shown,) = page.unpacked()["sets"]
+    assert shown["models"] == ["evil", "gold"]
+    first = shown["rows"][0]
+    assert first["messages"] == [["user", _EVIL]]
+    assert first["id"] == first["answers"][0][0][0] == _EVIL
+    assert shown["rows"][1]["references"][1] == _EVIL
+    # text, Rouge-L, exact match, words, bucket, cut off
+    assert shown["rows"][1]["answers"][1][0][1:] == [100.0, 1, 30, 1, 0]
+
+
+def test_stems_are_those_of_the_library() -> None:
+    words = {"running": "run", "cats": "cat", "the": "the", "flies": "fli"}
+    rows = [{"references": ["Running CATS"], "answers": [[["the flies"]]]}]
+    assert examples._stems(rows) == {word: stem for word, stem in sorted(words.items()) if word != stem}
+    assert [tokenize(word, "default") for word in words] == [(stem,) for stem in words.values()]
 
 
 def test_the_script_writes_texts_as_text_alone(page: _Page) -> None:
@@ -105,9 +126,7 @@ def test_the_script_writes_texts_as_text_alone(page: _Page) -> None:
 
 def test_the_page_loads_nothing(page: _Page) -> None:
     assert not [attrs for _, attrs in page.elements if {"src", "srcset", "action"} & set(attrs)]
-    links = [attrs["href"] or "" for _, attrs in page.elements if "href" in attrs]
-    assert links
-    assert {link.removeprefix("#") for link in links} <= {attrs.get("id") for _, attrs in page.elements}
+    assert not [attrs for _, attrs in page.elements if "href" in attrs]
     style = "".join(text for tag, text in page.texts if tag == "style")
     assert "url(" not in style
     assert "@import" not in style
@@ -127,6 +146,8 @@ def test_the_page_loads_nothing(page: _Page) -> None:
 def test_every_id_that_the_script_asks_for_is_there_once_and_labelled(page: _Page) -> None:
     (script,) = [text for tag, text in page.texts if tag == "script" and "use strict" in text]
     wanted = set(re.findall(r"find\('(\w+)'\)", script)) | {"examples"}
+    (controls,) = re.findall(r"CONTROLS = \[(.*?)\]", script)
+    wanted |= set(re.findall(r"\w+", controls))
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert wanted <= set(ids)
     assert len(ids) == len(set(ids))
@@ -134,7 +155,6 @@ def test_every_id_that_the_script_asks_for_is_there_once_and_labelled(page: _Pag
 
 
 def test_tables_and_charts_have_text_alternatives(page: _Page) -> None:
-    assert page.count("caption") == page.count("table") == 4
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.elements if tag == "th")
     charts = [attrs for tag, attrs in page.elements if tag == "svg" and "aria-hidden" not in attrs]
     assert len(charts) == 3
@@ -142,12 +162,26 @@ def test_tables_and_charts_have_text_alternatives(page: _Page) -> None:
     # what scrolls can be reached by keyboard, and says what it is
     scrolling = [attrs for _, attrs in page.elements if attrs.get("class") == "scroll"]
     assert all(attrs.get("tabindex") == "0" and attrs.get("aria-label") for attrs in scrolling)
+    assert len({attrs["aria-label"] for attrs in scrolling}) == len(scrolling)
+
+
+def test_everything_but_the_message_is_in_sections_that_open(page: _Page) -> None:
+    titles = [text.strip() for tag, text in page.texts if tag == "summary" and text.strip()]
+    assert titles == [
+        "Rouge-L by length",
+        "Rouge-L by category",
+        "Paired differences",
+        "Exact match",
+        "Other scores",
+        "How this was made",
+    ]
+    assert page.count("table") == 7
 
 
 def test_the_page_says_how_it_was_made(page: _Page) -> None:
     terms = [text for tag, text in page.texts if tag == "dt"]
     texts = [text for tag, text in page.texts if tag == "code"]
-    made = dict(zip(terms, texts, strict=True))
+    made = dict(zip(terms, texts[-len(terms) :], strict=True))  # after the names in the headline
     assert made["Command"].startswith("dpkd eval --predictions evil=")
     assert "6 rows (sha256 " in made["Data d"]
     assert re.search(r"p\.jsonl \([0-9a-f]{12}\)", made["Predictions evil"])
@@ -172,73 +206,55 @@ def test_contrast_by_the_examples_of_the_standard() -> None:
     assert _contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
 
 
+def _colours(mode: int) -> dict[str, str]:
+    halves = [style.split("@media (prefers-color-scheme: dark)") for style in _STYLES]
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", "".join(half[mode] for half in halves)))
+
+
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_colours_keep_the_contrast_of_wcag_aa(mode: int) -> None:
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", _STYLE.split("@media (prefers-color-scheme: dark)")[mode]))
-    assert len(colours) == 15
-    for text in ("text", "soft", "mark"):
+    colours = _colours(mode)
+    assert len(colours) == 19
+    for text in ("text", "soft", "mark", "warn"):
         for behind in ("back", "card"):
             assert _contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
-    for part in ("line", "warn", *(f"s{number}" for number in range(NUM_COLOURS))):
+    assert _contrast(colours["text"], colours["same"]) >= 4.5  # a marked word
+    for part in ("line", *(f"s{number}" for number in range(NUM_COLOURS))):
         assert _contrast(colours[part], colours["back"]) >= 3, part
 
 
-def test_the_best_model_is_marked(page: _Page) -> None:
-    best = [attrs for tag, attrs in page.elements if tag == "td" and attrs.get("class") == "best"]
-    assert len(best) >= 2
-    assert page.count("figure") == 3
-    assert any("evil" in text or "gold" in text for tag, text in page.texts if tag == "title")
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_ten_models_have_ten_colours(mode: int) -> None:
+    colours = _colours(mode)
+    places = [_lab(colours[f"s{number}"]) for number in range(10)]
+    nearest = min(math.dist(a, b) for a, b in combinations(places, 2))
+    assert nearest > 20  # a difference of 2 can just be seen side by side
 
 
-def test_bars_are_drawn_at_their_values() -> None:
-    intervals = [{"mean": 50.0, "low": 40.0, "high": 100.0}, {"mean": None, "low": None, "high": None}]
-    svg = grouped_bars(["[0,3)", "<b>"], [("m", 4, intervals)], "title & more", ("words", "<i>"))
-    (bar,) = re.findall(r'<rect class="s4" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)
-    # the axis runs from y = 244 (0) to y = 14 (100)
-    assert [float(value) for value in bar] == [129.0, 115.0]
-    assert "&lt;b&gt;" in svg
-    assert "<b>" not in svg
-    assert 'role="img" aria-label="title &amp; more"' in svg
-    assert ">words</text>" in svg
-    assert ">&lt;i&gt;</text>" in svg
-    assert "m, [0,3): 50.00 [40.00, 100.00]" in svg
+def _lab(colour: str) -> tuple[float, float, float]:
+    """CIE L*a*b* of an sRGB colour (D65)."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    xyz = (
+        (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505,
+        0.2126 * red + 0.7152 * green + 0.0722 * blue,
+        (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089,
+    )
+    x, y, z = (part ** (1 / 3) if part > 0.008856 else 7.787 * part + 16 / 116 for part in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-def test_boxes_say_their_quantiles() -> None:
-    svg = length_boxes([("<m>", list(range(101)), 1), ("gold", [0.0], None)], "t")
-    assert "&lt;m&gt;: median 50, half between 25 and 75, 90% between 5 and 95 words" in svg
-    assert 'class="s1"' in svg
-
-
-def test_curves_are_drawn_at_their_values() -> None:
-    lines = [Line("a <run>", 2, False, [0, 50, 100], [0.0, 1.0, 4.0]), Line("v", 2, True, [100], [2.0])]
-    svg = line_chart(lines, "loss by step", ("step", "loss"))
-    # x runs from 58 (0) to 546 (100), y from 244 (0) to 14 (4)
-    assert 'class="curve c2" d="M58.0 244.0L302.0 186.5L546.0 14.0"' in svg
-    assert '<circle class="s2" cx="546.0" cy="129.0" r="3"/>' in svg
-    assert svg.count("<circle") == 1
-    assert "a &lt;run&gt;: last 4" in svg
-
-
-def test_a_curve_without_a_rise_is_drawn() -> None:
-    assert "NaN" not in line_chart([Line("flat", 0, False, [1, 2], [0.0, 0.0])], "t", ("x", "y"))
-
-
-@pytest.mark.parametrize(
-    ("span", "ticks"),
-    [
-        ((0, 4), [0, 1, 2, 3, 4]),
-        ((-0.6, 2.5), [-1, 0, 1, 2, 3]),
-        ((20.1, 26), [20, 22, 24, 26]),
-        ((3, 3.1), [3, 3.05, 3.1]),
-    ],
-)
-def test_ticks_are_round_and_enclose(span: tuple[float, float], ticks: list[float]) -> None:
-    assert _ticks(*span) == pytest.approx(ticks)
-
-
-@pytest.mark.parametrize(
-    ("value", "top"), [(1.0, 1.0), (1.1, 2.0), (37.0, 40.0), (41.0, 50.0), (81.0, 100.0), (0.3, 0.4)]
-)
-def test_axes_end_at_round_values(value: float, top: float) -> None:
-    assert _round_up(value) == pytest.approx(top)
+def test_rows_and_seeds_are_left_out_when_they_do_not_fit(page: _Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert page.unpacked()["sets"][0]["note"] == ""
+    answers = [[Answer(f"r{n}", "x" * 10, [], None) for n in range(4)] for _ in range(3)]
+    eval_set = EvalSet("d", {}, [Example(f"r{n}", n + 1, ("y",), prompt="p") for n in range(4)], {}, [])
+    scored = ScoredSet("m", eval_set, (1, 2, 3), answers, {}, np.zeros((3, 4), dtype=int))
+    for budget, shown, note in (
+        (1000, (4, 3), ""),
+        (90, (4, 2), "Here are 2 of 3 seeds; per_example.parquet has all."),
+        (25, (2, 1), "Here are the first 2 of 4 rows and 1 of 3 seeds; per_example.parquet has all."),
+        (5, (1, 1), "Here are the first 1 of 4 rows and 1 of 3 seeds; per_example.parquet has all."),
+    ):
+        monkeypatch.setattr(examples, "MAX_CHARACTERS", budget)
+        assert examples._shown([scored]) == shown
+        assert examples._note([scored], *shown) == note

@@ -50,14 +50,9 @@ def _drawn(report: dict[str, Any], width: int) -> list[str]:
 def test_tables_are_drawn_with_intervals_and_the_best_marked(report_path: Path) -> None:
     lines = _drawn(json.loads(report_path.read_text()), 120)
     start = next(place for place, line in enumerate(lines) if line.startswith("Exact match, overall and by length"))
-    header, half, ends, good = (lines[start + place] for place in (2, 4, 5, 6))
-    assert re.split(r"\s{2,}", header.strip()) == [
-        "Model",
-        "Exact match",
-        "[0,30) (n=2)",
-        "[30,70) (n=2)",
-        "[70,inf) (n=2)",
-    ]
+    header, below, half, ends, good = (lines[start + place] for place in (2, 3, 5, 6, 7))
+    assert re.split(r"\s{2,}", header.strip()) == ["Model", "Exact match", "[0,30)", "[30,70)", "[70,inf)"]
+    assert re.split(r"\s{2,}", below.strip()) == ["(n=2, few rows)"] * 3
     assert re.split(r"\s{2,}", half.strip()) == ["half", "50.00", "50.00", "50.00", "50.00"]
     assert len(re.findall(r"\[\d+\.\d\d, \d+\.\d\d\]", ends)) == 4
     assert re.split(r"\s{2,}", good.strip()) == ["good", *["100.00 \u2605"] * 4]
@@ -68,18 +63,25 @@ def test_tables_are_drawn_with_intervals_and_the_best_marked(report_path: Path) 
 @pytest.mark.parametrize("width", [60, 80])
 def test_tables_fit_a_narrow_terminal(report_path: Path, width: int) -> None:
     report = json.loads(report_path.read_text())
-    report["models"]["[bold]a-model-of-a-name-that-is-longer-than-many[/bold]"] = report["models"].pop("half")
-    report["comparisons"]["d"] = []
+    name = "[bold]a-model-of-a-name-that-is-longer-than-many[/bold]"
+    report["models"] = {name if key == "half" else key: model for key, model in report["models"].items()}
+    report["comparisons"]["d"][0]["baseline"] = name
+    report["roles"]["baseline"] = name
     lines = _drawn(report, width)
     assert max(map(len, lines)) <= width
-    text = "".join(re.split(r"\s+", " ".join(lines)))
-    assert "[bo" in text  # a name is not markup
+    tables = [line for line in lines if re.match(r" (half|good|\[bold|- )", line)]
+    assert any("[bold]" in line and "\u2026" in line for line in tables)  # cut in the middle, and no markup
+    assert not [line for line in tables if re.search(r"\[[+-]?[\d.]+,?\s*$", line)]  # no interval is broken
+    assert sum(line.count("100.00") for line in tables) >= 4
 
 
 def test_a_real_terminal_gets_tables_and_a_pipe_gets_markdown(report_path: Path) -> None:
     command = [sys.executable, "-c", _PRINT, str(report_path)]
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert piped == (report_path.parent / "report.md").read_text() + "\n"
+    headline = (
+        "good has the highest Rouge-L, 100.00; +50.00 [-7.48, +107.48] over half, which may be chance (p = 0.250)."
+    )
+    assert piped == (report_path.parent / "report.md").read_text() + f"\n{headline}\n"
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
     environment.pop("NO_COLOR", None)
@@ -98,4 +100,5 @@ def test_a_real_terminal_gets_tables_and_a_pipe_gets_markdown(report_path: Path)
     text = shown.decode()
     assert "| ---" not in text
     assert re.search(r"\x1b\[1;36m *100\.00 \u2605", text)  # the best in bold colour
-    assert "[70,inf) (n=2)" in text
+    assert "(n=2, few rows)" in text
+    assert " ".join(text.split()).endswith("which may be chance (p = 0.250).\x1b[0m")  # it closes the output
