@@ -170,13 +170,21 @@ def difference_table(report: Mapping[str, Any], data: str) -> Table:
     return Table(f"Differences, paired by row: {data}", columns, rows, "Difference", power_note(report, data))
 
 
-def difference_of(report: Mapping[str, Any], data: str, model: str, baseline: str | None) -> dict[str, Any] | None:
-    """The difference in Rouge-L of `model` minus `baseline`; None if they were not compared."""
+def difference_of(
+    report: Mapping[str, Any],
+    data: str,
+    model: str,
+    baseline: str | None,
+    metric: str = "rouge_l",
+    bucket: int | None = None,
+) -> dict[str, Any] | None:
+    """The difference of `model` minus `baseline`, over all rows or in one bucket; None if they were not compared."""
     for row in report["comparisons"][data]:
-        if (row["model"], row["baseline"]) == (model, baseline):
-            return dict(row["rouge_l"])
-        if (row["model"], row["baseline"]) == (baseline, model):
-            return turned(row["rouge_l"])
+        if {row["model"], row["baseline"]} == {model, baseline}:
+            if bucket is not None and "buckets" not in row:
+                return None
+            found = (row if bucket is None else row["buckets"][bucket])[metric]
+            return dict(found) if row["model"] == model else turned(found)
     return None
 
 

@@ -11,6 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.files import write_json, write_text
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.metrics.buckets import Bucket
+from dpkd.evaluate.report.tables import difference_of, interval_cell
 from dpkd.pipelines.reproduce.options import OURS_ALONE, ReproduceConfig
 from dpkd.pipelines.reproduce.paper_values import SOURCE, paper_values
 from dpkd.pipelines.reproduce.sources import read_json, read_validations
@@ -35,7 +36,8 @@ def build_table(config: ReproduceConfig, made: dict[str, Any]) -> dict[str, Any]
 
     `rows` have our `model`, the `paper_method` (None: the paper has no such row) and `columns`: by our name of the
     column `ours` (`mean`, and `low` and `high` of the 95% interval or None), `seeds`, `paper_column` and `paper` (None:
-    no number). Raises `UserError` when the output of a step is missing.
+    no number). `differences` are paired by row, of DPKD less SFT (less every other method in tables without SFT), with
+    the paper's own. Raises `UserError` when the output of a step is missing.
     """
     assert config.report is not None
     report = read_json(config.report / "report.json")
@@ -52,6 +54,7 @@ def build_table(config: ReproduceConfig, made: dict[str, Any]) -> dict[str, Any]
         "artefact": config.artefact,
         "title": _TITLES[config.artefact],
         "rows": rows,
+        "differences": _differences(config, report, rows),
         "notes": _notes(config, bool(theirs)),
         "paper": SOURCE,
         **made,
@@ -82,6 +85,36 @@ def _columns(
     return {"Rouge-L": _scores(summary, "rouge_l", "Rouge-L", theirs)} | {
         name: _cell({"mean": value, "low": None, "high": None}, [], name, theirs) for name, value in best.items()
     }
+
+
+def _differences(config: ReproduceConfig, report: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    others = [row for row in rows if row["paper_method"] not in (None, "DPKD", "Teacher")]
+    others = [row for row in others if row["paper_method"] == "SFT"] or others
+    found = []
+    for ours in (row for row in rows if row["paper_method"] == "DPKD"):
+        for other in others:
+            columns = {
+                column: {
+                    "ours": _paired(config, report, ours["model"], other["model"], place, column),
+                    "paper": None if None in (papers := [row["columns"][column]["paper"] for row in (ours, other)])
+                    else round(papers[0] - papers[1], 2),
+                }
+                for place, column in enumerate(ours["columns"])
+                if ours["columns"][column]["ours"]["low"] is not None
+            }  # fmt: skip
+            found.append({"model": ours["model"], "baseline": other["model"], "columns": columns})
+    return found
+
+
+def _paired(
+    config: ReproduceConfig, report: dict[str, Any], model: str, baseline: str, place: int, column: str
+) -> dict[str, Any]:
+    """The difference of two models in one column: in a set, or in a length bucket of the first set."""
+    by_bucket = config.artefact in ("table4", "table5", "fig5")
+    data = column if config.artefact in ("table1", "table2") else next(iter(config.data))
+    metric = "exact_match" if config.artefact == "table4" else "rouge_l"
+    found = difference_of(report, data, model, baseline, metric, place if by_bucket else None)
+    return {key: None if found is None else found[key] for key in ("mean", "low", "high", "p_value")}
 
 
 def _scores(summary: dict[str, Any], metric: str, of: str, theirs: dict[str, float | None]) -> dict[str, Any]:
@@ -132,8 +165,26 @@ def to_markdown(table: dict[str, Any]) -> str:
         for cell in row["columns"].values():
             rows[-1] += [_ours(**cell["ours"]), "-" if cell["paper"] is None else f"{cell['paper']:.{places}f}"]
     notes = "".join(f"- {note}\n" for note in table["notes"])
+    differences = _differences_markdown(table)
     made = "".join(f"- {line['what']}: {line['text']}\n" for line in table["made"])
-    return f"# {table['title']}\n\n{markdown_table(header, rows, left=2)}\n{notes}\n## Provenance\n\n{made}"
+    return (
+        f"# {table['title']}\n\n{markdown_table(header, rows, left=2)}\n{differences}{notes}\n## Provenance\n\n{made}"
+    )
+
+
+def _differences_markdown(table: dict[str, Any]) -> str:
+    if not table["differences"]:
+        return ""
+    header = ["Difference, paired by row"]
+    for column in table["differences"][0]["columns"]:
+        header += [column, "paper"]
+    rows = []
+    for found in table["differences"]:
+        rows.append([f"`{found['model']}` - `{found['baseline']}`"])
+        for cell in found["columns"].values():
+            theirs = "-" if cell["paper"] is None else f"{cell['paper']:+.2f}"
+            rows[-1] += [str(interval_cell(cell["ours"], sign="+")), theirs]
+    return f"{markdown_table(header, rows)}\n"
 
 
 def _ours(mean: float | None, low: float | None, high: float | None) -> str:

@@ -97,6 +97,29 @@ def test_tables_4_and_5_go_by_the_papers_buckets(report: Path, tmp_path: Path) -
     assert [value["paper"] for value in rouge.values()] == [28.04, 21.65, 15.07]
 
 
+def test_dpkd_less_sft_is_paired_and_beside_the_papers(report: Path, tmp_path: Path) -> None:
+    """Here `kd` takes the part of SFT: of six rows both have two right, and dpkd 1.5 more over its seeds."""
+    found = table(report, tmp_path, "table5", rows={"kd": "SFT", "dpkd": "DPKD"})["all"]
+    (difference,) = found["differences"]
+    assert (difference["model"], difference["baseline"]) == ("dpkd", "kd")
+    short, middle, long = difference["columns"].values()
+    # kd misses the second row with one seed of two
+    assert short["ours"]["mean"] == pytest.approx(25.0)
+    assert middle["ours"]["mean"] == pytest.approx(75.0)
+    assert long["ours"]["mean"] == 0.0
+    assert [part["paper"] for part in (short, middle, long)] == [0.88, 1.41, 1.17]
+    assert middle["ours"]["low"] < 75.0 < middle["ours"]["high"]
+    text = (tmp_path / "table5.md").read_text()
+    assert "| `dpkd` - `kd` | +25.00 [" in text
+    assert "| +0.88 | +75.00 [" in text
+    exact = table(report, tmp_path, "table4", rows={"kd": "SeqKD", "dpkd": "DPKD"})["all"]["differences"]
+    assert [part["paper"] for part in exact[0]["columns"].values()] == [0.42, 1.85, 0.63]
+    over_sets = table(report, tmp_path, "table1", rows={"kd": "SFT", "dpkd": "DPKD"})["all"]["differences"]
+    assert over_sets[0]["columns"]["held"]["paper"] == 1.3
+    assert over_sets[0]["columns"]["held"]["ours"]["mean"] == pytest.approx(100 * 2 / 6)
+    assert table(report, tmp_path, "table1", rows={"dpkd": "DPKD"})["all"]["differences"] == []
+
+
 def test_a_method_without_a_number_in_the_paper_has_an_empty_cell(report: Path, tmp_path: Path) -> None:
     found = table(report, tmp_path, "table1", paper="opt-1.3b", rows={"kd": "none", "dpkd": "DPKD"})
     assert (found["kd"]["held"]["paper"], found["dpkd"]["held"]["paper"]) == (None, 27.2)
