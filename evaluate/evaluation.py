@@ -42,7 +42,8 @@ def evaluate(config: EvalConfig) -> Path:
     """
     engine = resolve_engine(config.engine) if config.model else None
     # resolved first, so that the saved options record what ran
-    config = config.model_copy(update={"seeds": config.resolved_seeds(), "data": resolve_sets(config)})
+    seeds = config.resolved_seeds() if config.model else None  # predictions have their own
+    config = config.model_copy(update={"seeds": seeds, "data": resolve_sets(config)})
     config.roles(config.names)
     check_options(config, config.out, _FREE_OPTIONS, REPORT)
     candidates = open_candidates(config)

@@ -193,9 +193,14 @@ def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
 
 def _is_unicode(example: Example) -> bool:
     turns = [turn.content for turn in example.messages or ()]
+    texts = (*turns, *example.references, example.instruction, example.input, example.prompt)
+    return all(is_unicode(text or "") for text in texts)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8; half a surrogate pair, which JSON can hold, cannot."""
     try:
-        for text in (*turns, *example.references, example.instruction, example.input, example.prompt):
-            (text or "").encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -10,6 +10,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
 from dpkd.core.json_lines import read_json_lines
 from dpkd.core.progress import say
+from dpkd.core.prompts.examples import is_unicode
 from dpkd.evaluate.answers.answers import Answer, ModelAnswers
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.options.eval import EvalConfig
@@ -67,6 +68,11 @@ def _read_file(path: Path, eval_set: EvalSet) -> dict[int, list[Answer]]:
             raise UserError(
                 f"line {line} has no text `prediction`", found=found, where=path,
                 advice='Write {"prediction": "the answer"} on each line',
+            )  # fmt: skip
+        if not is_unicode(row["prediction"]):
+            raise UserError(
+                f"line {line} has a `prediction` with half a surrogate pair, which no file can hold", where=path,
+                advice="Leave it out, or replace it with U+FFFD",
             )  # fmt: skip
         seed = row.get("seed", DEFAULT_SEED)
         if not isinstance(seed, int) or seed < 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpkd.core.plotting import COLOURS, caption_text, frame_figure, grouped_bars, new_figure, save_figure
 from dpkd.evaluate.judge.markdown import judge_text, made_text
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS
+from dpkd.evaluate.report.tables import interval_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,13 +42,20 @@ def _draw_grades(panel: Axes, report: Mapping[str, Any]) -> None:
         name: [model["data"][data][metric] if data in model["data"] else None for data in sets]
         for name, model in report["models"].items()
     }
-    grouped_bars(panel, scores, [f"{data}\nn = {report['data'][data]['n']}" for data in sets])
+    grouped_bars(panel, scores, [f"{data}\n{_graded(report, data)}" for data in sets])
     if metric == "grade":
         panel.set_ylim(1, 10)
         panel.set_ylabel("mean grade (1 to 10), with 95% intervals")
     else:
         panel.set_ylim(bottom=0)
         panel.set_ylabel("grade of the answer / of the reference, %")
+
+
+def _graded(report: Mapping[str, Any], data: str) -> str:
+    """How many rows, and how many grades of each model could be read: that many are in a mean."""
+    counts = [model["data"][data]["num_grades"] for model in report["models"].values() if data in model["data"]]
+    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{report['data'][data]['n']} rows, {span} grades a model"
 
 
 def _draw_pairs(panel: Axes, report: Mapping[str, Any]) -> None:
@@ -66,7 +74,7 @@ def _draw_pairs(panel: Axes, report: Mapping[str, Any]) -> None:
         [
             f"{data}: {row['model']} against {row['baseline']}\n"
             f"n = {row['num_wins'] + row['num_ties'] + row['num_losses']}, won - lost "
-            f"{row['net']['mean']:+.1f} [{row['net']['low']:+.1f}, {row['net']['high']:+.1f}]"
+            f"{interval_cell(row['net'], sign='+', places=1)}"
             for data, row in rows
         ],
         fontsize=8,

@@ -1,4 +1,4 @@
-"""What a judge is asked and how its replies are read: prompts from files, fenced texts, one exact last line."""
+"""What a judge is asked and how its replies are read: prompts from files, fenced texts, the form of the last line."""
 
 from __future__ import annotations
 
@@ -31,20 +31,30 @@ class _Shape(NamedTuple):
     text: str
 
 
+_GRADE, _SIDE = r"(10|[1-9])(?: ?/ ?10)?", r"(A|B|tie)"
+
+
+def _line(word: str, *values: str) -> re.Pattern[str]:
+    """The last line: `word` and `values`, which may be bold or in italics and end with a full stop."""
+    bold = r"[*_]*"
+    parts = r",?\s+".join(f"{bold}{value}{bold}" for value in values)
+    return re.compile(rf"\s*{bold}{word}:{bold}\s*{parts}\.?{bold}\s*")
+
+
 _SHAPES: dict[Form, _Shape] = {
-    "score": _Shape("pointwise.txt", ("answer",), "Score:", re.compile(r"Score: (10|[1-9])"), "Score: N"),
+    "score": _Shape("pointwise.txt", ("answer",), "Score:", _line("Score", _GRADE), "Score: N"),
     "scores": _Shape(
         "with-reference.txt",
         ("answer_a", "answer_b"),
         "Scores:",
-        re.compile(r"Scores: (10|[1-9]) (10|[1-9])"),
+        _line("Scores", _GRADE, _GRADE),
         "Scores: N M",
     ),
     "verdict": _Shape(
         "pairwise.txt",
         ("answer_a", "answer_b"),
         "Verdict:",
-        re.compile(r"Verdict: (A|B|tie)"),
+        _line("Verdict", _SIDE),
         "Verdict: A\nVerdict: B\nVerdict: tie",
     ),
 }
@@ -122,7 +132,8 @@ def read_prompt(path: Path | None, form: Form) -> JudgePrompt:
 def parse_reply(form: Form, reply: str) -> tuple[str, ...] | None:
     """The last line of a reply: a grade, two grades, or a verdict; None for any other form.
 
-    White space at the end of the reply is ignored. Nothing else is corrected or searched for.
+    White space, bold and italics, a full stop at the end and `/10` after a grade are ignored. Nothing else is corrected
+    or searched for.
     """
     last = reply.rstrip().rpartition("\n")[2]
     match = _SHAPES[form].line.fullmatch(last)

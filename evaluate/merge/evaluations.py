@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,11 +52,13 @@ class Evaluation:
 
     def rows(self, model: str, data: str) -> dict[int, dict[str, Row]]:
         """The rows of one model and set: by seed, then by example id, in the set's order."""
-        table = self.table
-        chosen = pc.and_(pc.equal(_texts(table, "model"), model), pc.equal(_texts(table, "data"), data))
-        found: dict[int, dict[str, Row]] = {}
-        for row in table.filter(chosen).to_pylist():
-            found.setdefault(row["seed"], {})[row["example_id"]] = row
+        return self._by_part[model, data]
+
+    @cached_property
+    def _by_part(self) -> dict[tuple[str, str], dict[int, dict[str, Row]]]:
+        found: dict[tuple[str, str], dict[int, dict[str, Row]]] = {}
+        for row in self.table.to_pylist():
+            found.setdefault((row["model"], row["data"]), {}).setdefault(row["seed"], {})[row["example_id"]] = row
         return found
 
     @cached_property
@@ -127,11 +130,11 @@ def _check_rows(evaluation: Evaluation) -> None:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the evaluation's rows cannot be read: {error}", where=path) from None
     models, sets = _texts(table, "model").to_pylist(), _texts(table, "data").to_pylist()
-    pairs = list(zip(models, sets, strict=True))
+    counts = Counter(zip(models, sets, strict=True))
     for model, data in evaluation.parts():
         summary = evaluation.report["models"][model]["data"][data]
         expected = summary["n"] * len(summary["seeds"])
-        if (found := pairs.count((model, data))) != expected:
+        if (found := counts[model, data]) != expected:
             raise UserError(
                 f"the evaluation's rows do not match its report: model {model}, data {data}",
                 found=f"{found} rows",

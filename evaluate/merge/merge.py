@@ -13,6 +13,7 @@ from dpkd.core.progress import say
 from dpkd.evaluate.answers.perplexity import leave_out_for_all
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.merge.evaluations import open_evaluation, read_set, scored_set
+from dpkd.evaluate.merge.grades import read_grades
 from dpkd.evaluate.merge.matching import Part, check_decoding, check_scoring, match_models, match_sets
 from dpkd.evaluate.merge.merged_report import build_merged_report, merged_identity
 from dpkd.evaluate.options.merge import MergeConfig
@@ -41,9 +42,10 @@ def merge(config: MergeConfig) -> Path:
         return config.out / REPORT
     kept = {data: _kept_rows(config, data, found) for data, found in _by_set(parts).items()}
     scored_sets = [scored for data, found in _by_set(parts).items() for scored in _scored(data, found, kept[data])]
+    grades = read_grades(config.judge, scored_sets)
     save_options(config, config.out)
     report = build_merged_report(config, identity, evaluations, parts, scored_sets)
-    return write_all(config.out, report, scored_sets)
+    return write_all(config.out, report, scored_sets, grades)
 
 
 def _by_set(parts: Sequence[Part]) -> dict[str, list[Part]]:
@@ -67,7 +69,8 @@ def _kept_rows(config: MergeConfig, data: str, parts: Sequence[Part]) -> list[st
                 f"{(only_first or only_other)[0]!r}",
                 advice="Evaluate again with the same --limit and --max-prompt-tokens, or give --common-rows",
             )
-        kept = [example_id for example_id in kept if example_id in set(ids)]
+        known = {*ids}
+        kept = [example_id for example_id in kept if example_id in known]
     if not kept:
         raise UserError(
             f"the evaluations of the set {data} have no row in common",

@@ -9,6 +9,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.merge.evaluations import Evaluation
+from dpkd.evaluate.merge.grades import grades_identity
 from dpkd.evaluate.merge.matching import SCORING, Part
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.report.build import FORMAT_VERSION, about_set, compare, report_form
@@ -23,7 +24,7 @@ def merged_identity(config: MergeConfig, evaluations: Sequence[Evaluation], part
         "format_version": FORMAT_VERSION,
         "settings": {
             **{key: first[key] for key in SCORING},
-            **config.model_dump(mode="json", exclude={"evaluations", "out"}),
+            **config.model_dump(mode="json", exclude={"evaluations", "judge", "out"}),
         },
         "evaluations": [
             {"name": found.name, "fingerprint": found.report["fingerprint"], "rows_sha256": found.rows_sha256}
@@ -44,6 +45,8 @@ def merged_identity(config: MergeConfig, evaluations: Sequence[Evaluation], part
     for key, inner in (("overlap", "cache"), ("duplicates", "train_data")):
         if (union := _union(evaluations, parts, key, inner, {})) is not None:
             identity[inner] = union[inner]
+    if config.judge:
+        identity["judge"] = grades_identity(config.judge)
     if runs := _runs(evaluations):
         identity["runs"] = {name: found for name, (_, found) in runs.items()}
     return identity

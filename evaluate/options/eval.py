@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,14 +42,25 @@ def _known_sets(pairs: Any) -> Any:
     pairs = [pairs] if isinstance(pairs, str) else pairs
     if not isinstance(pairs, (list, tuple)):
         return pairs
+    for pair in pairs:
+        if "=" not in str(pair) and (near := get_close_matches(str(pair), KNOWN_SETS, n=1)) and near[0] != pair:
+            raise ValueError(f"{pair!r} is not a known set; did you mean {near[0]}? Else give NAME=FILE")
     return [f"{pair}={SET_PREFIX}{pair}" if str(pair) in KNOWN_SETS else pair for pair in pairs]
+
+
+def _named_by_path(pairs: Any) -> Any:
+    """`runs/trained` as `trained=runs/trained`."""
+    pairs = [pairs] if isinstance(pairs, str) else pairs
+    if not isinstance(pairs, (list, tuple)):
+        return pairs
+    return [pair if "=" in str(pair) else f"{Path(str(pair)).resolve().name}={pair}" for pair in pairs]
 
 
 def _named(form: str, example: str) -> BeforeValidator:
     return BeforeValidator(partial(named_values, form=form, example=example))
 
 
-NamedPaths = Annotated[dict[str, str], _named("NAME=PATH", "student=runs/dpkd")]
+NamedPaths = Annotated[dict[str, str], _named("NAME=PATH", "student=runs/dpkd"), BeforeValidator(_named_by_path)]
 NamedFiles = Annotated[dict[str, str], _named("NAME=PATH", "ours=answers.jsonl")]
 NamedSets = Annotated[NamedFiles, BeforeValidator(_known_sets)]
 NamedFields = Annotated[dict[str, str], _named("NAME=FIELD", "instruction=question")]
@@ -68,7 +80,7 @@ class InputOptions(Settings):
     title: ClassVar[str] = "Models and data"
 
     model: NamedPaths = Field(
-        {}, description="NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
+        {}, description="DIR or NAME=DIR: a checkpoint to evaluate and its name in the report; repeatable"
     )
     predictions: NamedFiles = Field(
         {},

@@ -93,7 +93,7 @@ class QuestionOptions(Settings):
         False, description="pointwise: grade the reference in the same reply, and report the ratio of the two grades"
     )
     prompt: Path | None = Field(None, description="file with the prompt; none: dpkd's prompt for the mode")
-    reask: bool = Field(False, description="ask once more if a reply does not end in the required form")
+    reask: bool = Field(True, description="ask once more if a reply does not end in the required form")
     max_tokens: int = Field(512, gt=0, description="longest reply of the judge, in tokens")
     seed: int = Field(0, ge=0, description="seed of each request and of --sample")
 

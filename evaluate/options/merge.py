@@ -31,7 +31,11 @@ class MergedOptions(Settings):
         False, description="if evaluations of a data set have different rows, compare on the rows they share"
     )
 
-    @field_validator("evaluations", mode="before")
+    judge: tuple[str, ...] = Field(
+        (), description="directory of a finished dpkd judge, whose grades the page shows beside the answers; repeatable"
+    )
+
+    @field_validator("evaluations", "judge", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -154,4 +154,6 @@ def _answers_text(model: dict[str, Any]) -> str:
     if decoding is not None:
         return f"{drawn_text(decoding)}; {decoding['engine']}, {decoding['dtype']}"
     seeds = {str(seed["seed"]): None for summary in model["data"].values() for seed in summary["seeds"]}
-    return f"{drawn_text(None)}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
+    if len(seeds) == 1:  # a file without seeds has one
+        return drawn_text(None)
+    return f"{drawn_text(None)}, seeds {', '.join(seeds)}"

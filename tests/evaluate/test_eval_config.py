@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_buckets_come_as_text() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "runs/a"}, r"'runs/a' is not of the form NAME=PATH"),
+        ({"data": "doly"}, r"'doly' is not a known set; did you mean dolly\? Else give NAME=FILE"),
         ({"model": "a="}, r"'a=' is not of the form NAME=PATH"),
         ({"model": ["a=x", "a=y"]}, r"the name 'a' is given twice, for 'x' and 'y'"),
         ({"model": "a/b=x"}, r"the name 'a/b' must start with a letter or digit"),
@@ -107,3 +108,10 @@ def test_the_options_import_nothing_heavy() -> None:
     code = f"import sys, dpkd.evaluate.options.eval; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_without_a_name_has_that_of_its_directory() -> None:
+    config = EvalConfig.parse({"model": ["runs/trained", "t=x/y", "."], "data": "dolly", "out": "o"}, where="a test")
+    assert config.model == {"trained": "runs/trained", "t": "x/y", Path.cwd().name: "."}
+    with pytest.raises(UserError, match="the name 'trained' is given twice"):
+        EvalConfig.parse({"model": ["a/trained", "b/trained"], "data": "dolly", "out": "o"}, where="a test")

@@ -63,6 +63,39 @@ def test_by_row_order_without_the_rows_that_are_left_out(
     assert "one prediction for each of the 2 evaluated rows" in capsys.readouterr().err
 
 
+def test_half_a_surrogate_pair_is_refused_before_anything_is_scored(data: Path, make_config: MakeConfig) -> None:
+    path = data.with_name("p.jsonl")
+    path.write_text('{"prediction": "fine"}\n{"prediction": "half \\ud83d"}\n{"prediction": "fine"}\n')
+    config = make_config(predictions=f"p={path}", data=f"d={data}")
+    with pytest.raises(UserError, match="line 2 has a `prediction` with half a surrogate pair"):
+        evaluate(config)
+    assert not config.out.exists()
+
+
+def test_predictions_alone_report_no_seeds_that_nobody_gave(
+    data: Path, make_config: MakeConfig, write_rows: WriteRows
+) -> None:
+    lines = write_rows([{"prediction": text} for text in "abc"], "p.jsonl")
+    config = make_config(predictions=f"p={lines}", data=f"d={data}", seeds="none")
+    report = json.loads(evaluate(config).read_text())
+    assert report["settings"]["seeds"] is None
+    assert "seed" not in report["command"]
+    assert "seed" not in (config.out / "dpkd.toml").read_text().replace("sign_flip_seed", "")
+    assert "Answers of p: `given as text`" in (config.out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u000b"])
+def test_fields_with_separators_of_lines_are_renamed(data: Path, make_config: MakeConfig, separator: str) -> None:
+    rows = [{"question": f"Say{separator}{name}", "output": f"{name}{separator}!"} for name in "abc"]
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    given = data.with_name("p.jsonl")
+    lines = [{"prediction": f"{name}{separator}!"} for name in "abc"]
+    given.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    config = make_config(predictions=f"p={given}", data=f"d={data}", field="instruction=question")
+    report = json.loads(evaluate(config).read_text())
+    assert report["models"]["p"]["data"]["d"]["exact_match"]["mean"] == 100.0
+
+
 def test_by_example_id_and_seed(
     data: Path, make_config: MakeConfig, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:

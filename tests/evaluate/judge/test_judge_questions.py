@@ -1,4 +1,4 @@
-"""Questions to a judge: placeholders of prompts, texts that cannot leave their fence, one exact last line."""
+"""Questions to a judge: placeholders of prompts, texts that cannot leave their fence, a clear last line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ TWO_ANSWERS = {"instruction": "Add 2 and 2.", "answer_a": "four", "answer_b": "f
 
 
 _NO_SCORES = (
-    "", "7", "Score: 0", "Score: 11", "Score: 07", "Score: 7.5", "Score: 7/10", "Score: N", "score: 7", "**Score: 7**",
-    "Score: 7.", "Score:7", "Score:  7", " Score: 7", "Score: 7\nThank you!", "I give Score: 7", "Score: \u0667",
-    "Score: 7 8", "Verdict: A", "Score: -7",
+    "", "7", "Score: 0", "Score: 11", "Score: 07", "Score: 7.5", "Score: 7/5", "Score: 7/100", "Score: N", "score: 7",
+    "Score: 7\nThank you!", "I give Score: 7", "Score: \u0667", "Score: 7 8", "Verdict: A", "Score: -7",
+    "Score: 7 or 8",
+)  # fmt: skip
+#: other ways to write a 7, each of them clear
+_SEVENS = (
+    "**Score: 7**", "Score: 7/10", " Score: 7.", "**Score:** 7", "Score: **7**", "Score:7", "Score:  7", "_Score: 7_",
+    "Score: 7 / 10", "**Score: 7/10.**", "Score: 7 ",
 )  # fmt: skip
 
 
@@ -33,12 +38,15 @@ _NO_SCORES = (
         ("scores", "Both fine.\nScores: 10 1", ("10", "1")),
         ("verdict", "A is longer.\nVerdict: B", ("B",)),
         ("verdict", "Verdict: tie", ("tie",)),
+        *(("score", f"Fine.\n{reply}", ("7",)) for reply in _SEVENS),
+        *(("scores", reply, ("7", "8")) for reply in ("**Scores: 7 8**", "Scores: 7/10 8/10.", "Scores: 7, 8")),
+        *(("verdict", reply, ("A",)) for reply in ("**Verdict: A**", "Verdict: **A**.")),
         *(("score", reply, None) for reply in _NO_SCORES),
-        *(("scores", reply, None) for reply in ("Scores: 7", "Scores: 7, 8", "Scores: 7 11", "Score: 7 8")),
+        *(("scores", reply, None) for reply in ("Scores: 7", "Scores: 78", "Scores: 7 11", "Score: 7 8")),
         *(("verdict", reply, None) for reply in ("Verdict: C", "Verdict: a", "Verdict: Tie", "Verdict: A or B", "A")),
     ],
 )
-def test_only_the_exact_last_line_is_read(form: Form, reply: str, read: tuple[str, ...] | None) -> None:
+def test_only_a_clear_last_line_is_read(form: Form, reply: str, read: tuple[str, ...] | None) -> None:
     assert parse_reply(form, reply) == read
 
 

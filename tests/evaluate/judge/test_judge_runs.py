@@ -89,7 +89,7 @@ def test_an_output_directory_of_something_else_is_left_alone(make: Make, tmp_pat
     with serving(lambda body: completion("Score: 8")) as endpoint:
         config = make(endpoint)
         judge(config)
-        for other in ({"limit": 2}, {"mode": "pairwise"}, {"reask": True}):
+        for other in ({"limit": 2}, {"mode": "pairwise"}, {"reask": False}):
             with pytest.raises(UserError, match=r"holds another report; differing: .*--verdicts reuses"):
                 judge(make(endpoint, **other))
         prompt = tmp_path / "p.txt"
@@ -176,7 +176,7 @@ def test_a_second_request_continues_from_the_first_reply(make: Make, tmp_path: P
         return completion("Score: 8" if len(body["messages"]) > 1 else "Eight!")
 
     with serving(answer) as endpoint:
-        report = json.loads(judge(make(endpoint, reask=True, limit=2)).read_text())
+        report = json.loads(judge(make(endpoint, limit=2)).read_text())
         second = next(body for body in endpoint.bodies if len(body["messages"]) > 1 and "b 0" in str(body["messages"]))
         assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
         assert second["messages"][1]["content"] == "Eight!"
@@ -187,7 +187,7 @@ def test_a_second_request_continues_from_the_first_reply(make: Make, tmp_path: P
         assert report["refused"] == []
         assert len(endpoint.bodies) == 8
     with serving(answer) as endpoint:
-        report = json.loads(judge(make(endpoint, limit=2, out=tmp_path / "plain")).read_text())
+        report = json.loads(judge(make(endpoint, limit=2, reask=False, out=tmp_path / "plain")).read_text())
         assert len(endpoint.bodies) == 4
         assert report["unparsable"]["b"]["share"] == 1.0
 
