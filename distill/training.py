@@ -19,8 +19,15 @@ from dpkd.distill.run.checkpoints import latest_checkpoint
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.run.loader import StepLoader
 from dpkd.distill.run.logs import RunLog
-from dpkd.distill.run.ranks import ends_process_group, on_all_ranks, on_rank_zero, open_accelerator, raise_first
-from dpkd.distill.run.reduction import all_reduce_sums, step_means
+from dpkd.distill.run.ranks import (
+    all_reduce_sums,
+    ends_process_group,
+    on_all_ranks,
+    on_rank_zero,
+    open_accelerator,
+    raise_first,
+    step_means,
+)
 from dpkd.distill.run.setup import claim_directory, open_run
 from dpkd.distill.run.student_state import load_student
 from dpkd.distill.run.validation import Validator

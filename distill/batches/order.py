@@ -21,6 +21,8 @@ class RowOrder(Protocol):
     """Which rows a step reads."""
 
     num_rows: int
+    #: on average
+    rows_per_step: float
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) of the first row of `step`."""
@@ -39,7 +41,7 @@ class BatchOrder(RowOrder):
     ) -> None:
         self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
         self._batch_size = batch_size or global_batch_size
-        self.num_rows = sum(group_sizes)
+        self.num_rows, self.rows_per_step = sum(group_sizes), float(global_batch_size)
         self._cached = (-1, np.zeros((0, 2), np.int64))  # one attribute, so that two threads can read it
 
     def epoch_of(self, step: int) -> int:
@@ -100,7 +102,7 @@ class MixedOrder(RowOrder):
 
     def __init__(self, order: RowOrder, rows: MixedRows, share: float, seed: int) -> None:
         self._order, self._rows, self._share, self._seed = order, rows, share, seed
-        self.num_rows = order.num_rows
+        self.num_rows, self.rows_per_step = order.num_rows, order.rows_per_step
 
     def epoch_of(self, step: int) -> int:
         return self._order.epoch_of(step)

@@ -55,6 +55,7 @@ class TokenBatchOrder(RowOrder):
         self._ends = [0]  # micro-batches up to the end of each epoch
         self._cached = (-1, np.zeros((0, 2), np.int64), np.zeros(1, np.int64))
         self._lock = threading.RLock()  # two threads read the order
+        self.rows_per_step = self.num_rows / self.num_steps(1)
 
     def epoch_of(self, step: int) -> int:
         return self._find(step * self._per_step)[0]

@@ -30,10 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released-code": {
         "objective": "dpkd", "level": "token", "token_pairs": "argmax", "student_samples": "forced", "beta": 0.1,
         "label_smoothing": 0.0, "dpkd_weight": 0.5, "sft_weight": 0.5, "kd_weight": 0.0, "lm_weight": 0.5,
-        "responses": "all", "dropout": True,
+        "responses": "all", "dropout": True, "best_metric": "last",
     },
     "paper": {
         "objective": "dpkd", "level": "sequence", "length_normalize": True, "beta": 1.0, "label_smoothing": 0.0,
         "dpkd_weight": 1.0, "sft_weight": 0.0, "kd_weight": 0.0, "lm_weight": 1.0, "responses": "teacher",
+        "best_metric": "last",
     },
 }  # fmt: skip

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import DeviceName, Settings, split_commas
 
+#: examples that are held out by default: this share, within these bounds, and of a small cache a quarter
+_SHARE_HELD_OUT, _FEWEST_HELD_OUT, _MOST_HELD_OUT = 0.02, 16, 64
+
 
 class OptimisationOptions(Settings):
     """Length, batches and AdamW."""
@@ -49,12 +52,22 @@ class ValidationOptions(Settings):
 
     title: ClassVar[str] = "Validation"
 
-    validation_examples: int = Field(
-        0, ge=0, description="examples of the cache to hold out of training and validate on"
+    validation_examples: int | None = Field(
+        None,
+        ge=0,
+        description="examples of the cache to hold out of training and validate on; none: 2%, from 16 to 64, but at "
+        "most a quarter; 0: no validation",
     )
-    validate_every: int = Field(50, ge=1, description="steps between validations; the last step is always validated")
-    best_metric: Literal["loss", "reward_margin", "kld", "rouge_l"] | None = Field(
-        None, description="keep the student that is best by this metric in OUT/best; none: keep the last one only"
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between validations; the first comes before training, the last after it; none: as often as "
+        "5% of the time allows, at most 20 times",
+    )
+    best_metric: Literal["kld", "loss", "reward_margin", "rouge_l", "last"] | None = Field(
+        None,
+        description="the run's result is the student that is best by this metric, or the last one; none: kld, loss for "
+        "sft, and the last one where neither is measured",
     )
     patience: int | None = Field(
         None, ge=1, description="stop after this many validations without a better --best-metric; none: never"
@@ -62,11 +75,21 @@ class ValidationOptions(Settings):
 
     @model_validator(mode="after")
     def _metrics_are_measured(self) -> Self:
-        if self.best_metric is not None and not self.validation_examples:
+        keeps_best = self.best_metric not in (None, "last")
+        if keeps_best and self.validation_examples == 0:
             raise ValueError(f"--best-metric {self.best_metric} needs --validation-examples of 1 or more")
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("--patience needs --best-metric")
+        if self.patience is not None and (self.best_metric == "last" or self.validation_examples == 0):
+            raise ValueError("--patience needs validation, and a --best-metric other than last")
         return self
+
+    def num_held_out(self, num_examples: int) -> int:
+        """How many of a cache's examples are held out; 0 where it has too few to spare any by default."""
+        if self.validation_examples is not None:
+            return self.validation_examples
+        if num_examples < _FEWEST_HELD_OUT:
+            return 0
+        share = round(_SHARE_HELD_OUT * num_examples)
+        return min(max(share, _FEWEST_HELD_OUT), _MOST_HELD_OUT, num_examples // 4)
 
 
 class CheckpointOptions(Settings):

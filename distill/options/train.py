@@ -54,8 +54,10 @@ class TrainConfig(
             return "--follow takes no --round: a round needs a finished cache"
         if self.follow and self.batch_tokens is not None:
             return "--batch-tokens needs a finished --cache: it sorts all rows by length first"
-        if self.validation_examples and (self.cache is None or self.follow):
-            return "--validation-examples needs a finished --cache"
+        if self.cache is None or self.follow:
+            for key in ("validation_examples", "best_metric", "patience"):
+                if getattr(self, key) not in (None, 0, "last"):
+                    return f"{self.flag(key)} needs a finished --cache"
         if self.student_samples == "live" and (self.follow or self.cache is None):
             return "--student-samples live needs a finished --cache"
         return None

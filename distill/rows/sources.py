@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,7 @@ from dpkd.core.prompts.examples import SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
-from dpkd.distill.rows.held_out import choose_of_cache, split_rows
+from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.row import RowSource, TrainingRow
@@ -93,12 +94,24 @@ class DataRows:
         return [np.array([len(row.prompt_ids) + len(row.response_ids) for row in self._rows])]
 
 
-def open_cache_rows(
-    cache: TeacherCache, student_round: Round | None, config: TrainConfig
-) -> tuple[RowSource, RowSource | None]:
-    """The rows that `config` trains on, and its validation rows if it asks for any.
+@dataclass(frozen=True)
+class CacheSplit:
+    """The rows of a cache to train on, and those held out of training, of `held_out` of the cache's `examples`.
 
-    Raises `UserError` when the cache does not hold what the objective needs.
+    Without validation rows, `reason` says why in words.
+    """
+
+    training: RowSource
+    validation: RowSource | None = None
+    held_out: int = 0
+    examples: int = 0
+    reason: str = "--validation-examples is 0"
+
+
+def open_cache_rows(cache: TeacherCache, student_round: Round | None, config: TrainConfig) -> CacheSplit:
+    """The rows that `config` trains on, and those that it is validated on.
+
+    Raises `UserError` when the cache does not hold what the objective needs, or what was asked to be validated.
     """
     check_distributions(cache, student_round, config)
     origin = config.origin
@@ -119,19 +132,42 @@ def open_cache_rows(
         source = paired_rows(cache, student_round, shards, config.pairing)
     else:
         source = CacheRows(cache, shards, student_round, pairs=config.needs_pairs or config.mix is not None)
-    training: RowSource = source
-    validation: RowSource | None = None
-    if config.validation_examples:
-        held_out = choose_of_cache(cache, config.validation_examples, config.seed)
-        training, validation = split_rows(source, source.ids_by_group(), held_out)
-        if student_round is not None and not config.needs_pairs:
-            # on the student's own rows a run could not be compared with any other, nor with itself after another round
-            if config.needs_distributions and cache.top_k == 0:
-                what = "validation measures the teacher's responses, and the cache has no distributions of them"
-                raise _no_distributions(what, cache, "train without --validation-examples")
-            of_cache = CacheRows(cache, shards, None, pairs=False)
-            _, validation = split_rows(of_cache, of_cache.ids_by_group(), held_out)
-    return (training if config.mix is None else MixedRows(training)), validation
+    split = _split(cache, shards, student_round, source, config)
+    return split if config.mix is None else replace(split, training=MixedRows(split.training))
+
+
+def _split(
+    cache: TeacherCache,
+    shards: list[ShardRecord],
+    student_round: Round | None,
+    source: CacheRows | PairedRows,
+    config: TrainConfig,
+) -> CacheSplit:
+    """Rows of `source` to train on, and rows of the held-out examples."""
+    if config.validation_examples == 0:
+        return CacheSplit(source)
+    examples = cache_examples(cache)
+    num = config.num_held_out(len(examples))
+    if num == 0:
+        return CacheSplit(source, reason=f"the cache has only {len(examples)} examples")
+    measured = source
+    if student_round is not None and not config.needs_pairs:
+        # on the student's own rows a run could not be compared with any other, nor with itself after another round
+        measured = CacheRows(cache, shards, None, pairs=False)
+        if config.needs_distributions and cache.top_k == 0:
+            what = "validation measures the teacher's responses, and the cache has no distributions of them"
+            if config.validation_examples is None:
+                return CacheSplit(source, reason=what)
+            raise _no_distributions(what, cache, "train without --validation-examples")
+    held_out = choose_examples(examples, num, config.seed)
+    try:
+        training, _ = split_rows(source, source.ids_by_group(), held_out)
+        _, validation = split_rows(measured, measured.ids_by_group(), held_out)
+    except UserError as error:
+        if config.validation_examples is None:
+            return CacheSplit(source, reason=str(error))
+        raise
+    return CacheSplit(training, validation, num, len(examples))
 
 
 def used_shards(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
+from dpkd.core.progress import say
 from dpkd.distill.rows.row import RowSource
 
+#: where a run keeps the best student until it is complete
 BEST_DIR = "best"
 
 #: smaller is better; of the other metrics larger is
@@ -64,6 +68,23 @@ class Best:
     def is_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations were no better."""
         return patience is not None and self.num_since >= patience
+
+
+def take_best(directory: Path, target: Path, step: int | None) -> int | None:
+    """Copy the best student, of `step`, from `directory` to `target`; None if it is not there, which is said."""
+    if step is None:
+        return None
+    try:
+        kept = int(json.loads((directory / "dpkd.json").read_bytes())["steps"])
+    except (OSError, ValueError, KeyError):
+        kept = None
+    if kept != step:
+        what = "is missing" if kept is None else f"is that of step {kept}"
+        say(f"the best student is that of step {step}, but {directory} {what}: the last student is the result")
+        return None
+    shutil.rmtree(target, ignore_errors=True)  # of a process that was killed here
+    shutil.copytree(directory, target)
+    return step
 
 
 def held_out_prompts(rows: RowSource, tokenizer: ModelSource) -> list[HeldOutPrompt]:

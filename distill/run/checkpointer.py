@@ -1,4 +1,4 @@
-"""When a run writes its student: checkpoints to resume from, the best student, the trained one at the end."""
+"""When a run writes its student: checkpoints to resume from, the best student, the result at the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dpkd.core.progress import say
+from dpkd.distill.run.best import BEST_DIR, take_best
 from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
 from dpkd.distill.run.loader import StepLoader
 from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line, progress_to_teacher
@@ -54,17 +55,25 @@ class Checkpointer:
         on_rank_zero(self._accelerator, lambda: save_student(directory, self._student.files, weights, facts, card))
 
     def finish(self, done: int) -> Path:
-        """Write the trained student to the run directory and mark the run complete; the directory."""
-        out, weights, facts = self._run.config.out, self._student.weights(), self._run.facts | {"steps": done}
-        card = self._card(done)
-        on_rank_zero(self._accelerator, lambda: finish_run(out, self._student.files, weights, facts, card))
+        """Write the run's student to its directory, the best one if one was kept, and mark the run complete."""
+        out, final = self._run.config.out, self._run.config.out / ".final"
+        step = on_rank_zero(self._accelerator, lambda: take_best(out / BEST_DIR, final, self._best_step()))
+        if step is None:
+            step = done
+            self.save_student(final, done)
+        facts = self._run.facts | {"steps": done, "student_step": step}
+        on_rank_zero(self._accelerator, lambda: finish_run(out, final, facts))
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._accelerator.is_main_process:
-            for text in progress_to_teacher(out / VALIDATION_LOG):
+            for text in progress_to_teacher(out / VALIDATION_LOG, step, self._run.validation.best_metric):
                 say(text)
             say(f"the run {out} is complete: {done} steps")
         return out
+
+    def _best_step(self) -> int | None:
+        """The step of the best student that was kept; None: none was."""
+        return None if self.best is None or self.best["value"] is None else int(self.best["step"])
 
     def _card(self, done: int) -> str:
         """The model card from the lines written so far; empty on other ranks."""

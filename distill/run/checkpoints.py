@@ -21,6 +21,7 @@ from dpkd.core.identity import canonical_json, file_sha256, fingerprint
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.distill.run.adapters import merge_adapters, save_adapters
+from dpkd.distill.run.best import BEST_DIR
 from dpkd.distill.student.init import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -158,16 +159,13 @@ def save_student(
             (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def finish_run(
-    run_dir: Path, student: StudentFiles, weights: dict[str, Tensor], facts: dict[str, Any], card: str
-) -> None:
-    """Write the trained student to the run directory, then `run.json`, which marks the run as complete."""
-    temporary = run_dir / ".final"
-    save_student(temporary, student, weights, facts, card)
-    for file in sorted(temporary.iterdir()):
+def finish_run(run_dir: Path, student_dir: Path, facts: dict[str, Any]) -> None:
+    """Move the student of `student_dir` to the run directory, then write `run.json`: the run is complete."""
+    for file in sorted(student_dir.iterdir()):
         file.replace(run_dir / file.name)
-    temporary.rmdir()
+    student_dir.rmdir()
     write_atomic(run_dir / "run.json", canonical_json({"complete": True, **facts}))
+    shutil.rmtree(run_dir / BEST_DIR, ignore_errors=True)  # the run directory has it now
 
 
 def _directories(run_dir: Path) -> list[Path]:

@@ -18,8 +18,7 @@ from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex, TrainingRow
 from dpkd.distill.run.interrupts import Interrupts
-from dpkd.distill.run.ranks import on_all_ranks, raise_first
-from dpkd.distill.run.reduction import all_reduce_sums
+from dpkd.distill.run.ranks import all_reduce_sums, on_all_ranks, raise_first
 from dpkd.distill.run.setup import Run
 
 if TYPE_CHECKING:

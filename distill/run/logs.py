@@ -97,21 +97,23 @@ class NormSpikes:
         return text
 
 
-def progress_to_teacher(path: Path) -> list[str]:
-    """What the validations of a run say at its end: distance from the teacher before and after; the best step.
+def progress_to_teacher(path: Path, step: int, metric: str | None) -> list[str]:
+    """What the validations of a run say at its end: the student of `step`, which is best by `metric`, and the start.
 
-    A second sentence warns of a student that ends further from the teacher than it started.
+    `metric` is None where the last student is the result. A second sentence warns of a student that is further from the
+    teacher than before training.
     """
-    lines = [line for line in map(json.loads, complete_lines(path)) if line.get("kld") is not None]
-    if len(lines) < 2:
+    lines = {line["step"]: line for line in map(json.loads, complete_lines(path)) if line.get("kld") is not None}
+    if 0 not in lines or step not in lines or not step:
         return []
-    first, last, best = lines[0], lines[-1], min(lines, key=lambda line: line["kld"])
-    agreement = " -> ".join(f"{line['top1_agreement']:.0%}" for line in (first, last))
-    said = [
-        f"KL to the teacher {first['kld']:.2f} -> {last['kld']:.2f}, top-1 agreement {agreement}, "
-        f"best KL at step {best['step']}"
-    ]
-    if last["kld"] > first["kld"]:
+    first, result = lines[0], lines[step]
+    agreement = " -> ".join(f"{line['top1_agreement']:.0%}" for line in (first, result))
+    which = f"best{'' if metric == 'kld' else f' {metric}'} at step {step}" if metric else f"last step {step}"
+    said = [f"KL to the teacher {first['kld']:.2f} -> {result['kld']:.2f}, top-1 agreement {agreement}, {which}"]
+    best = min(lines.values(), key=lambda line: line["kld"])
+    if metric != "kld" and best["kld"] < result["kld"]:
+        said.append(f"the best KL was {best['kld']:.2f} at step {best['step']}: --best-metric kld keeps that student")
+    if result["kld"] > first["kld"]:
         said.append(
             "warning: the student is further from the teacher than before training. Lower --learning-rate, or see "
             "'Where each objective ends' in docs/objectives.md"

@@ -11,6 +11,7 @@ from dpkd.core.files import write_atomic
 from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.outputs import output_exists
+from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
 from dpkd.distill.batches.token_budget import TokenBatchOrder
@@ -29,6 +30,7 @@ from dpkd.distill.rows.sources import (
 )
 from dpkd.distill.rows.vocabulary import check_narrower
 from dpkd.distill.run.adapters import check_adapters
+from dpkd.distill.run.plan import ValidationPlan, plan_validation
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Run:
 
     Attributes:
         rows: what to learn from, in the `order` of `steps` steps.
-        validation: rows held out of `rows`.
+        validation: what is held out of `rows`, when it is measured, and what for.
         corpus: text of the language-model term.
         has_distributions: whether the rows have the teacher's distributions.
         vocab_size: width of the teacher's logits, or of the student's without a teacher.
@@ -64,8 +66,8 @@ class Run:
     steps: int
     vocab_size: int
     facts: dict[str, Any]
+    validation: ValidationPlan
     cache: TeacherCache | None = None
-    validation: RowSource | None = None
     corpus: Corpus | None = None
     has_distributions: bool = False
     cache_identities: dict[str, Any] | None = None
@@ -79,7 +81,7 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     rows: RowSource
     finished: TeacherCache | None = None
     student_round: Round | None = None
-    validation, has_distributions, identities = None, False, None
+    split, has_distributions, identities = None, False, None
     if config.cache is not None:
         cache: CacheReader
         if config.follow:
@@ -89,7 +91,8 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         else:
             cache = finished = TeacherCache.open(config.cache)
             student_round = None if config.round is None else finished.round(config.round)
-            rows, validation = open_cache_rows(finished, student_round, config)
+            split = open_cache_rows(finished, student_round, config)
+            rows = split.training
             if student_round is not None:
                 facts["round"] = student_round.manifest.fingerprint
         cache.check_tokenizer(student, "student")
@@ -112,10 +115,14 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         corpus = Corpus(config.lm_data, student.tokenizer, config.lm_length, config.seed)
         check_positions(config.lm_length, student.max_positions, where=student.name)
         facts["corpus"] = corpus.identity
-    order, steps = _plan_steps(config, rows, num_processes)
+    order, steps = _plan_steps(config, rows, num_processes, 0 if split is None else split.held_out)
     if config.mix is not None:
         assert isinstance(rows, MixedRows)
         order = MixedOrder(order, rows, config.mix, config.seed)
+    has_kl = finished is not None and finished.top_k > 0
+    validation = plan_validation(config, split, steps, order.rows_per_step, has_kl=has_kl)
+    if validation.rows is not None:
+        facts["validation"] = validation.facts
     return Run(
         config=config,
         student=student,
@@ -124,8 +131,8 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         steps=steps,
         vocab_size=vocab_size,
         facts=facts,
-        cache=finished,
         validation=validation,
+        cache=finished,
         corpus=corpus,
         has_distributions=has_distributions,
         cache_identities=identities,
@@ -150,10 +157,12 @@ def claim_directory(run: Run, num_processes: int) -> bool:
         return (out / "run.json").is_file()
     write_atomic(out / "dpkd-run.json", canonical_json(identity))
     write_atomic(out / "dpkd.toml", config.to_toml().encode())
+    if run.validation.note is not None:
+        say(run.validation.note)
     return False
 
 
-def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int) -> tuple[RowOrder, int]:
+def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int, held_out: int) -> tuple[RowOrder, int]:
     """The order of rows and the number of steps; raises `UserError` when a step takes more rows than there are."""
     micro_batches = config.gradient_accumulation_steps * num_processes
     global_batch = config.batch_size * micro_batches
@@ -175,7 +184,7 @@ def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int) -> tup
         raise UserError(
             "a step takes more rows than there are",
             found=f"{global_batch} rows a step",
-            expected=f"at most {order.num_rows}",
+            expected=f"at most {order.num_rows}" + (f" without the {held_out} held-out examples" if held_out else ""),
             advice="Lower --batch-size",
         )
     return order, config.steps or math.ceil((config.epochs or 1) * order.num_rows / global_batch)

@@ -18,8 +18,7 @@ from dpkd.distill.rows.row import RowSource
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
 from dpkd.distill.run.logs import VALIDATION_LOG
-from dpkd.distill.run.ranks import on_rank_zero
-from dpkd.distill.run.reduction import all_reduce_sums, step_means
+from dpkd.distill.run.ranks import all_reduce_sums, on_rank_zero, step_means
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.student_state import StudentState
 from dpkd.distill.run.trackers import track
@@ -45,14 +44,14 @@ class Validator:
         self._run, self._config, self._accelerator = run, run.config, accelerator
         self._student, self._objective, self._checkpointer = student, objective, checkpointer
         self._evaluate_fn = evaluate_fn
-        if run.config.best_metric == "rouge_l" and evaluate_fn is None:
+        if run.validation.best_metric == "rouge_l" and evaluate_fn is None:
             self._evaluate_fn = load_bridge("rouge_l")(run.config)
-        metric = run.config.best_metric
+        metric = run.validation.best_metric
         self._best = None if metric is None else Best(**(checkpointer.best or {"metric": metric}))
 
     def validate_if_due(self, done: int) -> None:
-        """Validate before the first step, every `validate_every` steps and after the last one."""
-        if self._run.validation is None or (done % self._config.validate_every and done != self._run.steps):
+        """Validate before the first step, as often as planned and after the last one."""
+        if not self._run.validation.is_due(done, self._run.steps):
             return
         line = {"step": done, **validate(self._accelerator, self._objective, self._student.scorer, self._run)}
         if self._config.best_metric == "rouge_l":
@@ -81,8 +80,8 @@ class Validator:
 
     def _rouge_l(self, done: int) -> float:
         assert self._evaluate_fn is not None
-        assert self._run.validation is not None
-        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation, self._run.student)
+        assert self._run.validation.rows is not None
+        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation.rows, self._run.student)
         directory = self._config.out / ".candidate"
         self._checkpointer.save_student(directory, done, with_card=False)
         score = on_rank_zero(self._accelerator, lambda: evaluate_fn(directory, prompts))
@@ -94,13 +93,13 @@ class Validator:
 def validate(
     accelerator: Accelerator, objective: Objective, scorer: torch.nn.Module, run: Run
 ) -> dict[str, float | None]:
-    """Means of the objective's terms and metrics over all rows of `run.validation`, in eval mode.
+    """Means of the objective's terms and metrics over all validation rows of `run`, in eval mode.
 
     A term that the rows lack is left out, and `loss` is then None: held-out rows have no student's response where those
     are sampled live, and no text of the corpus. Random choices (a drawn token) are the same at every call.
     """
-    assert run.validation is not None
-    rows: RowSource = run.validation
+    assert run.validation.rows is not None
+    rows: RowSource = run.validation.rows
     indices = [(group, index) for group, size in enumerate(rows.group_sizes) for index in range(size)]
     size, ranks, rank = run.config.batch_size, accelerator.num_processes, accelerator.process_index
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -102,12 +102,12 @@ def read_reproduce(path: Path, steps: list[Step]) -> ReproduceConfig:
     for name, runs in config.runs.items():
         for run in runs:
             step = _step_of(steps, "train", run, f"runs.{name} of {where}")
-            if not step.config.validation_examples:  # type: ignore[attr-defined]
+            if step.config.validation_examples == 0:  # type: ignore[attr-defined]
                 raise UserError(
                     "the run is not validated, so it has nothing to show",
                     found="validation_examples 0",
                     where=f"{path}, {run}",
-                    advice="Give its train step validation_examples",
+                    advice="Leave validation_examples out of its train step",
                 )
     if config.report is not None:
         _check_report(config, _step_of(steps, "eval", config.report, where).config, steps, where)

@@ -135,8 +135,8 @@ def _cache(step: Step, config: CacheConfig, known: _Knowledge) -> PlannedStep:
 
 def _train(step: Step, config: TrainConfig, known: _Knowledge) -> PlannedStep:
     rows = known.rows_of(config.data) if config.data is not None else known.cache_rows.get(str(config.cache))
-    if rows is not None:
-        rows -= min(rows, config.validation_examples)
+    if rows is not None and config.cache is not None and not config.follow:
+        rows -= min(rows, config.num_held_out(rows))
     per_step = config.batch_size * config.gradient_accumulation_steps
     steps = config.steps
     if steps is None and rows is not None and config.batch_tokens is None:

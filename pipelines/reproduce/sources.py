@@ -115,7 +115,7 @@ def _run_text(run: Path) -> str:
     text = (
         f"{run} ({fingerprint(held)[:_SHOWN_DIGITS]}): {options['objective']}, {options['level']} level, beta "
         f"{options['beta']:g}, {facts['steps']} steps of {held['rows_per_step']} rows, learning rate "
-        f"{options['learning_rate']:g}, seed {options['seed']}; validated on {options['validation_examples']} held-out "
+        f"{options['learning_rate']:g}, seed {options['seed']}; validated on {held['validation']['examples']} held-out "
         f"examples of the cache {_options_of(run)['cache']}; from the student "
         f"{_options_of(run)['student']} (weights {str(facts['student']['weights_sha256'])[:_SHOWN_DIGITS]})"
     )

@@ -43,6 +43,7 @@ def curve(directory: Path, cache: Path, student: Path, name: str) -> list[dict[s
             save_every=None,
             lm_data=str(corpus),
             lm_length=32,
+            validation_examples=0,
             **CURVES[name],
         )
     )

@@ -25,6 +25,7 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
     defaults: dict[str, Any] = {"steps": 4, "batch_size": 5, "learning_rate": 1e-3, "device": "cpu"}
+    defaults["validation_examples"] = 0  # all rows, and the last student
     return TrainConfig(out=out, cache=cache, student=str(student), **(defaults | options))
 
 

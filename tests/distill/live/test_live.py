@@ -118,7 +118,7 @@ class Loop:
     def __post_init__(self) -> None:
         assert self.config.cache is not None
         self.cache = TeacherCache.open(self.config.cache)
-        self.rows, _ = open_cache_rows(self.cache, None, self.config)
+        self.rows = open_cache_rows(self.cache, None, self.config).training
         self.order = BatchOrder(self.rows.group_sizes, self.config.seed, BATCH)
         self.student = locate_model(self.config.student, "student")
 

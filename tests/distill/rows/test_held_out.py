@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.rows.columns import read_example_ids
-from dpkd.distill.rows.held_out import SubsetRows, choose_examples, choose_of_cache, split_rows
+from dpkd.distill.rows.held_out import SubsetRows, cache_examples, choose_examples, split_rows
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -90,7 +90,7 @@ def test_the_seed_makes_the_choice() -> None:
 def test_a_cache_is_split_the_same_way_with_and_without_its_round(toy_cache: Path) -> None:
     cache = TeacherCache.open(toy_cache)
     held = cache.round("r0")
-    held_out = choose_of_cache(cache, 4, seed=0)
+    held_out = choose_examples(cache_examples(cache), 4, seed=0)
     assert len(held_out) == 4
     sides = []
     for shards, used in ((cache.shards(), None), (cache.shards(), held), (cache.shards("teacher"), held)):
@@ -108,7 +108,7 @@ def test_a_cache_is_split_the_same_way_with_and_without_its_round(toy_cache: Pat
 
 def test_a_row_that_failed_in_a_round_moves_no_other_example(toy_cache: Path) -> None:
     cache = TeacherCache.open(toy_cache)
-    held_out = choose_of_cache(cache, 3, seed=0)
+    held_out = choose_examples(cache_examples(cache), 3, seed=0)
     lost = min(held_out)
     ids = [
         [example_id for example_id in group if example_id != lost]
@@ -146,6 +146,6 @@ def test_example_ids_are_read_from_an_object_store(cache_copy: Path) -> None:
     memory.put(str(cache_copy), "/held-out-cache", recursive=True)
     try:
         remote, local = TeacherCache.open("memory://held-out-cache"), TeacherCache.open(cache_copy)
-        assert choose_of_cache(remote, 3, seed=1) == choose_of_cache(local, 3, seed=1)
+        assert choose_examples(cache_examples(remote), 3, seed=1) == choose_examples(cache_examples(local), 3, seed=1)
     finally:
         memory.rm("/held-out-cache", recursive=True)

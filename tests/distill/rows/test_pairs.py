@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import BatchOrder
-from dpkd.distill.rows.held_out import choose_of_cache, split_rows
+from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
 from dpkd.distill.rows.pairs import PairRule, cross, paired_rows
 from dpkd.distill.rows.row import RowSource
 from dpkd.teacher_cache.build.cache import build_cache
@@ -200,6 +200,6 @@ def test_pairs_of_a_real_round(
     assert row.rejected is not None
     assert row.chosen.prompt_ids.tolist() == row.rejected.prompt_ids.tolist()
     assert row.chosen.distributions is not None
-    training, validation = split_rows(source, source.ids_by_group(), choose_of_cache(cache, 2, seed=0))
-    assert {pair[0] for pair in pairs(validation)} == choose_of_cache(cache, 2, seed=0)
+    training, validation = split_rows(source, source.ids_by_group(), choose_examples(cache_examples(cache), 2, seed=0))
+    assert {pair[0] for pair in pairs(validation)} == choose_examples(cache_examples(cache), 2, seed=0)
     assert Counter(pairs(training)) + Counter(pairs(validation)) == Counter(found)

@@ -53,12 +53,12 @@ def assert_same_run(run: Path, reference: Path) -> None:
     """Bit for bit, times and memory apart."""
     for name in ("metrics", "validation"):
         assert lines(run, name) == lines(reference, name)
-    for place in (".", "best"):
+    newest = max(reference.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])).name
+    for place in (".", newest):
         ours, theirs = (load_file(path / place / "model.safetensors") for path in (run, reference))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert json.loads((run / "best" / "dpkd.json").read_text()) == json.loads(
-        (reference / "best" / "dpkd.json").read_text()
-    )
+    for name in ("dpkd.json", "run.json"):
+        assert json.loads((run / name).read_text()) == json.loads((reference / name).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path, toy_stu
 def as_killed(reference: Path, run: Path) -> Path:
     """A copy of a finished run as a kill after its last checkpoint leaves it."""
     shutil.copytree(reference, run)
-    for name in ("run.json", "model.safetensors", "config.json"):
-        (run / name).unlink()
+    (run / "run.json").unlink()
+    (run / "best").mkdir()
+    for name in ("model.safetensors", "config.json", "dpkd.json", "README.md", "tokenizer.json"):
+        (run / name).rename(run / "best" / name)
     return run
 
 
@@ -105,9 +107,11 @@ def lines_of(run: Path) -> list[str]:
 
 def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path) -> None:
     best = min(lines(reference, "validation"), key=lambda line: line["kld"])
-    assert json.loads((reference / "best" / "dpkd.json").read_text())["steps"] == best["step"]
-    AutoModelForCausalLM.from_pretrained(reference / "best")
-    assert (reference / "best" / "tokenizer.json").is_file()
+    assert json.loads((reference / "dpkd.json").read_text())["steps"] == best["step"]
+    assert json.loads((reference / "run.json").read_text())["student_step"] == best["step"]
+    AutoModelForCausalLM.from_pretrained(reference)
+    assert (reference / "tokenizer.json").is_file()
+    assert not (reference / "best").exists()
     # one checkpoint is kept, and it does not take the best student with it
     run = train(config(tmp_path / "run", toy_cache, toy_student, keep_checkpoints=1))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
@@ -176,7 +180,7 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     run = train(options, evaluate)
     assert [line["rouge_l"] for line in lines(run, "validation")] == [40.0, 10.0, 30.0, 20.0, 30.0]
     # the initial student is measured, but is not a result of training; an equal score is not better
-    assert json.loads((run / "best" / "dpkd.json").read_text())["steps"] == 4
+    assert json.loads((run / "dpkd.json").read_text())["steps"] == 4
     assert all("tokenizer.json" in names and len(prompts) == 4 for names, prompts in seen)
     assert all(prompt.references and prompt.prompt_ids for prompt in seen[0][1])
     assert not (run / ".candidate").exists()
@@ -194,8 +198,15 @@ def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"best_metric": "kld"}, "--best-metric kld needs --validation-examples of 1 or more"),
-        ({"patience": 2}, "--patience needs --best-metric"),
+        (
+            {"best_metric": "kld", "validation_examples": 0},
+            "--best-metric kld needs --validation-examples of 1 or more",
+        ),
+        ({"patience": 2, "best_metric": "last"}, "--patience needs validation, and a --best-metric other than last"),
+        ({"patience": 2, "validation_examples": 0}, "--patience needs validation"),
+        ({"follow": True, "patience": 2}, "--patience needs a finished --cache"),
+        ({"follow": True, "best_metric": "kld"}, "--best-metric needs a finished --cache"),
+        ({"follow": True, "validation_examples": 2}, "--validation-examples needs a finished --cache"),
         ({"steps": 0}, "`steps` must be 1 or more, found 0"),
         ({"learning_rate": 0}, "`learning_rate` must be above 0, found 0"),
         ({"batch_size": 0}, "`batch_size` must be 1 or more, found 0"),

@@ -32,21 +32,20 @@ def test_the_model_card_says_what_the_student_is_made_of(tmp_path: Path, toy_cac
     run = train(
         config(tmp_path / "run", toy_cache, toy_student, validation_examples=3, best_metric="kld", sft_weight=0.5)
     )
-    for directory in (run, run / "best"):
-        _, front, text = (directory / "README.md").read_text().split("---\n", 2)
-        assert yaml.safe_load(front) == {
-            "library_name": "transformers",
-            "base_model": "toy-student",
-            "pipeline_tag": "text-generation",
-            "tags": ["dpkd", "knowledge-distillation"],
-        }
-        assert "`toy-teacher`, weights sha256 `" in text
-        assert TeacherCache.open(toy_cache).fingerprint in text
-        assert "terms: 1 dpkd + 0.5 sft" in text
-        assert "| Steps | 3 |" in text
-        assert f"| kld | {metrics(run)[-1]['kld']:.4f} |" in text
-        assert "dpkd train --config dpkd.toml" in text
-        assert str(tmp_path / "run") not in text
+    _, front, text = (run / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "base_model": "toy-student",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpkd", "knowledge-distillation"],
+    }
+    assert "`toy-teacher`, weights sha256 `" in text
+    assert TeacherCache.open(toy_cache).fingerprint in text
+    assert "terms: 1 dpkd + 0.5 sft" in text
+    assert "| Steps | 3 |" in text
+    assert f"| kld | {metrics(run)[-1]['kld']:.4f} |" in text
+    assert "dpkd train --config dpkd.toml" in text
+    assert str(tmp_path / "run") not in text
 
 
 def test_tensorboard_shows_the_steps_and_nothing_is_needed(

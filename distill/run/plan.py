@@ -1,0 +1,95 @@
+"""What a run is validated on, how often, and which student is its result: decided before the first step, and said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.sources import CacheSplit
+
+#: validations by default: their share of the run's time, and the most of them after the first
+_SHARE_OF_TIME, _MOST_VALIDATIONS = 0.05, 20
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """Validation `rows` (None: no validation), measured before the first step, `every` so many steps and at the end.
+
+    `best_metric` picks the student that is the run's result; None: the last one is. `note` is a sentence for the
+    person about what no option asked for, and `facts` what the run's files say.
+    """
+
+    rows: RowSource | None = None
+    every: int = 0
+    best_metric: str | None = None
+    note: str | None = None
+    examples: int = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"examples": self.examples, "every": self.every, "best_metric": self.best_metric or "last"}
+
+    def is_due(self, done: int, steps: int) -> bool:
+        """Whether to validate after `done` of `steps` steps."""
+        return self.rows is not None and (done % self.every == 0 or done == steps)
+
+
+def plan_validation(
+    config: TrainConfig, split: CacheSplit | None, steps: int, rows_per_step: float, *, has_kl: bool
+) -> ValidationPlan:
+    """The plan for a run on the rows of `split` (None: they cannot be split).
+
+    Raises `UserError` where an option needs validation and no example is held out.
+    """
+    if split is None or split.validation is None:
+        for key in ("best_metric", "patience"):
+            if getattr(config, key) not in (None, "last"):
+                raise UserError(
+                    f"{config.flag(key)} needs validation, and no example is held out",
+                    found="rows that cannot be split" if split is None else split.reason,
+                    advice=f"Give --validation-examples of 1 or more, or leave {config.flag(key)} out",
+                )
+        return ValidationPlan(note=_note_of_absence(config, split))
+    best_metric = None if config.best_metric == "last" else config.best_metric or _best_metric(config, has_kl)
+    every = config.validate_every or validation_interval(steps, sum(split.validation.group_sizes), rows_per_step)
+    note = None
+    if config.validation_examples is None:
+        result = "last student" if best_metric is None else f"student with the best {best_metric}"
+        often = "every step" if every == 1 else f"every {every} steps"
+        note = (
+            f"validation: {split.held_out} of {split.examples} examples are held out and measured {often}; "
+            f"the result is the {result} (--validation-examples 0 trains on all)"
+        )
+    return ValidationPlan(split.validation, every, best_metric, note, split.held_out)
+
+
+def validation_interval(steps: int, num_rows: int, rows_per_step: float) -> int:
+    """Steps between validations of `num_rows` rows that take about 5% of the time, at most 20 of them.
+
+    A step takes three times as long as a validation of as many rows: forward and backward. There are always two
+    validations, before the first step and after the last.
+    """
+    cost = num_rows / rows_per_step / 3  # in steps
+    affordable = int(_SHARE_OF_TIME * steps / cost) - 1  # one comes before training
+    return math.ceil(steps / min(max(affordable, 1), _MOST_VALIDATIONS))
+
+
+def _best_metric(config: TrainConfig, has_kl: bool) -> str | None:
+    if config.objective == "sft" and {*config.weights} == {"sft"}:
+        return "loss"  # it learns the responses, whoever wrote them
+    return "kld" if has_kl else None
+
+
+def _note_of_absence(config: TrainConfig, split: CacheSplit | None) -> str | None:
+    if config.validation_examples == 0:
+        return None
+    if split is None:
+        reason = "--data has no teacher" if config.cache is None else "with --follow the cache is still being written"
+        return f"no validation: {reason}; the result is the last student"
+    return (
+        f"no validation: {split.reason}; the result is the last student (--validation-examples N holds out N examples)"
+    )
