@@ -160,9 +160,10 @@ def _split(
                 return CacheSplit(source, reason=what)
             raise _no_distributions(what, cache, "train without --validation-examples")
     held_out = choose_examples(examples, num, config.seed)
+    ids, measured_ids = source.ids_by_group(), measured.ids_by_group()
     try:
-        training, _ = split_rows(source, source.ids_by_group(), held_out)
-        _, validation = split_rows(measured, measured.ids_by_group(), held_out)
+        training, _ = split_rows(source, ids, held_out)
+        _, validation = split_rows(measured, measured_ids, held_out)
     except UserError as error:
         if config.validation_examples is None:
             return CacheSplit(source, reason=str(error))

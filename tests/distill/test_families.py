@@ -352,7 +352,7 @@ def test_rows_fill_the_positions_to_the_last_and_not_beyond(
         config = FAMILIES[name].config(1, NUM_TOKENS)
         config.max_position_embeddings = limit
         student = make_model(tmp_path / f"positions-{limit}", toy_tokenizer, config, seed=3)
-        asked = config_of(tmp_path / "run", toy_cache, student, steps=1, batch_size=len(lengths))
+        asked = config_of(tmp_path / "run", toy_cache, student, steps=1, batch_size=len(lengths), validation_examples=0)
         if limit == longest:
             train(asked)
             shutil.rmtree(asked.out)
