@@ -84,7 +84,7 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             line = {"step": done + 1, "epoch": run.order.epoch_of(done), **means, "learning_rate": learning_rate}
             log.log_step(line | {"grad_norm": grad_norm, **tokens}, loader.wait_s)
             done += 1
-            validator.validate_if_due(done)
+            validator.validate_if_due(done, micro_batches)
             if checkpointer.is_due(done):
                 checkpointer.save(done, loader)
         if done == run.steps and loader.cache_grows:

@@ -22,8 +22,8 @@ from dpkd.pipelines.process import EXIT_INVALID, run_process
 
 _ABOUT = "Distil a large language model into a small one without keeping the large one in memory."
 _CODES = (
-    "Exit codes: 0 success; 1 internal error (traceback path printed); 2 invalid input or options; 3 finished, some "
-    "rows failed; 130 interrupted."
+    "Exit codes: 0 success; 1 internal error (traceback path printed); 2 invalid input or options; 3 finished, but "
+    "some rows failed or an alarm stopped training; 130 interrupted."
 )
 
 

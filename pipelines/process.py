@@ -16,7 +16,8 @@ from dpkd.core.progress import say
 
 EXIT_INTERNAL_ERROR = 1
 EXIT_INVALID = 2
-EXIT_ROWS_FAILED = 3
+#: finished, but not all of it: some rows failed, or an alarm stopped training
+EXIT_PARTLY = 3
 EXIT_INTERRUPTED = 130
 
 

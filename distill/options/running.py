@@ -73,6 +73,12 @@ class ValidationOptions(Settings):
         None, ge=1, description="stop after this many validations without a better --best-metric; none: never"
     )
 
+    on_alarm: Literal["warn", "stop"] = Field(
+        "warn",
+        description="when a validation gives an alarm (KL above its start, entropy running away, both sides of the "
+        "pairs unlearned, a used-up round, an idle preference): warn once, or stop the run, exit code 3",
+    )
+
     @model_validator(mode="after")
     def _metrics_are_measured(self) -> Self:
         keeps_best = self.best_metric not in (None, "last")
@@ -80,6 +86,8 @@ class ValidationOptions(Settings):
             raise ValueError(f"--best-metric {self.best_metric} needs --validation-examples of 1 or more")
         if self.patience is not None and (self.best_metric == "last" or self.validation_examples == 0):
             raise ValueError("--patience needs validation, and a --best-metric other than last")
+        if self.on_alarm == "stop" and self.validation_examples == 0:
+            raise ValueError("--on-alarm stop needs --validation-examples of 1 or more")
         return self
 
     def num_held_out(self, num_examples: int) -> int:

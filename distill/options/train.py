@@ -55,8 +55,8 @@ class TrainConfig(
         if self.follow and self.batch_tokens is not None:
             return "--batch-tokens needs a finished --cache: it sorts all rows by length first"
         if self.cache is None or self.follow:
-            for key in ("validation_examples", "best_metric", "patience"):
-                if getattr(self, key) not in (None, 0, "last"):
+            for key in ("validation_examples", "best_metric", "patience", "on_alarm"):
+                if getattr(self, key) not in (None, 0, "last", "warn"):
                     return f"{self.flag(key)} needs a finished --cache"
         if self.student_samples == "live" and (self.follow or self.cache is None):
             return "--student-samples live needs a finished --cache"

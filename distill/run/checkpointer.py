@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dpkd.core.progress import say
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.alarms import ALARMS_LOG
 from dpkd.distill.run.best import BEST_DIR, take_best
 from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
 from dpkd.distill.run.loader import StepLoader
@@ -19,10 +22,32 @@ from dpkd.distill.run.setup import Run
 from dpkd.distill.run.student_state import StudentState
 
 
+@dataclass
+class Validated:
+    """What the validations so far have found, as JSON: the state of `Best` and of `Alarms`."""
+
+    best: dict[str, Any] | None = None
+    alarms: dict[str, Any] | None = None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best student that was kept; None: none was."""
+        return None if self.best is None or self.best["value"] is None else int(self.best["step"])
+
+    @property
+    def alarm_names(self) -> list[str]:
+        """The alarms that were given, in order."""
+        return [] if self.alarms is None else list(self.alarms["names"])
+
+    def stops_by_alarm(self, config: TrainConfig) -> bool:
+        """Whether `config` lets an alarm that was given end the run."""
+        return config.on_alarm == "stop" and bool(self.alarm_names)
+
+
 class Checkpointer:
     """Writes the student as it is now; every rank calls each method, rank zero writes.
 
-    `best` is the state of best-student tracking that goes into checkpoints; at first it is what the last one had.
+    `validated` goes into checkpoints; at first it is what the last one had.
     """
 
     def __init__(
@@ -30,7 +55,7 @@ class Checkpointer:
     ) -> None:
         self._run, self._accelerator, self._student = run, accelerator, student
         self.first = self._saved = 0 if checkpoint is None else checkpoint.step
-        self.best: dict[str, Any] | None = None if checkpoint is None else checkpoint.state["best"]
+        self.validated = Validated() if checkpoint is None else Validated(**checkpoint.state)
 
     def is_due(self, done: int) -> bool:
         """Whether `save_every` asks for a checkpoint after `done` steps; the end of the run needs none."""
@@ -44,7 +69,7 @@ class Checkpointer:
         loader.settle()
         self._saved = done
         config, files, facts = self._run.config, self._student.files, self._run.facts | {"steps": done}
-        arguments = (files, self._student.weights(), self._student.moments(), facts, {"best": self.best})
+        arguments = (files, self._student.weights(), self._student.moments(), facts, asdict(self.validated))
         directory = config.out / f"checkpoint-{done}"
         on_rank_zero(self._accelerator, lambda: save_checkpoint(directory, *arguments, keep=config.keep_checkpoints))
 
@@ -57,23 +82,22 @@ class Checkpointer:
     def finish(self, done: int) -> Path:
         """Write the run's student to its directory, the best one if one was kept, and mark the run complete."""
         out, final = self._run.config.out, self._run.config.out / ".final"
-        step = on_rank_zero(self._accelerator, lambda: take_best(out / BEST_DIR, final, self._best_step()))
+        step = on_rank_zero(self._accelerator, lambda: take_best(out / BEST_DIR, final, self.validated.best_step))
         if step is None:
             step = done
             self.save_student(final, done)
-        facts = self._run.facts | {"steps": done, "student_step": step}
+        validated, config = self.validated, self._run.config
+        facts = self._run.facts | {"steps": done, "student_step": step, "alarms": validated.alarm_names}
+        facts["stopped_by_alarm"] = validated.stops_by_alarm(config)
         on_rank_zero(self._accelerator, lambda: finish_run(out, final, facts))
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._accelerator.is_main_process:
             for text in progress_to_teacher(out / VALIDATION_LOG, step, self._run.validation.best_metric):
                 say(text)
-            say(f"the run {out} is complete: {done} steps")
+            alarms = f", {len(validated.alarm_names)} alarms ({out / ALARMS_LOG})" if validated.alarm_names else ""
+            say(f"the run {out} is complete: {done} steps{alarms}")
         return out
-
-    def _best_step(self) -> int | None:
-        """The step of the best student that was kept; None: none was."""
-        return None if self.best is None or self.best["value"] is None else int(self.best["step"])
 
     def _card(self, done: int) -> str:
         """The model card from the lines written so far; empty on other ranks."""

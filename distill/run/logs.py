@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from dpkd.core.files import write_atomic
 from dpkd.core.json_lines import complete_lines
 from dpkd.core.progress import Progress, say
+from dpkd.distill.run.alarms import ALARMS_LOG
 from dpkd.distill.run.ranks import on_all_ranks
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.trackers import start_tracker, track
@@ -45,7 +46,7 @@ class RunLog:
         config = self._run.config
         on_all_ranks(self._accelerator, lambda: start_tracker(self._accelerator, config, self._first))
         if self._accelerator.is_main_process:
-            for name in (METRICS_LOG, VALIDATION_LOG):
+            for name in (METRICS_LOG, VALIDATION_LOG, ALARMS_LOG):
                 keep_lines(config.out / name, self._first)
             self._file = self._stack.enter_context((config.out / METRICS_LOG).open("a", encoding="utf-8"))
             self._progress = self._stack.enter_context(Progress("train", self._run.steps, "steps", self._first))
@@ -136,6 +137,12 @@ def last_line(path: Path) -> dict[str, Any] | None:
     """The last line of a log; None where there is none."""
     lines = complete_lines(path)
     return json.loads(lines[-1]) if lines else None
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a log that is written rarely."""
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def keep_lines(path: Path, step: int) -> None:

@@ -46,8 +46,8 @@ def plan_validation(
     Raises `UserError` where an option needs validation and no example is held out.
     """
     if split is None or split.validation is None:
-        for key in ("best_metric", "patience"):
-            if getattr(config, key) not in (None, "last"):
+        for key in ("best_metric", "patience", "on_alarm"):
+            if getattr(config, key) not in (None, "last", "warn"):
                 raise UserError(
                     f"{config.flag(key)} needs validation, and no example is held out",
                     found="rows that cannot be split" if split is None else split.reason,

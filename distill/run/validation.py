@@ -1,10 +1,11 @@
-"""Validation on held-out rows of the cache, with its teacher distributions; the best student; early stopping."""
+"""Validation on held-out rows of the cache: the best student, alarms, early stopping."""
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +14,14 @@ from dpkd.core.bridges import load_bridge
 from dpkd.core.progress import say
 from dpkd.distill.batches.batch import MicroBatch
 from dpkd.distill.batches.collate import collate
+from dpkd.distill.objectives.gradient_share import gradient_norms, preference_share
 from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.rows.row import RowSource
+from dpkd.distill.run.alarms import ALARMS_LOG, Alarms, Watch
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
-from dpkd.distill.run.logs import VALIDATION_LOG
-from dpkd.distill.run.ranks import all_reduce_sums, on_rank_zero, step_means
+from dpkd.distill.run.logs import VALIDATION_LOG, append_line
+from dpkd.distill.run.ranks import all_reduce_sums, is_sharded, on_rank_zero, step_means
 from dpkd.distill.run.setup import Run
 from dpkd.distill.run.student_state import StudentState
 from dpkd.distill.run.trackers import track
@@ -27,7 +30,7 @@ _SHOWN = ("loss", "kld", "rkld", "reward_margin", "rouge_l")
 
 
 class Validator:
-    """Validates when due, keeps the best student, and says when to stop early; every rank calls each method.
+    """Validates when due, keeps the best student, gives alarms, and says when to stop; every rank calls each method.
 
     `evaluate_fn` measures the best_metric `rouge_l`; None is the scoring of `dpkd eval`.
     """
@@ -46,37 +49,75 @@ class Validator:
         self._evaluate_fn = evaluate_fn
         if run.validation.best_metric == "rouge_l" and evaluate_fn is None:
             self._evaluate_fn = load_bridge("rouge_l")(run.config)
-        metric = run.validation.best_metric
-        self._best = None if metric is None else Best(**(checkpointer.best or {"metric": metric}))
+        metric, state = run.validation.best_metric, checkpointer.validated
+        self._best = None if metric is None else Best(**(state.best or {"metric": metric}))
+        self._alarms: Alarms | None = None
+        if run.validation.rows is not None:
+            self._alarms = Alarms(Watch.of(run.config, run.validation.rows, run.vocab_size), **(state.alarms or {}))
 
-    def validate_if_due(self, done: int) -> None:
-        """Validate before the first step, as often as planned and after the last one."""
+    def validate_if_due(self, done: int, micro_batches: Sequence[MicroBatch] = ()) -> None:
+        """Validate before the first step, as often as planned and after the last one.
+
+        `micro_batches` are those of the step before, on the first of which the terms' shares of the gradient are
+        measured.
+        """
         if not self._run.validation.is_due(done, self._run.steps):
             return
         line = {"step": done, **validate(self._accelerator, self._objective, self._student.scorer, self._run)}
-        if self._config.best_metric == "rouge_l":
+        if micro_batches and (share := self._preference_share(micro_batches[0])) is not None:
+            line["preference_share"] = share
+        if self._run.validation.best_metric == "rouge_l":
             line["rouge_l"] = self._rouge_l(done)
         if self._accelerator.is_main_process:
-            with (self._config.out / VALIDATION_LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            append_line(self._config.out / VALIDATION_LOG, line)
             track(self._accelerator, line, "validation")
             shown = [name for name in _SHOWN if line.get(name) is not None]
             say(f"step {done}: " + ", ".join(f"validation {name} {line[name]:.4f}" for name in shown))
+        # the metrics are the same on every rank, so all ranks agree on what is best and on alarms
+        self._note_alarms(done, line)
         if self._best is None:
             return
         if done == 0:  # where training starts is no result of it, but a metric that is missing is missing here already
             self._best.value_of(line)
-        elif self._best.note(line):  # the metrics are the same on every rank, so all ranks agree on what is best
+        elif self._best.note(line):
             self._checkpointer.save_student(self._config.out / BEST_DIR, done)
-        self._checkpointer.best = asdict(self._best)
+        self._checkpointer.validated.best = asdict(self._best)
 
     def should_stop(self) -> bool:
-        """Whether `patience` validations in a row were no better than the best."""
-        if self._best is None or not self._best.is_over(self._config.patience):
-            return False
-        if self._accelerator.is_main_process:
-            say(f"early stopping: {self._best.metric} has not improved since step {self._best.step}")
-        return True
+        """Whether `patience` validations in a row were no better than the best, or an alarm is to stop the run."""
+        reason = None
+        if self._checkpointer.validated.stops_by_alarm(self._config):
+            assert self._alarms is not None
+            reason = f"stopped by an alarm, {self._alarms.names[0]}, as --on-alarm stop asks"
+        elif self._best is not None and self._best.is_over(self._config.patience):
+            reason = f"early stopping: {self._best.metric} has not improved since step {self._best.step}"
+        if reason is not None and self._accelerator.is_main_process:
+            say(reason)
+        return reason is not None
+
+    def _note_alarms(self, done: int, line: dict[str, Any]) -> None:
+        """Print and record the alarms that this validation is the first to give."""
+        assert self._alarms is not None
+        for alarm in self._alarms.note(line):
+            if self._accelerator.is_main_process:
+                append_line(self._config.out / ALARMS_LOG, {"step": done, **asdict(alarm)})
+                say(f"alarm at step {done}: {alarm.text}")
+        self._checkpointer.validated.alarms = self._alarms.state
+
+    def _preference_share(self, micro_batch: MicroBatch) -> float | None:
+        """The preference's share of the gradient, measured on rank zero; None where there is no other term.
+
+        Sharded weights exist only while the whole model runs, so there it is not measured.
+        """
+        weights = self._objective.weights
+        if "dpkd" not in weights or len(weights) == 1 or is_sharded(self._accelerator):
+            return None
+        scorer = self._accelerator.unwrap_model(self._student.scorer)
+        scorer.eval()
+        part = micro_batch.to(self._accelerator.device)
+        share = on_rank_zero(self._accelerator, lambda: preference_share(gradient_norms(self._objective, scorer, part)))
+        scorer.train()
+        return share
 
     def _rouge_l(self, done: int) -> float:
         assert self._evaluate_fn is not None

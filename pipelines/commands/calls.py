@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpkd.pipelines.process import EXIT_ROWS_FAILED
+from dpkd.pipelines.process import EXIT_PARTLY
 
 if TYPE_CHECKING:
     from dpkd.distill.options.train import TrainConfig
@@ -26,15 +26,16 @@ def cache_teacher(config: CacheConfig) -> int:
 
     manifest = build_cache(config)
     print(config.out)
-    return EXIT_ROWS_FAILED if manifest.failed else 0
+    return EXIT_PARTLY if manifest.failed else 0
 
 
-def train_student(config: TrainConfig) -> None:
+def train_student(config: TrainConfig) -> int:
     from dpkd.distill.training import train
 
     run = train(config)
     if os.environ.get("RANK", "0") == "0":  # of several processes one prints the result
         print(run)
+    return EXIT_PARTLY if json.loads((run / "run.json").read_text()).get("stopped_by_alarm") else 0
 
 
 def evaluate_models(config: EvalConfig) -> None:
@@ -68,7 +69,7 @@ def judge_answers(config: JudgeConfig) -> int:
     report = json.loads(path.read_text(encoding="utf-8"))
     print(judge_markdown(report))
     print(f"report: {path}")
-    return EXIT_ROWS_FAILED if report["refused"] else 0
+    return EXIT_PARTLY if report["refused"] else 0
 
 
 def compare_with_teacher(config: FidelityConfig) -> None:

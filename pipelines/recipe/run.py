@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dpkd.core.progress import say
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, StepFailed, Terminated, run_process
+from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_PARTLY, StepFailed, Terminated, run_process
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.steps import Step
 
@@ -49,18 +49,18 @@ def run(options: RunOptions) -> None:
 def run_steps(steps: list[Step], name: str) -> None:
     """Run validated steps; messages call the recipe `name`. Raises `StepFailed` as `run` does."""
     started_s = time.monotonic()
-    rows_failed = False
+    partly = False
     for number, step in enumerate(steps, start=1):
         _announce(step, number, len(steps))
         step_started_s = time.monotonic()
         status = _run_step(step)
-        rows_failed |= status == EXIT_ROWS_FAILED
-        if status not in (0, EXIT_ROWS_FAILED):
+        partly |= status == EXIT_PARTLY
+        if status not in (0, EXIT_PARTLY):
             raise StepFailed(status)
         say(f"== step {number} took {time.monotonic() - step_started_s:.0f} s")
     say(f"== the recipe {name} is complete: {time.monotonic() - started_s:.0f} s")
-    if rows_failed:
-        raise StepFailed(EXIT_ROWS_FAILED)
+    if partly:
+        raise StepFailed(EXIT_PARTLY)
 
 
 def _announce(step: Step, number: int, total: int) -> None:
