@@ -13,10 +13,13 @@ from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.store.schema import CachedRow
 
 
-def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
+def collate(
+    rows: Sequence[TrainingRow], *, with_distributions: bool, of_rejected: bool = False, progress: float = 0.0
+) -> Batch:
     """Tensors of `rows`: all chosen responses, then all rejected ones.
 
-    Only chosen responses carry distributions; rejected ones have no entries, and all their mass is in the tail.
+    Rejected responses carry distributions only with `of_rejected`. Otherwise they have no entries, and all their mass
+    is in the tail. `progress` is the share of the run's steps that are done.
     """
     cached = [row.chosen for row in rows] + [row.rejected for row in rows if row.rejected is not None]
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in cached]
@@ -31,7 +34,9 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
     has_teacher = all(len(row.response_logprobs) == len(row.response_ids) for row in cached)
     entries = {}
     if with_distributions:
-        entries = _entries([row.chosen for row in rows], int(num_tokens[len(rows) :].sum()))
+        num_with = len(cached) if of_rejected else len(rows)
+        entries = _entries(cached[:num_with], int(num_tokens[num_with:].sum()))
+    sampling = [row.sampling_logprobs for row in cached if row.sampling_logprobs is not None]
     return Batch(
         example_ids=[row.example_id for row in cached],
         input_ids_BS=torch.from_numpy(input_ids),
@@ -43,6 +48,8 @@ def collate(rows: Sequence[TrainingRow], *, with_distributions: bool) -> Batch:
         unfinished_B=torch.tensor([row.finish_reason == "length" for row in cached]),
         num_chosen=len(rows),
         teacher_logprob_T=_tensor([row.response_logprobs for row in cached], np.float32) if has_teacher else None,
+        sampling_logprob_T=_tensor(sampling, np.float32) if len(sampling) == len(cached) else None,
+        progress=progress,
         **entries,
     )
 

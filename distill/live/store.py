@@ -8,7 +8,7 @@ but not yet scored, one JSON lines file a block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A response of the student: ids with their EOS. `index` is that of its request."""
+    """A response of the student: ids with their EOS, and log q of each at temperature 1 (nats), q the student that drew
+    it. `index` is that of its request.
+    """
 
     index: int
     response_ids: np.ndarray
     finish_reason: FinishReason
+    logprobs: list[float]
 
 
 class SampleStore:
@@ -56,7 +59,9 @@ class SampleStore:
         """The responses of a block that is drawn but not scored; None if some are missing or of other rows."""
 
         def parse(line: dict[str, Any]) -> Drawn:
-            return Drawn(int(line["index"]), np.array(line["response_ids"], np.int32), line["finish_reason"])
+            return Drawn(
+                int(line["index"]), np.array(line["response_ids"], np.int32), line["finish_reason"], line["logprobs"]
+            )
 
         responses = self._draft(first_step, planned).read(parse)
         return responses if responses and len(responses) == len(planned) else None
@@ -69,16 +74,17 @@ class SampleStore:
         answers: Mapping[int, EngineResult | FailedRequest],
     ) -> None:
         """Store a block with the teacher's scores; responses that it could not score are recorded as failed."""
-        reasons = {response.index: response.finish_reason for response in drawn}
+        responses = {response.index: response for response in drawn}
         rows, failed = [], []
         for plan in planned:
             answer = answers[plan.index]
             if isinstance(answer, FailedRequest):
                 failed.append({"index": plan.index} | plan.as_failed(answer.reason))
                 continue
-            ids, reason = answer.response_ids, reasons[plan.index]
-            result = EngineResult(plan.index, ids, reason, answer.logprobs_T, answer.distributions)
-            rows.append((plan, result, self._tokenizer.decode(ids.tolist())))
+            ids, response = answer.response_ids, responses[plan.index]
+            result = EngineResult(plan.index, ids, response.finish_reason, answer.logprobs_T, answer.distributions)
+            sampled = replace(plan, sampling_logprobs=response.logprobs)
+            rows.append((sampled, result, self._tokenizer.decode(ids.tolist())))
         data, record = encode_shard(to_table(rows), self._shard(first_step), "student", failed)
         self._ledger.commit(data, record)
         self._records[record.path] = record

@@ -81,8 +81,8 @@ class TransformersSampler:
         finally:
             self._model.train(was_training)
         return [
-            Drawn(request.index, np.array(ids, np.int32), reason)
-            for request, (ids, reason) in zip(batch, responses, strict=True)
+            Drawn(request.index, np.array(drawn.ids, np.int32), drawn.finish_reason, drawn.logprobs)
+            for request, drawn in zip(batch, responses, strict=True)
         ]
 
     def close(self) -> None:

@@ -54,5 +54,6 @@ class VllmSampler(VllmEngine):
             for result in results_only(self.generate(requests, self._sampling)):
                 if cancelled.is_set():
                     raise KeyboardInterrupt
-                drawn.append(Drawn(result.index, result.response_ids, result.finish_reason))
+                logprobs = result.logprobs_T.tolist()
+                drawn.append(Drawn(result.index, result.response_ids, result.finish_reason, logprobs))
         yield from drawn

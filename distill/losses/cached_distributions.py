@@ -30,6 +30,7 @@ def align(
     tail: Tail,
     *,
     vocab_size: int,
+    temperature: float = 1.0,
 ) -> tuple[Float[Tensor, "T N"], Float[Tensor, "T N"]]:
     """Teacher and student as log-distributions over the same N outcomes; the student's is differentiable.
 
@@ -40,6 +41,11 @@ def align(
     - renormalise: the K entries alone, both sides normalised over them, N = K. Blind to the student's tail mass.
       A position without entries has no outcome: it is -inf on both sides, and every divergence of it is 0.
     - uniform: the V logits, the teacher's tail mass spread evenly over the vocab_size - count other tokens, N = V.
+
+    `temperature` softens or sharpens both sides among the kept entries, given that one of them is drawn:
+    p_i^(1/temperature), normalised to the mass that they have at temperature 1. Exact, because the cache has all that
+    it takes. The tail keeps its mass: what it would be at another temperature depends on tokens that the cache does
+    not have. With every token kept these are the two distributions at that temperature. Not with uniform.
 
     Logits may be wider than `vocab_size` (a padded vocabulary). The student's distribution is over all of them. The
     teacher has no mass there: under `uniform`, and under `bucket` where every token is kept, reverse-kl and akl are
@@ -57,6 +63,8 @@ def align(
     # with every token kept there is no tail, whatever mass rounding left in it
     log_rest_T = log_tail_T.to(logits_TV.dtype).masked_fill(entry_counts_T >= vocab_size, -math.inf)
     if tail == "uniform":
+        if temperature != 1:
+            raise ValueError(f"temperature is {temperature}, must be 1 with tail uniform")
         each_T = log_rest_T - (vocab_size - entry_counts_T).clamp(min=1).to(logits_TV.dtype).log()
         # padded entries are written to one more column, which is cut off again
         wide_TV = logits_TV.new_full((len(logits_TV), num_logits + 1), -math.inf)
@@ -64,6 +72,8 @@ def align(
         wide_TV.scatter_(1, _column(entry_ids_TK, entry_TK, num_logits), teacher_TK)
         return _log_normalise(wide_TV[:, :num_logits]), _log_normalise(logits_TV)
     student_TK = logits_TV.gather(1, entry_ids_TK.masked_fill(~entry_TK, 0)).masked_fill(~entry_TK, -math.inf)
+    if temperature != 1:
+        teacher_TK, student_TK = (_at_temperature(logs_TK, temperature) for logs_TK in (teacher_TK, student_TK))
     if tail == "renormalise":
         return _log_normalise(teacher_TK), _log_normalise(student_TK)
     if tail == "bucket":
@@ -96,6 +106,13 @@ def cached_logprobs(
 def full_precision(values: Tensor) -> Tensor:
     """Float64 as it is, everything else as float32."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _at_temperature(logs_TK: Tensor, temperature: float) -> Tensor:
+    """Entries at another temperature with the sum that they had."""
+    has_any_T1 = ~torch.isneginf(logs_TK).all(dim=1, keepdim=True)
+    sums_T1 = torch.logsumexp(torch.where(has_any_T1, logs_TK, 0), dim=1, keepdim=True)
+    return torch.where(has_any_T1, sums_T1 + _log_normalise(logs_TK / temperature), logs_TK)
 
 
 def _log_normalise(logs_TN: Tensor) -> Tensor:

@@ -115,17 +115,28 @@ def akl(
 
 
 def skewed_forward_kl(
-    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float = 0.1
+    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float | Float[Tensor, " T"] = 0.1
 ) -> Float[Tensor, " T"]:
     """KL(p || alpha p + (1 - alpha) q) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
     return forward_kl(log_p_TN, _log_mixture(log_p_TN, log_q_TN, _skew(alpha)))
 
 
 def skewed_reverse_kl(
-    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float = 0.1
+    log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float | Float[Tensor, " T"] = 0.1
 ) -> Float[Tensor, " T"]:
     """KL(q || alpha q + (1 - alpha) p) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
     return forward_kl(log_q_TN, _log_mixture(log_q_TN, log_p_TN, _skew(alpha)))
+
+
+def skew_by_gap(gap_B: Float[Tensor, " B"], anchor: float, alpha: float) -> Float[Tensor, " B"]:
+    """DistiLLM-2's skew of each response (arXiv 2503.07067, section 3.3): alpha where the gap is `anchor` or more.
+
+    To first order log p - log(a p + (1 - a) q) is (1 - a)(p - q). The skew keeps this at (1 - alpha) anchor: it is
+    1 - (1 - alpha) anchor / (gap + 1e-5), from 0.01 to alpha, so a response that is already learned has the smaller
+    skew. `gap_B` is the difference of the two models' geometric mean probabilities of a response's tokens, p - q for
+    the teacher's responses and q - p for the student's. Bounds and constants are those of the authors' code.
+    """
+    return (1 - (1 - alpha) * anchor / (gap_B + 1e-5)).clamp(min=min(0.01, alpha), max=alpha)
 
 
 def cross_entropy_to(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
@@ -145,10 +156,12 @@ def _expectation(log_p_TN: Tensor, values_TN: Tensor) -> Tensor:
     return (p_TN * torch.where(p_TN > 0, values_TN, 0)).sum(dim=1)
 
 
-def _log_mixture(log_a_TN: Tensor, log_b_TN: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b); -inf without gradient where neither has mass."""
-    first_TN = full_precision(log_a_TN) + (math.log(share) if share else -math.inf)
-    second_TN = full_precision(log_b_TN) + math.log1p(-share)
+def _log_mixture(log_a_TN: Tensor, log_b_TN: Tensor, share: float | Tensor) -> Tensor:
+    """log(share a + (1 - share) b), the share one number or one a row; -inf without gradient where neither has mass."""
+    log_a_TN, log_b_TN = full_precision(log_a_TN), full_precision(log_b_TN)
+    share_T = torch.as_tensor(share, dtype=log_a_TN.dtype, device=log_a_TN.device)
+    first_TN = log_a_TN + share_T.log()[..., None]
+    second_TN = log_b_TN + torch.log1p(-share_T)[..., None]
     nothing_TN = torch.isneginf(first_TN) & torch.isneginf(second_TN)
     mixture_TN = torch.logaddexp(first_TN.masked_fill(nothing_TN, 0), second_TN.masked_fill(nothing_TN, 0))
     return mixture_TN.masked_fill(nothing_TN, -math.inf)
@@ -169,8 +182,8 @@ def _head(log_p_TN: Tensor, mu: float, *, last_is_tail: bool) -> Bool[Tensor, "T
     return torch.zeros_like(inside_TN).scatter(1, order_TN, inside_TN)
 
 
-def _skew(alpha: float) -> float:
-    if not 0 <= alpha < 1:
+def _skew(alpha: float | Tensor) -> float | Tensor:
+    if isinstance(alpha, (int, float)) and not 0 <= alpha < 1:
         raise ValueError(f"alpha is {alpha}, must be from 0 to below 1")
     return alpha
 

@@ -14,25 +14,31 @@ from torch import Tensor
 def minillm_loss(
     student_T: Float[Tensor, " T"],
     teacher_T: Float[Tensor, " T"],
+    sampling_T: Float[Tensor, " T"],
     row_T: Int[Tensor, " T"],
     num_tokens_B: Int[Tensor, " B"],
     single_step_T: Float[Tensor, " T"],
     *,
+    clip: float = 0.2,
     length_normalize: bool = True,
 ) -> Float[Tensor, " T"]:
     """Each position's part of the loss whose gradient is that of KL(q || p) over whole responses (nats).
 
-    Two parts (section 2.2 of the source): -rho R for what a token does to the rewards after it, with rho = q/q of the
-    token, whose value is 1 and whose gradient is that of log q, and R = `returns` of r = log p - log q, constant to the
-    gradient; and `single_step_T` for its own reward, whose expectation over the vocabulary is known exactly. The sum
-    over a row's positions, averaged over sampled rows, has the gradient of the response's KL(q || p), where the student
-    is the one that sampled and `length_normalize` is off. The value itself is not that divergence.
+    Two parts (section 2.2 of the source): -min(rho R, clip(rho) R) for what a token does to the rewards after it, and
+    `single_step_T` for its own reward, whose expectation over the vocabulary is known exactly. R is `returns` of
+    r = log p - log q, constant to the gradient. rho = q/q0 is how much likelier the token is now than when it was
+    drawn, and clip(rho) keeps it from 1 - `clip` to 1 + `clip` as in PPO: a token that has moved that far for a good
+    return gets no gradient from it. Where the student is the one that sampled (rho = 1) and `length_normalize` is off,
+    the sum over a row's positions, averaged over sampled rows, has the gradient of the response's KL(q || p). For any
+    q0 with full support, q = p is the only stationary point: at a row's last position R is 0, so the single-step part
+    ends at the teacher there, then R is 0 one position earlier, and so on. The value itself is not that divergence.
 
-    # differs from the paper: the samples of a round were drawn by an earlier student, whose log-probs are not kept, so
-    # rho has no importance ratio and PPO's clip nothing to act on (docs/objectives.md)
+    # differs from the paper: the single-step part has no weight, as in the authors' code, and rewards are those of the
+    # current student (their code keeps those of the student that sampled, and whitens the returns)
 
-    `student_T` and `teacher_T` are log q and log p of the sampled tokens, `single_step_T` is KL(q || p) over the next
-    token at each position. `length_normalize` divides each return by the number of rewards in it.
+    `student_T`, `teacher_T` and `sampling_T` are log q, log p and log q0 of the sampled tokens; q0 is the student that
+    drew them, or its mixture with the teacher. `single_step_T` is KL(q || p) over the next token at each position.
+    `length_normalize` divides each return by the number of rewards in it.
     """
     num_rows = len(num_tokens_B)
     if bool((num_tokens_B <= 0).any()):
@@ -40,9 +46,11 @@ def minillm_loss(
     if not torch.equal(torch.bincount(row_T, minlength=num_rows), num_tokens_B.to(row_T.dtype)):
         raise ValueError("num_tokens_B does not count the positions of row_T")
     student_T = student_T.float()
-    fixed_T = student_T.detach()
-    return_T = returns(teacher_T.detach().float() - fixed_T, row_T, num_rows, length_normalize=length_normalize)
-    return single_step_T.float() - (student_T - fixed_T).exp() * return_T
+    rewards_T = teacher_T.detach().float() - student_T.detach()
+    return_T = returns(rewards_T, row_T, num_rows, length_normalize=length_normalize)
+    ratio_T = (student_T - sampling_T.detach().float()).exp()
+    clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
+    return single_step_T.float() - torch.minimum(ratio_T * return_T, clipped_T * return_T)
 
 
 def returns(

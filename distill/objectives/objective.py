@@ -19,7 +19,8 @@ METRICS = (
     *("reward_chosen", "reward_rejected", "reward_margin"),
     *("reward_chosen_sum", "reward_rejected_sum", "reward_margin_sum", "preference_accuracy"),
     *("kld", "rkld", "kld_first", "rkld_first", "entropy", "top1_agreement"),
-    *("teacher_miss_rate", "zero_gradient_share"),
+    *("teacher_miss_rate", "zero_gradient_share", "clipped_share"),
+    *("skew_gap_chosen", "skew_gap_rejected", "skew"),
     *("chosen_length", "rejected_length", "unfinished_chosen", "unfinished_rejected"),
 )
 

@@ -81,11 +81,13 @@ def argmax_pair(at: Positions) -> dict[str, Tensor]:
 class Outcomes:
     """Teacher and student as log-distributions over the same outcomes at each position; how, says `tail` (`align`).
 
-    `vocab_size` is the number of ids that the teacher's distribution is over.
+    `vocab_size` is the number of ids that the teacher's distribution is over. `temperature` is that of both sides
+    among the kept entries.
     """
 
     tail: Tail
     vocab_size: int
+    temperature: float = 1.0
 
     def __call__(self, at: Positions) -> tuple[Float[Tensor, "C N"], Float[Tensor, "C N"]]:
         """log p and log q, both normalised; log q is differentiable."""
@@ -94,7 +96,7 @@ class Outcomes:
             # ids that pad a wider student's vocabulary would be outcomes on which the teacher has no mass
             logits_CV = logits_CV[:, : self.vocab_size]
         entries = (fields["entry_ids"], fields["entry_logprobs"], fields["entry_counts"], fields["log_tail"])
-        return align(logits_CV, *entries, self.tail, vocab_size=self.vocab_size)
+        return align(logits_CV, *entries, self.tail, vocab_size=self.vocab_size, temperature=self.temperature)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,17 @@ class FunctionOfOutcomes:
 
     def __call__(self, at: Positions) -> dict[str, Tensor]:
         return {self.name: self.function(*self.outcomes(at))}
+
+
+@dataclass(frozen=True)
+class OutcomeLogprobs:
+    """`log_p` and `log_q` over the outcomes at each position, [C, N]: for terms that need a whole response first."""
+
+    outcomes: Outcomes
+
+    def __call__(self, at: Positions) -> dict[str, Tensor]:
+        log_p_CN, log_q_CN = self.outcomes(at)
+        return {"log_p": log_p_CN, "log_q": log_q_CN}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,27 @@ class ObjectiveOptions(Settings):
     )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
     akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
-    skew_alpha: float = Field(0.1, ge=0, lt=1, description="skewed divergences: weight of the other distribution")
+    skew_alpha: float = Field(
+        0.1, ge=0, lt=1, description="skewed divergences and distillm2: weight of the other distribution"
+    )
+    skew_anchor: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="distillm2: gap (skew_gap_* of the log) from which a response has --skew-alpha as its skew; those "
+        "with a smaller gap have a smaller skew; none: --skew-alpha for all",
+    )
+    skew_schedule: bool = Field(
+        True, description="distillm2: move weight from teacher to student responses over the first half of the run"
+    )
+    kd_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="divergences: temperature of both sides among the kept entries (the tail keeps its mass); 1: none",
+    )
+    minillm_clip: float = Field(
+        0.2, gt=0, description="minillm: how far a token's probability may move from that of its draw, as a share"
+    )
     ab_alpha: float = Field(0.2, gt=0, description="alpha-beta: power of the teacher's probabilities")
     ab_beta: float = Field(0.7, gt=0, description="alpha-beta: power of the student's probabilities")
 

@@ -18,6 +18,7 @@ OBJECTIVE_TERMS: dict[str, dict[TermName, float]] = {
     "kd": {"sft": 0.5, "kd": 0.5},
     "sft": {"sft": 1.0},
     "seqkd": {"sft": 1.0},
+    "distillm2": {"kd": 1.0},
     "minillm": {"minillm": 1.0},
 }
 if TYPE_CHECKING:

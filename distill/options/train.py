@@ -72,28 +72,34 @@ class TrainConfig(
             return f"--objective {objective} takes no --student-samples and no --round"
         if objective == "seqkd" and self.responses in ("all", "reference"):
             return "--objective seqkd learns from the teacher's responses: leave --responses out"
+        pairs = "--objective distillm2" if self.contrasts else "--level sequence"
         if paired and samples == "forced":
-            return "--level sequence takes --student-samples cached (with --round NAME) or live"
-        if objective == "minillm" and samples not in ("cached", "live"):
-            return "--objective minillm takes --student-samples cached (with --round NAME) or live"
+            return f"{pairs} takes --student-samples cached (with --round NAME) or live"
+        if objective == "minillm" and samples != "live" and self.round is None:
+            return "--objective minillm takes --round NAME, responses of the student in the cache, or live ones"
         if paired and samples != "live" and self.round is None:
-            return "--level sequence needs --round NAME, the student's responses in the cache"
+            return f"{pairs} needs --round NAME, the student's responses in the cache"
         on_samples = not paired and (samples == "live" or self.round is not None)
         if on_samples and "sft" in self.weights:
             return (
                 "the rows are the student's own responses, and cross-entropy on them teaches nothing: leave "
                 "--sft-weight out, or --student-samples and --round"
             )
-        if paired and samples != "live" and self.best_metric in ("loss", "reward_margin"):
+        if paired and not self.contrasts and samples != "live" and self.best_metric in ("loss", "reward_margin"):
             return (
                 f"--best-metric {self.best_metric} is best where a fixed round is overshot; give kld or rouge_l instead"
             )
         if self.mix is not None and paired:
-            return "--mix chooses one response a row, and --level sequence compares two: leave one of them out"
+            return f"--mix chooses one response a row, and {pairs} compares two: leave one of them out"
         if self.mix is not None and objective == "minillm":
             return "--objective minillm learns from the student's own responses alone: leave --mix out"
         if self.share_prompt and not paired:
-            return "--share-prompt needs --level sequence: only pairs share a prompt"
+            return "--share-prompt needs --level sequence or --objective distillm2: only pairs share a prompt"
+        if objective == "minillm" and samples == "live" and (self.sample_temperature, self.sample_top_p) != (1, 1):
+            return (
+                "--objective minillm learns from the student's own distribution: leave --sample-temperature and "
+                "--sample-top-p at 1"
+            )
         if self.lora_rank is not None and samples == "live" and self.sampler == "vllm":
             return "--lora-rank with --student-samples live needs --sampler transformers"
         return None
@@ -117,6 +123,16 @@ class TrainConfig(
         by_token = self.objective in PREFERENCES and self.level == "token"
         if by_token and self.token_pairs == "all" and self.objective != "dpkd":
             return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
+        if self.contrasts and self.tail == "uniform":
+            return (
+                "--objective distillm2 keeps whole responses' distributions, too large with --tail uniform: give bucket"
+            )
+        if self.skew_anchor is not None and not self.contrasts:
+            return "--skew-anchor goes with --objective distillm2"
+        if self.kd_temperature != 1 and ("kd" not in self.weights or self.contrasts):
+            return "--kd-temperature needs a divergence or kd as --objective, or a --kd-weight"
+        if self.kd_temperature != 1 and self.tail == "uniform":
+            return "--kd-temperature takes --tail bucket or renormalise: the tail's single tokens are unknown"
         if self.teacher_floor and not (self.needs_pairs and self.objective in ("dpkd", "dpop")):
             return "--teacher-floor needs --objective dpkd or dpop with --level sequence"
         return None
@@ -124,7 +140,17 @@ class TrainConfig(
     @property
     def needs_pairs(self) -> bool:
         """Whether the loss compares two responses."""
-        return self.objective in PREFERENCES and self.level == "sequence"
+        return self.contrasts or (self.objective in PREFERENCES and self.level == "sequence")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the loss reads the teacher's distributions on both responses of a pair."""
+        return self.objective == "distillm2"
+
+    @property
+    def needs_sampling_logprobs(self) -> bool:
+        """Whether the loss reads how likely the student's tokens were when they were drawn."""
+        return self.objective == "minillm"
 
     @property
     def smoothing(self) -> float:

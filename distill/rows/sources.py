@@ -227,9 +227,37 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
         what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
         raise _no_distributions(what, cache, "train with --level sequence or --objective sft")
 
+    if student_round is not None and config.contrasts and not student_round.manifest.identities["logprobs"]["top_k"]:
+        what = f"the round has no distributions, which --objective {config.objective} needs on both responses"
+        raise _no_distributions(what, cache, "train with --level sequence", "Build the round")
+    if student_round is not None and config.needs_sampling_logprobs:
+        _check_sampling(student_round, config)
 
-def _no_distributions(what: str, cache: CacheReader, otherwise: str) -> UserError:
-    advice = f"Build a cache with --top-k 64, or {otherwise}"
+
+def _check_sampling(student_round: Round, config: TrainConfig) -> None:
+    """Raise `UserError` unless the round has log q0 of its tokens, drawn from q0 as it is."""
+    advice = "Build another --round with `dpkd cache-teacher --temperature 1 --top-p 1`"
+    if not student_round.has_sampling_logprobs:
+        raise UserError(
+            f"the round does not say how likely its tokens were, which --objective {config.objective} needs",
+            found=f"format {student_round.manifest.format_version}",
+            expected="format 2",
+            where=student_round.folder,
+            advice=advice,
+        )
+    generation = student_round.manifest.identities["generation"]
+    if (generation["temperature"], generation["top_p"]) != (1, 1):
+        raise UserError(
+            f"the round was not drawn from the student's own distribution, which --objective {config.objective} needs",
+            found=f"temperature {generation['temperature']}, top_p {generation['top_p']}",
+            expected="temperature 1, top_p 1",
+            where=student_round.folder,
+            advice=advice,
+        )
+
+
+def _no_distributions(what: str, cache: CacheReader, otherwise: str, build: str = "Build a cache") -> UserError:
+    advice = f"{build} with --top-k 64, or {otherwise}"
     return UserError(what, found="top-k 0", expected="top-k of 1 or more", where=cache.folder, advice=advice)
 
 

@@ -83,7 +83,12 @@ class StepLoader:
                 start = (block * ranks + rank) * size
                 corpus = collate_corpus(run.corpus.blocks(start, size), start)
             shared = share_prompts(rows) if run.config.share_prompt else None
-            whole = collate(rows, with_distributions=run.has_distributions)
+            whole = collate(
+                rows,
+                with_distributions=run.has_distributions,
+                of_rejected=run.config.contrasts,
+                progress=step / run.steps,
+            )
             batch = cut_entries(whole, run.config.top_k, run.config.top_mass)
             micro_batches.append(MicroBatch(batch, corpus, shared))
         return micro_batches

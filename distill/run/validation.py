@@ -153,7 +153,9 @@ def validate(
         number = min(start + rank, len(batches) - 1)
         torch.manual_seed(number)
         found = [rows.row(*index) for index in batches[number]]
-        micro_batch = MicroBatch(collate(found, with_distributions=run.cache is not None and run.cache.top_k > 0))
+        has_distributions = run.cache is not None and run.cache.top_k > 0
+        both = run.config.contrasts and all(row.rejected is not None for row in found)
+        micro_batch = MicroBatch(collate(found, with_distributions=has_distributions, of_rejected=both))
         batch_sums = objective(scorer, micro_batch.to(accelerator.device))
         batch_counts = objective.counts(micro_batch)
         if number != start + rank:

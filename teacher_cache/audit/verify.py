@@ -98,6 +98,9 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         yield f"{len(row.response_ids)} response ids have {len(row.response_logprobs)} log-probs"
     elif not (np.isfinite(row.response_logprobs).all() and (row.response_logprobs <= 1e-5).all()):
         yield "a response log-prob is not a finite number <= 0"
+    sampling = row.sampling_logprobs
+    if sampling is not None and not (len(sampling) == len(row.response_ids) and np.isfinite(sampling).all()):
+        yield "the sampling log-probs are not one finite number a response token"
     top = row.distributions
     if top is None:
         return

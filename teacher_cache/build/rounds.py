@@ -131,7 +131,12 @@ def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str, seed: int) -> 
                 yield replace(planned, failed=f"the student drew the id {highest}, which the teacher does not have")
                 continue
             reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-            yield replace(planned, response_ids=answer.response_ids.tolist(), finish_reason=reason)
+            yield replace(
+                planned,
+                response_ids=answer.response_ids.tolist(),
+                finish_reason=reason,
+                sampling_logprobs=answer.response_logprobs.tolist(),
+            )
 
 
 def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
@@ -167,7 +172,13 @@ def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig
                 where=cache.folder,
                 advice=f"Leave --{key.replace('_', '-')} out",
             )
-    return config.model_copy(update=shared)
+    # responses of other lengths or another temperature are not what training compares: only if someone asks for them
+    drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    given = {key: getattr(config, key) for key in drawn if key in config.model_fields_set}
+    if differing := [key for key, value in given.items() if value != drawn[key]]:
+        ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
+        say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
+    return config.model_copy(update=shared | drawn | given)
 
 
 def _identities(

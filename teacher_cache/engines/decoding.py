@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,14 +51,22 @@ def draw_tokens(scores_BV: Tensor, uniform: Sequence[float], sampling: Sampling)
     return token_B.clamp(max=probs_BV.shape[1] - 1)
 
 
+class Decoded(NamedTuple):
+    """A drawn response: its ids with their stop token, their log-probs at temperature 1 (nats), and how it ended."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
 def decode(
     forward: Callable[[dict[str, Any]], tuple[Tensor, Any]],
     inputs: dict[str, Any],
     seeds: Sequence[int],
     sampling: Sampling,
     on_step: Callable[[Tensor, Tensor, list[int]], None] | None = None,
-) -> list[tuple[list[int], FinishReason]]:
-    """Draw a response for every row of `inputs`: its ids with their stop token, and how it ended.
+) -> list[Decoded]:
+    """Draw a response for every row of `inputs`.
 
     Every row has its own random numbers, so what it draws depends on its seed and not on the other rows.
 
@@ -71,6 +79,7 @@ def decode(
     """
     streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
     ids: list[list[int]] = [[] for _ in seeds]
+    logprobs: list[list[float]] = [[] for _ in seeds]
     stopped: set[int] = set()
     running = list(range(len(seeds)))  # rows of the batch, in the order of the tensors' rows
     for _ in range(sampling.max_new_tokens):
@@ -78,9 +87,11 @@ def decode(
         token_B = draw_tokens(scores_BV, [streams[row].random() for row in running], sampling)
         if on_step is not None:
             on_step(scores_BV, token_B, running)
-        for row, token in zip(running, token_B.tolist(), strict=True):
+        drawn_B = scores_BV.float().gather(1, token_B[:, None])[:, 0] - scores_BV.float().logsumexp(dim=1)
+        for row, token, logprob in zip(running, token_B.tolist(), drawn_B.tolist(), strict=True):
             if row not in stopped:
                 ids[row].append(token)
+                logprobs[row].append(logprob)
                 if token in sampling.stop_token_ids:
                     stopped.add(row)
         if len(stopped) == len(seeds):
@@ -90,7 +101,7 @@ def decode(
         if 2 * len(kept) <= len(running):
             running = [running[index] for index in kept]
             inputs = _select_rows(inputs, torch.tensor(kept, device=token_B.device))
-    return [(row_ids, "stop" if row in stopped else "length") for row, row_ids in enumerate(ids)]
+    return [Decoded(ids[row], logprobs[row], "stop" if row in stopped else "length") for row in range(len(seeds))]
 
 
 def _next_inputs(inputs: dict[str, Any], token_B: Tensor, past: Any) -> dict[str, Any]:

@@ -107,11 +107,11 @@ class TransformersEngine(Engine):
         return [
             self._result(
                 request.index,
-                np.array(ids, np.int32),
-                reason,
-                _Table(*(np.stack(arrays[: len(ids)]) for arrays in zip(*tables, strict=True))),
+                np.array(drawn.ids, np.int32),
+                drawn.finish_reason,
+                _Table(*(np.stack(arrays[: len(drawn.ids)]) for arrays in zip(*tables, strict=True))),
             )
-            for request, tables, (ids, reason) in zip(batch, of_row, responses, strict=True)
+            for request, tables, drawn in zip(batch, of_row, responses, strict=True)
         ]
 
     def _score_batch(self, batch: list[ScoreRequest]) -> list[EngineResult]:

@@ -44,9 +44,11 @@ class SamplingOptions(Settings):
 
     title: ClassVar[str] = "Responses"
 
-    max_new_tokens: int = Field(256, ge=1, description="longest response, in tokens, EOS included")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="top-p (nucleus) of sampling")
+    max_new_tokens: int = Field(
+        256, ge=1, description="longest response, in tokens, EOS included; of a round: the cache's"
+    )
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy; of a round: the cache's")
+    top_p: float = Field(1.0, gt=0, le=1, description="top-p (nucleus) of sampling; of a round: the cache's")
     num_samples: int = Field(1, ge=1, description="teacher responses per prompt")
     seed: int = Field(0, ge=0, description="seed of sampling")
 

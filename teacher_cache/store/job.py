@@ -14,7 +14,7 @@ from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
-from dpkd.teacher_cache.store.schema import Origin
+from dpkd.teacher_cache.store.schema import FORMATS, Origin
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
 
 JOB = "job.json"
@@ -114,6 +114,7 @@ class Job:
             skipped=skipped,
             files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
             software=software_versions(),
+            format_version=FORMATS.get(self.kind, 1),
         )
         self.folder.write(MANIFEST, manifest.to_bytes())
         self._clean_up()

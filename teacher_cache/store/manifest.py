@@ -15,6 +15,7 @@ from dpkd.teacher_cache.store.schema import FORMAT_VERSION
 from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord
 
 MANIFEST = "manifest.json"
+_FIELDS = ("kind", "identities", "skipped", "files", "software", "format_version")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Manifest:
     """What a finished cache (kind `teacher-cache`) or one of its rounds (kind `round`) contains.
 
     Two caches with the same `identities` are the same; the hash of the identities is the fingerprint. `files` are the
-    checksums of the other files in the directory. `software` and `skipped` are not part of the fingerprint.
+    checksums of the other files in the directory. `software`, `skipped` and `format_version` (docs/cache-format.md) are
+    not part of the fingerprint.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Manifest:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
+    format_version: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -82,7 +85,6 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON with its own checksum."""
         body = {
-            "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "counts": self.counts,
             "mass_kept": self.mass_kept,
@@ -125,7 +127,7 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         recorded = body.pop("manifest_sha256")
         intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
         if intact:
-            fields = {key: body[key] for key in ("kind", "identities", "skipped", "files", "software")}
+            fields = {key: body[key] for key in _FIELDS}
             manifest = Manifest(shards=[ShardRecord(**record) for record in body["shards"]], **fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False

@@ -41,6 +41,11 @@ class Round:
     folder: Folder
     manifest: Manifest
 
+    @property
+    def has_sampling_logprobs(self) -> bool:
+        """Whether its rows say how likely the student found each token that it drew."""
+        return self.manifest.format_version >= 2
+
     @cached_property
     def shards_by_path(self) -> dict[str, ShardRecord]:
         """The round's shards by path, which is also the path of the cache's shard with the same rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,10 @@ import pyarrow as pa
 from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
 
-FORMAT_VERSION = 1
+#: the newest format that this version reads
+FORMAT_VERSION = 2
+#: the format that is written, where it is not 1: rounds have columns of their own since format 2
+FORMATS: Final = {"round": 2}
 Origin = Literal["teacher", "reference", "student"]
 
 
@@ -42,6 +45,10 @@ ROW_SCHEMA = pa.schema(
         pa.field("log_remainder", _list(pa.float32()), nullable=False),
     ]
 )
+#: the columns of a round's shards since format 2: how likely the student, or what else drew the response, found it
+ROUND_SCHEMA = ROW_SCHEMA.append(pa.field("sampling_logprobs", _list(pa.float32()), nullable=False)).append(
+    pa.field("cached_sampling_logprob", pa.float64())
+)
 _SPLIT = (
     "prompt_ids",
     "response_ids",
@@ -49,10 +56,14 @@ _SPLIT = (
     "entry_ids",
     "entry_logprob_steps",
     "log_remainder",
+    "sampling_logprobs",
 )
-#: encodings that every Parquet reader supports; 2.3 to 2.8 bytes per kept entry with zstd (docs/cache-format.md)
-COLUMN_ENCODINGS = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT}
 DICTIONARY_COLUMNS = ["origin", "finish_reason"]
+
+
+def column_encodings(schema: pa.Schema) -> dict[str, str]:
+    """Encodings that every Parquet reader supports: 2.3 to 2.8 bytes an entry with zstd (docs/cache-format.md)."""
+    return {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT if name in schema.names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +71,7 @@ class PlannedRow:
     """A row before the engine has seen it; `index` is its position among the rows of its origin.
 
     `failed` is the reason why an earlier stage could not make the row: it becomes a failed row without an engine.
+    The last two are of rows of a round; see `CachedRow`.
     """
 
     index: int
@@ -72,6 +84,8 @@ class PlannedRow:
     response_ids: Sequence[int] | None = None
     finish_reason: Literal["stop", "length"] = "stop"
     failed: str | None = None
+    sampling_logprobs: Sequence[float] | None = None
+    cached_sampling_logprob: float | None = None
 
     def as_failed(self, reason: str) -> dict[str, Any]:
         """This row in the list of failed rows."""
@@ -82,7 +96,10 @@ class PlannedRow:
 class CachedRow:
     """A row read from a cache: T response tokens including the EOS, log-probs in nats, float32.
 
-    `distributions` is None in a cache with top-K 0.
+    `distributions` is None in a cache with top-K 0. Rows of a round since format 2, and live samples, also have
+    `sampling_logprobs`: log q0 of each token, where q0 is the distribution that it was drawn from (the student of the
+    round at temperature 1, or its mixture with the teacher). `cached_sampling_logprob` is log q0 of the whole response
+    of the cache's row with the same key, if the round was built with it.
     """
 
     example_id: str
@@ -93,6 +110,8 @@ class CachedRow:
     response_ids: np.ndarray
     response_logprobs: np.ndarray
     distributions: Distributions | None
+    sampling_logprobs: np.ndarray | None = None
+    cached_sampling_logprob: float | None = None
 
 
 def unscored_row(
@@ -113,7 +132,8 @@ def unscored_row(
 
 def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
     """The table of a shard from its planned rows, their results and the response texts."""
-    columns: dict[str, list[object]] = {field.name: [] for field in ROW_SCHEMA}
+    schema = ROUND_SCHEMA if any(plan.sampling_logprobs is not None for plan, _, _ in rows) else ROW_SCHEMA
+    columns: dict[str, list[object]] = {field.name: [] for field in schema}
     nothing = np.zeros(0, np.int32)
     for plan, result, text in rows:
         given = plan.response_ids is not None
@@ -132,10 +152,12 @@ def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
             "entry_ids": nothing if top is None else top.ids_E,
             "entry_logprob_steps": nothing if top is None else encode_logprobs(top.logprobs_E, top.counts_T),
             "log_remainder": nothing if top is None else top.log_tail_T,
+            "sampling_logprobs": plan.sampling_logprobs,
+            "cached_sampling_logprob": plan.cached_sampling_logprob,
         }
-        for name, value in values.items():
-            columns[name].append(value)
-    return pa.table({field.name: _column(columns[field.name], field.type) for field in ROW_SCHEMA}, schema=ROW_SCHEMA)
+        for name, column in columns.items():
+            column.append(values[name])
+    return pa.table({field.name: _column(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
 def _column(values: list[object], kind: pa.DataType) -> pa.Array:
@@ -154,7 +176,8 @@ class ShardRows:
     def __init__(self, table: pa.Table) -> None:
         self._text = {name: table[name].to_pylist() for name in ("example_id", "sample", "origin", "finish_reason")}
         self._table = table
-        self._lists = {field.name: _flat(table[field.name]) for field in ROW_SCHEMA if pa.types.is_list(field.type)}
+        self._lists = {field.name: _flat(table[field.name]) for field in table.schema if pa.types.is_list(field.type)}
+        self._of_round = "sampling_logprobs" in self._lists
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -192,6 +215,8 @@ class ShardRows:
             response_ids=self._slice("response_ids", index),
             response_logprobs=self._slice("response_logprobs", index),
             distributions=distributions,
+            sampling_logprobs=self._slice("sampling_logprobs", index) if self._of_round else None,
+            cached_sampling_logprob=self._table["cached_sampling_logprob"][index].as_py() if self._of_round else None,
         )
 
     def _slice(self, name: str, index: int) -> np.ndarray:

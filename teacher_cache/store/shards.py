@@ -18,7 +18,13 @@ import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store.folders import Folder
-from dpkd.teacher_cache.store.schema import COLUMN_ENCODINGS, DICTIONARY_COLUMNS, ROW_SCHEMA, ShardRows
+from dpkd.teacher_cache.store.schema import (
+    DICTIONARY_COLUMNS,
+    ROUND_SCHEMA,
+    ROW_SCHEMA,
+    ShardRows,
+    column_encodings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ def encode_shard(
         compression="zstd",
         compression_level=1,
         use_dictionary=DICTIONARY_COLUMNS,
-        column_encoding=COLUMN_ENCODINGS,
+        column_encoding=column_encodings(table.schema),
         store_schema=False,
         write_statistics=False,
         row_group_size=max(table.num_rows, 1),
@@ -136,7 +142,7 @@ def _parse(data: bytes, path: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
         raise UserError(f"the shard is not a Parquet file: {error}", where=path) from None
-    if not table.schema.equals(ROW_SCHEMA):
+    if not (table.schema.equals(ROW_SCHEMA) or table.schema.equals(ROUND_SCHEMA)):
         raise UserError(
             "the shard has the wrong schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path
         )

@@ -336,7 +336,7 @@ def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
         ({"level": "token", "student_samples": "cached"}, "needs --round NAME"),
         ({"objective": "cpo"}, "--objective cpo compares whole responses: give --level sequence"),
         ({"objective": "akl", "level": "sequence"}, "--level sequence needs a preference"),
-        ({"objective": "minillm"}, "minillm takes --student-samples cached .* or live"),
+        ({"objective": "minillm"}, "minillm takes --round NAME, responses .* or live"),
         ({"objective": "seqkd", "responses": "reference"}, "leave --responses out"),
         ({"objective": "sft", "student_samples": "forced"}, "takes no --student-samples"),
         ({"student_samples": "live"}, "needs --teacher-url"),

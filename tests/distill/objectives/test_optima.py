@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpkd.distill.losses.divergence import DIVERGENCES, forward_kl, reverse_kl
+from dpkd.distill.losses.policy_gradient import minillm_loss
 from dpkd.distill.losses.preference import (
     PreferenceOptions,
     all_pairs_preference_loss,
     implicit_reward,
     sequence_preference_loss,
+    sum_by_row,
     token_preference_loss,
 )
 from dpkd.distill.objectives.statistics import DrawnOutcomes, Outcomes, Positions
@@ -255,6 +257,37 @@ def test_whole_responses_that_end_at_the_teacher(options: dict[str, Any]) -> Non
 )
 def test_whole_responses_that_do_not_end_at_the_teacher(form: str, options: dict[str, Any]) -> None:
     assert sequence_end(form, 0, **options) > 0.02  # twenty times what the others reach
+
+
+def minillm_end(seed: int, *, true_ratio: bool, clip: float = 0.2) -> float:
+    """KL(q || p) of whole responses after MiniLLM on all responses of one fixed round, weighed by its student q0."""
+    shape = (len(PREFIXES), 3)
+    teacher_logits = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+    first = torch.randn(shape, generator=generator(50 + seed), dtype=torch.float64)
+    flat = [(PREFIXES.index(y[:k]), row, y[k]) for row, y in enumerate(RESPONSES) for k in range(len(y))]
+    prefix, row, token = torch.tensor(flat).T
+    log_p, log_q0, law = teacher_logits.log_softmax(1), first.log_softmax(1), response_logprobs(first).exp()
+
+    def loss(logits: Tensor) -> Tensor:
+        log_q = logits.log_softmax(1)
+        own = log_q[prefix, token]
+        sampling = log_q0[prefix, token] if true_ratio else own.detach()
+        step = reverse_kl(log_p, log_q)[prefix]
+        loss_T = minillm_loss(own, log_p[prefix, token], sampling, row, LENGTHS, step, clip=clip)
+        return (law * sum_by_row(loss_T, row, len(RESPONSES))).sum()
+
+    log_q = response_logprobs(minimise(loss, first, steps=600, rate=0.05))
+    return float((log_q.exp() * (log_q - response_logprobs(teacher_logits))).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_minillm_ends_at_the_teacher_on_a_fixed_round(seed: int) -> None:
+    assert minillm_end(seed, true_ratio=True) < 1e-3
+
+
+def test_minillm_stalls_where_the_ratio_is_not_the_true_one() -> None:
+    """A ratio that is always 1 treats an earlier student's tokens as the current one's: 0.37 nats where it ends."""
+    assert minillm_end(2, true_ratio=False) > 0.1
 
 
 def test_the_teacher_floor_stops_pushing_down_below_the_teacher() -> None:

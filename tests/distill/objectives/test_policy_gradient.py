@@ -41,6 +41,7 @@ def expected_gradient(student: Tensor, teacher: Tensor, *, length_normalize: boo
     loss = minillm_loss(
         own,
         log_p[place, token],
+        own.detach(),
         row,
         counts,
         reverse_kl(log_p, log_q)[place],
@@ -79,15 +80,32 @@ def test_the_reinforce_gradient_of_one_sample_by_hand() -> None:
     # one row of two tokens at ratio 1: the first token carries the second's reward r = log p - log q, the second none
     own = torch.tensor([-0.5, -1.5], requires_grad=True)
     zero = torch.zeros(2)
-    loss = minillm_loss(own, torch.tensor([-1.0, -0.2]), torch.tensor([0, 0]), torch.tensor([2]), zero)
+    loss = minillm_loss(own, torch.tensor([-1.0, -0.2]), own, torch.tensor([0, 0]), torch.tensor([2]), zero)
     torch.testing.assert_close(loss, torch.tensor([-1.3, 0.0]))
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     torch.testing.assert_close(gradient, torch.tensor([-1.3, 0.0]))
 
 
+def test_the_ratio_and_its_clip_by_hand() -> None:
+    """One row of four tokens, each 1.5 or 0.5 times as likely as when it was drawn, with returns of both signs.
+
+    As PPO (and the authors' code) has it, a token that has moved past the clip in the direction of its return gets no
+    gradient; one that has moved against it gets the full one.
+    """
+    sampling = torch.tensor([0.2, 0.4, 0.2, 0.4, 0.3]).log()
+    own = (torch.tensor([1.5, 0.5, 0.5, 1.5, 1.0]) * sampling.exp()).log().requires_grad_()
+    # returns by the rewards after each position, without division: 1, 1, -1, -1, 0
+    teacher = own.detach() + torch.tensor([0.0, 0.0, 2.0, 0.0, -1.0])
+    row, counts, zero = torch.zeros(5, dtype=torch.int64), torch.tensor([5]), torch.zeros(5)
+    loss = minillm_loss(own, teacher, sampling, row, counts, zero, clip=0.2, length_normalize=False)
+    torch.testing.assert_close(loss, torch.tensor([-1.2, -0.5, 0.8, 1.5, 0.0]))
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, -0.5, 0.0, 1.5, 0.0]))
+
+
 def test_the_single_step_part_is_added_and_differentiable() -> None:
     own, step = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4], requires_grad=True)
-    arguments = (own, own, torch.tensor([0, 0]), torch.tensor([2]))
+    arguments = (own, own, own, torch.tensor([0, 0]), torch.tensor([2]))
     loss = minillm_loss(*arguments, step)
     torch.testing.assert_close(loss, step)
     (gradient,) = torch.autograd.grad(loss.sum(), step)
@@ -97,7 +115,7 @@ def test_the_single_step_part_is_added_and_differentiable() -> None:
 def test_no_gradient_reaches_the_rewards() -> None:
     teacher = torch.tensor([-1.0, -0.5], requires_grad=True)
     own = torch.tensor([-1.1, -0.7], requires_grad=True)
-    loss = minillm_loss(own, teacher, torch.tensor([0, 0]), torch.tensor([2]), torch.zeros(2))
+    loss = minillm_loss(own, teacher, own, torch.tensor([0, 0]), torch.tensor([2]), torch.zeros(2))
     loss.sum().backward()
     assert own.grad is not None
     assert teacher.grad is None
@@ -132,8 +150,8 @@ def test_an_infinite_reward_stays_in_its_row() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     own, row = torch.tensor([-1.0, -2.0]), torch.tensor([0, 0])
     with pytest.raises(ValueError, match="without tokens"):
-        minillm_loss(own, own, row, torch.tensor([2, 0]), own)
+        minillm_loss(own, own, own, row, torch.tensor([2, 0]), own)
     with pytest.raises(ValueError, match="does not count"):
-        minillm_loss(own, own, row, torch.tensor([3]), own)
+        minillm_loss(own, own, own, row, torch.tensor([3]), own)
     with pytest.raises(ValueError, match="does not count"):
-        minillm_loss(own, own, row + 1, torch.tensor([2]), own)
+        minillm_loss(own, own, own, row + 1, torch.tensor([2]), own)

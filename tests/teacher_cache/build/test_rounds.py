@@ -1,0 +1,160 @@
+"""Rounds: how likely the student found what it drew, rounds of format 1, and the cache's generation settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.training import train
+from dpkd.teacher_cache.audit.verify import verify_cache
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.schema import ROW_SCHEMA, CachedRow
+from dpkd.teacher_cache.store.shards import encode_shard
+
+BuildRound = Callable[..., None]
+
+
+@pytest.fixture
+def build_round(cache_copy: Path, toy_teacher: Path, toy_student: Path) -> BuildRound:
+    """Add a round to `cache_copy`."""
+
+    def build(name: str, **options: Any) -> None:
+        models = {"teacher": str(toy_teacher), "student": str(toy_student)}
+        build_cache(CacheConfig(out=cache_copy, round=name, engine="transformers", **models, **options))
+
+    return build
+
+
+def rows_of(cache: TeacherCache, name: str) -> list[CachedRow]:
+    round_ = cache.round(name)
+    shards = [cache.read_round(round_, record) for record in cache.shards()]
+    return [shard.row(index) for shard in shards for index in range(len(shard))]
+
+
+def to_format_1(round_dir: Path) -> None:
+    """Rewrite a round as version 1 of the format had it: without the columns of its own."""
+    manifest = json.loads((round_dir / "manifest.json").read_text())
+    records = []
+    for record in manifest["shards"]:
+        table = pq.read_table(round_dir / record["path"]).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        data, fresh = encode_shard(table, record["path"], record["origin"])
+        (round_dir / record["path"]).write_bytes(data)
+        records.append(record | {"sha256": fresh.sha256, "num_bytes": fresh.num_bytes})
+    del manifest["manifest_sha256"]
+    manifest |= {"format_version": 1, "shards": records}
+    signed = manifest | {"manifest_sha256": fingerprint(manifest)}
+    (round_dir / "manifest.json").write_bytes(canonical_json(signed) + b"\n")
+
+
+def test_a_round_keeps_how_likely_its_student_found_each_token(toy_cache: Path, toy_student: Path) -> None:
+    """Against a forward pass of transformers over prompt and response, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(toy_student).double()
+    for row in rows_of(TeacherCache.open(toy_cache), "r0")[:12]:
+        ids = torch.tensor(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            log_q = model(ids).logits[0].log_softmax(1)
+        places = torch.arange(len(row.prompt_ids) - 1, ids.shape[1] - 1)
+        expected = log_q[places, ids[0, 1:][places]]
+        assert row.sampling_logprobs is not None
+        np.testing.assert_allclose(row.sampling_logprobs, expected.numpy(), atol=1e-4)
+
+
+def test_rounds_of_format_1_are_still_read(cache_copy: Path, toy_student: Path, tmp_path: Path) -> None:
+    new = rows_of(TeacherCache.open(cache_copy), "r0")
+    to_format_1(cache_copy / "rounds" / "r0")
+    assert verify_cache(cache_copy)["rounds"] == 1
+    old = rows_of(TeacherCache.open(cache_copy), "r0")
+    assert [row.response_ids.tolist() for row in old] == [row.response_ids.tolist() for row in new]
+    assert all(row.sampling_logprobs is None for row in old)
+    options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
+    train(TrainConfig(**options, out=tmp_path / "dpkd", level="sequence", round="r0"))
+    with pytest.raises(UserError, match=r"does not say how likely its tokens were.*found format 1, expected format 2"):
+        train(TrainConfig(**options, out=tmp_path / "minillm", objective="minillm", round="r0"))
+
+
+def test_a_cache_keeps_format_1_and_a_round_has_format_2(toy_cache: Path) -> None:
+    """So that an older version reads a cache as before and says why it cannot read a round."""
+    assert json.loads((toy_cache / "manifest.json").read_text())["format_version"] == 1
+    assert json.loads((toy_cache / "rounds" / "r0" / "manifest.json").read_text())["format_version"] == 2
+    shard = next((toy_cache / "shards").glob("*.parquet"))
+    assert pq.read_schema(shard).names == ROW_SCHEMA.names
+
+
+def test_a_round_takes_the_caches_generation_settings(
+    build_round: BuildRound, cache_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The toy cache has responses of at most 12 tokens; the option's default is 256."""
+    build_round("same", top_k=0)
+    assert "are drawn with" not in capsys.readouterr().err
+    cache = TeacherCache.open(cache_copy)
+    assert cache.round("same").manifest.identities["generation"]["max_new_tokens"] == 12
+    assert max(len(row.response_ids) for row in rows_of(cache, "same")) == 12
+
+
+def test_other_generation_settings_are_taken_if_they_are_given_and_said_in_one_line(
+    build_round: BuildRound, cache_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_round("other", top_k=0, max_new_tokens=5, temperature=0.5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "are drawn with" in line]
+    assert len(lines) == 1
+    assert (
+        "max_new_tokens 5, temperature 0.5; those of the cache were with max_new_tokens 12, temperature 1.0" in lines[0]
+    )
+    generation = TeacherCache.open(cache_copy).round("other").manifest.identities["generation"]
+    assert (generation["max_new_tokens"], generation["temperature"]) == (5, 0.5)
+    build_round("other", top_k=0, max_new_tokens=5, temperature=0.5)  # finished: nothing to do
+
+
+def test_minillm_refuses_a_round_of_another_distribution(
+    build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    build_round("cold", temperature=0.5)
+    options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
+    with pytest.raises(
+        UserError, match=r"not drawn from the student's own distribution.*found temperature 0\.5, top_p"
+    ):
+        train(TrainConfig(**options, out=tmp_path / "run", objective="minillm", round="cold"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_round_without_distributions_is_refused_by_distillm2(
+    build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    build_round("bare", top_k=0)
+    options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
+    with pytest.raises(UserError, match="the round has no distributions, which --objective distillm2 needs"):
+        train(TrainConfig(**options, out=tmp_path / "run", objective="distillm2", round="bare"))
+
+
+@pytest.mark.parametrize("objective", ["distillm2", "minillm"])
+def test_training_on_a_round_writes_what_it_measured(
+    toy_cache: Path, toy_student: Path, tmp_path: Path, objective: str
+) -> None:
+    """At the first step the student is the one that drew the round: no token has moved, and its gaps are its own."""
+    options = {"device": "cpu", "tracker": "none", "steps": 3, "validation_examples": 4, "learning_rate": 3e-3}
+    out = tmp_path / "run"
+    train(
+        TrainConfig(cache=str(toy_cache), student=str(toy_student), out=out, objective=objective, round="r0", **options)
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    if objective == "minillm":
+        assert lines[0]["clipped_share"] == 0
+        assert lines[-1]["clipped_share"] > 0
+    else:
+        assert 0 < lines[0]["skew_gap_rejected"] < 1
+        assert lines[0]["skew"] == pytest.approx(0.1)
+        validation = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+        assert validation[-1]["kld"] < validation[0]["kld"]
