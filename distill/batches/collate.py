@@ -49,9 +49,22 @@ def collate(
         num_chosen=len(rows),
         teacher_logprob_T=_tensor([row.response_logprobs for row in cached], np.float32) if has_teacher else None,
         sampling_logprob_T=_tensor(sampling, np.float32) if len(sampling) == len(cached) else None,
+        sampling_logprob_B=_sampling_of_pairs(rows),
         progress=progress,
         **entries,
     )
+
+
+def _sampling_of_pairs(rows: Sequence[TrainingRow]) -> Tensor | None:
+    """log q0 of the chosen responses, then of the rejected ones; None if it is not known of all."""
+    chosen, rejected = [], []
+    for row in rows:
+        drawn = row.rejected
+        if drawn is None or drawn.sampling_logprobs is None or drawn.cached_sampling_logprob is None:
+            return None
+        chosen.append(drawn.cached_sampling_logprob)
+        rejected.append(float(drawn.sampling_logprobs.sum(dtype=np.float64)))
+    return torch.tensor([*chosen, *rejected], dtype=torch.float32)
 
 
 def _entries(rows: Sequence[CachedRow], num_empty: int) -> dict[str, Tensor]:

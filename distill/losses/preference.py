@@ -79,6 +79,7 @@ def sequence_preference_loss(
     num_rejected_B: Int[Tensor, " B"],
     *,
     options: PreferenceOptions,
+    offset_B: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
     """The preference loss of each pair of responses.
 
@@ -94,6 +95,10 @@ def sequence_preference_loss(
 
     The paper compares ipo and cpo without division by |y| (Table 2): that is `length_normalize=False`. By default they
     are divided, the likelihood term of cpo included, so that the forms differ in one thing at a time.
+
+    `offset_B` is added to dpkd's margin. With log p(y_t)/q0(y_t) - log p(y_s)/q0(y_s), not divided by |y|, where y_t is
+    drawn from the teacher p and y_s from q0, q = p is the only minimum: that offset is the log odds of a pair being
+    this way round, so the reward has nothing left to explain (# differs from the paper: there is none).
     Log-probabilities are summed over a response's tokens (nats); `num_*_B` are |y|.
     """
     _check(form, "sequence", options)
@@ -108,6 +113,8 @@ def sequence_preference_loss(
     if options.teacher_floor:
         rejected_B = rejected_B.clamp(min=0)
     margin_B = chosen_B - rejected_B
+    if offset_B is not None:
+        margin_B = margin_B + offset_B
     if form == "simpo":
         return _logistic(margin_B - options.gamma, options)
     loss_B = _logistic(margin_B, options)

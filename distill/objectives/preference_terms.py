@@ -101,10 +101,14 @@ def _token_values(
 
 @dataclass(frozen=True, kw_only=True)
 class SequencePreference(Term):
-    """The preference between the teacher's and the student's whole response (Eq. 9), one value a pair."""
+    """The preference between the teacher's and the student's whole response (Eq. 9), one value a pair.
+
+    With `offset`, the margin has log p/q0 of both responses, where q0 drew the student's.
+    """
 
     form: str
     options: PreferenceOptions
+    offset: bool
 
     def count(self, batch: Batch) -> int:
         return batch.num_rows - batch.num_chosen
@@ -118,7 +122,12 @@ class SequencePreference(Term):
         teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
         num_B, beta = batch.num_tokens_B, self.options.beta
         of_pairs = [part for tensor in (student_B, teacher_B, num_B) for part in (tensor[:pairs], tensor[pairs:])]
-        loss_B = sequence_preference_loss(self.form, *of_pairs, options=self.options)
+        offset_B = None
+        if self.offset:
+            assert batch.sampling_logprob_B is not None
+            odds_B = teacher_B - batch.sampling_logprob_B
+            offset_B = odds_B[:pairs] - odds_B[pairs:]
+        loss_B = sequence_preference_loss(self.form, *of_pairs, options=self.options, offset_B=offset_B)
         reward_B = implicit_reward(student_B.detach(), teacher_B, num_B, beta, self.options.length_normalize)
         sum_B = implicit_reward(student_B.detach(), teacher_B, num_B, beta, length_normalize=False)
         sums = {f"{name}_sum": value for name, value in preference_metrics(sum_B[:pairs], sum_B[pairs:]).items()}

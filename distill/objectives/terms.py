@@ -33,7 +33,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
 
     def preference() -> Term:
         if config.needs_pairs:
-            return SequencePreference(form=config.objective, options=options)
+            return SequencePreference(form=config.objective, options=options, offset=config.offset)
         if config.token_pairs == "all":
             return AllPairs(options=options, outcomes=outcomes)
         if config.token_pairs == "drawn":

@@ -104,6 +104,11 @@ class ObjectiveOptions(Settings):
         description="probability that a preference is the wrong way round; 0.5 has the teacher as its optimum for any "
         "pairs; none: 0.5 for dpkd on a round, else 0",
     )
+    offset: bool = Field(
+        False,
+        description="sequence level, on a round built with --score-cached: add log p/q0 of both responses to the "
+        "margin, where q0 drew the round; this makes the teacher the optimum",
+    )
     teacher_floor: bool = Field(
         False, description="sequence level: push a rejected response down only while the teacher finds it less likely"
     )

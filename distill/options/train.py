@@ -123,6 +123,8 @@ class TrainConfig(
         by_token = self.objective in PREFERENCES and self.level == "token"
         if by_token and self.token_pairs == "all" and self.objective != "dpkd":
             return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
+        if self.offset and (problem := self._problem_of_the_offset()) is not None:
+            return problem
         if self.contrasts and self.tail == "uniform":
             return (
                 "--objective distillm2 keeps whole responses' distributions, too large with --tail uniform: give bucket"
@@ -135,6 +137,17 @@ class TrainConfig(
             return "--kd-temperature takes --tail bucket or renormalise: the tail's single tokens are unknown"
         if self.teacher_floor and not (self.needs_pairs and self.objective in ("dpkd", "dpop")):
             return "--teacher-floor needs --objective dpkd or dpop with --level sequence"
+        return None
+
+    def _problem_of_the_offset(self) -> str | None:
+        if not (self.needs_pairs and self.objective == "dpkd" and self.round is not None):
+            return "--offset needs --objective dpkd with --level sequence and --round NAME (live pairs need none)"
+        if self.label_smoothing or self.teacher_floor:
+            return "--offset has the teacher as its optimum only without --label-smoothing and --teacher-floor"
+        if self.pairing != "index" or self.responses in ("all", "reference"):
+            return (
+                "--offset compares the teacher's own responses as they were drawn: leave --pairing and --responses out"
+            )
         return None
 
     @property
@@ -150,13 +163,13 @@ class TrainConfig(
     @property
     def needs_sampling_logprobs(self) -> bool:
         """Whether the loss reads how likely the student's tokens were when they were drawn."""
-        return self.objective == "minillm"
+        return self.objective == "minillm" or self.offset
 
     @property
     def smoothing(self) -> float:
         """`label_smoothing`, or its default for the objective."""
-        if self.label_smoothing is not None:
-            return self.label_smoothing
+        if self.label_smoothing is not None or self.offset:
+            return self.label_smoothing or 0.0
         # on the pairs of a fixed round only the balanced loss has the teacher as its optimum
         return 0.5 if self.needs_pairs and self.objective == "dpkd" and self.student_samples != "live" else 0.0
 

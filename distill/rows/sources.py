@@ -17,11 +17,12 @@ from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
+from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
 from dpkd.teacher_cache.build.plan import NO_REFERENCE, encode_examples
 from dpkd.teacher_cache.store.folders import Folder
-from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
+from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
 from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
@@ -158,7 +159,7 @@ def _split(
             what = "validation measures the teacher's responses, and the cache has no distributions of them"
             if config.validation_examples is None:
                 return CacheSplit(source, reason=what)
-            raise _no_distributions(what, cache, "train without --validation-examples")
+            raise no_distributions(what, cache, "train without --validation-examples")
     held_out = choose_examples(examples, num, config.seed)
     ids, measured_ids = source.ids_by_group(), measured.ids_by_group()
     try:
@@ -201,64 +202,6 @@ def check_positions(longest: int, limit: int | None, *, where: str, too_long: st
             where=where,
             advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
         )
-
-
-def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
-    """Most entries a position of the responses to learn from: of the round's, of the cache's, or the fewer of both."""
-    if student_round is None or config.needs_pairs:
-        return cache.top_k
-    of_round = int(student_round.manifest.identities["logprobs"]["top_k"])
-    return of_round if config.mix is None else min(of_round, cache.top_k)
-
-
-def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
-    """Raise `UserError` when the objective needs distributions and its responses have none, or fewer than `top_k`."""
-    most = top_k_of(cache, student_round, config)
-    if config.top_k is not None and config.top_k > most:
-        raise UserError(
-            "top_k is more than the cache keeps",
-            found=f"top_k {config.top_k}",
-            expected=f"at most {most}",
-            where=cache.folder,
-            advice="Lower --top-k, or leave it out",
-        )
-    if config.needs_distributions and most == 0:
-        source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
-        what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
-        raise _no_distributions(what, cache, "train with --level sequence or --objective sft")
-
-    if student_round is not None and config.contrasts and not student_round.manifest.identities["logprobs"]["top_k"]:
-        what = f"the round has no distributions, which --objective {config.objective} needs on both responses"
-        raise _no_distributions(what, cache, "train with --level sequence", "Build the round")
-    if student_round is not None and config.needs_sampling_logprobs:
-        _check_sampling(student_round, config)
-
-
-def _check_sampling(student_round: Round, config: TrainConfig) -> None:
-    """Raise `UserError` unless the round has log q0 of its tokens, drawn from q0 as it is."""
-    advice = "Build another --round with `dpkd cache-teacher --temperature 1 --top-p 1`"
-    if not student_round.has_sampling_logprobs:
-        raise UserError(
-            f"the round does not say how likely its tokens were, which --objective {config.objective} needs",
-            found=f"format {student_round.manifest.format_version}",
-            expected="format 2",
-            where=student_round.folder,
-            advice=advice,
-        )
-    generation = student_round.manifest.identities["generation"]
-    if (generation["temperature"], generation["top_p"]) != (1, 1):
-        raise UserError(
-            f"the round was not drawn from the student's own distribution, which --objective {config.objective} needs",
-            found=f"temperature {generation['temperature']}, top_p {generation['top_p']}",
-            expected="temperature 1, top_p 1",
-            where=student_round.folder,
-            advice=advice,
-        )
-
-
-def _no_distributions(what: str, cache: CacheReader, otherwise: str, build: str = "Build a cache") -> UserError:
-    advice = f"{build} with --top-k 64, or {otherwise}"
-    return UserError(what, found="top-k 0", expected="top-k of 1 or more", where=cache.folder, advice=advice)
 
 
 def open_data_rows(

@@ -18,14 +18,13 @@ from dpkd.distill.batches.token_budget import TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.following import FollowedRows, open_growing
 from dpkd.distill.rows.mixed import MixedRows
+from dpkd.distill.rows.requirements import check_distributions, top_k_of
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import (
-    check_distributions,
     check_lengths,
     check_positions,
     open_cache_rows,
     open_data_rows,
-    top_k_of,
     used_shards,
 )
 from dpkd.distill.rows.vocabulary import check_narrower

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.build.assembling import ShardLayout, fill
-from dpkd.teacher_cache.engines.engine import EngineOptions, ResolvedEngine, Sampling
+from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ResolvedEngine, Sampling
 from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import PlannedRow
@@ -38,5 +38,12 @@ def open_filler(
         with RayFiller(model, options, config) as filler:
             yield filler
     else:
-        with open_engine(name, model, options) as engine:
-            yield partial(fill, engine, model.decode)
+        with engine_filler(open_engine(name, model, options), model) as filler:
+            yield filler
+
+
+@contextlib.contextmanager
+def engine_filler(engine: Engine, model: ModelSource) -> Iterator[Filler]:
+    """The filler for an open engine, which is closed after the block; `model` decodes its responses."""
+    with engine:
+        yield partial(fill, engine, model.decode)

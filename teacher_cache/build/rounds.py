@@ -1,36 +1,40 @@
 """A round: the student's responses to the cache's prompts, scored by the teacher, with the cache's rows and shards.
 
 A round is a directory with its own manifest inside the cache, so a finished cache is never edited. It is built in two
-phases, so that only one model is loaded at a time: the student samples (into `sampled/`), then the teacher scores.
+phases, so that only one model is loaded at a time: the student samples (into `sampled/`) and, if asked, scores the
+cache's responses (into `scored/`), then the teacher scores. With `teacher_mix` both are loaded to sample.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
-from dpkd.core.prompts.examples import open_examples
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.build.filling import open_filler
+from dpkd.teacher_cache.build.filling import Filler, engine_filler, open_filler
 from dpkd.teacher_cache.build.plan import request_seed
 from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
+from dpkd.teacher_cache.build.round_options import with_cache_options
 from dpkd.teacher_cache.engines.engine import FinishReason, ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.store.schema import PlannedRow
-from dpkd.teacher_cache.store.shards import read_shard
+from dpkd.teacher_cache.store.shards import ShardRecord, read_shard
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest
 
-_SAMPLED = "sampled"
+_SAMPLED, _SCORED = "sampled", "scored"
 
 
 def build_round(config: CacheConfig) -> Manifest:
@@ -39,10 +43,10 @@ def build_round(config: CacheConfig) -> Manifest:
     Raises `UserError` if the cache, the teacher or the student is not the one that the round needs.
     """
     cache = TeacherCache.open(config.out)
-    config = _with_cache_options(cache, config)
+    config = with_cache_options(cache, config)
     assert config.student is not None  # checked by the config
     assert config.round is not None
-    engine = resolve_engine(config.engine)
+    engine = "transformers" if config.teacher_mix else resolve_engine(config.engine)
     if engine == "server":
         raise UserError(
             "a round cannot use servers: it runs the student and the teacher on one engine",
@@ -61,42 +65,68 @@ def build_round(config: CacheConfig) -> Manifest:
     num_rows = cache.manifest.counts["rows"]
     with job.opened(config.to_toml(), {"student": num_rows}) as manifest:
         if manifest is None:
-            sampled = Job(folder.child(_SAMPLED), _SAMPLED, job.identities)
-            sampled.committed = sampled.ledger.committed()
+            sampled, scored = (Job(folder.child(name), name, job.identities) for name in (_SAMPLED, _SCORED))
             if job.num_done() < num_rows:
-                _sample_and_score(cache, sampled, job, engine, config, student, teacher)
+                for part in (sampled, scored):
+                    part.committed = part.ledger.committed()
+                _run_student(cache, sampled, scored, engine, config, student, teacher)
+                _run_teacher(cache, sampled, scored, job, engine, config, teacher)
             manifest = job.finish([])
             folder.delete(_SAMPLED)
+            folder.delete(_SCORED)
     say_complete(f"the round {folder}", manifest)
     return manifest
 
 
-def _sample_and_score(
+def _run_student(
     cache: TeacherCache,
     sampled: Job,
-    job: Job,
+    scored: Job,
     engine: ResolvedEngine,
     config: CacheConfig,
     student: ModelSource,
     teacher: ModelSource,
 ) -> None:
     num_rows = cache.manifest.counts["rows"]
-    if sampled.num_done() < num_rows:
-        say(f"starting {engine} with the student {config.student}")
-        drawn = sampling(config, student.stop_token_ids())
-        with (
-            open_filler(engine, student, engine_options(config, top_k=0), config) as filler,
-            Progress("student responses", num_rows, "rows", sampled.num_done()) as progress,
-        ):
+    to_score = cache.shards("teacher") if config.score_cached else []
+    num_scored = sum(record.rows for record in to_score)
+    if sampled.num_done() == num_rows and scored.num_done() == num_scored:
+        return
+    say(f"starting {engine} with the student {config.student}" + (" and the teacher" if config.teacher_mix else ""))
+    drawn, options = sampling(config, student.stop_token_ids()), engine_options(config, top_k=0)
+    opened: contextlib.AbstractContextManager[Filler]
+    if config.teacher_mix is not None:
+        from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
+
+        opened = engine_filler(MixedEngine(student, teacher, options, config.teacher_mix), student)
+    else:
+        opened = open_filler(engine, student, options, config)
+    with opened as filler:
+        with Progress("student responses", num_rows, "rows", sampled.num_done()) as progress:
             for origin in cache.origins:
                 filler(sampled, _layout(cache, origin), _rows(cache, origin, config.seed), drawn, progress)
+        if to_score:
+            with Progress("student scores", num_scored, "rows", scored.num_done()) as progress:
+                filler(scored, _layout(cache, "teacher"), _cached_rows(cache), None, progress)
+
+
+def _run_teacher(
+    cache: TeacherCache,
+    sampled: Job,
+    scored: Job,
+    job: Job,
+    engine: ResolvedEngine,
+    config: CacheConfig,
+    teacher: ModelSource,
+) -> None:
     say(f"starting {engine} with the teacher {config.teacher}")
     with (
         open_filler(engine, teacher, engine_options(config), config) as filler,
-        Progress("teacher scores", num_rows, "rows", job.num_done()) as progress,
+        Progress("teacher scores", cache.manifest.counts["rows"], "rows", job.num_done()) as progress,
     ):
         for origin in cache.origins:
-            filler(job, _layout(cache, origin), _sampled_rows(cache, sampled, origin, config.seed), None, progress)
+            rows = _sampled_rows(cache, sampled, scored, origin, config)
+            filler(job, _layout(cache, origin), rows, None, progress)
 
 
 def _layout(cache: TeacherCache, origin: str) -> ShardLayout:
@@ -113,17 +143,33 @@ def _rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
             yield PlannedRow(index, row.example_id, row.sample, "student", prompt, row.prompt_ids.tolist(), row_seed)
 
 
-def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str, seed: int) -> Iterator[PlannedRow]:
+def _cached_rows(cache: TeacherCache) -> Iterator[PlannedRow]:
+    """The cache's teacher responses, for the student to score."""
+    rows = _rows(cache, "teacher", 0)
+    for _, shard in cache.scan(cache.shards("teacher")):
+        for i, planned in enumerate(itertools.islice(rows, len(shard))):
+            yield replace(planned, response_ids=shard.row(i).response_ids.tolist())
+
+
+def _sampled_rows(
+    cache: TeacherCache, sampled: Job, scored: Job, origin: str, config: CacheConfig
+) -> Iterator[PlannedRow]:
     """The same rows with the student's responses; a row that it could not answer is marked as failed."""
-    rows = _rows(cache, origin, seed)
+    rows = _rows(cache, origin, config.seed)
     for record in cache.shards(origin):
         drawn = sampled.committed[record.path]
         reasons = {(row["example_id"], row["sample"]): f"the student: {row['reason']}" for row in drawn.failed}
         shard = read_shard(sampled.folder, drawn)
+        of_cached = None
+        if config.score_cached and origin == "teacher":
+            of_cached = _sampling_logprobs_of_cached(cache, scored, record, config.teacher_mix)
         for planned in itertools.islice(rows, record.rows):
             key = (planned.example_id, planned.sample)
             if key in reasons:
                 yield replace(planned, failed=reasons[key])
+                continue
+            if of_cached is not None and key not in of_cached:
+                yield replace(planned, failed="the student cannot score the cache's response")
                 continue
             answer = shard.row(shard.index_of[key])
             highest = int(answer.response_ids.max(initial=0))
@@ -136,49 +182,24 @@ def _sampled_rows(cache: TeacherCache, sampled: Job, origin: str, seed: int) -> 
                 response_ids=answer.response_ids.tolist(),
                 finish_reason=reason,
                 sampling_logprobs=answer.response_logprobs.tolist(),
+                cached_sampling_logprob=None if of_cached is None else of_cached[key],
             )
 
 
-def _with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
-    """`config` with the options of the cache; raises `UserError` for one that is given and differs."""
-    identities = cache.manifest.identities
-    generation = identities["generation"]
-    if config.data is not None:
-        actual = open_examples(config.data).identity["sha256"]
-        if actual != identities["data"]["sha256"]:
-            raise UserError(
-                "the data is not that of the cache",
-                found=f"sha256 {actual[:12]} of {config.data}",
-                expected=f"{identities['data']['sha256'][:12]} of {identities['data']['name']}",
-                where=cache.folder,
-                advice="Leave --data out: a round uses the cache's prompts",
-            )
-    shared = {
-        "dtype": identities["teacher"]["dtype"],
-        "template": identities["template"]["name"],
-        "limit": identities["data"]["limit"],
-        "responses": generation["responses"],
-        "num_samples": generation["num_samples"],
-        "max_prompt_tokens": generation["max_prompt_tokens"],
-        "rows_per_shard": cache.rows_per_shard,
-    }
-    for key, value in shared.items():
-        given = getattr(config, key)
-        if given not in (value, CacheConfig.model_fields[key].default):
-            raise UserError(
-                f"a round uses the {key} of its cache",
-                found=given,
-                expected=value,
-                where=cache.folder,
-                advice=f"Leave --{key.replace('_', '-')} out",
-            )
-    # responses of other lengths or another temperature are not what training compares: only if someone asks for them
-    drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
-    given = {key: getattr(config, key) for key in drawn if key in config.model_fields_set}
-    if differing := [key for key, value in given.items() if value != drawn[key]]:
-        ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
-        say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
-    return config.model_copy(update=shared | drawn | given)
+def _sampling_logprobs_of_cached(
+    cache: TeacherCache, scored: Job, record: ShardRecord, teacher_mix: float | None
+) -> dict[tuple[str, int], float]:
+    """log q0 of the whole responses of a shard of the cache, by key; without those that the student cannot score."""
+    of_teacher, of_student = cache.read(record), read_shard(scored.folder, scored.committed[record.path])
+    sums = {}
+    for index in range(len(of_student)):
+        key = of_student.key(index)
+        logprobs_T = of_student.row(index).response_logprobs.astype(np.float64)
+        if teacher_mix is not None:
+            teacher_T = of_teacher.row(of_teacher.index_of[key]).response_logprobs
+            logprobs_T = np.logaddexp(np.log(teacher_mix) + teacher_T, np.log1p(-teacher_mix) + logprobs_T)
+        sums[key] = float(logprobs_T.sum())
+    return sums
 
 
 def _identities(
@@ -194,6 +215,8 @@ def _identities(
             "max_new_tokens": config.max_new_tokens,
             "stop_token_ids": student.stop_token_ids(),
             "seed": config.seed,
+            **({} if config.teacher_mix is None else {"teacher_mix": config.teacher_mix}),
+            **({"score_cached": True} if config.score_cached else {}),
         },
         "logprobs": logprobs_identity(config),
     }

@@ -86,15 +86,11 @@ class TransformersEngine(Engine):
     def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
         steps: list[tuple[list[int], _Table]] = []
 
-        def forward(inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-            output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-            return torch.log_softmax(output.logits[:, -1].float(), dim=-1), output.past_key_values
-
         def keep(logprobs_BV: torch.Tensor, token_B: torch.Tensor, rows: list[int]) -> None:
             steps.append((rows, _Table.take(logprobs_BV, token_B, self._options.top_k)))
 
         responses = decode(
-            forward,
+            self._next_logprobs,
             left_padded([list(request.prompt_ids) for request in batch], self._model, self._device),
             [request.seed for request in batch],
             sampling,
@@ -113,6 +109,11 @@ class TransformersEngine(Engine):
             )
             for request, tables, drawn in zip(batch, of_row, responses, strict=True)
         ]
+
+    def _next_logprobs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Log-probs of the next token [B, V] from a model's inputs, and its key-value cache."""
+        output = self._model(**inputs, use_cache=True, logits_to_keep=1)
+        return torch.log_softmax(output.logits[:, -1].float(), dim=-1), output.past_key_values
 
     def _score_batch(self, batch: list[ScoreRequest]) -> list[EngineResult]:
         responses = [np.asarray(request.response_ids, np.int32) for request in batch]

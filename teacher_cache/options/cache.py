@@ -49,6 +49,16 @@ class SamplingOptions(Settings):
     )
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy; of a round: the cache's")
     top_p: float = Field(1.0, gt=0, le=1, description="top-p (nucleus) of sampling; of a round: the cache's")
+    teacher_mix: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="build a round: share of the teacher in the distribution that draws each token (MiniLLM: 0.2); "
+        "needs --engine transformers; none: the student alone",
+    )
+    score_cached: bool = Field(
+        False, description="build a round: also score the cache's responses with the student (for dpkd train --offset)"
+    )
     num_samples: int = Field(1, ge=1, description="teacher responses per prompt")
     seed: int = Field(0, ge=0, description="seed of sampling")
 
@@ -115,6 +125,13 @@ class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineCho
     def _fits_together(self) -> Self:
         if (self.student is None) != (self.round is None):
             raise ValueError("a round needs --student and --round")
+        for key in ("teacher_mix", "score_cached"):
+            if getattr(self, key) and self.round is None:
+                raise ValueError(f"{self.flag(key)} goes with --round: it is about the student's responses")
+        if self.teacher_mix is not None and self.engine not in ("auto", "transformers"):
+            raise ValueError(f"--teacher-mix needs both models at once: --engine transformers, not {self.engine}")
+        if self.teacher_mix is not None and (self.temperature, self.top_p) != (1, 1):
+            raise ValueError("--teacher-mix mixes the models' own distributions: leave --temperature and --top-p at 1")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError("--temperature 0 gives the same response every time: --num-samples must be 1")
         if self.top_k is not None and (self.top_mass is not None or self.max_top_k is not None):

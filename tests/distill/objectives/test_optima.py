@@ -210,12 +210,16 @@ def response_logprobs(logits: Tensor) -> Tensor:
     return torch.stack([sum(log_q[PREFIXES.index(y[:k]), y[k]] for k in range(len(y))) for y in RESPONSES])  # type: ignore[arg-type]
 
 
-def sequence_end(form: str, seed: int, *, live: bool, **options: Any) -> float:
-    """KL(p || q) of whole responses after training on all pairs, weighed by p(y_t) and by the law of y_s."""
+def sequence_end(form: str, seed: int, *, live: bool, offset: bool = False, law_of: int = 50, **options: Any) -> float:
+    """KL(p || q) of whole responses after training on all pairs, weighed by p(y_t) and by the law of y_s.
+
+    The law is that of the student where training starts, or of another one.
+    """
     shape = (len(PREFIXES), 3)
     log_p = response_logprobs(torch.randn(shape, generator=generator(seed), dtype=torch.float64))
     first = torch.randn(shape, generator=generator(50 + seed), dtype=torch.float64)
-    law = response_logprobs(first)
+    law = response_logprobs(torch.randn(shape, generator=generator(law_of + seed), dtype=torch.float64))
+    odds = log_p - law
     constants, n = PreferenceOptions(**options), len(RESPONSES)
     left, right = (index.reshape(-1) for index in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
 
@@ -223,7 +227,8 @@ def sequence_end(form: str, seed: int, *, live: bool, **options: Any) -> float:
         log_q = response_logprobs(logits)
         weights = log_p.exp()[left] * (log_q.detach() if live else law).exp()[right]
         sides = [part for logs in (log_q, log_p, LENGTHS) for part in (logs[left], logs[right])]
-        return (weights * sequence_preference_loss(form, *sides, options=constants)).sum()
+        offset_B = odds[left] - odds[right] if offset else None
+        return (weights * sequence_preference_loss(form, *sides, options=constants, offset_B=offset_B)).sum()
 
     log_q = response_logprobs(minimise(loss, first, steps=700, rate=0.05))
     return float((log_p.exp() * (log_p - log_q)).sum())
@@ -237,6 +242,10 @@ def sequence_end(form: str, seed: int, *, live: bool, **options: Any) -> float:
         {"live": False, "beta": 1.0, "label_smoothing": 0.5, "length_normalize": False},
         {"live": False, "beta": 1.0, "label_smoothing": 0.5},
         {"live": True, "beta": 1.0, "label_smoothing": 0.5},
+        {"live": False, "offset": True, "beta": 1.0},
+        {"live": False, "offset": True, "beta": 0.3, "length_normalize": False},
+        {"live": False, "offset": True, "beta": 4.0, "law_of": 70},
+        {"live": False, "offset": True, "beta": 1.0, "law_of": 90, "length_normalize": False},
     ],
     ids=str,
 )
@@ -249,6 +258,7 @@ def test_whole_responses_that_end_at_the_teacher(options: dict[str, Any]) -> Non
     [
         ("dpkd", {"live": False, "beta": 1.0}),  # Eq. 9 on a fixed round overshoots: q ~ p (p/q0)^(|y|/beta)
         ("dpkd", {"live": False, "beta": 1.0, "length_normalize": False}),
+        ("dpkd", {"live": False, "beta": 1.0, "offset": True, "label_smoothing": 0.2}),  # why it takes no smoothing
         ("cpo", {"live": True, "beta": 1.0}),
         ("simpo", {"live": True, "beta": 1.0}),
         ("reference-free", {"live": True, "beta": 1.0}),

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.core.models import locate_model
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
+from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import ROW_SCHEMA, CachedRow
@@ -158,3 +161,123 @@ def test_training_on_a_round_writes_what_it_measured(
         assert lines[0]["skew"] == pytest.approx(0.1)
         validation = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
         assert validation[-1]["kld"] < validation[0]["kld"]
+
+
+def logprobs_by(model_dir: Path, row: CachedRow, response: np.ndarray) -> np.ndarray:
+    """Log-probs of all next tokens at the positions of a response, by a forward pass in float64."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).double()
+    ids = torch.tensor(np.concatenate([row.prompt_ids, response]).astype(np.int64))[None]
+    with torch.no_grad():
+        log_TV = model(ids).logits[0].log_softmax(1).numpy()
+    return log_TV[len(row.prompt_ids) - 1 : -1]
+
+
+def test_a_round_of_a_mixture_keeps_the_mixtures_logprobs(
+    build_round: BuildRound, cache_copy: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    """log(0.2 p + 0.8 q) of each token, given the tokens before it; also of the cache's responses."""
+    build_round("mixed", teacher_mix=0.2, score_cached=True)
+    cache = TeacherCache.open(cache_copy)
+    round_, record = cache.round("mixed"), cache.shards("teacher")[0]
+    ours, theirs = cache.read(record), cache.read_round(round_, record)
+    for index in range(3):
+        row, cached = theirs.row(index), ours.row(index)
+        for response, found in ((row.response_ids, row.sampling_logprobs), (cached.response_ids, None)):
+            log_p, log_q = (logprobs_by(model, row, response) for model in (toy_teacher, toy_student))
+            mixed = np.logaddexp(np.log(0.2) + log_p, np.log(0.8) + log_q)
+            expected = np.take_along_axis(mixed, response[:, None].astype(np.int64), axis=1)[:, 0]
+            if found is None:
+                assert row.cached_sampling_logprob == pytest.approx(expected.sum(), abs=1e-3)
+            else:
+                np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_tokens_of_a_mixture_follow_it(toy_teacher: Path, toy_student: Path) -> None:
+    """4,000 first tokens: where the models differ most, their frequency is the mixture's and neither model's own."""
+    student, teacher = (locate_model(str(path), "model") for path in (toy_student, toy_teacher))
+    prompt = [5, 6, 7]
+    with MixedEngine(student, teacher, EngineOptions(max_length=8, top_k=0, dtype="float32"), 0.5) as engine:
+        requests = [GenerateRequest(index, prompt, seed=index) for index in range(4000)]
+        results = results_only(engine.generate(requests, Sampling(1.0, 1.0, 1, (0,))))
+        drawn = np.array([int(result.response_ids[0]) for result in results])
+    last = CachedRow("r", 0, "student", "stop", np.array(prompt), np.zeros(1), np.zeros(1), None)
+    p, q = (np.exp(logprobs_by(path, last, np.array([0]))[0]) for path in (toy_teacher, toy_student))
+    token = int(np.abs(p - q).argmax())
+    share, expected = float((drawn == token).mean()), 0.5 * (p[token] + q[token])
+    spread = np.sqrt(expected * (1 - expected) / len(drawn))
+    assert abs(share - expected) < 4 * spread
+    assert min(abs(share - p[token]), abs(share - q[token])) > 6 * spread
+
+
+def test_minillm_learns_from_a_mixture(
+    build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    """The first step's tokens were drawn from the mixture: their weights q / mixture are not all 1."""
+    build_round("mixed", teacher_mix=0.2)
+    options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
+    train(TrainConfig(**options, out=tmp_path / "run", objective="minillm", round="mixed"))
+    assert 0 < json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["clipped_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_mix": 0.2, "engine": "vllm"}, "--teacher-mix needs both models at once"),
+        ({"teacher_mix": 0.2, "temperature": 0.5}, "leave --temperature and --top-p at 1"),
+        ({"teacher_mix": 0.2, "round": None, "student": None, "data": "d"}, "--teacher-mix goes with --round"),
+        ({"score_cached": True, "round": None, "student": None, "data": "d"}, "--score-cached goes with --round"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_cannot_be_drawn_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CacheConfig.parse({"teacher": "t", "student": "s", "out": "o", "round": "r"} | options, where="a test")
+
+
+def test_the_offset_of_pairs_is_that_of_both_models(
+    build_round: BuildRound, cache_copy: Path, toy_teacher: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    """The first step's loss by hand: beta R from the caches' own log-probs, log p/q0 from float64 forward passes."""
+    build_round("scored", score_cached=True)
+    options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
+    pairs = {"level": "sequence", "round": "scored", "offset": True, "kd_weight": 0.0, "batch_size": 20}
+    train(TrainConfig(**options, **pairs, out=tmp_path / "run", warmup_ratio=0.0))
+    cache = TeacherCache.open(cache_copy)
+    round_ = cache.round("scored")
+    losses = []
+    for record in cache.shards("teacher"):
+        ours, theirs = cache.read(record), cache.read_round(round_, record)
+        for index in range(len(theirs)):
+            student_row = theirs.row(index)
+            margin = 0.0
+            for row, sign in ((ours.row(index), 1), (student_row, -1)):
+                token = row.response_ids[:, None].astype(np.int64)
+                log_p, log_q = (
+                    np.take_along_axis(logprobs_by(path, row, row.response_ids), token, axis=1).sum()
+                    for path in (toy_teacher, toy_student)
+                )
+                # before the first step q is q0
+                margin += sign * ((log_q - log_p) / len(token) + log_p - log_q)
+            losses.append(np.log1p(np.exp(-margin)))
+    assert len(losses) == 20
+    found = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"]
+    assert found == pytest.approx(np.mean(losses), rel=1e-3)
+
+
+def test_the_offset_is_refused_without_what_it_compares(
+    build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    build_round("short", top_k=0, score_cached=True, max_new_tokens=5)
+    options = {"cache": cache_copy, "student": str(toy_student), "out": tmp_path / "run", "device": "cpu"}
+    pairs = {"level": "sequence", "offset": True}
+    with pytest.raises(UserError, match="the round has no scores of the cache's responses, which --offset needs"):
+        train(TrainConfig(**options, **pairs, round="r0"))
+    with pytest.raises(UserError, match=r"drawn otherwise than the cache.*max_new_tokens': 5"):
+        train(TrainConfig(**options, **pairs, round="short"))
+    for more, message in (
+        ({"label_smoothing": 0.5}, "only without --label-smoothing"),
+        ({"pairing": "all"}, "leave --pairing and --responses out"),
+        ({"objective": "cpo"}, "--offset needs --objective dpkd"),
+        ({"level": "token"}, "--offset needs --objective dpkd with --level sequence"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TrainConfig.parse({**options, **pairs, "round": "short", **more}, where="a test")

@@ -1,0 +1,84 @@
+"""What an objective needs of a cache and of a round: distributions, and how likely the student's tokens were."""
+
+from __future__ import annotations
+
+from dpkd.core.errors import UserError
+from dpkd.distill.options.train import TrainConfig
+from dpkd.teacher_cache.store.reader import CacheReader, Round
+
+
+def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
+    """Most entries a position of the responses to learn from: of the round's, of the cache's, or the fewer of both."""
+    if student_round is None or config.needs_pairs:
+        return cache.top_k
+    of_round = int(student_round.manifest.identities["logprobs"]["top_k"])
+    return of_round if config.mix is None else min(of_round, cache.top_k)
+
+
+def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
+    """Raise `UserError` when the objective needs distributions and its responses have none, or fewer than `top_k`."""
+    most = top_k_of(cache, student_round, config)
+    if config.top_k is not None and config.top_k > most:
+        raise UserError(
+            "top_k is more than the cache keeps",
+            found=f"top_k {config.top_k}",
+            expected=f"at most {most}",
+            where=cache.folder,
+            advice="Lower --top-k, or leave it out",
+        )
+    if config.needs_distributions and most == 0:
+        source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
+        what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
+        raise no_distributions(what, cache, "train with --level sequence or --objective sft")
+
+    if student_round is not None and config.contrasts and not student_round.manifest.identities["logprobs"]["top_k"]:
+        what = f"the round has no distributions, which --objective {config.objective} needs on both responses"
+        raise no_distributions(what, cache, "train with --level sequence", "Build the round")
+    if student_round is not None and config.needs_sampling_logprobs:
+        _check_sampling(cache, student_round, config)
+
+
+def _check_sampling(cache: CacheReader, student_round: Round, config: TrainConfig) -> None:
+    """Raise `UserError` unless the round has the log q0 that the objective needs, drawn from q0 as it is."""
+    needing = "--offset" if config.offset else f"--objective {config.objective}"
+    extra = " --score-cached" if config.offset else ""
+    advice = f"Build another --round with `dpkd cache-teacher --temperature 1 --top-p 1{extra}`"
+    if not student_round.has_sampling_logprobs:
+        raise UserError(
+            f"the round does not say how likely its tokens were, which {needing} needs",
+            found=f"format {student_round.manifest.format_version}",
+            expected="format 2",
+            where=student_round.folder,
+            advice=advice,
+        )
+    generation = student_round.manifest.identities["generation"]
+    if (generation["temperature"], generation["top_p"]) != (1, 1):
+        raise UserError(
+            f"the round was not drawn from the student's own distribution, which {needing} needs",
+            found=f"temperature {generation['temperature']}, top_p {generation['top_p']}",
+            expected="temperature 1, top_p 1",
+            where=student_round.folder,
+            advice=advice,
+        )
+    if config.offset and not generation.get("score_cached"):
+        raise UserError(
+            "the round has no scores of the cache's responses, which --offset needs",
+            found="a round without --score-cached",
+            where=student_round.folder,
+            advice=advice,
+        )
+    keys = ("temperature", "top_p", "max_new_tokens")
+    ours, theirs = ({key: made[key] for key in keys} for made in (cache.identities["generation"], generation))
+    if config.offset and ours != theirs:
+        raise UserError(
+            "the round was drawn otherwise than the cache, and --offset compares their probabilities",
+            found=str(theirs),
+            expected=str(ours),
+            where=student_round.folder,
+            advice="Build cache and round at temperature 1 and top-p 1, with the same --max-new-tokens",
+        )
+
+
+def no_distributions(what: str, cache: CacheReader, otherwise: str, build: str = "Build a cache") -> UserError:
+    advice = f"{build} with --top-k 64, or {otherwise}"
+    return UserError(what, found="top-k 0", expected="top-k of 1 or more", where=cache.folder, advice=advice)

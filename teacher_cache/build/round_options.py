@@ -1,0 +1,63 @@
+"""The options of a round: what it takes from its cache, and what may differ."""
+
+from __future__ import annotations
+
+from dpkd.core.errors import UserError
+from dpkd.core.progress import say
+from dpkd.core.prompts.examples import open_examples
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+
+def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
+    """`config` with the options of the cache; raises `UserError` for one that is given and differs."""
+    identities = cache.manifest.identities
+    generation = identities["generation"]
+    if config.data is not None:
+        actual = open_examples(config.data).identity["sha256"]
+        if actual != identities["data"]["sha256"]:
+            raise UserError(
+                "the data is not that of the cache",
+                found=f"sha256 {actual[:12]} of {config.data}",
+                expected=f"{identities['data']['sha256'][:12]} of {identities['data']['name']}",
+                where=cache.folder,
+                advice="Leave --data out: a round uses the cache's prompts",
+            )
+    shared = {
+        "dtype": identities["teacher"]["dtype"],
+        "template": identities["template"]["name"],
+        "limit": identities["data"]["limit"],
+        "responses": generation["responses"],
+        "num_samples": generation["num_samples"],
+        "max_prompt_tokens": generation["max_prompt_tokens"],
+        "rows_per_shard": cache.rows_per_shard,
+    }
+    for key, value in shared.items():
+        given = getattr(config, key)
+        if given not in (value, CacheConfig.model_fields[key].default):
+            raise UserError(
+                f"a round uses the {key} of its cache",
+                found=given,
+                expected=value,
+                where=cache.folder,
+                advice=f"Leave --{key.replace('_', '-')} out",
+            )
+    # responses of other lengths or another temperature are not what training compares: only if someone asks for them
+    drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    given = {key: getattr(config, key) for key in drawn if key in config.model_fields_set}
+    if differing := [key for key, value in given.items() if value != drawn[key]]:
+        ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
+        say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
+    return _checked(config.model_copy(update=shared | drawn | given))
+
+
+def _checked(config: CacheConfig) -> CacheConfig:
+    if config.teacher_mix is not None and (config.temperature, config.top_p) != (1, 1):
+        raise UserError(
+            "a mixture with the teacher is one of the models' own distributions",
+            found=f"temperature {config.temperature}, top_p {config.top_p}",
+            expected="temperature 1, top_p 1",
+            where=config.out,
+            advice="Give --temperature 1 --top-p 1, or leave --teacher-mix out",
+        )
+    return config
