@@ -221,7 +221,10 @@ def test_scaled_logits_are_known(config: PretrainedConfig) -> None:
 @pytest.fixture(scope="module")
 def wider_teacher(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path, toy_data: Path) -> Toys:
     family = Family(gated(LlamaConfig), {"tie_word_embeddings": True}, 640, NUM_TOKENS)
-    return build(tmp_path_factory.mktemp("wider"), toy_tokenizer, toy_data, family, temperature=0.0)
+    toys = build(tmp_path_factory.mktemp("wider"), toy_tokenizer, toy_data, family, temperature=0.0)
+    asked = ("--teacher", toys.teacher, "--out", toys.cache, "--engine", "transformers", "--device", "cpu")
+    dpkd("cache-teacher", *asked, "--student", toys.student, "--round", "drawn", "--temperature", 1)
+    return toys
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,8 @@ def wider_teacher(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path,
         {"tail": "uniform", "objective": "jsd"},
         {"tail": "renormalise", "objective": "reverse-kl"},
         {"objective": "akl"},
-        {"objective": "minillm", "student_samples": "cached", "round": "r0"},
+        {"objective": "minillm", "round": "drawn"},
+        {"objective": "distillm2", "round": "drawn"},
         {"token_pairs": "drawn"},
         {"validation_examples": 1},
     ],
@@ -328,7 +332,7 @@ def test_a_wider_student_s_padding_is_set_aside_in_a_round(tmp_path: Path, toy_t
     family = Family(gated(LlamaConfig), {"tie_word_embeddings": True}, 601, 640)
     toys = build(tmp_path, toy_tokenizer, toy_data, family, temperature=0.0)
     asked = ("--teacher", toys.teacher, "--out", toys.cache, "--engine", "transformers", "--device", "cpu")
-    asked += ("--student", toys.student, "--max-new-tokens", 6, "--top-k", 48)
+    asked += ("--student", toys.student, "--max-new-tokens", 6, "--temperature", 1, "--top-k", 48)
     printed = dpkd("cache-teacher", *asked, "--round", "drawn", status=3)
     assert "which the teacher does not have" in printed
     held = TeacherCache.open(toys.cache).round("drawn")
