@@ -239,7 +239,14 @@ def test_the_offset_of_pairs_is_that_of_both_models(
     """The first step's loss by hand: beta R from the caches' own log-probs, log p/q0 from float64 forward passes."""
     build_round("scored", score_cached=True)
     options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
-    pairs = {"level": "sequence", "round": "scored", "offset": True, "kd_weight": 0.0, "batch_size": 20}
+    pairs = {
+        "level": "sequence",
+        "round": "scored",
+        "offset": True,
+        "kd_weight": 0.0,
+        "batch_size": 20,
+        "validation_examples": 0,
+    }
     train(TrainConfig(**options, **pairs, out=tmp_path / "run", warmup_ratio=0.0))
     cache = TeacherCache.open(cache_copy)
     round_ = cache.round("scored")
