@@ -19,8 +19,8 @@ ALARMS_LOG = "alarms.jsonl"
 _KL_SHARE, _KL_NOISE = 0.02, 0.01
 #: nats by which an entropy must have risen, and by which it must exceed what the distance from the teacher explains
 _ENTROPY_RISE, _ENTROPY_EXCESS = 0.5, 1.0
-#: share of its start and of the teacher's entropy below which an entropy has run down
-_ENTROPY_SHARE = 0.5
+#: share of its start and of the teacher's entropy below which an entropy has run down, and the least nats below
+_ENTROPY_SHARE, _ENTROPY_FALL = 0.5, 0.1
 #: nats a token by which both sides of the pairs must have fallen
 _FALL = 0.1
 #: share of the gradient below which a preference hardly changes the student
@@ -73,18 +73,22 @@ class Alarms:
     watch: Watch
     start: dict[str, Any] | None = None
     names: list[str] = field(default_factory=list)
+    largest_share: float = 0.0  # a preference that has done its work is small too
 
     def note(self, line: dict[str, Any]) -> list[Alarm]:
         """The alarms that a validation is the first to give."""
         if self.start is None:
             self.start = line
+        if (share := line.get("preference_share")) is not None:
+            self.largest_share = max(share, self.largest_share)
+            line = line | {"preference_share": self.largest_share}
         new = [alarm for alarm in find_alarms(self.start, line, self.watch) if alarm.name not in self.names]
         self.names += [alarm.name for alarm in new]
         return new
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"start": self.start, "names": list(self.names)}
+        return {"start": self.start, "names": list(self.names), "largest_share": self.largest_share}
 
 
 def find_alarms(start: dict[str, Any], line: dict[str, Any], watch: Watch) -> list[Alarm]:
@@ -124,7 +128,7 @@ def _entropy_falls(start: dict[str, Any], line: dict[str, Any], watch: Watch) ->
     if before is None or now is None or watch.teacher_entropy is None:
         return None
     teachers = watch.teacher_entropy[0]
-    if now >= _ENTROPY_SHARE * min(before, teachers):
+    if now >= _ENTROPY_SHARE * min(before, teachers) or now > teachers - _ENTROPY_FALL:
         return None
     text = (
         f"the student's entropy runs down: {before:.2f} -> {now:.2f} nats, where the teacher's is {teachers:.2f} or "
