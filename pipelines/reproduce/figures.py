@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _RKLD = "KL(student, teacher), first response token (nats)"
 _REWARD = "implicit reward of the teacher's response"
+_NEVER_POSITIVE = (
+    "The reward (Eq. 29) of the teacher's own responses is at most 0 on average, where student and teacher agree: the "
+    "paper's rewards of up to 0.97 (its Table 3) are of another quantity, which it does not name."
+)
 _CHARACTERS_PER_INCH = 19
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -100,6 +104,7 @@ def draw_trajectory(config: ReproduceConfig, made: dict[str, Any]) -> list[Path]
     notes = [
         "A point is the student at one validation, its colour the epoch (each round starts a new one), the ring the "
         "end. The paper draws runs that end upper left: low KL, high reward (it prints no numbers).",
+        _NEVER_POSITIVE,
         *_other_data(config),
     ]
     curves, data = _curves("fig3", config, notes, made)
@@ -124,6 +129,7 @@ def draw_curves(config: ReproduceConfig, made: dict[str, Any]) -> list[Path]:
     notes = [
         "Validations over training steps; the paper prints no numbers for this figure.",
         "Dotted lines: the end of a round, after which the student answered again.",
+        _NEVER_POSITIVE,
         *_other_data(config),
     ]
     curves, data = _curves("fig4", config, notes, made)

@@ -141,6 +141,10 @@ def _notes(config: ReproduceConfig, has_paper: bool) -> list[str]:
             "mean beta log q/p of the teacher's responses (divided by their length where the loss is), over the "
             "validations of the run."
         )
+        notes.append(
+            "The paper's reward max is not comparable: the mean of Eq. 29 over the teacher's responses is -beta "
+            "KL(teacher, student), never above 0, and the paper reports up to 0.97 without saying of which responses."
+        )
     return notes
 
 

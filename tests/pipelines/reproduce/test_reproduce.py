@@ -211,6 +211,10 @@ def test_table_3_reads_the_least_rkld_and_the_largest_reward(
     }
     assert found["reward max"]["ours"]["mean"] == max(line["reward_chosen"] for line in expected)
     assert [found[column]["paper"] for column in found] == [24.62, 0.07, 0.97]
+    # Eq. 29 on the teacher's responses is -beta KL on average: it cannot be 0.97
+    assert found["reward max"]["ours"]["mean"] < 0
+    notes = json.loads((tmp_path / "table3.json").read_text())["notes"]
+    assert any("reward max is not comparable" in note for note in notes)
     with pytest.raises(UserError, match=r"a row of table3 has no run: found 'kd', expected runs\.kd"):
         table(report, tmp_path, "table3", runs={"dpkd": list(runs)}, rows={"kd": "DPKD"})
 
