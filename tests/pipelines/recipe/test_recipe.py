@@ -20,6 +20,7 @@ from dpkd.core.models import ModelSource
 from dpkd.pipelines.commands.registry import COMMANDS
 from dpkd.pipelines.flags import add_command
 from dpkd.pipelines.recipe.format import read_recipe
+from dpkd.pipelines.recipe.run import run_steps
 from dpkd.pipelines.recipe.shipped import shipped_recipes
 from dpkd.teacher_cache.store.reader import TeacherCache
 
@@ -269,6 +270,52 @@ out = "{directory}/run"
 steps = 2
 batch_size = 3
 """
+
+
+def test_a_round_that_an_alarm_ends_is_followed_by_the_next(
+    tmp_path: Path, cache_copy: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    """Eq. 9 without anchor at a high rate overshoots its round; the recipe goes on, and a repeated run does nothing."""
+    text = f"""
+[rounds]
+count = 2
+student = "{toy_student}"
+
+[[steps]]
+repeat = "rounds"
+command = "cache-teacher"
+teacher = "{toy_teacher}"
+student = "{{student}}"
+out = "{cache_copy}"
+round = "alarm-{{round}}"
+engine = "transformers"
+max_new_tokens = 6
+top_k = 0
+
+[[steps]]
+repeat = "rounds"
+command = "train"
+cache = "{cache_copy}"
+student = "{{student}}"
+round = "alarm-{{round}}"
+out = "{tmp_path}/round-{{round}}"
+level = "sequence"
+label_smoothing = 0.0
+kd_weight = 0.0
+steps = 40
+batch_size = 8
+learning_rate = 1e-2
+validation_examples = 4
+validate_every = 4
+on_alarm = "stop"
+device = "cpu"
+"""
+    steps = read_recipe(write(tmp_path / "r.toml", text))
+    run_steps(steps, "r")
+    ends = [json.loads((tmp_path / f"round-{number}" / "run.json").read_text()) for number in range(2)]
+    assert ends[0]["stopped_by_alarm"] is True
+    assert ends[0]["steps"] < 40
+    run_steps(steps, "r")
 
 
 def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
