@@ -150,7 +150,7 @@ def _shared_round_s(found: Found, arm: str) -> float:
     """Seconds of the first round, which all arms with the student's responses share."""
     if not (from_writer(arm) or arm.startswith(("own", "mix", "minillm", "distillm2"))):
         return 0.0
-    name = "writer" if from_writer(arm) else "student"
+    name = "writer" if from_writer(arm) else "student-mixed" if arm == "minillm-mixed" else "student"
     return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))
 
 

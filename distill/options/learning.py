@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Location, Settings, split_commas
-from dpkd.distill.options.objectives import ObjectiveName
+from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
 
 class DataOptions(Settings):
@@ -63,8 +63,10 @@ class ObjectiveOptions(Settings):
     level: Literal["token", "sequence"] = Field(
         "token", description="preferences: compare tokens at each position, or whole responses (Eq. 9 of the paper)"
     )
-    preset: Literal["released-code", "paper"] | None = Field(
-        None, description="options of the released code or of the paper; options that you give override it"
+    preset: PresetName | None = Field(
+        None,
+        description="options that belong together: what our study recommends, those of the released code, or of the "
+        "paper; options that you give override it",
     )
     beta: float = Field(1.0, gt=0, description="beta of the preference")
     sft_weight: float | None = Field(

@@ -21,13 +21,13 @@ OBJECTIVE_TERMS: dict[str, dict[TermName, float]] = {
     "distillm2": {"kd": 1.0},
     "minillm": {"minillm": 1.0},
 }
-if TYPE_CHECKING:
-    ObjectiveName = str
-else:
-    ObjectiveName = Literal[tuple(OBJECTIVE_TERMS)]
 
-#: Options of a published setting. Options that are given override the preset's.
+#: Options by name. Options that are given override the preset's. `recommended` follows docs/results/objectives.md.
 PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "objective": "dpkd", "level": "token", "token_pairs": "all", "beta": 1.0, "tail": "bucket",
+        "responses": "teacher",
+    },
     "released-code": {
         "objective": "dpkd", "level": "token", "token_pairs": "argmax", "student_samples": "forced", "beta": 0.1,
         "label_smoothing": 0.0, "dpkd_weight": 0.5, "sft_weight": 0.5, "kd_weight": 0.0, "lm_weight": 0.5,
@@ -39,3 +39,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "best_metric": "last",
     },
 }  # fmt: skip
+
+if TYPE_CHECKING:
+    ObjectiveName = PresetName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVE_TERMS)]
+    PresetName = Literal[tuple(PRESETS)]
