@@ -50,8 +50,9 @@ class Found:
     def __init__(self, directory: Path) -> None:
         self.facts = json.loads((directory / "study.json").read_text())
         every = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
-        self.errors = [line for line in every if "error" in line]
         lines = [line for line in every if "error" not in line]
+        ended = {(line["arm"], line["rate"], line["seed"]) for line in lines}
+        self.errors = [line for line in every if (line["arm"], line["rate"], line["seed"]) not in ended]
         self.start: Line = next((line for line in lines if line["arm"] == "start"), {})
         self.runs = [line for line in lines if line["arm"] != "start"]
         self.sets = [name for name, _ in self.facts["options"]["eval"]]

@@ -61,11 +61,11 @@ def _engine(study: Study) -> dict[str, Any]:
 
 
 def _on_machine(study: Study, step: Step) -> Any:
-    """The options of a step with those of the machine; the first round of an arm is the one that all arms share."""
+    """The options of a step with those of the machine, and the shared round for an arm's first."""
     changes: dict[str, Any] = {} if step.command == "prepare-data" else {"device": study.device}
     if step.command == "cache-teacher":
         changes = _engine(study)
-    if step.round == 0 and step.command in ("cache-teacher", "train"):
+    if step.round == 0 and step.command == "train":
         changes["round"] = Path(str(step.config.student)).name  # type: ignore[attr-defined]
     return step.config.model_copy(update=changes)
 
@@ -81,7 +81,8 @@ def train_arm(study: Study, arm: str, rate: float, seed: int) -> tuple[Path, dic
     for step in steps:
         config, started_s = _on_machine(study, step), time.perf_counter()
         if step.command == "cache-teacher":
-            build_cache(config)
+            if step.round != 0:  # the first round is the one that all arms share
+                build_cache(config)
             seconds["round_s"] += time.perf_counter() - started_s
             continue
         lines = read_json_lines(train(config) / "metrics.jsonl")
