@@ -197,30 +197,33 @@ def _sizes(found: Found, names: Sequence[str]) -> str:
 
 
 def draw(found: Found, path: Path) -> list[Path]:
-    """KL(p, q) against Rouge-L, and reverse KL of own samples against Rouge-L: a point an arm."""
-    from dpkd.core.plotting import COLOURS, frame_figure, new_figure, save_figure
+    """Every arm as a row: Rouge-L with its interval, KL(p, q), and the reverse KL of the student's own samples."""
+    from dpkd.core.plotting import COLOURS, GRID, frame_figure, new_figure, save_figure
 
     data = found.sets[0]
-    figure, panels = new_figure(11, 5.5, 2, side_by_side=True)
     arms = [arm for arm in found.scored if not arm.startswith(("entries", "mass"))]
-    for panel, key, label in (
-        (panels[0], "kl", "KL(teacher || student) on the teacher's responses, nats a token"),
-        (panels[1], "own_rkl", "KL(student || teacher) on the student's own, nats a token"),
-    ):
-        for number, (title, chosen) in enumerate((("from the start", False), ("from the writer", True))):
-            names = [arm for arm in arms if from_writer(arm) is chosen]
-            points = [(found.mean(arm, key), found.rows(arm, data).mean()) for arm in names]
-            if points:
-                panel.scatter(*zip(*points, strict=True), color=COLOURS[number], label=title, s=18)
-            for arm, point in zip(names, points, strict=True):
-                panel.annotate(arm, point, fontsize=5.5, xytext=(3, 2), textcoords="offset points")
-        if found.start:
-            panel.axhline(found.start["teacher"][f"{data}_rouge_l"], color="#999999", linewidth=0.8, label="teacher")
-        panel.set_xlabel(label)
-        panel.set_ylabel(f"Rouge-L, {data}")
-        panel.set_xscale("log")
+    arms.sort(key=lambda arm: found.rows(arm, data).mean())
+    figure, panels = new_figure(12, 2.2 + 0.2 * len(arms), 3, side_by_side=True)
+    places = np.arange(len(arms))
+    teacher = found.start.get("teacher")
+    rouge = [mean_intervals(found.rows(arm, data)[None], (0.0, 100.0))[0] for arm in arms]
+    values = [[part.mean for part in rouge], *([found.mean(arm, key) for arm in arms] for key in ("kl", "own_rkl"))]
+    titles = (f"Rouge-L, {data}", "KL(p, q), teacher's responses (nats)", "KL(q, p), student's own (nats)")
+    for panel, points, title in zip(panels, values, titles, strict=True):
+        for number, (label, chosen) in enumerate((("from the start", False), ("from the writer", True))):
+            mine = [place for place in places if from_writer(arms[place]) is chosen]
+            panel.scatter([points[place] for place in mine], mine, color=COLOURS[number], label=label, s=20, zorder=3)
+        panel.set_title(title, fontsize=9)
+        panel.set_yticks(places, arms if panel is panels[0] else [], fontsize=7)
+        panel.set_ylim(-0.8, len(arms) - 0.2)
+        panel.grid(color=GRID, linewidth=0.6)
+    for place, part in zip(places, rouge, strict=True):
+        if part.low is not None:
+            panels[0].plot([part.low, part.high], [place, place], color="#999999", linewidth=1)
+    if teacher is not None:
+        panels[0].axvline(teacher[f"{data}_rouge_l"], color="#333333", linewidth=0.8, linestyle="--", label="teacher")
     frame_figure(figure, panels, _setting(found))
-    return save_figure(figure, path, "Distance from the teacher against Rouge-L for every arm of the study")
+    return save_figure(figure, path, "Rouge-L and distance from the teacher for every arm of the study")
 
 
 def main() -> None:
@@ -231,7 +234,7 @@ def main() -> None:
     found = Found(options.results)
     protocol = options.page.read_text(encoding="utf-8").partition(MARK)[0]
     draw(found, options.page.with_suffix(""))
-    figure = f"![Distance from the teacher against Rouge-L]({options.page.stem}.png)"
+    figure = f"![Rouge-L and distance from the teacher, every arm]({options.page.stem}.png)"
     text = f"{protocol}{MARK}\n\n{figure}\n\n{results_text(found)}\n"
     options.page.write_text(text, encoding="utf-8")
     print(f"wrote {options.page}")
