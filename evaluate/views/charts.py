@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 NUM_COLOURS = 10
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 210, 52, 12, 10, 44
+_WIDTH, _RIGHT = 560, 12
+_CURVE_WIDTH, _CURVE_HEIGHT, _LEFT, _TOP, _BOTTOM = 400, 210, 48, 10, 44
 _NUM_TICKS = 5
 _NAME_CHARACTERS = 20
 _CHARACTER = 6.6  # width of one, in the chart's units
@@ -102,13 +103,13 @@ def line_chart(lines: Sequence[Line], title: str, label: str) -> str:
     low, high = _span([value for line in lines for value in line.y])
     ticks = _ticks(low, high)
     right = max((value for line in lines for value in line.x), default=1.0) or 1.0
-    x = _Scale(0, right, _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(min(low, ticks[0]), max(high, ticks[-1]), _HEIGHT - _BOTTOM, _TOP)
-    parts = [_text((_LEFT + _WIDTH) / 2, _HEIGHT - 6, label, "axis")]
+    x = _Scale(0, right, _LEFT, _CURVE_WIDTH - _RIGHT)
+    y = _Scale(min(low, ticks[0]), max(high, ticks[-1]), _CURVE_HEIGHT - _BOTTOM, _TOP)
+    parts = [_text((_LEFT + _CURVE_WIDTH) / 2, _CURVE_HEIGHT - 6, label, "axis")]
     for tick in ticks:
-        parts.append(f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_CURVE_WIDTH - _RIGHT}"/>')
         parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:g}", anchor="end"))
-    parts += [_text(x(tick), _HEIGHT - 26, f"{tick:g}") for tick in _ticks(0, right) if tick <= right]
+    parts += [_text(x(tick), _CURVE_HEIGHT - 26, f"{tick:g}") for tick in _ticks(0, right) if tick <= right]
     for line in lines:
         colour = line.colour % NUM_COLOURS
         points = [(x(a), y(b)) for a, b in zip(line.x, line.y, strict=True)]
@@ -119,20 +120,21 @@ def line_chart(lines: Sequence[Line], title: str, label: str) -> str:
             f'<path class="curve c{colour}{" dotted" if line.dotted else ""}" d="{path}"/>'
             f"{''.join(dots) if line.dotted or len(points) == 1 else ''}</g>"
         )
-    return _svg(_WIDTH, _HEIGHT, title, parts)
+    return _svg(_CURVE_WIDTH, _CURVE_HEIGHT, title, parts)
 
 
 def standalone(charts: Sequence[tuple[str, str]], style: str, caption: Sequence[str]) -> str:
     """A file of charts, one below the other, each a title and its SVG; `caption` has the lines of small print below."""
     parts, y = [], 0.0
     for title, chart in charts:
-        height = float(chart.split('viewBox="0 0 ')[1].split('"')[0].split()[1])
+        width, height = chart.split('viewBox="0 0 ')[1].split('"')[0].split()
         parts.append(_text(0, y + 16, title, "title", "start"))
-        parts.append(chart.replace("<svg ", f'<svg y="{y + 26:.0f}" width="{_WIDTH}" height="{height:.0f}" ', 1))
-        y += height + 44
+        parts.append(chart.replace("<svg ", f'<svg y="{y + 26:.0f}" width="{width}" height="{height}" ', 1))
+        y += float(height) + 44
     parts += [_text(0, y + 10 + 11 * index, line, "caption", "start") for index, line in enumerate(caption)]
     inner = f'<style>{style}</style><rect class="back" x="-10" width="100%" height="100%"/>{"".join(parts)}'
-    size = f'viewBox="-10 0 {_WIDTH + 20} {y + 16 + 11 * len(caption):.0f}"'
+    width, height = _WIDTH + 20, f"{y + 16 + 11 * len(caption):.0f}"
+    size = f'width="{width}" height="{height}" viewBox="-10 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{inner}</svg>\n'
 
 
@@ -187,9 +189,9 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 5, 8 or 10 times a power of ten: a top whose quarters are round."""
+    """The next of 1, 2, 3, 4, 5, 6, 8 or 10 times a power of ten: a top whose quarters are round."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 4, 5, 8, 10) if step * power >= value)
+    return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

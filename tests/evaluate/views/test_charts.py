@@ -59,9 +59,9 @@ def test_boxes_say_their_quantiles() -> None:
 def test_curves_are_drawn_at_their_values() -> None:
     lines = [Line("a <run>", 2, False, [0, 50, 100], [0.0, 1.0, 4.0]), Line("v", 2, True, [100], [2.0])]
     svg = line_chart(lines, "loss by step", "step")
-    # x runs from 52 (0) to 548 (100), y from 166 (0) to 10 (4)
-    assert 'class="curve c2" d="M52.0 166.0L300.0 127.0L548.0 10.0"' in svg
-    assert '<circle class="s2" cx="548.0" cy="88.0" r="3"/>' in svg
+    # x runs from 48 (0) to 388 (100), y from 166 (0) to 10 (4)
+    assert 'class="curve c2" d="M48.0 166.0L218.0 127.0L388.0 10.0"' in svg
+    assert '<circle class="s2" cx="388.0" cy="88.0" r="3"/>' in svg
     assert svg.count("<circle") == 1
     assert "a &lt;run&gt;: last 4" in svg
 
@@ -109,7 +109,7 @@ def test_ticks_are_round_and_enclose(span: tuple[float, float], ticks: list[floa
 
 
 @pytest.mark.parametrize(
-    ("value", "top"), [(1.0, 1.0), (1.1, 2.0), (37.0, 40.0), (41.0, 50.0), (81.0, 100.0), (0.3, 0.4)]
+    ("value", "top"), [(1.0, 1.0), (1.1, 2.0), (37.0, 40.0), (41.0, 50.0), (81.0, 100.0), (0.3, 0.3), (0.31, 0.4)]
 )
 def test_axes_end_at_round_values(value: float, top: float) -> None:
     assert _round_up(value) == pytest.approx(top)
