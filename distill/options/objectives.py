@@ -41,7 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    ObjectiveName = PresetName = str
+    ObjectiveName = str
+    PresetName = str
 else:
     ObjectiveName = Literal[tuple(OBJECTIVE_TERMS)]
     PresetName = Literal[tuple(PRESETS)]

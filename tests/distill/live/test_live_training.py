@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -115,6 +116,24 @@ def test_a_killed_live_run_ends_as_the_one_that_was_not(
         assert done.returncode == (0 if until is None else -signal.SIGKILL), done.stderr
     assert without_times(run) == without_times(whole)
     assert file_sha256(run / "model.safetensors") == file_sha256(whole / "model.safetensors")
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_live_mix_resumes_bit_for_bit_and_some_steps_draw_nothing(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, url: str, staleness: int
+) -> None:
+    """Rows come from the teacher and, one in ten, from the student, so that blocks without any draw exist."""
+    options = {"objective": "jsd", "mix": 0.1, "staleness": staleness}
+    whole = train(config(tmp_path / "whole", toy_cache, toy_student, url, **options))
+    blocks = [*(whole / "samples" / "shards").glob("*.parquet")]
+    assert 0 < len(blocks) < 6
+    again = Path(shutil.copytree(whole, tmp_path / "again"))
+    for path in (again / "run.json", again / "model.safetensors"):
+        path.unlink()
+    shutil.rmtree(again / "checkpoint-4")  # back to step 2
+    train(config(again, toy_cache, toy_student, url, **options))
+    assert without_times(again) == without_times(whole)
+    assert file_sha256(again / "model.safetensors") == file_sha256(whole / "model.safetensors")
 
 
 def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(
