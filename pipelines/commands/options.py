@@ -102,5 +102,7 @@ class ReproduceOptions(Settings):
     artefact: ArtefactName = Field(
         description="table1 to table5 or fig1 to fig5", json_schema_extra={"positional": "ARTEFACT"}
     )
-    recipe: str = Field(description="a recipe that dpkd recipes lists under paper/, or a TOML file")
+    recipe: str | None = Field(
+        None, description="a recipe that dpkd recipes lists under paper/, or a TOML file; none: list those that make it"
+    )
     dry_run: bool = Field(False, description="print the steps with their cost and stop")

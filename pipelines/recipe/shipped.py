@@ -42,10 +42,14 @@ def print_recipes(options: RecipesOptions) -> None:
     if options.recipe is not None:
         print(find_recipe(options.recipe).read_text(encoding="utf-8").rstrip())
         return
-    shipped = shipped_recipes()
-    width = max(map(len, shipped))
-    for name, path in shipped.items():
-        print(f"{name:<{width}}  {_first_line(path)}")
+    print_list(list(shipped_recipes()))
+
+
+def print_list(names: list[str]) -> None:
+    """Print a line for each of these shipped recipes: its name and what it does."""
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {_first_line(shipped_recipes()[name])}")
 
 
 def _first_line(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +11,23 @@ from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import say
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import run_steps
-from dpkd.pipelines.recipe.shipped import find_recipe
+from dpkd.pipelines.recipe.shipped import find_recipe, print_list, shipped_recipes
 from dpkd.pipelines.reproduce.inputs import check_inputs, missing_inputs
 from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
-from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
+from dpkd.pipelines.reproduce.plan import plan_steps
+from dpkd.pipelines.reproduce.plan_text import plan_text
 
 if TYPE_CHECKING:
     from dpkd.pipelines.commands.options import ReproduceOptions
 
 
 def run(options: ReproduceOptions) -> None:
-    """The command: make the artefact and print its files, or print the plan."""
+    """The command: make the artefact and print its files, or print the plan; without a recipe, list those there are."""
+    if options.recipe is None:
+        say(f"recipes for {options.artefact}; choose one with --recipe NAME, and add --dry-run for its plan:")
+        name = re.compile(rf"paper/{options.artefact}(-.*)?")
+        print_list([recipe for recipe in shipped_recipes() if name.fullmatch(recipe)])
+        return
     for path in reproduce(options.artefact, options.recipe, dry_run=options.dry_run):
         print(path)
 

@@ -11,14 +11,16 @@ import pytest
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.commands.options import ARTEFACTS, NoiseConfig
+from dpkd.pipelines.commands.options import ARTEFACTS, NoiseConfig, ReproduceOptions
 from dpkd.pipelines.recipe.format import read_recipe
+from dpkd.pipelines.recipe.shipped import find_recipe
 from dpkd.pipelines.reproduce.inputs import check_inputs
 from dpkd.pipelines.reproduce.model_sizes import ModelSizes
 from dpkd.pipelines.reproduce.options import read_reproduce
 from dpkd.pipelines.reproduce.paper_values import paper_values
-from dpkd.pipelines.reproduce.plan import plan_steps, plan_text
-from dpkd.pipelines.reproduce.reproduce import reproduce
+from dpkd.pipelines.reproduce.plan import plan_steps
+from dpkd.pipelines.reproduce.plan_text import plan_text
+from dpkd.pipelines.reproduce.reproduce import reproduce, run
 
 PAPER = ROOT / "recipes" / "paper"
 SHIPPED = sorted(PAPER.glob("*.toml"))
@@ -186,6 +188,18 @@ run = "run"
 
 [steps.data]
 held = "data.jsonl"
+
+[[steps]]
+command = "judge"
+report = "report"
+out = "judge"
+judge_url = "http://h/v1"
+judge_model = "gpt"
+sample = 5
+mode = "pairwise"
+max_tokens = 50
+prompt_price = 10
+completion_price = 20
 """
 
 
@@ -196,7 +210,7 @@ def test_the_plan_counts_what_the_options_say(
     (tmp_path / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 12)
     (tmp_path / "teacher").symlink_to(toy_teacher)
     steps = read_recipe(write(tmp_path / "r.toml", PLANNED))
-    cache, train, evaluation = plan_steps(steps, {})
+    cache, train, evaluation, judge = plan_steps(steps, {})
     assert cache.cached == 8 * 2 + 8  # two samples and one reference a row
     assert cache.generated == 8 * 2 * 10
     assert train.steps == 15  # ceil(3 * (24 - 4) / 4)
@@ -204,10 +218,55 @@ def test_the_plan_counts_what_the_options_say(
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
     assert train.disk == 4 * (600 * 64 + 2 * layer + 64)
     assert evaluation.generated == 2 * 3 * 12 * 7
+    size = 600 * 64 + 2 * layer + 64
+    # 6 operations per weight and token of 15 steps of 4 rows of up to 256 + 10 tokens, 2 for the answers of two models
+    assert train.flop == 6 * size * 15 * 4 * 266
+    assert evaluation.flop == 2 * 2 * size * 12 * 3 * (256 + 7)
+    # one pair of models in both orders for five rows; up to 400 + 256 + 3 * 7 tokens of a prompt, 50 of a reply
+    assert judge.questions == 10
+    assert "10 questions: up to 6,770 tokens of prompts and 500 of replies, 0.08 at most" in judge.words
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    assert [item.finished for item in plan_steps(steps, {})] == [False, True, False]
-    assert "2 of 3 steps to do" in plan_text(plan_steps(steps, {}))
+    assert [item.finished for item in plan_steps(steps, {})] == [False, True, False, False]
+    text = plan_text(plan_steps(steps, {}))
+    assert "3 of 4 steps to do" in text
+    assert "questions to a judge: 10" in text
+
+
+@pytest.mark.parametrize("family", ["gpt2-120m", "gpt2-340m", "opt-1.3b"])
+def test_minillm_has_the_steps_of_dpkd(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = read_reproduce(find_recipe(f"paper/table1-{family}"), read_recipe(f"paper/table1-{family}"))
+    planned = plan_steps(read_recipe(f"paper/table1-{family}"), config.assume)
+    steps = {
+        name: [item.steps for item in planned if re.search(rf"/{name}-\d+$", item.step.out)]
+        for name in ("dpkd", "minillm")
+    }
+    assert steps["minillm"] == steps["dpkd"]
+    assert None not in steps["dpkd"]
+
+
+def test_without_a_recipe_those_of_the_artefact_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    run(ReproduceOptions(artefact="table1"))
+    names = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert names == [f"paper/table1-{name}" for name in ("gpt2-120m", "gpt2-340m", "opt-1.3b", "tiny")]
+    run(ReproduceOptions(artefact="fig2"))
+    assert "paper/fig2 " in capsys.readouterr().out
+
+
+def test_repeated_rounds_are_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = plan_text(plan_steps(read_recipe("paper/table1-gpt2-120m"), {})).splitlines()
+    shown = [line.split(" -> ")[-1] for line in lines if " -> " in line]
+    assert {f"runs/paper/gpt2-120m/{name}" for name in ("dpkd-0", "minillm-0", "kd", "report")} <= set(shown)
+    assert "runs/paper/gpt2-120m/dpkd-2" not in shown
+    folded = [line for line in lines if "and the same in" in line]
+    assert [re.sub(r"\d+", "N", line.strip()) for line in folded] == [
+        "and the same in N more steps, up to runs/paper/gptN-Nm/dpkd-N",
+        "and the same in N more steps, up to runs/paper/gptN-Nm/minillm-N",
+    ]
+    # what is shown and what is folded are all steps
+    assert len(shown) + sum(int(line.split()[4]) for line in folded) == len(read_recipe("paper/table1-gpt2-120m"))
 
 
 def test_sizes_are_told_from_configs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

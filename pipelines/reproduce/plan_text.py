@@ -1,0 +1,65 @@
+"""A plan as text: its steps with repeated rounds folded, and what is left to do in models, rows, tokens and time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from dpkd.pipelines.reproduce.plan import PlannedStep
+
+_TFLOPS = 100  # of the time estimate: what a GPU of 2022 reaches in bfloat16 with large batches
+
+
+def plan_text(planned: list[PlannedStep]) -> str:
+    """The plan with two lines per step, the total of what is left to do, and what the totals leave out."""
+    lines, number = [], 0
+    while number < len(planned):
+        item = planned[number]
+        number += 1
+        lines.append(f"{number:>3}  {'done ' if item.finished else 'to do'}  {item.step.title} -> {item.step.out}")
+        lines.append(f"            {item.words}")
+        if repeated := _repeated(planned, number):
+            lines.append(f"     and the same in {repeated} more steps, up to {planned[number + repeated - 1].step.out}")
+            number += repeated
+    left = [item for item in planned if not item.finished]
+    rows = _total(item.rows for item in left if item.trained)
+    lines += [
+        "",
+        f"{len(left)} of {len(planned)} steps to do (finished steps are checked again before they are used):",
+        f"  models trained: {sum(item.trained for item in left)}",
+        f"  training steps: {_total(item.steps for item in left)}, on rows: {rows}",
+        f"  rows cached and scored: {_total(item.cached for item in left)}",
+        f"  tokens generated, at most: {_total(item.generated for item in left)}",
+        f"  disk, roughly: {_total((item.disk and item.disk / 1e9 for item in left), '{:.1f} GB')}",
+        f"  time, roughly, at {_TFLOPS} TFLOP/s: "
+        f"{_total((item.flop and item.flop / (_TFLOPS * 1e12 * 3600) for item in left), '{:.1f} hours')}",
+    ]
+    if any(item.questions != 0 for item in left):
+        lines.append(f"  questions to a judge: {_total(item.questions for item in left)}")
+    return "\n".join(lines)
+
+
+def _repeated(planned: list[PlannedStep], end: int) -> int:
+    """How many steps after the first `end` repeat the last one or two, such as rounds: they differ in numbers alone."""
+
+    def alike(one: PlannedStep, other: PlannedStep) -> bool:
+        texts = [f"{item.step.title} {item.step.out} {item.words} {item.finished}" for item in (one, other)]
+        return re.sub(r"\d+", "", texts[0]) == re.sub(r"\d+", "", texts[1])
+
+    for period in (1, 2):
+        count = 0
+        while (
+            end >= period and end + count < len(planned) and alike(planned[end + count], planned[end + count - period])
+        ):
+            count += 1
+        if count >= 2 * period:
+            return count
+    return 0
+
+
+def _total(values: Iterable[float | None], form: str = "{:,}") -> str:
+    given = list(values)
+    known = [value for value in given if value is not None]
+    missing = len(given) - len(known)
+    unknown = f" and those of {missing} steps whose data or model config are missing" if missing else ""
+    return form.format(sum(known)) + unknown
