@@ -208,6 +208,7 @@ def main() -> None:
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several processes share a GPU
     seconds = prepare(study)
     if not (options.out / "study.json").is_file():
         facts = {key: value for key, value in vars(options).items() if key not in ("time_limit", "parts")}
@@ -253,7 +254,7 @@ def parse() -> argparse.Namespace:
     add("--arms", type=_texts, help="only these arms, comma-separated")
     add("--finalists", type=int, default=6, help="how many of the best arms train with every seed")
     add("--parts", type=_texts, default=("finalists", "sizes"), help="what to run after the arms' first seed")
-    add("--jobs", type=int, default=1, help="runs at once")
+    add("--jobs", type=int, default=1, help="runs at once; on a GPU each takes about 8 GB")
     add("--time-limit", type=float, help="end after so many seconds")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--engine", default="transformers", help="engine that draws and scores responses")

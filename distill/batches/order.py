@@ -120,7 +120,7 @@ def student_rows(num_rows: int, share: float, seed: int, step: int) -> list[bool
     `share` * k of them, give or take one, so that all micro-batches are mixed alike.
     """
     # differs from the paper: GKD (arXiv 2306.13649v3, Algorithm 1) draws once for a whole batch. The expectation is the
-    # same; here the share of a step does not vary.
+    # same; here the share of a step does not vary (docs/decisions/0020-a-mix-is-sampled-systematically.md).
     start = np.random.Generator(np.random.PCG64(derive_seed(seed, "mix", step))).random()
     before = [math.floor(start + share * number) for number in range(num_rows + 1)]
     return [after > count for count, after in itertools.pairwise(before)]
