@@ -69,6 +69,8 @@ SEQUENCE = {"level": "sequence", "beta": 1.0}
         {"level": "token"},
         {"objective": "reverse-kl", "staleness": 0},
         {"objective": "minillm", "staleness": 0},
+        {"objective": "minillm", "staleness": 1, "sample_every": 2, "learning_rate": 1e-2},
+        {"objective": "distillm2"},
         {"objective": "jsd", "mix": 0.5},
         {"objective": "jsd", "mix": 0.1, "staleness": 0},  # steps without a response of the student
     ],
@@ -83,6 +85,13 @@ def test_every_kind_of_objective_trains_on_live_samples(
     assert all(line["kld"] >= 0 for line in lines)
     if "mix" in options:
         assert 0 < len(list(stored_rows(run))) < 6 * 4
+    elif options.get("objective") == "minillm":
+        # tokens have moved since they were drawn only where the weights have
+        moved = any(line["clipped_share"] > 0 for line in lines)
+        assert moved == (options["staleness"] == 1)
+    elif options.get("objective") == "distillm2":
+        assert lines[0]["rejected_length"] <= 12
+        assert lines[0]["skew_gap_rejected"] is not None
     elif options.get("level") == "sequence":
         assert lines[0]["rejected_length"] <= 12
         assert lines[0]["reward_margin"] is not None
@@ -93,7 +102,7 @@ def test_every_kind_of_objective_trains_on_live_samples(
     rows = list(stored_rows(run))
     assert rows
     assert {row.origin for row in rows} == {"student"}
-    assert all(row.distributions is not None for row in rows)
+    assert all(row.distributions is not None and row.sampling_logprobs is not None for row in rows)
     assert json.loads((run / "validation.jsonl").read_text().splitlines()[-1])["kld"] >= 0
 
 

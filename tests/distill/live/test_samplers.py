@@ -83,6 +83,21 @@ def test_a_response_keeps_its_end_token_and_says_how_it_ended(model: PreTrainedM
     assert stopped.response_ids.tolist() == by_length.response_ids[: first + 1].tolist()
 
 
+def assert_logprobs(model: PreTrainedModel, drawn: Sequence[Drawn]) -> None:
+    """The log-probs of drawn tokens are the model's at temperature 1, by a forward pass over prompt and response."""
+    for prompt, response in zip(PROMPTS, drawn, strict=True):
+        ids = torch.tensor([prompt + response.response_ids.tolist()])
+        with torch.no_grad():
+            log_q = model(ids).logits[0].double().log_softmax(1)[len(prompt) - 1 : -1]
+        expected = log_q.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(response.logprobs, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_say_how_likely_their_tokens_were(model: PreTrainedModel, temperature: float) -> None:
+    assert_logprobs(model, draw(sampler_of(model, Sampling(temperature, 1.0, 16, (0, 7)), batch_size=4)))
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.9)])
 def test_first_tokens_come_as_often_as_the_distribution_says(
     model: PreTrainedModel, temperature: float, top_p: float
@@ -239,7 +254,9 @@ def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTra
             assert furthest() < 1e-4
         after = ids_of(draw(sampler))
         assert after != before
-        assert ids_of(draw(sampler)) == after
+        again = draw(sampler)
+        assert ids_of(again) == after
+        assert_logprobs(model, again)
         assert torch.equal(torch.rand(3), expected)
         cancelled = threading.Event()
         cancelled.set()
