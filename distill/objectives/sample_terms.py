@@ -41,10 +41,16 @@ class PolicyGradient(Term):
         if batch.sampling_logprob_T is None:  # validation rows, which the student did not draw
             return None
         assert batch.teacher_logprob_T is not None
-        sampled = (values["target"], batch.teacher_logprob_T, batch.sampling_logprob_T)
-        rows = (batch.row_T, batch.num_tokens_B)
-        options = {"clip": self.clip, "length_normalize": self.length_normalize}
-        loss_T = minillm_loss(*sampled, *rows, values["single_step"], **options)
+        loss_T = minillm_loss(
+            values["target"],
+            batch.teacher_logprob_T,
+            batch.sampling_logprob_T,
+            batch.row_T,
+            batch.num_tokens_B,
+            values["single_step"],
+            clip=self.clip,
+            length_normalize=self.length_normalize,
+        )
         moved_T = ((values["target"].detach() - batch.sampling_logprob_T).exp() - 1).abs() > self.clip
         return TermValues(loss_T, {"clipped_share": moved_T.float()})
 

@@ -42,8 +42,12 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
 
     def divergence() -> Term:
         if config.objective == "distillm2":
-            settings = {"alpha": config.skew_alpha, "anchor": config.skew_anchor, "schedule": config.skew_schedule}
-            return Contrast(outcomes=outcomes, **settings)
+            return Contrast(
+                outcomes=outcomes,
+                alpha=config.skew_alpha,
+                anchor=config.skew_anchor,
+                schedule=config.skew_schedule,
+            )
         # with another objective than a divergence, the `kd` term is the forward KL; of `kd`, the cross-entropy H(p, q)
         function: Callable[[Tensor, Tensor], Tensor] = forward_kl
         if config.objective == "kd":
