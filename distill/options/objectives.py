@@ -25,7 +25,7 @@ OBJECTIVE_TERMS: dict[str, dict[TermName, float]] = {
 #: Options by name. Options that are given override the preset's. `recommended` follows docs/results/objectives.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
-        "objective": "dpkd", "level": "token", "token_pairs": "all", "beta": 1.0, "tail": "bucket",
+        "objective": "skewed-forward-kl", "skew_alpha": 0.1, "level": "token", "tail": "bucket",
         "responses": "teacher",
     },
     "released-code": {

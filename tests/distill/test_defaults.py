@@ -39,8 +39,8 @@ def test_presets_pin_what_they_mean() -> None:
     assert paper.weights == {"dpkd": 1.0, "lm": 1.0}
     assert (paper.smoothing, paper.beta, paper.origin, paper.length_normalize) == (0.0, 1.0, "teacher", True)
     recommended = parse(preset="recommended")
-    assert (recommended.token_pairs, recommended.beta, recommended.origin) == ("all", 1.0, "teacher")
-    assert parse(preset="recommended", beta=2.0).beta == 2.0
+    assert (recommended.objective, recommended.skew_alpha, recommended.origin) == ("skewed-forward-kl", 0.1, "teacher")
+    assert parse(preset="recommended", skew_alpha=0.2).skew_alpha == 0.2
     code = parse(preset="released-code", lm_data="text")
     assert code.weights == {"dpkd": 0.5, "sft": 0.5, "lm": 0.5}
     assert (code.token_pairs, code.beta, code.smoothing, code.dropout) == ("argmax", 0.1, 0.0, True)
