@@ -94,6 +94,8 @@ class Results:
         done = {Task(*(line[key] for key in Task._fields)) for line in self.lines} | running | self.failed
         scores = [(arm, rate) for arm in self.arms if (rate := self.best_rate(arm)) is not None]
         start = Task(START, 0.0, first, False)
+        if not (self._study.out / "writer" / "model.safetensors").is_file():
+            done -= {start} - running  # results from another machine, without what the arms share
         is_started = start in done and start not in running
         due = [] if set(self.arms) <= self.early else [start]
         due += [Task(arm, rate, first, True) for arm, rate in scores]
