@@ -60,8 +60,8 @@ class Contrast(Term):
     """DistiLLM-2 (arXiv 2503.07067): skewed forward KL on the teacher's response, skewed reverse KL on the student's.
 
     One value a pair, (2 - b) of the first plus b of the second, each the mean over its response. b is 1, or with
-    `schedule` rises from 1 to 1.5 over the first half of the run. The skew is `alpha`, or with `anchor` that of
-    `skew_by_gap`.
+    `schedule` rises from 1 to 1.5 over the first half of the run. The skew is `alpha`, or that of `skew_by_gap` where
+    `anchors` has an anchor for the teacher's responses (the first) or for the student's (the second).
 
     # differs from the authors' code: the reverse KL is differentiated through its mixture too. Their schedule and their
     # skew by gap are switched off there
@@ -69,7 +69,7 @@ class Contrast(Term):
 
     outcomes: Outcomes
     alpha: float
-    anchor: float | None
+    anchors: tuple[float | None, float | None]
     schedule: bool
 
     @property
@@ -85,8 +85,9 @@ class Contrast(Term):
             return None
         gap_B = self._gaps(values["target"].detach(), batch)
         skew_B = torch.full_like(gap_B, self.alpha)
-        if self.anchor is not None:
-            skew_B = skew_by_gap(gap_B, self.anchor, self.alpha)
+        for rows, anchor in zip((slice(pairs), slice(pairs, None)), self.anchors, strict=True):
+            if anchor is not None:
+                skew_B[rows] = skew_by_gap(gap_B[rows], anchor, self.alpha)
         chosen_T, skew_T = row_T < pairs, skew_B[row_T]
         log_p_TN, log_q_TN = values["log_p"], values["log_q"]
         distance_T = torch.cat(

@@ -45,7 +45,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
             return Contrast(
                 outcomes=outcomes,
                 alpha=config.skew_alpha,
-                anchor=config.skew_anchor,
+                anchors=(config.skew_anchor_chosen, config.skew_anchor_rejected),
                 schedule=config.skew_schedule,
             )
         # with another objective than a divergence, the `kd` term is the forward KL; of `kd`, the cross-entropy H(p, q)

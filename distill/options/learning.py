@@ -128,12 +128,18 @@ class ObjectiveOptions(Settings):
     skew_alpha: float = Field(
         0.1, ge=0, lt=1, description="skewed divergences and distillm2: weight of the other distribution"
     )
-    skew_anchor: float | None = Field(
+    skew_anchor_chosen: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="distillm2: gap (skew_gap_* of the log) from which a response has --skew-alpha as its skew; those "
-        "with a smaller gap have a smaller skew; none: --skew-alpha for all",
+        description="distillm2: gap (skew_gap_chosen of the log) from which a teacher's response has --skew-alpha as "
+        "its skew; smaller gaps have smaller skews; none: --skew-alpha for all",
+    )
+    skew_anchor_rejected: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="distillm2: the same for the student's responses (skew_gap_rejected); none: --skew-alpha for all",
     )
     skew_schedule: bool = Field(
         True, description="distillm2: move weight from teacher to student responses over the first half of the run"

@@ -129,8 +129,8 @@ class TrainConfig(
             return (
                 "--objective distillm2 keeps whole responses' distributions, too large with --tail uniform: give bucket"
             )
-        if self.skew_anchor is not None and not self.contrasts:
-            return "--skew-anchor goes with --objective distillm2"
+        if (self.skew_anchor_chosen or self.skew_anchor_rejected) and not self.contrasts:
+            return "--skew-anchor-chosen and --skew-anchor-rejected go with --objective distillm2"
         if self.kd_temperature != 1 and ("kd" not in self.weights or self.contrasts):
             return "--kd-temperature needs a divergence or kd as --objective, or a --kd-weight"
         if self.kd_temperature != 1 and self.tail == "uniform":

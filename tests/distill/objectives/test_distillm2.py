@@ -58,7 +58,7 @@ def world() -> tuple[Batch, np.ndarray, np.ndarray]:
 
 
 def loss(batch: Batch, teacher: Tensor, student: Tensor, **options: Any) -> Tensor:
-    settings = {"alpha": 0.1, "anchor": None, "schedule": False} | options
+    settings = {"alpha": 0.1, "anchors": (None, None), "schedule": False} | options
     term = Contrast(outcomes=Outcomes("bucket", VOCAB), **settings)
     log_q_TN = student.log_softmax(1)
     values = {"log_p": teacher.log_softmax(1), "log_q": log_q_TN}
@@ -68,7 +68,9 @@ def loss(batch: Batch, teacher: Tensor, student: Tensor, **options: Any) -> Tens
     return found.loss
 
 
-def by_hand(batch: Batch, teacher: np.ndarray, student: np.ndarray, alpha: float, anchor: float | None) -> list[float]:
+def by_hand(
+    batch: Batch, teacher: np.ndarray, student: np.ndarray, alpha: float, anchors: tuple[float | None, float | None]
+) -> list[float]:
     """The authors' formulas with plain loops over responses, positions and tokens."""
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     means = []
@@ -80,6 +82,7 @@ def by_hand(batch: Batch, teacher: np.ndarray, student: np.ndarray, alpha: float
         )
         gap = likely_p - likely_q if index < 2 else likely_q - likely_p
         skew = alpha
+        anchor = anchors[index // 2]
         if anchor is not None:
             skew = min(max(1 - (1 - alpha) * anchor / (gap + 1e-5), 0.01), alpha)
         total = 0.0
@@ -94,11 +97,13 @@ def by_hand(batch: Batch, teacher: np.ndarray, student: np.ndarray, alpha: float
     return means
 
 
-@pytest.mark.parametrize("anchor", [None, 0.001, 0.01, 0.1, 0.9])
-def test_the_value_is_that_of_the_formulas(anchor: float | None) -> None:
+@pytest.mark.parametrize(
+    "anchors", [(None, None), (0.001, 0.001), (0.01, 0.03), (0.1, None), (None, 0.1), (0.9, 0.9)], ids=str
+)
+def test_the_value_is_that_of_the_formulas(anchors: tuple[float | None, float | None]) -> None:
     batch, teacher, student = world()
-    expected = by_hand(batch, teacher, student, 0.1, anchor)
-    found = loss(batch, torch.tensor(teacher), torch.tensor(student), anchor=anchor)
+    expected = by_hand(batch, teacher, student, 0.1, anchors)
+    found = loss(batch, torch.tensor(teacher), torch.tensor(student), anchors=anchors)
     torch.testing.assert_close(
         found, torch.tensor(expected[:2]) + torch.tensor(expected[2:]), rtol=1e-5, atol=1e-6, check_dtype=False
     )
@@ -107,7 +112,7 @@ def test_the_value_is_that_of_the_formulas(anchor: float | None) -> None:
 @pytest.mark.parametrize(("progress", "weight"), [(0.0, 1.0), (0.25, 1.25), (0.5, 1.5), (0.9, 1.5)])
 def test_the_schedule_moves_weight_to_the_students_responses(progress: float, weight: float) -> None:
     batch, teacher, student = world()
-    parts = by_hand(batch, teacher, student, 0.1, None)
+    parts = by_hand(batch, teacher, student, 0.1, (None, None))
     batch = Batch(**(vars(batch) | {"progress": progress}))
     found = loss(batch, torch.tensor(teacher), torch.tensor(student), schedule=True)
     expected = [(2 - weight) * parts[0] + weight * parts[2], (2 - weight) * parts[1] + weight * parts[3]]
@@ -132,7 +137,7 @@ def test_it_ends_at_the_teacher(anchor: float | None, progress: float) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800, eta_min=1e-4)
     for _ in range(800):
         optimizer.zero_grad()
-        loss(batch, torch.tensor(teacher), parameters, anchor=anchor, schedule=True).sum().backward()
+        loss(batch, torch.tensor(teacher), parameters, anchors=(anchor, anchor), schedule=True).sum().backward()
         optimizer.step()
         schedule.step()
     assert float(forward_kl(log_p, parameters.detach().log_softmax(1)).max()) < 1e-3
@@ -145,7 +150,7 @@ def test_it_ends_at_the_teacher(anchor: float | None, progress: float) -> None:
         ({"round": "r0", "level": "sequence"}, "--level sequence needs a preference"),
         ({"round": "r0", "tail": "uniform"}, "too large with --tail uniform"),
         ({"round": "r0", "mix": 0.5}, "and --objective distillm2 compares two"),
-        ({"round": "r0", "objective": "jsd", "skew_anchor": 0.1}, "--skew-anchor goes with --objective distillm2"),
+        ({"round": "r0", "objective": "jsd", "skew_anchor_chosen": 0.1}, "--skew-anchor-.* go with --objective distillm2"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_learn_from_is_refused(options: dict[str, Any], message: str) -> None:

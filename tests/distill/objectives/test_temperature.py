@@ -5,7 +5,9 @@ The tempered mass of a tail depends on its single tokens. The cache has their su
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
 from dpkd.distill.losses.cached_distributions import Tail, align
 from dpkd.distill.losses.divergence import forward_kl
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.training import train
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 VOCAB = 9
 
@@ -119,3 +124,31 @@ def test_gradients_are_exact_and_positions_without_entries_give_none() -> None:
 def test_where_it_would_do_something_else_it_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig.parse({"cache": "c", "student": "s", "out": "o", "kd_temperature": 2.0} | options, where="a test")
+
+
+def test_a_run_at_a_temperature_has_the_loss_of_full_logits(
+    toy_cache: Path, toy_teacher: Path, toy_student: Path, tmp_path: Path
+) -> None:
+    """The first step over all teacher rows, by the chain rule over the 16 kept tokens and the tail, in float64."""
+    options = {"student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1, "validation_examples": 0}
+    train(
+        TrainConfig(
+            cache=str(toy_cache), out=tmp_path, objective="forward-kl", kd_temperature=3.0, responses="teacher",
+            batch_size=20, **options,
+        )
+    )  # fmt: skip
+    models = [AutoModelForCausalLM.from_pretrained(path).double() for path in (toy_teacher, toy_student)]
+    cache, values = TeacherCache.open(toy_cache), []
+    for record in cache.shards("teacher"):
+        shard = cache.read(record)
+        for row in (shard.row(index) for index in range(len(shard))):
+            ids = torch.tensor(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))[None]
+            with torch.no_grad():
+                sides = [model(ids).logits[0, len(row.prompt_ids) - 1 : -1].numpy() for model in models]
+            for teacher_V, student_V in zip(*sides, strict=True):
+                top = np.argsort(-teacher_V)[:16]
+                masses = [softmax(side, 1)[top].sum() for side in (teacher_V, student_V)]
+                of_masses = kl(*(np.array([mass, 1 - mass]) for mass in masses))
+                values.append(of_masses + masses[0] * kl(*(softmax(side[top], 3) for side in (teacher_V, student_V))))
+    loss = json.loads((tmp_path / "metrics.jsonl").read_text())["loss"]
+    assert loss == pytest.approx(np.mean(values), rel=0.01)
