@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from study_arms import ARM_RECIPES, SIZE_RECIPE, Study
 from study_page import choose_finalists, summary
@@ -165,10 +165,11 @@ class Workers:
                 self._busy[pipe] = process, task
             if not self._busy:
                 return
-            for pipe in wait(list(self._busy), timeout=1):
+            for ready in wait(list(self._busy), timeout=1):
+                pipe = cast(Any, ready)
                 process, task = self._busy.pop(pipe)
                 try:
-                    results.add(task, pipe.recv())  # type: ignore[union-attr]
+                    results.add(task, pipe.recv())
                     self._idle.append((process, pipe))
                 except (EOFError, ConnectionResetError):
                     process.join()

@@ -45,7 +45,11 @@ def measure(study: Study, path: str, *, scored: bool) -> dict[str, Any]:
     source = locate_model(path, "model")
     held_out = TeacherCache.open(study.out / "selection")
     shards = [shard for _, shard in held_out.scan(held_out.shards())]
-    rows = [(row.prompt_ids, row.response_ids) for shard in shards for row in map(shard.row, range(len(shard)))]
+    rows = [
+        (row.prompt_ids.tolist(), row.response_ids.tolist())
+        for shard in shards
+        for row in map(shard.row, range(len(shard)))
+    ]
     found: dict[str, Any] = distances(study, source, rows)
     if scored:
         drawn = answers(study, source)
@@ -85,7 +89,7 @@ def distances(
     for start in range(0, len(rows), _MEASURED):
         chosen = [TrainingRow(unscored_row(*row)) for row in rows[start : start + _MEASURED]]
         batch: Batch = collate(chosen, with_distributions=False).to(device)
-        read = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, {}, (_log_softmax,))
+        read: Any = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, {}, (_log_softmax,))
         log_p_TV, log_q_TV = teacher(*read)["logs"], student(*read)["logs"]
         width = min(log_p_TV.shape[1], log_q_TV.shape[1])
         gap_TV = log_p_TV[:, :width] - log_q_TV[:, :width]

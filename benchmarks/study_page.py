@@ -207,7 +207,10 @@ def draw(found: Found, path: Path) -> list[Path]:
     places = np.arange(len(arms))
     teacher = found.start.get("teacher")
     rouge = [mean_intervals(found.rows(arm, data)[None], (0.0, 100.0))[0] for arm in arms]
-    values = [[part.mean for part in rouge], *([found.mean(arm, key) for arm in arms] for key in ("kl", "own_rkl"))]
+    values: list[list[Any]] = [
+        [part.mean for part in rouge],
+        *([found.mean(arm, key) for arm in arms] for key in ("kl", "own_rkl")),
+    ]
     titles = (f"Rouge-L, {data}", "KL(p, q), teacher's responses (nats)", "KL(q, p), student's own (nats)")
     for panel, points, title in zip(panels, values, titles, strict=True):
         for number, (label, chosen) in enumerate((("from the start", False), ("from the writer", True))):

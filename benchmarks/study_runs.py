@@ -66,7 +66,7 @@ def _on_machine(study: Study, step: Step) -> Any:
     if step.command == "cache-teacher":
         changes = _engine(study)
     if step.round == 0 and step.command == "train":
-        changes["round"] = Path(str(step.config.student)).name  # type: ignore[attr-defined]
+        changes["round"] = Path(str(step.config.student)).name
     return step.config.model_copy(update=changes)
 
 
@@ -123,5 +123,5 @@ def cache_sizes(study: Study) -> dict[str, dict[str, float]]:
     """`cache_size` of every cut of study/cache-size, and of the default cache."""
     cuts: dict[str, tuple[int | None, float | None]] = {"dpkd-all": (64, None)}
     for name, (step,) in study.arms(1.0, 0, [SIZE_RECIPE]).items():
-        cuts[name] = step.config.top_k, step.config.top_mass  # type: ignore[attr-defined]
+        cuts[name] = step.config.top_k, step.config.top_mass
     return {name: cache_size(study, *cut) for name, cut in cuts.items()}
