@@ -133,8 +133,8 @@ def standalone(charts: Sequence[tuple[str, str]], style: str, caption: Sequence[
         y += float(height) + 44
     parts += [_text(0, y + 10 + 11 * index, line, "caption", "start") for index, line in enumerate(caption)]
     inner = f'<style>{style}</style><rect class="back" x="-10" width="100%" height="100%"/>{"".join(parts)}'
-    width, height = _WIDTH + 20, f"{y + 16 + 11 * len(caption):.0f}"
-    size = f'width="{width}" height="{height}" viewBox="-10 0 {width} {height}"'
+    across, down = _WIDTH + 20, round(y + 16 + 11 * len(caption))
+    size = f'width="{across}" height="{down}" viewBox="-10 0 {across} {down}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{inner}</svg>\n'
 
 
