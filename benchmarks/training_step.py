@@ -7,7 +7,9 @@ Every variant has its own copy of the student and its own AdamW. They take turns
 a machine that slows down slows all of them. The variants (`--arms`):
 
     sft           cross-entropy on the chosen responses, in dpkd
-    dpkd-token    the released code's loss from the cache, on the same rows
+    dpkd-token    the default, all pairs of cached tokens, on the same rows
+    dpkd-argmax   the released code's loss from the cache
+    forward-kl    KL to the cached distributions
     sft-pairs     cross-entropy on as many tokens as dpkd-sequence scores (chosen and rejected)
     dpkd-sequence Eq. 9 from the cache and its round
     dpkd-shared   the same, reading the prompt of each pair once (share_prompt)
@@ -38,7 +40,7 @@ from dpkd.distill.batches.batch import Batch, MicroBatch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.batches.shared_prompts import share_prompts
-from dpkd.distill.objectives.objective import Objective
+from dpkd.distill.objectives.objective import MEASURE_EVERY, Objective
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
@@ -71,14 +73,17 @@ def ours(arguments: argparse.Namespace, options: dict[str, Any], *, both: bool =
     scorer = StudentScorer(model, num_tokens=len(source.tokenizer), logits_chunk=config.logits_chunk)
     objective, optimizer = Objective(config, cache.vocab_size), optimizer_of(model)
 
+    taken = iter(range(10**9))
+
     def step(rows: list[TrainingRow]) -> int:
+        measure = next(taken) % MEASURE_EVERY == 0  # as a run does
         if both:
             rows = [TrainingRow(row) for pair in rows for row in (pair.chosen, pair.rejected) if row is not None]
         elif not objective.needs_pairs:
             rows = [TrainingRow(row.chosen) for row in rows]
         shared = share_prompts(rows) if config.share_prompt else None
         part = MicroBatch(collate(rows, with_distributions=objective.needs_distributions), shared=shared)
-        sums = objective(scorer, part)
+        sums = objective(scorer, part, measure=measure)
         update(model, optimizer, objective.total(sums, objective.counts(part)))
         return part.num_positions
 
@@ -128,6 +133,8 @@ def kl(batch: Batch, student_BSV: torch.Tensor, teacher_BSV: torch.Tensor) -> to
 ARMS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "sft": lambda a: ours(a, {"objective": "sft"}),
     "dpkd-token": lambda a: ours(a, {"objective": "dpkd", "level": "token"}),
+    "dpkd-argmax": lambda a: ours(a, {"objective": "dpkd", "level": "token", "token_pairs": "argmax"}),
+    "forward-kl": lambda a: ours(a, {"objective": "forward-kl"}),
     "sft-pairs": lambda a: ours(a, {"objective": "sft"}, both=True),
     "dpkd-sequence": lambda a: ours(a, {"objective": "dpkd", "level": "sequence", "round": a.round}),
     "dpkd-shared": lambda a: ours(
@@ -139,6 +146,8 @@ ARMS: dict[str, Callable[[argparse.Namespace], Step]] = {
 #: the baseline of each variant
 AGAINST = {
     "dpkd-token": "sft",
+    "dpkd-argmax": "sft",
+    "forward-kl": "sft",
     "dpkd-sequence": "sft-pairs",
     "dpkd-shared": "dpkd-sequence",
     "authors": "dpkd-token",

@@ -11,7 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.progress import say
 from dpkd.distill.batches.batch import MicroBatch
-from dpkd.distill.objectives.objective import Objective, StepSums
+from dpkd.distill.objectives.objective import MEASURE_EVERY, Objective, StepSums
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.best import EvaluateFn
 from dpkd.distill.run.checkpointer import Checkpointer
@@ -68,11 +68,11 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             # everything random in a step follows from the seed and the step, so a resumed run needs no generator state
             torch.manual_seed(derive_seed(config.seed, done, accelerator.process_index))
             counts = all_reduce_sums(accelerator, [objective.counts(micro_batch) for micro_batch in micro_batches])
-            sums: list[StepSums] = []
+            measure, sums = done % MEASURE_EVERY == 0, list[StepSums]()
             losses: list[torch.Tensor] = []
             for micro_batch in micro_batches:
                 with accelerator.accumulate(student.scorer):
-                    sums.append(objective(student.scorer, micro_batch.to(accelerator.device)))
+                    sums.append(objective(student.scorer, micro_batch.to(accelerator.device), measure=measure))
                     loss = objective.total(sums[-1], counts)
                     losses.append(loss.detach())
                     # accelerate averages over micro-batches and ranks; the counts divide by the whole step already

@@ -127,11 +127,11 @@ def _column(entry_ids_TK: Tensor, entry_TK: Tensor, beyond: int) -> Tensor:
 
 def _student_log_tail(logits_TV: Tensor, entry_ids_TK: Tensor, entry_TK: Tensor) -> Tensor:
     """Log of the summed exp of the logits outside the entries: stable where 1 - sum q would cancel."""
-    num_logits = logits_TV.shape[1]
-    kept_TV = torch.zeros(len(logits_TV), num_logits + 1, dtype=torch.bool, device=logits_TV.device)
-    kept_TV.scatter_(1, _column(entry_ids_TK, entry_TK, num_logits), True)
-    rest_TV = logits_TV.masked_fill(kept_TV[:, :num_logits], -math.inf)
-    empty_T1 = torch.isneginf(rest_TV).all(dim=1, keepdim=True)
-    # the gradient of a log-sum over nothing is NaN
-    rest_T = torch.logsumexp(rest_TV.masked_fill(empty_T1, 0), dim=1)
-    return rest_T.masked_fill(empty_T1[:, 0], -math.inf)
+    first_T1 = entry_ids_TK[:, :1].clamp(min=0)
+    rest_TV = logits_TV.scatter(1, torch.where(entry_TK, entry_ids_TK, first_T1), -math.inf)
+    if not bool(entry_TK[:, :1].all()):  # a position without entries: all of it is tail
+        rest_TV = torch.where(entry_TK[:, :1], rest_TV, logits_TV)
+    empty_T1 = torch.isneginf(rest_TV.detach().amax(dim=1, keepdim=True))
+    if bool(empty_T1.any()):  # the gradient of a log-sum over nothing is NaN
+        return torch.logsumexp(rest_TV.masked_fill(empty_T1, 0), dim=1).masked_fill(empty_T1[:, 0], -math.inf)
+    return torch.logsumexp(rest_TV, dim=1)

@@ -25,6 +25,8 @@ else:
 
 #: pairs of one piece of `all_pairs_preference_loss`: bounds its working memory to some 200 MB, whatever K
 _PAIRS_AT_ONCE = 2**23
+#: on a CPU a piece fits into its cache: 10 ms instead of 25 for 512 positions with K = 64
+_PAIRS_AT_ONCE_ON_CPU = 2**18
 
 #: each form, and the levels that it is defined at: the forms of the released code have a token level
 PREFERENCES: dict[str, tuple[str, ...]] = {
@@ -178,7 +180,8 @@ def all_pairs_preference_loss(
 
     Both sides are normalised, and -inf for an outcome that does not exist; log q is differentiable.
     """
-    pieces = max(1, _PAIRS_AT_ONCE // log_p_TN.shape[1] ** 2)
+    at_once = _PAIRS_AT_ONCE_ON_CPU if log_p_TN.device.type == "cpu" else _PAIRS_AT_ONCE
+    pieces = max(1, at_once // log_p_TN.shape[1] ** 2)
     parts = [
         _all_pairs(log_p, log_q, beta, label_smoothing)
         for log_p, log_q in zip(log_p_TN.split(pieces), log_q_TN.split(pieces), strict=True)

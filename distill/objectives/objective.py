@@ -10,7 +10,13 @@ from torch import Tensor
 
 from dpkd.distill.batches.batch import Batch, MicroBatch, narrowed
 from dpkd.distill.losses.preference import implicit_reward, sum_by_row
-from dpkd.distill.objectives.statistics import batch_fields, distance_from_teacher, target_logprob
+from dpkd.distill.objectives.statistics import (
+    Statistic,
+    batch_fields,
+    distance_from_teacher,
+    entropy_and_agreement,
+    target_logprob,
+)
 from dpkd.distill.objectives.terms import make_terms
 from dpkd.distill.options.train import TrainConfig
 
@@ -24,6 +30,9 @@ METRICS = (
     *("chosen_length", "rejected_length", "unfinished_chosen", "unfinished_rejected"),
 )
 
+
+#: steps between two logged values of `entropy` and `top1_agreement`, which read the whole vocabulary
+MEASURE_EVERY = 10
 
 #: `StudentScorer`, wrapped for several devices or not
 Score = Callable[..., dict[str, Tensor]]
@@ -65,33 +74,36 @@ class Objective:
         """The weighted loss: each term's sum over its count in the whole step."""
         return torch.stack([self.weights[name] * sums.terms[name] / counts[name] for name in self.weights]).sum()
 
-    def __call__(self, score: Score, micro_batch: MicroBatch) -> StepSums:
-        """Sums of every term and metric over `micro_batch`; a term without anything to compare is left out."""
+    def __call__(self, score: Score, micro_batch: MicroBatch, *, measure: bool = True) -> StepSums:
+        """Sums of every term and metric over `micro_batch`; a term without anything to compare is left out.
+
+        Without `measure`, the metrics that read the whole vocabulary are left out too.
+        """
         rows, sums = micro_batch.rows, StepSums()
         if rows.num_positions == 0:
             raise ValueError("a batch without response positions")
         if self._num_logits is not None:
             rows = narrowed(rows, self._num_logits)
-        values = self._evaluate(score, rows, micro_batch, "rows", sums)
+        metrics = [target_logprob, distance_from_teacher, *([entropy_and_agreement] if measure else [])]
+        values = self._evaluate(score, rows, micro_batch, metrics, sums)
         if "reward_chosen" not in sums.metrics:
             _add_metrics(sums, chosen_reward(values, rows, self._beta))
         _add_metrics(sums, distance_metrics(values, rows) | response_metrics(rows))
         if micro_batch.corpus is not None:
-            self._evaluate(score, micro_batch.corpus, micro_batch, "corpus", sums)
+            self._evaluate(score, micro_batch.corpus, micro_batch, [], sums)
         return sums
 
     def _evaluate(
-        self, score: Score, batch: Batch, micro_batch: MicroBatch, source: str, sums: StepSums
+        self, score: Score, batch: Batch, micro_batch: MicroBatch, metrics: list[Statistic], sums: StepSums
     ) -> dict[str, Tensor]:
-        """Add the terms that read `source` to `sums`; the statistics and fields that they were computed from."""
+        """Add the terms that read `batch` to `sums`; the fields, the statistics of the terms and those of `metrics`."""
+        source = "corpus" if batch is micro_batch.corpus else "rows"
         terms = {name: term for name, term in self.terms.items() if term.source == source}
         fields = batch_fields(batch)
         for term in terms.values():
             fields |= term.fields(batch)
         needed = [statistic for term in terms.values() for statistic in term.needs]
-        if source == "rows":
-            needed += [target_logprob, distance_from_teacher]
-        statistics = list(dict.fromkeys(needed))
+        statistics = list(dict.fromkeys([*needed, *metrics]))
         if source == "rows" and (shared := micro_batch.shared) is not None:
             sequences = (shared.input_ids_PS, shared.mask(), shared.row_T, shared.predict_T)
             found = score(*sequences, fields, statistics, shared.position_ids_PS)

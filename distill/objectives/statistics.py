@@ -153,14 +153,12 @@ def _draw(logs_CN: Tensor, uniform_C: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distance_from_teacher(at: Positions) -> dict[str, Tensor]:
-    """`entropy` of the student (nats); with cached distributions also `kld`, `rkld` and `top1_agreement`.
+    """`kld`, KL(p || q), and `rkld`, KL(q || p), with the tail as one outcome: lower bounds of the full ones (nats).
 
-    `kld` is KL(p || q) and `rkld` KL(q || p) with the tail as one outcome: lower bounds of the full ones (nats).
-    `top1_agreement` is 1 where teacher and student have the same most likely token, else 0.
+    Neither is there without cached distributions.
     """
-    values = {"entropy": at.entropy()}
     if "entry_ids" not in at.fields:
-        return values
+        return {}
     ids_CK, log_p_CK = at.fields["entry_ids"], at.fields["entry_logprobs"]
     log_q_CK = at.logits_CV.gather(1, ids_CK.clamp(min=0)) - at.log_sum_C[:, None]
     log_q_CK = log_q_CK.masked_fill(ids_CK < 0, -torch.inf)
@@ -169,8 +167,16 @@ def distance_from_teacher(at: Positions) -> dict[str, Tensor]:
     # the stored logs are rounded, so their sum is a little off 1 and a divergence could come out below 0
     log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_tail"][:, None]], dim=1), dim=1)
     log_q_CN = torch.log_softmax(torch.cat([log_q_CK, log_tail_C[:, None]], dim=1), dim=1)
-    return values | {
-        "kld": forward_kl(log_p_CN, log_q_CN),
-        "rkld": reverse_kl(log_p_CN, log_q_CN),
-        "top1_agreement": (at.argmax_C == ids_CK[:, 0]).float(),
-    }
+    return {"kld": forward_kl(log_p_CN, log_q_CN), "rkld": reverse_kl(log_p_CN, log_q_CN)}
+
+
+@torch.no_grad()
+def entropy_and_agreement(at: Positions) -> dict[str, Tensor]:
+    """`entropy` of the student (nats); with cached distributions also `top1_agreement`. Reads the whole vocabulary.
+
+    `top1_agreement` is 1 where teacher and student have the same most likely token, else 0.
+    """
+    values = {"entropy": at.entropy()}
+    if "entry_ids" in at.fields:
+        values["top1_agreement"] = (at.argmax_C == at.fields["entry_ids"][:, 0]).float()
+    return values

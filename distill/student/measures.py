@@ -20,7 +20,12 @@ from dpkd.distill.batches.batch import Batch, narrowed
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.losses.preference import sum_by_row
-from dpkd.distill.objectives.statistics import batch_fields, distance_from_teacher, target_logprob
+from dpkd.distill.objectives.statistics import (
+    batch_fields,
+    distance_from_teacher,
+    entropy_and_agreement,
+    target_logprob,
+)
 from dpkd.distill.objectives.student_forward import StudentScorer, check_head
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows, check_positions
@@ -153,7 +158,9 @@ def batch_measures(
             check_positions(longest, student.max_positions, where=student.name)
             batch = narrowed(wide_batch, student.vocab_size)
             sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
-            values = scorer(*sequences, batch_fields(batch), (target_logprob, distance_from_teacher))
+            values = scorer(
+                *sequences, batch_fields(batch), (target_logprob, distance_from_teacher, entropy_and_agreement)
+            )
             parts.append(_of_rows(batch, values))
             progress.advance(batch.num_rows)
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
