@@ -28,7 +28,7 @@ class TokenBatchOrder(RowOrder):
 
     Args:
         lengths_by_group: tokens of every row, prompt and response; of a pair, tokens of its longer sequence.
-        sequences: sequences of a row: 1, or 2 for pairs.
+        sequences: sequences of a row: 1, or 2 for pairs, for each live sample of a row.
         micro_batches_per_step: over accumulation and ranks.
     """
 

@@ -33,7 +33,7 @@ from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_columns
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
-from dpkd.distill.rows.sources import check_positions
+from dpkd.distill.rows.sources import check_positions, longest_sample
 from dpkd.teacher_cache.engines.engine import FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -71,7 +71,7 @@ class LiveRows:
     ) -> None:
         self._config, self._rows, self._student, self._model = config, rows, student, model
         self._steps, self._rows_of, self._rank = steps, rows_of, rank
-        max_new_tokens = config.sample_max_new_tokens or int(cache.identities["generation"]["max_new_tokens"])
+        max_new_tokens = longest_sample(cache, config)
         longest = _longest_prompt(cache) + max_new_tokens
         check_positions(longest, student.max_positions, where=f"{student.name}, with sample_max_new_tokens")
         self._store = SampleStore(config.out, rank, student)

@@ -24,8 +24,8 @@ class OptimisationOptions(Settings):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens per forward pass, padding included; batches then hold rows of similar length; none: "
-        "--batch-size rows",
+        description="tokens per forward pass, padding included (a live response counts with its limit); batches then "
+        "hold rows of similar length; none: --batch-size rows",
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate, after warm-up; cosine decay to 0")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps with linear warm-up")

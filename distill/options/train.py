@@ -166,6 +166,11 @@ class TrainConfig(
         return self.objective == "minillm" or self.offset
 
     @property
+    def samples_a_row(self) -> int:
+        """How many live responses each row of the cache is trained with; 1 without any."""
+        return self.num_student_samples if self.student_samples == "live" and self.pairing == "all" else 1
+
+    @property
     def smoothing(self) -> float:
         """`label_smoothing`, or its default for the objective."""
         if self.label_smoothing is not None or self.offset:

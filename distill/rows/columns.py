@@ -26,10 +26,19 @@ def read_keys(folder: Folder, record: ShardRecord) -> list[tuple[str, int]]:
     return list(zip(table["example_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
 
 
-def read_lengths(folder: Folder, record: ShardRecord) -> np.ndarray:
-    """Tokens of a shard's rows, prompt and response, in order."""
+def read_lengths(
+    folder: Folder, record: ShardRecord, sampled: int | None = None, with_response: bool = True
+) -> np.ndarray:
+    """Tokens of a shard's rows, prompt and response, in order.
+
+    With `sampled`, a response of so many tokens takes the place of the row's own, or of the shorter of the two
+    `with_response`.
+    """
     table = read_columns(folder, record, ["prompt_ids", "response_ids"])
-    lengths: np.ndarray = sum(pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
+    prompts, responses = (pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
+    if sampled is not None:
+        responses = np.maximum(responses, sampled) if with_response else np.full_like(responses, sampled)
+    lengths: np.ndarray = prompts + responses
     return lengths
 
 

@@ -31,13 +31,21 @@ class CacheRows:
     """Rows of a cache's shards. With a round: its student responses, each paired with the cache's row of the same key.
 
     With `pairs=False` only the round's rows are read: student responses with the teacher's distributions on them.
-    Rows that failed in the round are in neither.
+    Rows that failed in the round are in neither. `sampled` is the longest response that will be sampled live to each
+    row's prompt, in tokens: lengths count it, because nobody knows yet how long it will be.
     """
 
     def __init__(
-        self, cache: TeacherCache, shards: list[ShardRecord], student_round: Round | None = None, *, pairs: bool = True
+        self,
+        cache: TeacherCache,
+        shards: list[ShardRecord],
+        student_round: Round | None = None,
+        *,
+        pairs: bool = True,
+        sampled: int | None = None,
     ) -> None:
         self._cache, self._shards, self._round, self._pairs = cache, shards, student_round, pairs
+        self._sampled = sampled
 
     @cached_property
     def group_sizes(self) -> list[int]:
@@ -62,6 +70,9 @@ class CacheRows:
 
     def lengths_by_group(self) -> list[np.ndarray]:
         """Reads the ids of all rows once."""
+        if self._sampled is not None:
+            folder, with_response = self._cache.folder, self._pairs
+            return [read_lengths(folder, record, self._sampled, with_response) for record in self._shards]
         if self._round is None:
             return [read_lengths(self._cache.folder, record) for record in self._shards]
         lengths = [read_lengths(self._round.folder, self._in_round(record)) for record in self._shards]
@@ -132,7 +143,9 @@ def open_cache_rows(cache: TeacherCache, student_round: Round | None, config: Tr
     if student_round is not None and config.needs_pairs and config.pairing != "index":
         source = paired_rows(cache, student_round, shards, config.pairing)
     else:
-        source = CacheRows(cache, shards, student_round, pairs=config.needs_pairs or config.mix is not None)
+        sampled = longest_sample(cache, config) if config.student_samples == "live" else None
+        pairs = config.needs_pairs or config.mix is not None
+        source = CacheRows(cache, shards, student_round, pairs=pairs, sampled=sampled)
     split = _split(cache, shards, student_round, source, config)
     return split if config.mix is None else replace(split, training=MixedRows(split.training))
 
@@ -170,6 +183,11 @@ def _split(
             return CacheSplit(source, reason=str(error))
         raise
     return CacheSplit(training, validation, num, len(examples))
+
+
+def longest_sample(cache: TeacherCache, config: TrainConfig) -> int:
+    """Longest response that is sampled live, in tokens."""
+    return config.sample_max_new_tokens or int(cache.identities["generation"]["max_new_tokens"])
 
 
 def used_shards(

@@ -173,7 +173,7 @@ def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int, held_o
             rows.lengths_by_group(),
             config.seed,
             budget=config.batch_tokens,
-            sequences=2 if config.needs_pairs else 1,
+            sequences=(2 if config.needs_pairs else 1) * config.samples_a_row,
             micro_batches_per_step=micro_batches,
         )
         return by_tokens, config.steps or by_tokens.num_steps(config.epochs or 1)

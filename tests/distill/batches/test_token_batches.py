@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.token_budget import TokenBatchOrder
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.setup import open_run
 
 lengths = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=30), min_size=1, max_size=6)
 
@@ -76,3 +81,31 @@ def test_a_row_above_the_budget_is_refused_before_the_first_step() -> None:
         make([[5, 121]])
     with pytest.raises(UserError, match="122 tokens for a pair"):
         make([[5, 61]], sequences=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sequences", "length"),
+    [
+        ({"objective": "reverse-kl"}, 1, lambda prompt, response: prompt + 30),
+        ({"level": "sequence"}, 2, lambda prompt, response: prompt + max(response, 30)),
+        ({"level": "sequence", "num_student_samples": 3, "pairing": "all"}, 6, lambda p, r: p + max(r, 30)),
+        ({"level": "sequence", "num_student_samples": 3, "pairing": "best-vs-worst"}, 2, lambda p, r: p + max(r, 30)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_live_responses_count_with_the_length_that_they_may_have(
+    toy_cache: Path, toy_student: Path, options: dict[str, Any], sequences: int, length: Callable[[int, int], int]
+) -> None:
+    """The cached responses have 12 tokens and samples may have 30: no micro-batch can exceed the budget."""
+    config = TrainConfig(
+        cache=str(toy_cache), student=str(toy_student), out=Path("out"), device="cpu", student_samples="live",
+        teacher_url=("http://127.0.0.1:1",), sample_max_new_tokens=30, batch_tokens=1200, **options,
+    )  # fmt: skip
+    run = open_run(config)
+    fullest = 0
+    for step in range(run.steps):
+        for indices in run.order.micro_batches_of(step):
+            rows = [run.rows.row(*index).chosen for index in indices]
+            longest = max(length(len(row.prompt_ids), len(row.response_ids)) for row in rows)
+            fullest = max(fullest, len(rows) * longest * sequences)
+    assert 600 < fullest <= 1200
