@@ -21,12 +21,12 @@ ANIMALS = ("cat", "dog", "horse", "bird", "fish", "cow", "fox", "bear")
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
 
 
-def rows() -> list[dict[str, str]]:
-    """Every combination twice, each with one of the two wordings."""
+def rows(copies: int = 2) -> list[dict[str, str]]:
+    """Every combination several times, each with one of the two wordings."""
     draw = random.Random(0)
     made = []
     for number, (animal, colour) in enumerate(itertools.product(ANIMALS, COLOURS)):
-        for copy in range(2):
+        for copy in range(copies):
             wording = f"The {animal} is {colour}." if draw.random() < 0.7 else f"A {colour} {animal} it is."
             made.append({"id": f"{number}-{copy}", "instruction": f"{animal} {colour}", "output": wording})
     draw.shuffle(made)
@@ -40,18 +40,20 @@ def build_world(
     *,
     top_k: int = 64,
     teacher_steps: int = 300,
+    student_steps: int = 15,
     with_round: bool = True,
+    copies: int = 2,
 ) -> dict[str, Path]:
     """`teacher`, `student` and `cache` in `directory`; the cache has the student's round r0 if it is asked for."""
     from dpkd.teacher_cache.build.cache import build_cache
     from dpkd.teacher_cache.options.cache import CacheConfig
 
     data, cache = directory / "rows.jsonl", directory / "cache"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(copies)), encoding="utf-8")
     teacher = make(directory / "teacher", tokenizer, layers=2, seed=1)
     learn(teacher, teacher_steps)
     student = make(directory / "student", tokenizer, layers=1, seed=2)
-    learn(student, steps=15)  # as a student that was fine-tuned a little
+    learn(student, student_steps)  # as a student that was fine-tuned a little
     options: dict[str, Any] = {
         "out": cache, "engine": "transformers", "top_k": top_k, "max_new_tokens": 16, "template": "chat",
         "device": "cpu",
