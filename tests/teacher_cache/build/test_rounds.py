@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.commands import Command
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
@@ -288,3 +290,30 @@ def test_the_offset_is_refused_without_what_it_compares(
     ):
         with pytest.raises(UserError, match=message):
             TrainConfig.parse({**options, **pairs, "round": "short", **more}, where="a test")
+
+
+def test_a_killed_round_resumes_in_any_of_its_phases(
+    cache_copy: Path, toy_teacher: Path, toy_student: Path, build_round: BuildRound
+) -> None:
+    """SIGKILL once the student has begun to score the cache's responses: the round is that without a kill."""
+    build_round("whole", score_cached=True, teacher_mix=0.2)
+    round_dir = cache_copy / "rounds" / "killed"
+    arguments = ["cache-teacher", "--teacher", toy_teacher, "--student", toy_student, "--out", cache_copy]
+    arguments += ["--round", "killed", "--engine", "transformers", "--score-cached", "--teacher-mix", "0.2"]
+    process = Command(*map(str, arguments))
+    while not list((round_dir / "scored" / "ledger").glob("[!.]*.json")):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.001)
+    process.kill()
+    process.finish()
+    assert not (round_dir / "manifest.json").exists()
+    build_round("killed", score_cached=True, teacher_mix=0.2)
+    assert sorted(path.name for path in round_dir.iterdir()) == ["dpkd.toml", "manifest.json", "shards"]
+    cache = TeacherCache.open(cache_copy)
+    for row, expected in zip(rows_of(cache, "killed"), rows_of(cache, "whole"), strict=True):
+        # which rows share a batch moves the last bits of a log-prob
+        assert row.response_ids.tolist() == expected.response_ids.tolist()
+        assert row.sampling_logprobs is not None
+        assert expected.sampling_logprobs is not None
+        np.testing.assert_allclose(row.sampling_logprobs, expected.sampling_logprobs, atol=1e-4)
+        assert row.cached_sampling_logprob == pytest.approx(expected.cached_sampling_logprob, abs=1e-3)
