@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from study_arms import ARM_RECIPES, SIZE_RECIPE, Study
-from study_page import choose_finalists, summary
+from study_page import FACTS, choose_finalists, summary
 from study_runs import START, cache_sizes, drop_run, measure_run, prepare
 
-from dpkd.core.files import write_atomic
-
 _GRACE_S = 15  # for workers to end
+#: options that the page shows
+_FACTS = ("rows", "select_rows", "eval_rows", "max_new_tokens", "steps", "rates", "writer_rates", "seeds", "eval_seeds")
+_FACTS += ("jobs", "device", "engine")
 
 
 class Task(NamedTuple):
@@ -213,13 +214,12 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several processes share a GPU
     seconds = prepare(study)
-    if not (options.out / "study.json").is_file():
-        facts = {key: value for key, value in vars(options).items() if key not in ("time_limit", "parts")}
-        kept = {"options": json.loads(json.dumps(facts, default=str)), "seconds": seconds}
-        text = json.dumps(kept | {"sizes": cache_sizes(study)}, indent=1)
-        write_atomic(options.out / "study.json", text.encode())
-    print(f"prepared after {time.monotonic() - started_s:.0f} s", flush=True)
     workers, results = Workers(study, options.jobs), Results(study, options)
+    if not results.find(FACTS, 0, scored=False):
+        kept = {key: value for key, value in vars(options).items() if key in _FACTS}
+        facts = {"options": kept | {"eval": list(study.evals)}, "seconds": seconds, "sizes": cache_sizes(study)}
+        results.add(Task(FACTS, 0.0, 0, False), facts)
+    print(f"prepared after {time.monotonic() - started_s:.0f} s", flush=True)
 
     def is_over() -> bool:
         limit_s = options.time_limit

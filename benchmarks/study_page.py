@@ -1,15 +1,16 @@
 """The page of the study of objectives: writes the results of `objectives_study.py` into docs/results/objectives.md.
 
-    python benchmarks/study_page.py --results OUT --page docs/results/objectives.md
+    python benchmarks/study_page.py --results OUT/results.jsonl --page docs/results/objectives.md
 
-The protocol in the page stays as it is; what follows the line `<!-- results -->` is written anew, with a figure beside
-the page (objectives.png and .svg).
+What stands before the line `<!-- results -->` stays as it is; what follows is written anew, with a figure beside the
+page (objectives.png and .svg) and a copy of the results (objectives.jsonl), from which the page can be made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import numpy as np
 
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.metrics.inference import Interval, add_holm, mean_intervals, paired_differences
+from dpkd.evaluate.report.tables import p_value_text
 
 MARK = "<!-- results -->"
+#: name of the line with the options of a study, and of the run that makes what arms share
+FACTS, START = "study", "start"
 #: arms that train with every seed whatever they reach: the default, its rival, and the published losses
 ALWAYS = ("dpkd-all", "forward-kl", "dpkd-released", "eq9-lm", "writer-forward-kl")
 _FLIPS = 20_000
@@ -47,15 +51,15 @@ def choose_finalists(lines: Sequence[Line], first_seed: int, number: int) -> lis
 class Found:
     """The results of a study, by arm."""
 
-    def __init__(self, directory: Path) -> None:
-        self.facts = json.loads((directory / "study.json").read_text())
-        every = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    def __init__(self, results: Path) -> None:
+        every = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        self.facts: Line = next(line for line in every if line["arm"] == FACTS)
         lines = [line for line in every if "error" not in line]
         ended = {(line["arm"], line["rate"], line["seed"]) for line in lines}
         self.errors = [line for line in every if (line["arm"], line["rate"], line["seed"]) not in ended]
-        self.start: Line = next((line for line in lines if line["arm"] == "start"), {})
-        self.runs = [line for line in lines if line["arm"] != "start"]
-        self.sets = [name for name, _ in self.facts["options"]["eval"]]
+        self.start: Line = next((line for line in lines if line["arm"] == START), {})
+        self.runs = [line for line in lines if line["arm"] not in (START, FACTS)]
+        self.sets: list[str] = self.facts["options"]["eval"]
         self.scored: dict[str, list[Line]] = {}
         for line in self.runs:
             if line["scored"]:
@@ -71,9 +75,7 @@ class Found:
 
 def summary(directory: Path) -> str:
     """The tables so far; one line where there are none."""
-    if not (directory / "results.jsonl").is_file():
-        return "no results yet"
-    found = Found(directory)
+    found = Found(directory / "results.jsonl")
     return results_text(found) if found.scored else f"{len(found.runs)} runs, none of them scored yet"
 
 
@@ -149,7 +151,7 @@ def _arms_table(found: Found, arms: Sequence[str]) -> str:
 
 def _shared_round_s(found: Found, arm: str) -> float:
     """Seconds of the first round, which all arms with the student's responses share."""
-    if not (from_writer(arm) or arm.startswith(("own", "mix", "minillm", "distillm2"))):
+    if not arm.startswith(("own", "mix", "minillm", "distillm2", "eq", "writer-mix")):
         return 0.0
     name = "writer" if from_writer(arm) else "student-mixed" if arm == "minillm-mixed" else "student"
     return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))
@@ -176,7 +178,7 @@ def _finalists(found: Found, arms: Sequence[str]) -> str:
                 continue
             test = against[arm]
             gap = _interval(Interval(test["mean"], test["low"], test["high"]), "+")
-            rows.append([*row, gap, f"{test['p_value']:.4f}", f"{test['p_holm']:.4f}"])
+            rows.append([*row, gap, p_value_text(test["p_value"]), p_value_text(test["p_holm"])])
         head = ["arm", "seeds", f"Rouge-L, {data}", "sd of seeds", *_HEADS[:4], "less forward KL", "p", "p, Holm"]
         parts.append(markdown_table(head, rows))
     return "\n\n".join(parts)
@@ -231,7 +233,7 @@ def draw(found: Found, path: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--results", type=Path, required=True, help="results.jsonl of the study")
     parser.add_argument("--page", type=Path, default=Path("docs/results/objectives.md"), help="page to write into")
     options = parser.parse_args()
     found = Found(options.results)
@@ -240,6 +242,9 @@ def main() -> None:
     figure = f"![Rouge-L and distance from the teacher, every arm]({options.page.stem}.png)"
     text = f"{protocol}{MARK}\n\n{figure}\n\n{results_text(found)}\n"
     options.page.write_text(text, encoding="utf-8")
+    copy = options.page.with_suffix(".jsonl")
+    if copy.resolve() != options.results.resolve():
+        shutil.copyfile(options.results, copy)
     print(f"wrote {options.page}")
 
 

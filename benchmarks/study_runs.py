@@ -14,6 +14,7 @@ from typing import Any
 
 from study_arms import SIZE_RECIPE, Study
 from study_measures import cache_size, measure
+from study_page import START
 
 from dpkd.core.json_lines import read_json_lines
 from dpkd.distill.training import train
@@ -21,9 +22,6 @@ from dpkd.pipelines.commands.registry import COMMANDS
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
-
-#: the run that makes what arms with the student's responses share
-START = "start"
 
 
 def prepare(study: Study) -> dict[str, float]:
