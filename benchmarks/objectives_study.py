@@ -31,8 +31,10 @@ from study_runs import START, cache_sizes, drop_run, measure_run, prepare
 
 _GRACE_S = 15  # for workers to end
 #: options that the page shows
-_FACTS = ("rows", "select_rows", "eval_rows", "max_new_tokens", "steps", "rates", "writer_rates", "seeds", "eval_seeds")
-_FACTS += ("jobs", "device", "engine")
+_FACTS = (
+    *("rows", "select_rows", "eval_rows", "max_new_tokens", "steps", "rates", "writer_rates", "seeds", "eval_seeds"),
+    *("jobs", "device", "engine"),
+)
 
 
 class Task(NamedTuple):
