@@ -105,6 +105,14 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -
     return out
 
 
+def test_a_mix_reads_the_same_rows_on_two_ranks(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    shared = {"cache": str(toy_cache), "student": str(toy_student), "objective": "jsd", "round": "r0", "mix": 0.5}
+    shared |= {"steps": 4, "learning_rate": 1e-3, "device": "cpu", "validation_examples": 5}
+    one = train(TrainConfig(out=tmp_path / "one", batch_size=4, **shared))
+    TwoRanks({"out": tmp_path / "two", "batch_size": 2, **shared}).finish()
+    assert_same_run(tmp_path / "two", one)
+
+
 def as_killed_after(step: int, finished: Path, run: Path) -> Path:
     """A copy of a finished run as a kill after the checkpoint of `step` leaves it."""
     shutil.copytree(finished, run)
