@@ -147,6 +147,7 @@
       const dot = draw(svg, 'circle', { class: `s${colour}${row === chosen ? ' chosen' : ''}`, r: 4, cx: x(a), cy: y(b) });
       dot.row = row;
     }
+    svg.append(...svg.querySelectorAll('.chosen'));  // on top of the others
     svg.addEventListener('click', event => { if (event.target.row) show(event.target.row); });
     find('scatter').replaceChildren(svg);
   }

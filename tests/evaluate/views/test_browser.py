@@ -288,9 +288,12 @@ def test_it_filters_and_searches(page: Driver) -> None:
 def test_a_dot_opens_its_row(page: Driver) -> None:
     dots = "[...document.querySelectorAll('#scatter circle')]"
     assert page.execute_script(f"return {dots}.length") == _NUM_ROWS
-    page.execute_script(f"{dots}[5].dispatchEvent(new MouseEvent('click', {{bubbles: true}}))")
+    page.execute_script(
+        f"{dots}.find(e => e.row.id === 'row-5').dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"
+    )
     assert "row=row-5" in page.current_url
     assert page.execute_script(f"return {dots}.filter(e => e.classList.contains('chosen')).length") == 1
+    assert page.execute_script(f"return {dots}.at(-1).row.id") == "row-5"  # drawn last, above the others
     assert _blocks(page)["user"] == "Say 5!"
 
 
