@@ -6,6 +6,9 @@ from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.store.reader import CacheReader, Round
 
+#: outcomes of a position whose pairs fit into memory
+_MOST_OUTCOMES = 2**12
+
 
 def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
     """Most entries a position of the responses to learn from: of the round's, of the cache's, or the fewer of both."""
@@ -25,6 +28,15 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
             expected=f"at most {most}",
             where=cache.folder,
             advice="Lower --top-k, or leave it out",
+        )
+    by_pairs = config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all"
+    if by_pairs and config.tail == "uniform" and cache.vocab_size > _MOST_OUTCOMES:
+        raise UserError(
+            "--tail uniform makes every token an outcome, and all pairs of them are too many",
+            found=f"{cache.vocab_size} tokens",
+            expected=f"at most {_MOST_OUTCOMES}",
+            where=cache.folder,
+            advice="Leave --tail out, or give --objective jeffreys, which has the same optimum",
         )
     if config.needs_distributions and most == 0:
         source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"

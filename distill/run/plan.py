@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.distill.batches.batch import cut_entries
+from dpkd.distill.batches.collate import collate
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import CacheSplit
 
 #: validations by default: their share of the run's time, and the most of them after the first
 _SHARE_OF_TIME, _MOST_VALIDATIONS = 0.05, 20
+#: share of the teacher's probability that entries should hold, and the rows that it is measured on
+_ENOUGH_KEPT, _ROWS_FOR_TAIL = 0.8, 32
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,24 @@ def plan_validation(
             f"the result is the {result} (--validation-examples 0 trains on all)"
         )
     return ValidationPlan(split.validation, every, best_metric, note, split.held_out)
+
+
+def tail_note(config: TrainConfig, rows: RowSource) -> str | None:
+    """A sentence about a cache whose tail holds much of the teacher's probability, by the first rows; None without."""
+    if not config.needs_distributions:
+        return None
+    first = [rows.row(0, index) for index in range(min(rows.group_sizes[0], _ROWS_FOR_TAIL))]
+    if any(row.chosen.distributions is None for row in first):
+        return None
+    batch = cut_entries(collate(first, with_distributions=True), config.top_k, config.top_mass)
+    assert batch.log_tail_T is not None
+    kept = 1 - float(batch.log_tail_T[batch.row_T < batch.num_chosen].exp().mean())
+    if kept >= _ENOUGH_KEPT:
+        return None
+    return (
+        f"the cached entries hold {kept:.0%} of the teacher's probability. The loss and the logged KL see the rest as "
+        "one outcome, so the true KL is larger: a larger --top-k of the cache helps ('Tail mass' in docs/objectives.md)"
+    )
 
 
 def validation_interval(steps: int, num_rows: int, rows_per_step: float) -> int:

@@ -29,7 +29,7 @@ from dpkd.distill.rows.sources import (
 )
 from dpkd.distill.rows.vocabulary import check_narrower
 from dpkd.distill.run.adapters import check_adapters
-from dpkd.distill.run.plan import ValidationPlan, plan_validation
+from dpkd.distill.run.plan import ValidationPlan, plan_validation, tail_note
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
 
 if TYPE_CHECKING:
@@ -156,8 +156,9 @@ def claim_directory(run: Run, num_processes: int) -> bool:
         return (out / "run.json").is_file()
     write_atomic(out / "dpkd-run.json", canonical_json(identity))
     write_atomic(out / "dpkd.toml", config.to_toml().encode())
-    if run.validation.note is not None:
-        say(run.validation.note)
+    for note in (run.validation.note, None if run.cache is None else tail_note(config, run.rows)):
+        if note is not None:
+            say(note)
     return False
 
 
