@@ -84,7 +84,11 @@ class Objective:
             raise ValueError("a batch without response positions")
         if self._num_logits is not None:
             rows = narrowed(rows, self._num_logits)
-        metrics = [target_logprob, distance_from_teacher, *([entropy_and_agreement] if measure else [])]
+        metrics: list[Statistic] = [
+            target_logprob,
+            distance_from_teacher,
+            *([entropy_and_agreement] if measure else []),
+        ]
         values = self._evaluate(score, rows, micro_batch, metrics, sums)
         if "reward_chosen" not in sums.metrics:
             _add_metrics(sums, chosen_reward(values, rows, self._beta))

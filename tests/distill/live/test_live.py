@@ -163,6 +163,7 @@ def loop(tmp_path: Path, server: VllmServer, toy_cache: Path, toy_student: Path)
     def make(run: str = "run", url: str = server.url, **options: Any) -> Loop:
         fields = {name: options.pop(name) for name in ("patience_s", "steps", "rank", "ranks") if name in options}
         config = TrainConfig(
+            validation_examples=0,
             cache=toy_cache, student=str(toy_student), out=tmp_path / run, student_samples="live", teacher_url=(url,),
             **({"level": "sequence", "responses": "all"} | options),
         )  # fmt: skip
