@@ -10,16 +10,22 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from dpkd.core.errors import UserError
+from dpkd.core.files import url_problem
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _as_location(value: Any) -> Any:
+    text = str(value) if isinstance(value, Path) else value
+    if isinstance(text, str) and (problem := url_problem(text)):
+        raise ValueError(problem)
+    return text
 
 
-#: a directory, or the URL of one in an object store
-Location = Annotated[str, BeforeValidator(_as_text)]
+#: a directory, or the URL of one in an object store; one that may hold a secret is refused before anything is saved
+Location = Annotated[str, BeforeValidator(_as_location)]
+#: the URL of a server, under the same rule
+Address = Annotated[str, BeforeValidator(_as_location)]
 
 
 def split_commas(value: Any) -> Any:

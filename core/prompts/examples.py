@@ -62,6 +62,27 @@ class ExampleSource:
     identity: dict[str, str]
     path: Path | None = None
     dataset: Any = None
+    stamp: tuple[int, int, int] | None = None
+
+    def check_unchanged(self, *, content: bool = False) -> None:
+        """Raise `UserError` if the file is not the one that was opened: by its time and size, or by its `content`.
+
+        Rows are read anew at every pass, so a file that changes would pair the prompts of one version with the answers
+        to another.
+        """
+        if self.path is None:
+            return
+        where, advice = self.path, "Restore the file and run the same command again, or choose another --out"
+        if _stamp(self.path) != self.stamp:
+            raise UserError("the data file changed while the job ran", where=where, advice=advice)
+        if content and (found := file_sha256(self.path)) != self.identity["sha256"]:
+            raise UserError(
+                "the data file changed while the job ran",
+                found=f"sha256 {found[:16]}…",
+                expected=f"{self.identity['sha256'][:16]}…",
+                where=where,
+                advice="Choose another --out: rows of the changed file may be in this one",
+            )
 
     def __iter__(self) -> Iterator[Example | SkippedRow]:
         return iter_examples(self)
@@ -80,8 +101,18 @@ def open_examples(data: str) -> ExampleSource:
                 expected=" or ".join(_FILE_SUFFIXES),
                 where=path,
             )
-        return ExampleSource(data, {"name": path.name, "sha256": file_sha256(path)}, path=path)
+        stamp = _stamp(path)
+        return ExampleSource(data, {"name": path.name, "sha256": file_sha256(path)}, path=path, stamp=stamp)
     return _open_dataset(data)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Inode, time of change and size; None if the file is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _open_dataset(data: str) -> ExampleSource:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Location, Settings, split_commas
+from dpkd.core.settings import Address, Location, Settings, split_commas
 from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
 
@@ -179,7 +179,7 @@ class StudentSampleOptions(Settings):
         description="how to pair an example's responses: first with first and so on, every one with every one, or the "
         "teacher's best with the student's worst (by the teacher's log-prob per token)",
     )
-    teacher_url: tuple[str, ...] = Field(
+    teacher_url: tuple[Address, ...] = Field(
         (), description="live: server of the cache's teacher (dpkd serve-teacher), http://HOST:PORT; repeatable"
     )
     sampler: Literal["transformers", "vllm"] = Field("transformers", description="live: engine that draws responses")

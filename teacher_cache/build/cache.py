@@ -49,6 +49,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     _say_skipped(survey.skipped)
 
     job = Job(open_folder(config.out), CACHE_KIND, _identities(config, engine, teacher, encoder, source))
+    job.check_source = source.check_unchanged
     with job.opened(config.to_toml(), survey.num_rows) as manifest:
         if manifest is None:
             if job.num_done() < sum(survey.num_rows.values()):
@@ -56,6 +57,7 @@ def build_cache(config: CacheConfig) -> Manifest:
                 with open_filler(engine, teacher, engine_options(config), config) as filler:
                     for origin in plan.origins:
                         _fill(job, plan, origin, filler, config, survey.num_rows[origin])
+            source.check_unchanged(content=True)
             manifest = job.finish([asdict(row) for row in survey.skipped])
     say_complete(f"the cache {config.out}", manifest)
     return manifest

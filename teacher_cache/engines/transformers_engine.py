@@ -28,8 +28,8 @@ from dpkd.teacher_cache.engines.top_k import build_result
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
-# requests at once on a CPU, where larger batches take longer per token; a GPU takes max_num_seqs, and a quarter of it
-# for scoring
+# most requests at once on a CPU, where larger batches take longer per token; a GPU takes max_num_seqs, and a quarter of
+# it for scoring
 _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
 _WINDOW_BATCHES = 4  # batches whose requests are sorted by length together
@@ -46,8 +46,8 @@ class TransformersEngine(Engine):
         self._model.to(self._device)
         self._options = options
         on_cpu, most = self._device.type == "cpu", options.max_num_seqs
-        self._num_generated = _GENERATE_BATCH if on_cpu else most
-        self._num_scored = _SCORE_BATCH if on_cpu else max(most // 4, 1)
+        self._num_generated = min(_GENERATE_BATCH, most) if on_cpu else most
+        self._num_scored = min(_SCORE_BATCH, most) if on_cpu else max(most // 4, 1)
         self.vocab_size = model.vocab_size
 
     def generate(

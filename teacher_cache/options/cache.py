@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import DeviceName, Location, Settings, named_values
+from dpkd.core.settings import Address, DeviceName, Location, Settings, named_values
 from dpkd.teacher_cache.engines.engine import EngineName
 
 #: entries kept per position by default
@@ -96,7 +96,7 @@ class EngineChoiceOptions(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the weights")
     max_num_seqs: int = Field(64, ge=1, description="largest number of requests in a batch")
     rows_per_shard: int = Field(128, ge=1, description="rows per shard; an interrupted job repeats unfinished shards")
-    server_url: tuple[str, ...] = Field(
+    server_url: tuple[Address, ...] = Field(
         (), description="with --engine server: URL of a running vLLM server; repeatable"
     )
     engine_arg: dict[str, str] = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpkd.core.errors import UserError, first_line
-from dpkd.core.files import is_temporary, write_atomic
+from dpkd.core.files import is_temporary, url_problem, write_atomic
 
 
 class Folder(Protocol):
@@ -79,6 +79,8 @@ def open_folder(location: str | Path) -> Folder:
         return LocalFolder(Path(text.removeprefix("file://")))
     if "://" not in text:
         return LocalFolder(Path(text))
+    if problem := url_problem(text):
+        raise UserError(problem)
     import fsspec
 
     try:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, differences, software_versions
+from dpkd.core.identity import canonical_json, differences, file_sha256, software_versions
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.store.schema import FORMATS, Origin
-from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
+from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
 
 JOB = "job.json"
 
@@ -32,6 +32,8 @@ class Job:
         self.ledger = Ledger(folder)
         self.committed: dict[str, ShardRecord] = {}
         self._lock: Lock | None = None
+        #: called before each commit; raises `UserError` if the rows may not be those that the job is about
+        self.check_source: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def opened(self, config_toml: str, num_rows: Mapping[Origin, int]) -> Iterator[Manifest | None]:
@@ -70,6 +72,12 @@ class Job:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
         self.folder.write("dpkd.toml", config_toml.encode())
         self.committed = self.ledger.committed()
+        if isinstance(self.folder, LocalFolder):
+            # an object store checks what it keeps; on a disk, a shard can change while no job runs
+            for path, record in list(self.committed.items()):
+                if file_sha256(self.folder.path / path) != record.sha256:
+                    say_damaged(record, "checksum mismatch")
+                    del self.committed[path]
 
     def _refuse_other(self, existing: dict[str, Any], what: str) -> None:
         if changed := differences(existing, self.identities):
@@ -96,17 +104,36 @@ class Job:
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
         """Write a shard, then its record. Raises `UserError` if the lock is lost or the shard cannot be written."""
-        if self._lock is not None:
-            self._lock.check()
+        self._check_hold()
         self.ledger.commit(data, record)
         self.committed[record.path] = record
+
+    def _check_hold(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+        if self.check_source is not None:
+            self.check_source()
 
     def num_done(self, prefix: str = "shards/") -> int:
         """Rows, failed ones included, of the committed shards whose path starts with `prefix`."""
         return sum(record.num_settled for path, record in self.committed.items() if path.startswith(prefix))
 
     def finish(self, skipped: list[dict[str, Any]]) -> Manifest:
-        """Write the manifest of the committed shards, in the order of their names."""
+        """Write the manifest of the committed shards, in the order of their names.
+
+        Raises `UserError`, and writes nothing, if the lock is lost or a shard is not as it was committed.
+        """
+        self._check_hold()
+        sizes = self.folder.sizes("shards")
+        for path, record in sorted(self.committed.items()):
+            if sizes.get(path) != record.num_bytes:
+                raise UserError(
+                    "a shard changed while the job ran",
+                    found=f"{sizes[path]} bytes" if path in sizes else "no file",
+                    expected=f"{record.num_bytes} bytes",
+                    where=self.folder.where(path),
+                    advice="Run the same command again: it makes the shard again",
+                )
         manifest = Manifest(
             kind=self.kind,
             identities=self.identities,

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
+from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import (
     DICTIONARY_COLUMNS,
@@ -149,6 +150,11 @@ def _parse(data: bytes, path: str) -> pa.Table:
     return table
 
 
+def say_damaged(record: ShardRecord, how: str) -> None:
+    """Tell the user that a committed shard is not what was written."""
+    say(f"{record.path} is damaged ({how}): its rows are made again")
+
+
 def _record_name(shard_path: str) -> str:
     return f"{LEDGER}/{shard_path.replace('/', '--').removesuffix('.parquet')}.json"
 
@@ -166,7 +172,7 @@ class Ledger:
     def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
         """Records by shard path, without those of the `known` paths, which are not read again.
 
-        A record that cannot be read is ignored: its shard is written again.
+        A record that cannot be read, or whose shard has another size, is ignored: the shard is written again.
         """
         contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER).keys() - set(map(_record_name, known))))
         shards = self._folder.sizes("shards") if contents else {}
@@ -174,8 +180,11 @@ class Ledger:
         for content in contents.values():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 record = ShardRecord(**json.loads(content))
-                if record.path in shards:
+                size = shards.get(record.path)
+                if size == record.num_bytes:
                     records[record.path] = record
+                elif size is not None:
+                    say_damaged(record, f"{size} bytes instead of {record.num_bytes}")
         return records
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
