@@ -130,9 +130,9 @@ def test_a_shard_that_is_lost_during_the_job_is_not_called_complete(
 
 @pytest.mark.parametrize("url", ["s3://b/run[1]/c", "s3://b/run*/c", "s3://b/run?/c", "memory://a/b*"])
 def test_keys_that_a_driver_takes_as_patterns_are_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pattern|query"):
+    with pytest.raises(UserError, match=r"pattern|query"):
         open_folder(url)
-    with pytest.raises(UserError, match="pattern|query"):
+    with pytest.raises(UserError, match=r"pattern|query"):
         CacheConfig.parse({"teacher": "t", "data": "d.jsonl", "out": url}, where="")
     open_folder(tmp_path / "run[1]").write("x", b"1")  # a path is literal
     assert (tmp_path / "run[1]" / "x").read_bytes() == b"1"
