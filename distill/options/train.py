@@ -142,6 +142,8 @@ class TrainConfig(
     def _problem_of_the_offset(self) -> str | None:
         if not (self.needs_pairs and self.objective == "dpkd" and self.round is not None):
             return "--offset needs --objective dpkd with --level sequence and --round NAME (live pairs need none)"
+        if self.length_normalize:
+            return "--offset needs --no-length-normalize: a reward divided by |y| is too small beside it to learn from"
         if self.label_smoothing or self.teacher_floor:
             return "--offset has the teacher as its optimum only without --label-smoothing and --teacher-floor"
         if self.pairing != "index" or self.responses in ("all", "reference"):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # it for scoring
 _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
-_WINDOW_BATCHES = 4  # batches whose requests are sorted by length together
 
 
 class TransformersEngine(Engine):
@@ -53,11 +52,8 @@ class TransformersEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        for window in _batched(requests, _WINDOW_BATCHES * self._num_generated):
-            # prompts of similar lengths together: less padding
-            window.sort(key=lambda request: len(request.prompt_ids))
-            for batch in _batched(window, self._num_generated):
-                yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
+        for batch in _batched(requests, self._num_generated):
+            yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         for batch in _batched(requests, self._num_scored):

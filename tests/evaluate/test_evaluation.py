@@ -319,12 +319,11 @@ def test_a_killed_evaluation_resumes_and_ends_as_if_never_killed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # the 16 short prompts of the first set are the engine's first batch; the second set has one row more than another
-    rows = [{"id": f"row-{i}", "instruction": f"Say {i}", "output": f"{i} " * 40} for i in range(16)]
-    longer = [{"id": f"row-{i}", "instruction": f"Say {i} again and again", "output": f"{i} " * 40} for i in range(17)]
+    # 17 rows a set: the first set is complete with the engine's second batch of 16, the second is then half done
+    rows = [{"id": f"row-{i}", "instruction": f"Say {i}", "output": f"{i} " * 40} for i in range(17)]
     config = make_config(
         model=f"m={toy_teacher}",
-        data=[f"first={write_rows(rows, 'first.jsonl')}", f"second={write_rows(longer, 'second.jsonl')}"],
+        data=[f"first={write_rows(rows, 'first.jsonl')}", f"second={write_rows(rows, 'second.jsonl')}"],
         temperature=0,
         seeds=10,
         max_new_tokens=64,

@@ -245,6 +245,8 @@ def test_the_offset_of_pairs_is_that_of_both_models(
         "level": "sequence",
         "round": "scored",
         "offset": True,
+        "length_normalize": False,
+        "beta": 0.5,  # at 1 the margin starts at 0
         "kd_weight": 0.0,
         "batch_size": 20,
         "validation_examples": 0,
@@ -265,7 +267,7 @@ def test_the_offset_of_pairs_is_that_of_both_models(
                     for path in (toy_teacher, toy_student)
                 )
                 # before the first step q is q0
-                margin += sign * ((log_q - log_p) / len(token) + log_p - log_q)
+                margin += sign * (0.5 * (log_q - log_p) + log_p - log_q)
             losses.append(np.log1p(np.exp(-margin)))
     assert len(losses) == 20
     found = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"]
@@ -277,12 +279,13 @@ def test_the_offset_is_refused_without_what_it_compares(
 ) -> None:
     build_round("short", top_k=0, score_cached=True, max_new_tokens=5)
     options = {"cache": cache_copy, "student": str(toy_student), "out": tmp_path / "run", "device": "cpu"}
-    pairs = {"level": "sequence", "offset": True}
+    pairs = {"level": "sequence", "offset": True, "length_normalize": False}
     with pytest.raises(UserError, match="the round has no scores of the cache's responses, which --offset needs"):
         train(TrainConfig(**options, **pairs, round="r0"))
     with pytest.raises(UserError, match=r"drawn otherwise than the cache.*max_new_tokens': 5"):
         train(TrainConfig(**options, **pairs, round="short"))
     for more, message in (
+        ({"length_normalize": True}, "--offset needs --no-length-normalize"),
         ({"label_smoothing": 0.5}, "only without --label-smoothing"),
         ({"pairing": "all"}, "leave --pairing and --responses out"),
         ({"objective": "cpo"}, "--offset needs --objective dpkd"),
