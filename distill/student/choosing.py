@@ -11,14 +11,14 @@ from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.options.student import InitStudentConfig
-from dpkd.distill.student.heads import check_heads, group_sizes, prune_heads
+from dpkd.distill.student.heads import check_heads, group_sizes, head_masks, prune_heads
 from dpkd.distill.student.importance import Trials
-from dpkd.distill.student.layers import in_words, keep_layers, named_layers
-from dpkd.distill.student.neurons import check_mlp_width, neuron_sizes, only_largest, prune_mlps
-from dpkd.distill.student.sizes import skeleton, widths_within
+from dpkd.distill.student.layers import in_words, keep_layers, masked_inputs, named_layers
+from dpkd.distill.student.neurons import check_mlp_width, neuron_masks, neuron_sizes, prune_mlps
+from dpkd.distill.student.sizes import Split, skeleton, splits_within
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 #: with --params: numbers of layers in a row that may be worse than the best before the search ends
@@ -27,13 +27,9 @@ _PATIENCE = 3
 
 @dataclass(frozen=True)
 class Size:
-    """How much a student keeps. `widths` has the neurons of an MLP (None: all) for each number of layers it may have.
+    """How much a student keeps: one of `splits`. `layers` are those to keep, from 0; None where importance decides."""
 
-    `layers` are the numbers of the layers to keep, from 0, or None where importance decides.
-    """
-
-    widths: dict[int, int | None]
-    heads: int | None
+    splits: list[Split]
     layers: tuple[int, ...] | None
 
 
@@ -47,11 +43,8 @@ class Kept:
 
     def words(self, num_layers: int) -> str:
         """The same for the person."""
-        words = (
-            f"layers {in_words(self.layers)} of {num_layers}"
-            if len(self.layers) < num_layers
-            else f"{num_layers} layers"
-        )
+        words = f"layers {in_words(self.layers)} of " if len(self.layers) < num_layers else "all "
+        words += f"{num_layers}" if len(self.layers) < num_layers else f"{num_layers} layers"
         words += "" if self.width is None else f", {self.width} neurons in every MLP"
         return words + ("" if self.heads is None else f", {self.heads} heads in every layer")
 
@@ -69,23 +62,15 @@ def size_of(config: InitStudentConfig, teacher: PretrainedConfig) -> Size:
     if config.mlp_width is not None:
         check_mlp_width(skeleton(teacher), config.mlp_width)
     if config.params is None:
-        widths = {num_layers if num_kept is None else num_kept: config.mlp_width}
+        splits = [Split(num_layers if num_kept is None else num_kept, config.mlp_width, config.heads)]
     else:
-        widths = widths_within(teacher, config.params, config.heads, config.mlp_width)
-        if config.mlp_width is not None:
-            num_kept = max(widths)
-        if num_kept is not None and num_kept not in widths:
-            raise UserError(
-                "so many layers do not fit into that share of the teacher's parameters",
-                found=f"{num_kept} layers with --params {config.params:g}",
-                expected=f"at most {max(widths)} layers",
-            )
-        widths = widths if num_kept is None else {num_kept: widths[num_kept]}
+        splits = splits_within(teacher, config.params, num_kept, config.mlp_width, config.heads)
+    counts = {split.layers for split in splits}
     if config.keep == "importance":
-        layers = tuple(range(num_layers)) if [*widths] == [num_layers] else None
+        layers = tuple(range(num_layers)) if counts == {num_layers} else None
     else:
-        layers = tuple(named_layers(num_layers, next(iter(widths)), config.keep))
-    return Size(widths, config.heads, layers)
+        layers = tuple(named_layers(num_layers, counts.pop(), config.keep))
+    return Size(splits, layers)
 
 
 def choose(
@@ -94,58 +79,71 @@ def choose(
     """A student of that size, and what it keeps.
 
     Args:
-        teacher: the whole teacher, on the device of `batches`.
+        teacher: the whole teacher, on the device of `batches`; it is the same afterwards.
         size: how much to keep.
         batches: rows to choose on, with the teacher's distributions; none are needed where nothing is chosen.
         num_tokens: size of the tokenizer.
 
-    With `size.widths` for several numbers of layers, layers are removed one by one, and after each the neurons that fit
-    are measured with the layers left. The split with the least KL to the teacher is kept.
+    Of several splits the one with the least KL to the teacher is kept. Layers are removed one by one for it, and after
+    each the splits of so many layers are measured.
     """
-    model, sizes_LW = teacher, None
-    if size.heads is not None:
-        say("choosing attention heads")
-        model = prune_heads(teacher, size.heads, group_sizes(teacher, batches)).to(teacher.device)
-    if any(width is not None for width in size.widths.values()):
-        say("choosing neurons")
-        sizes_LW = neuron_sizes(model, batches)
-    layers = size.layers
-    if layers is None:
-        layers = _by_importance(Trials(model, batches, num_tokens), model, size.widths, sizes_LW)
-    width = size.widths[len(layers)]
-    student = keep_layers(model, layers)
-    if width is not None:
-        assert sizes_LW is not None
-        student = prune_mlps(student, width, sizes_LW[list(layers)])
-    return student, Kept(layers, width, size.heads)
+    chooser = _Chooser(teacher, size.splits, batches)
+    layers, split = size.layers, size.splits[0]
+    if layers is None or len(size.splits) > 1:
+        layers, split = chooser.nearest(Trials(teacher, batches, num_tokens), layers)
+    student = keep_layers(teacher, layers)
+    if split.heads is not None:
+        student = prune_heads(student, split.heads, chooser.heads_LG[list(layers)])
+    if split.width is not None:
+        student = prune_mlps(student, split.width, chooser.neurons_LW[list(layers)])
+    return student, Kept(layers, split.width, split.heads)
 
 
-def _by_importance(
-    trials: Trials, model: PreTrainedModel, widths: dict[int, int | None], sizes_LW: Tensor | None
-) -> tuple[int, ...]:
-    """The layers that are left where the student with the width that fits is nearest to the teacher."""
-    if len(widths) == 1:
-        *_, last = trials.removals(next(iter(widths)))
-        return last.kept
+class _Chooser:
+    """What each neuron and head of a teacher does on rows, as far as `splits` differ in them, and the best split."""
 
-    def kl(kept: tuple[int, ...]) -> float:
-        width = widths[len(kept)]
-        if width is None:
-            return trials.kl(kept)
-        assert sizes_LW is not None
-        with only_largest(model, width, sizes_LW):
-            return trials.kl(kept)
+    def __init__(self, teacher: PreTrainedModel, splits: Sequence[Split], batches: Sequence[Batch]) -> None:
+        self._teacher, self._splits = teacher, splits
+        if any(split.width is not None for split in splits):
+            self.neurons_LW = neuron_sizes(teacher, batches).cpu()
+        if any(split.heads is not None for split in splits):
+            self.heads_LG = group_sizes(teacher, batches)
 
-    every = tuple(range(len(trials.layers)))
-    best = (kl(every), every) if len(every) in widths else (math.inf, ())
-    for removal in trials.removals(min(widths)):
-        if len(removal.kept) not in widths:
-            continue
-        nearest = kl(removal.kept)
-        say(f"{len(removal.kept)} layers and {widths[len(removal.kept)] or 'all'} neurons: KL {nearest:.3f}")
-        if nearest < best[0]:
-            best = nearest, removal.kept
-        whole = widths[len(removal.kept)] is None  # fewer layers would only make the student smaller
-        if whole or (best[1] and len(best[1]) - len(removal.kept) >= _PATIENCE):
-            break
-    return best[1]
+    def nearest(self, trials: Trials, listed: tuple[int, ...] | None) -> tuple[tuple[int, ...], Split]:
+        """The layers (`listed`, if they are given) and the split for them with the least KL to the teacher."""
+        if len(self._splits) == 1:
+            *_, last = trials.removals(self._splits[0].layers)
+            return last.kept, self._splits[0]
+        if listed is not None:
+            return listed, self._best(trials, listed)[1]
+        every = tuple(range(len(trials.layers)))
+        layers, (least, split) = every, self._best(trials, every)
+        for removal in trials.removals(min(split.layers for split in self._splits)):
+            kl, of_kept = self._best(trials, removal.kept)
+            if kl < least:
+                layers, least, split = removal.kept, kl, of_kept
+            if of_kept.width is None and of_kept.heads is None and kl < math.inf:
+                break  # fewer layers would only make the student smaller
+            if len(layers) - len(removal.kept) >= _PATIENCE and least < math.inf:
+                break
+        return layers, split
+
+    def _best(self, trials: Trials, kept: tuple[int, ...]) -> tuple[float, Split]:
+        """The best split for so many layers; KL is infinite if there is none."""
+        least, best = math.inf, self._splits[0]
+        for split in (split for split in self._splits if split.layers == len(kept)):
+            with masked_inputs(self._masks(split)):
+                kl = trials.kl(kept)
+            say(f"{split.words()}: KL {kl:.3f}")
+            if kl >= least:
+                break  # splits go from many heads and few neurons to few heads and many neurons
+            least, best = kl, split
+        return least, best
+
+    def _masks(self, split: Split) -> dict[nn.Module, Tensor]:
+        masks: dict[nn.Module, Tensor] = {}
+        if split.width is not None:
+            masks |= neuron_masks(self._teacher, split.width, self.neurons_LW)
+        if split.heads is not None:
+            masks |= head_masks(self._teacher, split.heads, self.heads_LG)
+        return masks

@@ -167,6 +167,19 @@ def prune_heads(model: PreTrainedModel, num_heads: int, sizes_LG: Float[Tensor, 
     return rebuilt(model, with_heads(model.config, num_heads), weights)
 
 
+def head_masks(
+    model: PreTrainedModel, num_heads: int, sizes_LG: Float[Tensor, "L G"]
+) -> dict[nn.Module, Float[Tensor, " F"]]:
+    """Of each attention's last projection, 1 for the inputs that `prune_heads` keeps and 0 for the others."""
+    attention = attention_of(model)
+    outputs = [cast(nn.Linear, model.get_submodule(f"{name}.{_OUTPUT}")) for name in attention.names]
+    num_groups = num_heads // attention.heads_per_group
+    return {
+        output: torch.zeros(output.in_features).index_fill(0, attention.rows(_OUTPUT, largest(sizes_G, num_groups)), 1)
+        for output, sizes_G in zip(outputs, sizes_LG, strict=True)
+    }
+
+
 def with_heads(config: Any, num_heads: int) -> Any:
     """A copy of a model's config with `num_heads` attention heads in each layer, as large as before."""
     config = copy.deepcopy(config)

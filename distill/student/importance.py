@@ -63,7 +63,7 @@ class Trials:
         kept = list(range(len(self.layers)))
         with Progress("removed layers", len(kept) - least, "layers") as progress:
             while len(kept) > least:
-                inputs = [self._layer_inputs(kept, batch) for batch in self._batches]
+                inputs = [self.layer_inputs(kept, batch) for batch in self._batches]
                 influence = torch.tensor([self._influence(inputs, index) for index in range(len(kept))])
                 tried = influence.argsort(stable=True)[:num_tried].sort().values.tolist()
                 kl_of = [self._kl_without(kept, index, inputs) for index in tried]
@@ -88,7 +88,7 @@ class Trials:
             total, num_tokens = total + float(similarity_N.sum()), num_tokens + len(similarity_N)
         return 1 - total / num_tokens
 
-    def _layer_inputs(self, kept: Sequence[int], batch: Batch) -> list[Tensor]:
+    def layer_inputs(self, kept: Sequence[int], batch: Batch) -> list[Tensor]:
         """Hidden states before each of the layers `kept` and after the last, of a model that runs only those."""
         states: list[Tensor] = []
 

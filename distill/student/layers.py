@@ -132,3 +132,18 @@ def _returns(states: Tensor | None) -> Callable[..., Tensor]:
         return hidden_states if states is None else states
 
     return forward
+
+
+@contextmanager
+def masked_inputs(masks: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Inside, every module's input is multiplied by its mask: what is 0 might as well not be there."""
+
+    def hook(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda _, arguments: (arguments[0] * mask.to(arguments[0]), *arguments[1:])
+
+    handles = [module.register_forward_pre_hook(hook(mask)) for module, mask in masks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

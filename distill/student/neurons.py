@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +58,7 @@ def mlps_of(model: PreTrainedModel) -> list[Mlp]:
             found=f"{len(found)} MLPs of widths {sorted({mlp.width for mlp in found})} in {num_layers} layers"
             + ("" if known else " and no width in the config"),
             expected=f"one MLP a layer, all of the width that the config gives ({', '.join(_WIDTH_NAMES)})",
-            advice="Leave out --mlp-width and keep fewer --layers",
+            advice="Give --layers instead of --mlp-width or --params",
         )
     return found
 
@@ -142,23 +141,15 @@ def with_width(config: Any, width: int) -> Any:
     return config
 
 
-@contextmanager
-def only_largest(model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"]) -> Iterator[None]:
-    """Inside, the model computes what it would after `prune_mlps`, without a copy: the other neurons are 0."""
-    handles = []
-    for mlp, sizes_W in zip(mlps_of(model), sizes_LW, strict=True):
-        output = model.get_submodule(mlp.output)
-        mask_W = torch.zeros_like(sizes_W).index_fill(0, largest(sizes_W, width), 1).to(output.weight.device)
-        handles.append(output.register_forward_pre_hook(_times(mask_W)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _times(mask_W: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    return lambda _, arguments: (arguments[0] * mask_W.to(arguments[0].dtype), *arguments[1:])
+def neuron_masks(
+    model: PreTrainedModel, width: int, sizes_LW: Float[Tensor, "L W"]
+) -> dict[nn.Module, Float[Tensor, " W"]]:
+    """Of each MLP's last projection, 1 for the inputs that `prune_mlps` keeps and 0 for the others."""
+    outputs = [model.get_submodule(mlp.output) for mlp in mlps_of(model)]
+    return {
+        output: torch.zeros_like(sizes_W).index_fill(0, largest(sizes_W, width), 1)
+        for output, sizes_W in zip(outputs, sizes_LW, strict=True)
+    }
 
 
 def largest(sizes: Float[Tensor, " N"], num_kept: int) -> Int[Tensor, " K"]:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.toys import DOLLY, make_toy
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
+from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.distill.student.calibration import with_teacher
+from dpkd.distill.student.calibration import rows_of_data, with_teacher
 from dpkd.distill.student.heads import group_sizes, prune_heads
 from dpkd.distill.student.importance import Trials
-from dpkd.distill.student.layers import keep_layers, layer_stack
-from dpkd.distill.student.sizes import count_parameters, widths_within
+from dpkd.distill.student.init import init_student
+from dpkd.distill.student.layers import keep_layers, layer_stack, named_layers
+from dpkd.distill.student.measures import batches_of
+from dpkd.distill.student.sizes import count_parameters, splits_within
 from dpkd.teacher_cache.store.schema import unscored_row
 
+WriteRows = Callable[..., Path]
 SMALL = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 5, "intermediate_size": 24}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
 FAMILIES = {
@@ -29,7 +37,7 @@ FAMILIES = {
         **SMALL, **HEADS, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
     ),
     "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-    "gpt2": GPT2Config(vocab_size=60, n_embd=16, n_layer=5, n_head=2, n_positions=32),
+    "gpt2": GPT2Config(vocab_size=60, n_embd=16, n_layer=5, n_head=2, n_positions=32, n_inner=24),
 }
 WITH_HEADS = {
     "llama, untied, biases": FAMILIES["llama, untied, biases"],
@@ -183,12 +191,13 @@ def test_the_widest_student_within_a_share(family: str, share: float) -> None:
 
     config = FAMILIES[family]
     name = "n_inner" if family == "gpt2" else "intermediate_size"
-    whole = 64 if family == "gpt2" else 24
     most = share * count_parameters(config)
-    found = widths_within(config, share)
+    splits = [split for split in splits_within(config, share, None, None, None) if split.heads is None]
+    assert [split.layers for split in splits] == sorted((split.layers for split in splits), reverse=True)
+    found = {split.layers: split.width for split in splits}
     for layers in range(1, 6):
         counts = {}
-        for width in range(1, whole + 1):
+        for width in range(1, 25):
             content = config.to_dict() | {"num_hidden_layers": layers, "n_layer": layers, name: width}
             content.pop("layer_types", None)
             smaller = AutoConfig.for_model(content.pop("model_type"), **content)
@@ -198,4 +207,80 @@ def test_the_widest_student_within_a_share(family: str, share: float) -> None:
         fitting = [width for width, count in counts.items() if count <= most]
         assert (layers in found) == bool(fitting)
         if fitting:
-            assert (found[layers] or whole) == max(fitting)
+            assert (found[layers] or 24) == max(fitting)
+
+
+def test_chosen_layers_start_nearer_to_the_real_teacher(teacher_dir: Path, tmp_path: Path) -> None:
+    """On rows that they were not chosen on, against layers that are chosen without looking."""
+    source = locate_model(str(teacher_dir), "teacher")
+    lines = [row for row in map(json.loads, (DOLLY / "train.jsonl").open()) if len(row["output"]) < 120]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row | {"input": ""}) + "\n" for row in lines[:8]))
+    found = rows_of_data(str(data), "chat", source, 8)
+    model = source.load("float32")
+    choose, held = (
+        Trials(model, with_teacher(model, list(batches_of(part, torch.device("cpu"))), 49152), 49152)
+        for part in (found.choose, found.held)
+    )
+    *_, last = choose.removals(27)
+    ours = held.kl(last.kept)
+    assert ours < 0.6 * held.kl(named_layers(30, 27, "spread"))
+    assert ours < 0.2 * held.kl(named_layers(30, 27, "last"))
+
+
+def made_student(out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+    student = init_student(InitStudentConfig(out=out, device="cpu", **options))
+    return student, json.loads((student / "student.json").read_bytes())
+
+
+def test_a_share_is_split_to_stay_nearest_to_the_teacher(
+    tmp_path: Path, toy_tokenizer: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = str(make_toy(tmp_path / "teacher", toy_tokenizer, layers=5, seed=1))
+    rows = {"teacher": teacher, "data": str(toy_data), "template": "chat"}
+    student, report = made_student(tmp_path / "s", params=0.8, **rows)
+    said = capsys.readouterr().err
+    assert 0.78 < report["share"] <= 0.8
+    loaded = AutoModelForCausalLM.from_pretrained(student)
+    assert report["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+    tried = [float(line.rpartition("KL ")[2]) for line in said.splitlines() if "neurons, all heads: KL" in line]
+    assert len(tried) >= 2
+    kept = f"{loaded.config.num_hidden_layers} layers, {loaded.config.intermediate_size} neurons"
+    assert f"{kept}, all heads: KL {min(tried):.3f}" in said
+    assert said.splitlines()[-1].startswith(f"the student {student}: {report['kept']}; ")
+    assert "held rows of" in said.splitlines()[-1]
+    # the same options give the same student
+    again, _ = made_student(tmp_path / "again", params=0.8, **rows)
+    assert (again / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"not possible: found --params 0.1, expected at least 0\.\d"):
+        made_student(tmp_path / "t", params=0.1, **rows)
+    with pytest.raises(UserError, match=r"not possible: found --params 0.3, .* for 5 of 5 layers"):
+        made_student(tmp_path / "t", params=0.3, layers=5, **rows)
+
+
+def test_chosen_layers_are_known_again(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
+    options = {"teacher": str(toy_teacher), "cache": toy_cache, "layers": 1}
+    student, report = made_student(tmp_path / "s", **options)
+    written = (student / "model.safetensors").stat().st_mtime_ns
+    assert made_student(student, **options)[1] == report
+    assert (student / "model.safetensors").stat().st_mtime_ns == written
+    other, _ = made_student(tmp_path / "other", **options, keep="first" if "layers 1 of" in report["kept"] else "last")
+    assert report["before_training"]["kl"] < json.loads((other / "student.json").read_bytes())["before_training"]["kl"]
+    with pytest.raises(UserError, match="holds another student; differing: chosen_on"):
+        made_student(student, **options, cache_rows=8)
+
+
+def test_rows_of_data_are_prompts_where_there_are_no_references(
+    tmp_path: Path, toy_teacher: Path, write_rows: WriteRows
+) -> None:
+    data = write_rows([{"prompt": "one two three"}, {"instruction": "say it", "output": "word " * 600}])
+    rows = rows_of_data(str(data), "raw", locate_model(str(toy_teacher), "teacher"), 64)
+    by_size = sorted((*rows.choose, *rows.held), key=lambda row: len(row.chosen.response_ids))
+    assert len(by_size[0].chosen.prompt_ids) == 1
+    assert len(by_size[1].chosen.response_ids) == 256
+    with pytest.raises(
+        UserError, match="too few rows to choose .* found rows of 1 examples, expected rows of at least 2"
+    ):
+        rows_of_data(
+            str(write_rows([{"prompt": "one two"}], "one.jsonl")), "raw", locate_model(str(toy_teacher), "t"), 64
+        )

@@ -25,8 +25,8 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.distill.student.layers import in_words, keep_layers, named_layers, spread_layers
-from dpkd.distill.student.neurons import mlps_of, neuron_sizes, only_largest, prune_mlps
+from dpkd.distill.student.layers import in_words, keep_layers, masked_inputs, named_layers, spread_layers
+from dpkd.distill.student.neurons import mlps_of, neuron_masks, neuron_sizes, prune_mlps
 from dpkd.teacher_cache.store.schema import CachedRow
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
@@ -136,7 +136,7 @@ def test_pruning_dead_neurons_keeps_the_logits(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(logits(student), logits(model), rtol=0, atol=1e-5)
     # the model that only switches neurons off computes what its pruned copy does
     narrow = prune_mlps(model, width // 2, sizes_LW)
-    with only_largest(model, width // 2, sizes_LW):
+    with masked_inputs(neuron_masks(model, width // 2, sizes_LW)):
         torch.testing.assert_close(logits(narrow), logits(model), rtol=0, atol=1e-5)
     # as a checkpoint: the same logits, and the head tied or not as in the teacher
     student.save_pretrained(tmp_path / "s")
