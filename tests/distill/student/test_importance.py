@@ -278,9 +278,6 @@ def test_rows_of_data_are_prompts_where_there_are_no_references(
     by_size = sorted((*rows.choose, *rows.held), key=lambda row: len(row.chosen.response_ids))
     assert len(by_size[0].chosen.prompt_ids) == 1
     assert len(by_size[1].chosen.response_ids) == 256
-    with pytest.raises(
-        UserError, match="too few rows to choose .* found rows of 1 examples, expected rows of at least 2"
-    ):
-        rows_of_data(
-            str(write_rows([{"prompt": "one two"}], "one.jsonl")), "raw", locate_model(str(toy_teacher), "t"), 64
-        )
+    one, teacher = write_rows([{"prompt": "one two"}], "one.jsonl"), locate_model(str(toy_teacher), "teacher")
+    with pytest.raises(UserError, match=r"too few rows to choose .* found rows of 1 examples, expected rows of at"):
+        rows_of_data(str(one), "raw", teacher, 64)
