@@ -16,5 +16,5 @@ def choose_device(name: str) -> torch.device:
 
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise UserError("CUDA is asked for and not there", found="no CUDA device", advice="Choose --device cpu")
+        raise UserError("CUDA was requested but is not available", found="no CUDA device", advice="Choose --device cpu")
     return torch.device("cuda" if there and name != "cpu" else "cpu")

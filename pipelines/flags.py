@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from dpkd.core.progress import say
 from dpkd.core.settings import Location, Settings, read_toml
 from dpkd.pipelines.commands.registry import Command
 
+#: a description may begin with the form of the value, `NAME=DIR: `
+_FORM = re.compile(r"(?:([A-Z]+=[\w.]+): )?(.*)", re.DOTALL)
 #: where help texts begin, and the longest list of choices to show as the value, in characters
 _TEXT_COLUMN, _LONG_CHOICE = 26, 50
 #: options of every command that has no `dry_run` of its own: type, declaration, default
@@ -38,6 +41,13 @@ class OptionsCommand(TyperCommand):
     """A command whose flags are the fields of `options`, listed by group in `--help`."""
 
     options: ClassVar[type[Settings]]
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Name the arguments as `--help` lists them; optional ones have brackets there."""
+        return [
+            "[OPTIONS]",
+            *(self.options.flag(key) for key in self.options.model_fields if self.options.is_positional(key)),
+        ]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group of options under its title, with defaults."""
@@ -114,12 +124,13 @@ def _declaration(options: type[Settings], key: str) -> tuple[Any, Any]:
 def _help(options: type[Settings], parameter: Any, key: str) -> tuple[str, str]:
     """How to write the option, and its help text with the default."""
     field = options.model_fields[key]
+    form, text = _FORM.match(str(field.description)).groups()  # type: ignore[union-attr]
     spelled = " / ".join([*parameter.opts, *parameter.secondary_opts])
     if options.is_positional(key):
         spelled = options.flag(key)
     elif not parameter.secondary_opts:
-        spelled += f" {_metavar(field.annotation, field.metadata)}"
-    text, choices = str(field.description), _choices(field.annotation)
+        spelled += f" {form or _metavar(field.annotation, field.metadata)}"
+    choices = _choices(field.annotation)
     if len("|".join(choices)) > _LONG_CHOICE:
         text += f"; one of {', '.join(choices)}"
     return spelled, f"{text} [{'required' if field.is_required() else f'default: {_default(field.default)}'}]"

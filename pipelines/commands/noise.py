@@ -19,19 +19,19 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 if TYPE_CHECKING:
     import torch
 
-#: what a copy is made of, by which it is known again
+#: file of a copy that records what it is made of
 _MARKER = "dpkd-noise.json"
-#: what was measured of a copy
+#: file of a copy with its metrics
 _MEASURES = "measures.json"
-#: of the whole; written last
+#: the report on all copies; written last
 REPORT = "noise.json"
 
 
 def add_noise(config: NoiseConfig) -> Path:
-    """Write a copy for each scale and seed of `config`, measure each, and sum up in noise.json; its path.
+    """Write a copy for each scale and seed of `config` and measure it; the path of the report, noise.json.
 
-    Existing copies of the same model and measurements on the same rows are kept. Raises
-    `UserError` when model and cache do not fit together, and for a directory that holds something else.
+    Existing copies of the same model and metrics on the same rows are kept. Raises `UserError` when model and cache do
+    not fit together, and for a directory that holds something else.
     """
     from dpkd.distill.student.measures import check_same_prompts, measure_model
 
@@ -40,7 +40,7 @@ def add_noise(config: NoiseConfig) -> Path:
     check_same_prompts(source, cache)
     if cache.top_k == 0:
         raise UserError(
-            "the cache keeps no distributions, to which divergences are measured",
+            "the cache keeps no distributions to measure divergences from",
             where=config.cache,
             advice="Build a cache with --top-k 64",
         )
@@ -93,11 +93,12 @@ def _write_copy(source: ModelSource, directory: Path, made_of: dict[str, Any]) -
 
 
 def add_gaussian_noise(model: torch.nn.Module, scale: float, seed: int) -> None:
-    """Add noise to every weight matrix of `model` (embeddings too, tied ones once), in place.
+    """Add Gaussian noise to every weight matrix of `model` in place, to embeddings too (to tied ones once).
 
-    Its standard deviation is `scale` times the root mean square of the matrix, so that one scale suits matrices of all
-    sizes. The draw is a function of `seed` alone: at another scale a copy lies in the same direction. Biases and norms
-    are left as they are. # differs from the paper: it does not say how its noise is scaled or drawn
+    Its standard deviation is `scale` times the root mean square of the matrix, so one scale suits matrices of any size.
+    The draw depends on `seed` alone: copies of one seed differ only in how far they are moved. Biases and norms stay as
+    they are.
+    # differs from the paper: it does not say how its noise is scaled or drawn
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Choose rows of instruction data by the length of their gold response, or make a corpus of those responses."""
+"""Select rows of instruction data by the length of their reference response, or write those responses as a corpus."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from dpkd.pipelines.commands.options import PrepareConfig
 
 
 def prepare_data(config: PrepareConfig) -> Path:
-    """Write the rows that `config` keeps to `config.out`; its path.
+    """Write the rows that `config` selects to `config.out`; the path.
 
-    A file that holds just these rows is left as it is. Raises `UserError` for a file with other content, for data that
-    is no JSONL, and when no row is kept.
+    A file that already holds these rows is left alone. Raises `UserError` for a file with other content, for data that
+    are not JSONL, and when no row is left.
     """
     if config.data.suffix != ".jsonl":
-        raise UserError("only JSON lines can be prepared", found=config.data.name, expected="a .jsonl file")
+        raise UserError("only JSON lines can be filtered", found=config.data.name, expected="a .jsonl file")
     if config.data.resolve() == config.out.resolve():
         raise UserError("the output is the data itself", where=config.out, advice="Choose another --out")
     kept = list(kept_rows(config))
     if not kept:
         raise UserError(
-            "no row of the data is kept",
-            expected=f"a gold response of {config.min_response_words} words or more",
+            "no row of the data is long enough",
+            expected=f"a reference response of {config.min_response_words} words or more",
             where=config.data,
         )
     content = "".join(line + "\n" for line in kept).encode()
     if config.out.exists():
         if not config.out.is_file() or config.out.read_bytes() != content:
-            raise UserError(
-                "the output holds something else than these rows", where=config.out, advice="Choose another --out"
-            )
-        say(f"the data {config.out} is complete")
+            raise UserError("the output exists and holds other rows", where=config.out, advice="Choose another --out")
+        say(f"{config.out} is complete")
         return config.out
     write_atomic(config.out, content)
     say(f"{config.out}: {len(kept)} rows of {config.data} with {config.min_response_words} words or more")
@@ -45,8 +43,8 @@ def prepare_data(config: PrepareConfig) -> Path:
 
 
 def kept_rows(config: PrepareConfig) -> Iterator[str]:
-    """The lines that `config` keeps, as they are to be written; raises `UserError` for data that cannot be read."""
-    # rows are written as they are in the file, with all their fields
+    """The lines to write; raises `UserError` for data that cannot be read."""
+    # rows keep all their fields, as they are in the file
     lines = config.data.read_text(encoding="utf-8").split("\n") if config.data.is_file() else []
     num_kept = 0
     for item in iter_examples(open_examples(str(config.data))):

@@ -1,21 +1,22 @@
-"""The text of a recipe: from TOML tables to the validated steps that they describe.
+"""Recipes: TOML files that list commands as steps.
 
-A recipe is
+A recipe looks like this:
 
     [[steps]]
     command = "cache-teacher"   # then the command's options, as in its own --config file
     ...
 
-Options that several steps of a command share are given once; a step's own options override them:
+Give options that several steps of a command share once; a step's own options override them:
 
     [defaults.train]
     batch_size = 8
 
-`include = ["other.toml"]` runs the steps of other recipes first: files relative to this one, or shipped recipes by name
+`include = ["other.toml"]` runs the steps of other recipes first. Name a file relative to this one, or a shipped recipe
 (`"paper/start-tiny"`). A step that is included twice runs once, at its first position. Defaults apply to their own file
 only.
 
-Inputs can be replaced on the command line, `dpkd run RECIPE --set teacher=DIR`. `{teacher}` is then the given value:
+Inputs are values that you can replace on the command line: `dpkd run RECIPE --set teacher=DIR`. Steps refer to them as
+`{teacher}`:
 
     [inputs]
     teacher = "OWNER/MODEL"
@@ -44,17 +45,17 @@ A recipe can alternate between sampling from the student and training on the sam
     out = "runs/x/round-{round}"
     ...
 
-and can do so for several objectives, each starting from the first student:
+It can repeat the rounds with other options, each variant starting from the first student:
 
     [variants.plain]                 # `{variant}` is "plain" in the repeated steps
     [variants.smooth]
     label_smoothing = 0.1            # options of the variant's train steps
 
-Text options can contain placeholders; a lower-case word in braces is always read as one. `{round}` is the round's
-number from 0 and `{next}` the one after it, in repeated steps only. `{student}` is the student at the start of the
-round: that of `[rounds]` in round 0, then the `out` of the last train step of the previous round. Steps before the
-rounds get the first student, steps after them the final one, unless there are several variants. `{recipes}` and
-`{examples}` are the folders of the recipes and of the data that ship with dpkd.
+A lower-case word in braces is a placeholder. In repeated steps, `{round}` is the round's number, from 0, and `{next}`
+the next one. `{student}` is the student at the start of the round: that of `[rounds]` in round 0, then the `out` of the
+last train step of the previous round. Steps before the rounds get the first student, and steps after them the final
+one if there is only one variant. `{recipes}` and `{examples}` are the folders of the recipes and data that ship with
+dpkd.
 """
 
 from __future__ import annotations

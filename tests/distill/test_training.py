@@ -321,7 +321,7 @@ def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
     if torch.cuda.is_available():
         assert len(metrics(train(asked))) == 1
     else:
-        with pytest.raises(UserError, match="CUDA is asked for and not there"):
+        with pytest.raises(UserError, match="CUDA was requested but is not available"):
             train(asked)
         assert not (tmp_path / "run").exists()
 

@@ -70,7 +70,8 @@ def test_help_has_every_option_with_its_text_and_default(name: str) -> None:
     for key, field in options.model_fields.items():
         assert field.description, key
         assert re.search(rf"^  {re.escape(options.flag(key))}( |$)", page, flags=re.M), key
-        shown = re.escape(" ".join(field.description.split()))
+        # the form of a value, such as NAME=DIR, is shown next to the flag
+        shown = re.escape(" ".join(re.sub(r"^[A-Z]+=[\w.]+: ", "", field.description).split()))
         end = "required" if field.is_required() else "default: [^\\]]+"
         assert re.search(rf"{shown}(; one of [^\[]+)? \[{end}\]", words), key
     assert options.example.startswith(f"dpkd {name} ")

@@ -127,6 +127,13 @@ def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
     assert last == "error: the server has stopped: found status -9. Its output is above"
 
 
+@pytest.mark.engine
+def test_a_server_that_is_too_slow_is_a_clear_error(tmp_path: Path, toy_cache: Path) -> None:
+    config = ServeConfig(cache=toy_cache, port=free_port(), log=tmp_path / "log", start_timeout_s=0.01)
+    with pytest.raises(UserError, match=r"the server did not answer within 0\.01 s .*start_timeout_s"):
+        serve_teacher(config)
+
+
 def test_another_teacher_is_refused(toy_cache: Path, toy_student: Path, other_student: Path, tmp_path: Path) -> None:
     for other in (toy_student, other_student):
         with pytest.raises(UserError, match=rf"the teacher is not the one of the cache.*of {other}.*of toy-teacher"):
@@ -158,7 +165,7 @@ def test_what_cannot_be_served_is_refused(toy_cache: Path) -> None:
         UserError, match=r"are longer than the model's positions: found 600 tokens, expected at most 512"
     ):
         serve_teacher(ServeConfig(cache=toy_cache, max_length=600))
-    with pytest.raises(UserError, match=r"CUDA is asked for and not there: found no CUDA device"):
+    with pytest.raises(UserError, match=r"CUDA was requested but is not available: found no CUDA device"):
         serve_teacher(ServeConfig(cache=toy_cache, device="cuda"))
 
 

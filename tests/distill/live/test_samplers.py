@@ -219,6 +219,10 @@ def test_the_sampler_follows_the_options(source: ModelSource, model: PreTrainedM
         assert ids_of(draw(sampler)) == before
         fresh = open_sampler(config.model_copy(update={"staleness": 0}), source, model, CPU, 24, 64)
         assert ids_of(draw(fresh)) != before
+        for top_p, is_greedy in ((1e-9, True), (1.0, False)):
+            drawn = {"staleness": 0, "sample_temperature": 1.0, "sample_top_p": top_p}
+            other = open_sampler(config.model_copy(update=drawn), source, model, CPU, 24, 64)
+            assert (ids_of(draw(other)) == ids_of(draw(fresh))) == is_greedy
 
 
 @pytest.mark.engine

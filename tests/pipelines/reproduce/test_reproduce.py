@@ -289,13 +289,15 @@ def test_rows_are_kept_by_the_words_of_their_response(tmp_path: Path) -> None:
     kept = prepare_data(PrepareConfig.parse(options, where="test"))
     assert lines_of_text(kept) == [rows[1], rows[3]]
     assert prepare_data(PrepareConfig.parse(options, where="test")) == kept
-    with pytest.raises(UserError, match="the output holds something else than these rows"):
+    with pytest.raises(UserError, match="the output exists and holds other rows"):
         prepare_data(PrepareConfig.parse(options | {"limit": 1}, where="test"))
     text = PrepareConfig.parse(options | {"out": tmp_path / "text.jsonl", "form": "text", "limit": 1}, where="test")
     assert lines_of_text(prepare_data(text)) == [{"text": rows[1]["output"]}]
-    with pytest.raises(UserError, match=r"no row of the data is kept: expected a gold response of 99 words"):
+    with pytest.raises(
+        UserError, match=r"no row of the data is long enough: expected a reference response of 99 words"
+    ):
         prepare_data(PrepareConfig.parse(options | {"min_response_words": 99}, where="test"))
-    with pytest.raises(UserError, match="only JSON lines can be prepared"):
+    with pytest.raises(UserError, match="only JSON lines can be filtered"):
         prepare_data(PrepareConfig.parse(options | {"data": tmp_path / "rows.json"}, where="test"))
     with pytest.raises(UserError, match="the output is the data itself"):
         prepare_data(PrepareConfig.parse(options | {"out": data}, where="test"))

@@ -25,6 +25,7 @@ from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.build.ray.blocks import from_block, split_blocks, to_block
+from dpkd.teacher_cache.build.ray.cluster import check_resources
 from dpkd.teacher_cache.build.ray.engine import RayFiller
 from dpkd.teacher_cache.build.ray.replica import Assignment, Replica
 from dpkd.teacher_cache.build.request import engine_options
@@ -283,6 +284,15 @@ def test_a_round_can_be_written_by_ray(
     assert made.manifest.identities["generation"]["engine"] == "vllm"
     assert rows_of(made).keys() == rows_of(TeacherCache.open(by_vllm)).keys()
     assert not (out / "rounds" / "r0" / "sampled").exists()
+
+
+@pytest.mark.engine
+def test_replicas_without_room_are_refused(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = CacheConfig(teacher="t", data="d", out="o", engine="ray", ray_replicas=2)
+    check_resources(config)
+    with pytest.raises(UserError, match=r"found resources for 1 replicas of 2 CPUs and 0 GPUs, expected for 2"):
+        check_resources(config.model_copy(update={"ray_cpus": 2}))
 
 
 @pytest.mark.engine
