@@ -99,9 +99,7 @@ class ReproduceOptions(Settings):
 
     example: ClassVar[str] = "dpkd reproduce table1 --recipe paper/table1-tiny --dry-run"
 
-    artefact: ArtefactName = Field(
-        description="table or figure to make", json_schema_extra={"positional": "ARTEFACT"}
-    )
+    artefact: ArtefactName = Field(description="table or figure to make", json_schema_extra={"positional": "ARTEFACT"})
     recipe: str | None = Field(
         None, description="a recipe that dpkd recipes lists under paper/, or a TOML file; none: list those that make it"
     )

@@ -27,6 +27,9 @@ FROM_DATA: Options = {"cache": None, "data": "{data}", "objective": "sft", "batc
 CORPUS: Options = {"lm_data": "{corpus}", "lm_length": 32}
 VALIDATED: Options = {"validation_examples": 4}
 LORA: Options = {"lora_rank": 2}
+MADE_ANEW: Options = {"layers": None, "keep": "importance"}
+CHOSEN_ON_DATA: Options = {"data": "{data}", "template": "chat"}
+CONTRASTED: Options = {"objective": "distillm2", "round": "r0", "steps": 4}
 ROUND: Options = {"data": None, "limit": None, "student": "{student}", "round": "one"}
 PREDICTIONS: Options = {"model": {}, "predictions": {"a": "{answers}", "b": "{second}"}, "limit": None}
 TWO_MODELS: Options = {"model": {"m": "{teacher}", "n": "{student}"}}
@@ -48,6 +51,7 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "max_prompt_tokens": ({}, 20),
         "student": (ROUND, "{teacher}"),
         "round": (ROUND, "two"),
+        "teacher_mix": (ROUND, 0.5),
         "max_new_tokens": ({}, 3),
         "temperature": ({}, 0.0),
         "top_p": ({}, 0.3),
@@ -62,13 +66,16 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
     "init-student": {
         "teacher": ({}, "{student}"),
         "layers": ({}, 2),
-        "keep": ({}, "first"),
+        "keep": ({}, "last"),
         "mlp_width": ({"cache": "{cache}"}, 64),
-        "from_config": ({"layers": None, "from_config": "{config}"}, "{other_config}"),
-        "from_checkpoint": ({"layers": None, "from_checkpoint": "{student}"}, "{teacher}"),
+        "from_config": (MADE_ANEW | {"from_config": "{config}"}, "{other_config}"),
+        "from_checkpoint": (MADE_ANEW | {"from_checkpoint": "{student}"}, "{teacher}"),
+        "params": ({"layers": None, "keep": "importance", "cache": "{cache}", "params": 0.8}, 0.9),
         "cache": ({}, "{cache}"),
         "cache_rows": ({"cache": "{cache}"}, 3),
-        "seed": ({"layers": None, "from_config": "{config}"}, 1),
+        "data": (CHOSEN_ON_DATA, "{other_data}"),
+        "template": (CHOSEN_ON_DATA, "alpaca"),
+        "seed": (MADE_ANEW | {"from_config": "{config}"}, 1),
     },
     "eval": {
         "data": ({}, {"d": "{other_data}"}),
@@ -155,6 +162,14 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "jsd_beta": ({"objective": "jsd"}, 0.2),
         "akl_mu": ({"objective": "akl"}, 0.2),
         "skew_alpha": ({"objective": "skewed-forward-kl"}, 0.5),
+        "skew_anchor_chosen": (CONTRASTED, 0.3),
+        "skew_anchor_rejected": (CONTRASTED, 0.3),
+        "skew_schedule": (CONTRASTED, False),
+        "kd_temperature": ({"objective": "forward-kl"}, 2.0),
+        "minillm_clip": (
+            {"objective": "minillm", "student_samples": "cached", "round": "r0", "steps": 4, "learning_rate": 0.1},
+            0.001,
+        ),
         "ab_alpha": ({"objective": "alpha-beta"}, 0.5),
         "ab_beta": ({"objective": "alpha-beta"}, 0.3),
         "round": (SEQUENCE, "r1"),
@@ -177,8 +192,8 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "seed": ({}, 1),
         "validation_examples": ({}, 4),
         "validate_every": (VALIDATED, 1),
-        "best_metric": (VALIDATED, "kld"),
         # at this rate every step makes it worse
+        "best_metric": (VALIDATED | {"validate_every": 1, "learning_rate": 1.0, "steps": 3}, "last"),
         "patience": (VALIDATED | {"best_metric": "kld", "validate_every": 1, "learning_rate": 1.0, "steps": 5}, 1),
         "save_every": ({}, 1),
         "keep_checkpoints": ({"save_every": 1, "steps": 4}, 1),
@@ -197,7 +212,7 @@ BASE: dict[str, Options] = {
         "teacher": "{teacher}", "data": "{data}", "engine": "transformers", "device": "cpu", "template": "chat",
         "limit": 4, "max_new_tokens": 6, "top_k": 8,
     },
-    "init-student": {"teacher": "{teacher}", "layers": 1, "device": "cpu"},
+    "init-student": {"teacher": "{teacher}", "layers": 1, "keep": "spread", "device": "cpu"},
     "eval": {
         "model": {"m": "{teacher}"}, "data": {"d": "{data}"}, "engine": "transformers", "device": "cpu",
         "template": "chat", "seeds": "10", "max_new_tokens": 6, "limit": 8, "num_sign_flips": 100,
@@ -258,6 +273,13 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_samples_are_drawn_with_the_weights_that_they_should": "train: sample_every",
         "test_a_server_with_another_model_is_refused": "train: teacher_tolerance",
     },
+    "distill/student/test_importance.py": {"test_removing_silent_heads_keeps_the_logits": "init-student: heads"},
+    "distill/test_alarms.py": {
+        "test_the_released_loss_alone_gives_three_alarms_and_the_run_can_stop": "train: on_alarm",
+    },
+    "teacher_cache/build/test_rounds.py": {
+        "test_the_offset_of_pairs_is_that_of_both_models": "train: offset; cache-teacher: score_cached",
+    },
     "distill/run/test_checkpoints.py": {
         "test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_one_before": "train: resume_from",
     },
@@ -287,6 +309,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_answers_that_were_drawn_otherwise_compare_when_asked": "report: allow_different_decoding",
         "test_common_rows_are_compared_when_asked": "report: common_rows",
     },
+    "evaluate/merge/test_grades.py": {"test_grades_and_reasons_are_beside_the_answers": "report: judge"},
     "evaluate/judge/test_judge_rows.py": {
         "test_a_report_and_the_same_predictions_give_the_same_questions": "judge: report",
         "test_rows_are_limited_and_drawn": "judge: only limit sample",
