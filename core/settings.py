@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import url_problem
+from dpkd.core.urls import url_problem
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 

@@ -175,7 +175,7 @@ def _wait_until_up(process: subprocess.Popen[bytes], config: ServeConfig) -> Non
                 advice="Look at its output, or allow more time with --set start_timeout_s",
             )
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=5).is_success:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
                 return
         time.sleep(0.25)
     raise _stopped(process, config.log, "the server stopped before it answered")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ def _length(row: TrainingRow) -> int:
 
 
 @torch.no_grad()
-def with_teacher(teacher: PreTrainedModel, batches: Sequence[Batch], num_tokens: int) -> list[Batch]:
+def with_teacher(teacher: PreTrainedModel, batches: Iterable[Batch], num_tokens: int) -> list[Batch]:
     """`batches` with the teacher's distributions: its 64 most likely tokens and the tail, and log p of responses."""
     scorer = StudentScorer(teacher.eval(), num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
     scored = []

@@ -66,7 +66,7 @@ def splits_within(
     """
     whole = skeleton(teacher)
     num_layers = int(teacher.get_text_config().num_hidden_layers)
-    choices = [heads] if heads is not None else [None, *_fewer_heads(whole)]
+    choices: list[int | None] = [heads] if heads is not None else [None, *_fewer_heads(whole)]
     found = []
     for choice in choices:
         widths = _widths_within(whole, share, choice, width)

@@ -15,8 +15,9 @@ import httpx
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
+from dpkd.core.urls import is_loopback
 from dpkd.evaluate.judge.verdicts import Reply
-from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig, is_loopback
+from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
 from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
 Messages = Sequence[dict[str, str]]

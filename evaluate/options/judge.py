@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import Settings, named_values
+from dpkd.core.urls import is_loopback
 from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedFiles, NamedSets
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
@@ -210,15 +211,3 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
             if body[key] is None:
                 del body[key]
         return body
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine."""
-    from ipaddress import ip_address  # only here: --help should be quick
-
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

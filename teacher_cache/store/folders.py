@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpkd.core.errors import UserError, first_line
-from dpkd.core.files import is_temporary, url_problem, write_atomic
+from dpkd.core.files import is_temporary, write_atomic
+from dpkd.core.urls import url_problem
 
 
 class Folder(Protocol):

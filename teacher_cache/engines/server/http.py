@@ -12,6 +12,7 @@ from typing import Any, Literal
 import httpx
 
 from dpkd.core.errors import UserError
+from dpkd.core.urls import is_loopback
 
 #: Longest wait for one answer, in seconds. Long, because a full queue is slow; health checks find a dead server.
 REQUEST_TIMEOUT_S = 1800.0
@@ -70,6 +71,13 @@ def base_urls(urls: Sequence[str]) -> list[str]:
         if url.userinfo:
             # addresses are printed and logged, so they must not contain a secret
             raise UserError(f"the address of the server {url.host} contains a password", advice=f"Set {KEY_VARIABLE}")
+        if url.scheme == "http" and _authorization() and not is_loopback(url.host):
+            raise UserError(
+                f"the key in {KEY_VARIABLE} would be sent in plain text",
+                found=f"http://{url.host}",
+                expected="https://, or a server on this machine",
+                advice="Put TLS in front of the server, or reach it through an SSH tunnel to localhost",
+            )
         bases.append(str(url).rstrip("/").removesuffix("/v1").rstrip("/"))
     return list(dict.fromkeys(bases))
 
@@ -86,6 +94,8 @@ class ServerHttp:
         self._client = httpx.AsyncClient(
             headers=_authorization(),
             follow_redirects=False,
+            # no proxy for servers on this machine, whatever the environment says
+            mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
             # vLLM closes idle connections after 5 s: close ours before, so that none is closed during a request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
         )
