@@ -58,7 +58,7 @@ class Trials:
 
         The `num_tried` layers that change their input least (block influence, 1 - cosine of input and output,
         arXiv 2403.03853) are tried. Block influence alone, and the angular distance of blocks (arXiv 2403.17887), need
-        one pass and find worse layers: docs/results/students.md.
+        one pass; with few layers left they find worse ones: docs/results/students.md.
         """
         kept = list(range(len(self.layers)))
         with Progress("removed layers", len(kept) - least, "layers") as progress:
