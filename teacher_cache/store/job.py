@@ -32,6 +32,7 @@ class Job:
         self.ledger = Ledger(folder)
         self.committed: dict[str, ShardRecord] = {}
         self._lock: Lock | None = None
+        self._num_rows: dict[Origin, int] = {}
         #: called before each commit; raises `UserError` if the rows may not be those that the job is about
         self.check_source: Callable[[], None] | None = None
 
@@ -71,6 +72,7 @@ class Job:
         else:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
         self.folder.write("dpkd.toml", config_toml.encode())
+        self._num_rows = dict(num_rows)
         self.committed = self.ledger.committed()
         if isinstance(self.folder, LocalFolder):
             # an object store checks what it keeps; on a disk, a shard can change while no job runs
@@ -121,7 +123,8 @@ class Job:
     def finish(self, skipped: list[dict[str, Any]]) -> Manifest:
         """Write the manifest of the committed shards, in the order of their names.
 
-        Raises `UserError`, and writes nothing, if the lock is lost or a shard is not as it was committed.
+        Raises `UserError`, and writes nothing, if the lock is lost, a shard or its record is not as it was committed,
+        or the rows are not those that were planned.
         """
         self._check_hold()
         sizes = self.folder.sizes("shards")
@@ -134,6 +137,25 @@ class Job:
                     where=self.folder.where(path),
                     advice="Run the same command again: it makes the shard again",
                 )
+        stored = self.ledger.committed()
+        if changed := [path for path, record in sorted(self.committed.items()) if stored.get(path) != record]:
+            raise UserError(
+                "the record of a shard changed while the job ran",
+                found=changed[0],
+                where=self.folder,
+                advice="Find out what else writes to the directory, then run the same command again",
+            )
+        rows = dict.fromkeys(self._num_rows, 0)
+        for record in self.committed.values():
+            rows[record.origin] = rows.get(record.origin, 0) + record.num_settled
+        if rows != self._num_rows:
+            raise UserError(
+                "the committed rows are not the planned ones",
+                found=rows,
+                expected=self._num_rows,
+                where=self.folder,
+                advice="Delete the directory and start again",
+            )
         manifest = Manifest(
             kind=self.kind,
             identities=self.identities,

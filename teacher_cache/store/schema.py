@@ -225,8 +225,9 @@ class ShardRows:
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # a table without rows has no chunk to combine
-        array = pa.array([], column.type)
+    if column.num_chunks == 1:
+        array = column.chunk(0)  # `combine_chunks` would copy it, and the table keeps the original: twice the memory
+    else:
+        array = column.combine_chunks() if column.num_chunks else pa.array([], column.type)
     offsets = array.offsets.to_numpy()
     return array.values.to_numpy(zero_copy_only=False)[offsets[0] :], offsets - offsets[0]

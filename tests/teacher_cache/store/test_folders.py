@@ -6,11 +6,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,52 +21,6 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
 from dpkd.teacher_cache.store.reader import TeacherCache
-
-BUCKET = "teachers"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """URL of an empty bucket on a server of our own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    settings = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        deadline_s = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(endpoint, timeout=1)
-                break
-            except OSError:
-                assert time.monotonic() < deadline_s
-                assert server.poll() is None
-                time.sleep(0.1)
-        import s3fs
-
-        s3fs.S3FileSystem().mkdir(BUCKET)
-        yield f"s3://{BUCKET}"
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def config(out: str, teacher: Path, data: Path, **options: object) -> CacheConfig:
@@ -190,6 +140,7 @@ def test_a_lock_refuses_the_second_and_knows_a_stale_one(
     location: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(locks, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(locks, "WATCH_S", 0.3)
     folder = open_folder(location)
     assert locks.holder(folder) is None
     with locks.hold(folder) as lock:
