@@ -145,7 +145,7 @@ class Job:
                 where=self.folder,
                 advice="Find out what else writes to the directory, then run the same command again",
             )
-        rows = dict.fromkeys(self._num_rows, 0)
+        rows: dict[str, int] = dict.fromkeys(self._num_rows, 0)
         for record in self.committed.values():
             rows[record.origin] = rows.get(record.origin, 0) + record.num_settled
         if rows != self._num_rows:
