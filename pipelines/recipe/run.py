@@ -54,7 +54,7 @@ def run_steps(steps: list[Step], name: str) -> None:
         _announce(step, number, len(steps))
         step_started_s = time.monotonic()
         status = _run_step(step)
-        # a train step ends so only where its recipe lets an alarm end it: the next round goes on from its student
+        # a train step ends so only where its recipe lets an alarm end it: the next round starts from its student
         partly |= status == EXIT_PARTLY and step.command != "train"
         if status not in (0, EXIT_PARTLY):
             raise StepFailed(status)

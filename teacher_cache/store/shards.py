@@ -151,7 +151,7 @@ def _parse(data: bytes, path: str) -> pa.Table:
 
 
 def say_damaged(record: ShardRecord, how: str) -> None:
-    """Tell the user that a committed shard is not what was written."""
+    """Tell the user that a committed shard has changed."""
     say(f"{record.path} is damaged ({how}): its rows are made again")
 
 
