@@ -31,7 +31,6 @@ def url_problem(text: str) -> str | None:
 
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine."""
-
     from ipaddress import ip_address  # only here: --help should be quick
 
     if host == "localhost":

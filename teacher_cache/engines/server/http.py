@@ -91,13 +91,16 @@ class ServerHttp:
 
     def __init__(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._client = httpx.AsyncClient(
-            headers=_authorization(),
-            follow_redirects=False,
-            # no proxy for servers on this machine, whatever the environment says
-            mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
-            # vLLM closes idle connections after 5 s: close ours before, so that none is closed during a request
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+        # no proxy for servers on this machine, whatever the environment says
+        self._near, self._far = (
+            httpx.AsyncClient(
+                headers=_authorization(),
+                follow_redirects=False,
+                trust_env=may_use_proxy,
+                # vLLM closes idle connections after 5 s: close ours before, so that none is closed during a request
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+            )
+            for may_use_proxy in (False, True)
         )
 
     async def ask(
@@ -116,7 +119,8 @@ class ServerHttp:
         longest_s = timeout_s or (_HEALTH_TIMEOUT_S if method == "GET" else _CHECK_TIMEOUT_S)
         timeout = httpx.Timeout(min(longest_s, self._timeout_s), connect=_CONNECT_TIMEOUT_S)
         try:
-            response = await self._client.request(method, server.url + path, json=body, timeout=timeout)
+            client = self._near if is_loopback(httpx.URL(server.url).host) else self._far
+            response = await client.request(method, server.url + path, json=body, timeout=timeout)
         except httpx.RequestError as error:
             unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -146,7 +150,8 @@ class ServerHttp:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        await self._near.aclose()
+        await self._far.aclose()
 
 
 def _authorization() -> dict[str, str]:

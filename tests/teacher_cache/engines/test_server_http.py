@@ -27,13 +27,13 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.9"])
 def test_a_server_on_this_machine_is_asked_without_the_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = f"http://127.0.0.1:{free_port()}"  # a proxy that would refuse
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, nothing)
     monkeypatch.setenv(KEY_VARIABLE, "a-key")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+    with ThreadingHTTPServer((host, 0), Echo) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         (url,) = base_urls([f"http://{host}:{server.server_port}"])
 
