@@ -67,6 +67,8 @@ class Settings(BaseModel):
     title: ClassVar[str] = "Options"
     #: of each of these groups of options at least one is required
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    #: whether the command takes `--config FILE` and `--set KEY=VALUE`
+    from_files: ClassVar[bool] = True
     #: a command line that works, for `--help` and for errors about missing options
     example: ClassVar[str] = ""
 

@@ -21,7 +21,7 @@ from dpkd.pipelines.commands.registry import Command
 _FORM = re.compile(r"(?:([A-Z]+=[\w.]+): )?(.*)", re.DOTALL)
 #: where help texts begin, and the longest list of choices to show as the value, in characters
 _TEXT_COLUMN, _LONG_CHOICE = 26, 50
-#: options of every command that has no `dry_run` of its own: type, declaration, default
+#: options of every command whose other options can come from a file: type, declaration, default
 _GENERAL: dict[str, tuple[Any, Any, Any]] = {
     "config": (
         str | None,
@@ -71,9 +71,10 @@ def add_command(app: typer.Typer, name: str, command: Command) -> None:
     options = command.options_class()
 
     def call(**given: Any) -> int:
-        if "dry_run" in options.model_fields:
+        if not options.from_files:
             return command.run(resolve(options, given))
-        path, settings, dry_run = given.pop("config"), given.pop("set"), given.pop("dry_run")
+        path, settings = given.pop("config"), given.pop("set")
+        dry_run = "dry_run" not in options.model_fields and given.pop("dry_run")
         config = resolve(options, given, path, tuple(settings or ()))
         if not dry_run:
             return command.run(config)
@@ -82,8 +83,8 @@ def add_command(app: typer.Typer, name: str, command: Command) -> None:
         return 0
 
     declared = {key: (*_declaration(options, key), None) for key in options.model_fields}
-    if "dry_run" not in options.model_fields:
-        declared |= _GENERAL
+    if options.from_files:
+        declared = _GENERAL | declared
     parameters = [
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declaration])
         for key, (kind, declaration, default) in declared.items()

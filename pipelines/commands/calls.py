@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpkd.core.progress import say
 from dpkd.pipelines.process import EXIT_PARTLY
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 
 def cache_teacher(config: CacheConfig) -> int:
+    if config.dry_run:
+        from dpkd.teacher_cache.build.cost import estimate_cost
+
+        say(f"the options of dpkd cache-teacher:\n{config.to_toml()}")
+        print(estimate_cost(config).text())
+        return 0
     from dpkd.teacher_cache.build.cache import build_cache
 
     manifest = build_cache(config)

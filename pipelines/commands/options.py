@@ -71,6 +71,7 @@ class RunOptions(Settings):
     """Which recipe to run, with which inputs."""
 
     example: ClassVar[str] = "dpkd run quickstart --dry-run"
+    from_files: ClassVar[bool] = False
 
     recipe: str = Field(
         description="a name that dpkd recipes lists, or a TOML file", json_schema_extra={"positional": "RECIPE"}
@@ -98,6 +99,7 @@ class ReproduceOptions(Settings):
     """Which table or figure to make, from which recipe."""
 
     example: ClassVar[str] = "dpkd reproduce table1 --recipe paper/table1-tiny --dry-run"
+    from_files: ClassVar[bool] = False
 
     artefact: ArtefactName = Field(description="table or figure to make", json_schema_extra={"positional": "ARTEFACT"})
     recipe: str | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
@@ -38,13 +38,7 @@ def build_cache(config: CacheConfig) -> Manifest:
         from dpkd.teacher_cache.build.rounds import build_round
 
         return build_round(config)
-    assert config.data is not None  # checked by the config
-    engine = resolve_engine(config.engine)
-    source = open_examples(config.data)
-    teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
-    check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
-    encoder = PromptEncoder(teacher.tokenizer, config.template)
-    plan = RowPlan(source, encoder, config)
+    engine, source, teacher, encoder, plan = open_inputs(config)
     survey = plan.survey()
     _say_skipped(survey.skipped)
 
@@ -61,6 +55,27 @@ def build_cache(config: CacheConfig) -> Manifest:
             manifest = job.finish([asdict(row) for row in survey.skipped])
     say_complete(f"the cache {config.out}", manifest)
     return manifest
+
+
+class CacheInputs(NamedTuple):
+    """What a cache is made of."""
+
+    engine: ResolvedEngine
+    source: ExampleSource
+    teacher: ModelSource
+    encoder: PromptEncoder
+    plan: RowPlan
+
+
+def open_inputs(config: CacheConfig) -> CacheInputs:
+    """Find and check the data, the teacher and the engine; raises `UserError` for those that cannot be used."""
+    assert config.data is not None  # checked by the config
+    engine = resolve_engine(config.engine)
+    source = open_examples(config.data)
+    teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
+    check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
+    encoder = PromptEncoder(teacher.tokenizer, config.template)
+    return CacheInputs(engine, source, teacher, encoder, RowPlan(source, encoder, config))
 
 
 def _fill(job: Job, plan: RowPlan, origin: Origin, filler: Filler, config: CacheConfig, num_rows: int) -> None:

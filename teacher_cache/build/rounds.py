@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -43,9 +43,40 @@ def build_round(config: CacheConfig) -> Manifest:
     Raises `UserError` if the cache, the teacher or the student is not the one that the round needs.
     """
     cache = TeacherCache.open(config.out)
+    inputs = open_round(cache, config)
+    config, engine, student, teacher = inputs
+    assert config.round is not None  # checked by the config
+    folder = round_folder(cache.folder, config.round)
+    job = Job(folder, ROUND_KIND, _identities(cache, config, engine, student))
+    num_rows = cache.manifest.counts["rows"]
+    with job.opened(config.to_toml(), {"student": num_rows}) as manifest:
+        if manifest is None:
+            sampled, scored = (Job(folder.child(name), name, job.identities) for name in (_SAMPLED, _SCORED))
+            if job.num_done() < num_rows:
+                for part in (sampled, scored):
+                    part.committed = part.ledger.committed()
+                _run_student(cache, sampled, scored, inputs)
+                _run_teacher(cache, sampled, scored, job, engine, config, teacher)
+            manifest = job.finish([])
+            folder.delete(_SAMPLED)
+            folder.delete(_SCORED)
+    say_complete(f"the round {folder}", manifest)
+    return manifest
+
+
+class RoundInputs(NamedTuple):
+    """What a round is made of; `config` has the cache's options."""
+
+    config: CacheConfig
+    engine: ResolvedEngine
+    student: ModelSource
+    teacher: ModelSource
+
+
+def open_round(cache: TeacherCache, config: CacheConfig) -> RoundInputs:
+    """Find and check the models of a round of `cache`; raises `UserError` for those that it cannot use."""
     config = with_cache_options(cache, config)
     assert config.student is not None  # checked by the config
-    assert config.round is not None
     engine = "transformers" if config.teacher_mix else resolve_engine(config.engine)
     if engine == "server":
         raise UserError(
@@ -59,52 +90,33 @@ def build_round(config: CacheConfig) -> Manifest:
     cache.check_tokenizer(student, "student")
     check_engine(engine, teacher, engine_options(config), scores=True)
     check_engine(engine, student, engine_options(config, top_k=0), scores=True)
-
-    folder = round_folder(cache.folder, config.round)
-    job = Job(folder, ROUND_KIND, _identities(cache, config, engine, student))
-    num_rows = cache.manifest.counts["rows"]
-    with job.opened(config.to_toml(), {"student": num_rows}) as manifest:
-        if manifest is None:
-            sampled, scored = (Job(folder.child(name), name, job.identities) for name in (_SAMPLED, _SCORED))
-            if job.num_done() < num_rows:
-                for part in (sampled, scored):
-                    part.committed = part.ledger.committed()
-                _run_student(cache, sampled, scored, engine, config, student, teacher)
-                _run_teacher(cache, sampled, scored, job, engine, config, teacher)
-            manifest = job.finish([])
-            folder.delete(_SAMPLED)
-            folder.delete(_SCORED)
-    say_complete(f"the round {folder}", manifest)
-    return manifest
+    return RoundInputs(config, engine, student, teacher)
 
 
-def _run_student(
-    cache: TeacherCache,
-    sampled: Job,
-    scored: Job,
-    engine: ResolvedEngine,
-    config: CacheConfig,
-    student: ModelSource,
-    teacher: ModelSource,
-) -> None:
+def open_student(inputs: RoundInputs) -> contextlib.AbstractContextManager[Filler]:
+    """The filler with the student loaded, and with the teacher beside it for a mixture of both."""
+    config, engine, student, teacher = inputs
+    options = engine_options(config, top_k=0)
+    if config.teacher_mix is None:
+        return open_filler(engine, student, options, config)
+    from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
+
+    return engine_filler(MixedEngine(student, teacher, options, config.teacher_mix), student)
+
+
+def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundInputs) -> None:
+    config, engine, student, _ = inputs
     num_rows = cache.manifest.counts["rows"]
     to_score = cache.shards("teacher") if config.score_cached else []
     num_scored = sum(record.rows for record in to_score)
     if sampled.num_done() == num_rows and scored.num_done() == num_scored:
         return
     say(f"starting {engine} with the student {config.student}" + (" and the teacher" if config.teacher_mix else ""))
-    drawn, options = sampling(config, student.stop_token_ids()), engine_options(config, top_k=0)
-    opened: contextlib.AbstractContextManager[Filler]
-    if config.teacher_mix is not None:
-        from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
-
-        opened = engine_filler(MixedEngine(student, teacher, options, config.teacher_mix), student)
-    else:
-        opened = open_filler(engine, student, options, config)
-    with opened as filler:
+    drawn = sampling(config, student.stop_token_ids())
+    with open_student(inputs) as filler:
         with Progress("student responses", num_rows, "rows", sampled.num_done()) as progress:
             for origin in cache.origins:
-                filler(sampled, _layout(cache, origin), _rows(cache, origin, config.seed), drawn, progress)
+                filler(sampled, _layout(cache, origin), planned_rows(cache, origin, config.seed), drawn, progress)
         if to_score:
             with Progress("student scores", num_scored, "rows", scored.num_done()) as progress:
                 filler(scored, _layout(cache, "teacher"), _cached_rows(cache), None, progress)
@@ -133,7 +145,7 @@ def _layout(cache: TeacherCache, origin: str) -> ShardLayout:
     return ShardLayout("student", cache.rows_per_shard, stem=origin)
 
 
-def _rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
+def planned_rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
     """One row of the student for each row of the cache, in the cache's order and shards."""
     for number, (_, shard) in enumerate(cache.scan(cache.shards(origin))):
         for i in range(len(shard)):
@@ -145,7 +157,7 @@ def _rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
 
 def _cached_rows(cache: TeacherCache) -> Iterator[PlannedRow]:
     """The cache's teacher responses, for the student to score."""
-    rows = _rows(cache, "teacher", 0)
+    rows = planned_rows(cache, "teacher", 0)
     for _, shard in cache.scan(cache.shards("teacher")):
         for i, planned in enumerate(itertools.islice(rows, len(shard))):
             yield replace(planned, response_ids=shard.row(i).response_ids.tolist())
@@ -155,7 +167,7 @@ def _sampled_rows(
     cache: TeacherCache, sampled: Job, scored: Job, origin: str, config: CacheConfig
 ) -> Iterator[PlannedRow]:
     """The same rows with the student's responses; a row that it could not answer is marked as failed."""
-    rows = _rows(cache, origin, config.seed)
+    rows = planned_rows(cache, origin, config.seed)
     for record in cache.shards(origin):
         drawn = sampled.committed[record.path]
         reasons = {(row["example_id"], row["sample"]): f"the student: {row['reason']}" for row in drawn.failed}

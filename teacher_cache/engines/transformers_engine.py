@@ -34,6 +34,20 @@ _GENERATE_BATCH = 16
 _SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
 
 
+class BatchSizes(NamedTuple):
+    """Requests in a batch that is decoded, and in one that is scored."""
+
+    generated: int
+    scored: int
+
+
+def batch_sizes(device: torch.device, most: int) -> BatchSizes:
+    """The batches of this engine on `device`, where `most` requests may run at the same time."""
+    if device.type == "cpu":
+        return BatchSizes(min(_GENERATE_BATCH, most), min(_SCORE_BATCH, most))
+    return BatchSizes(most, max(most // 4, 1))
+
+
 class TransformersEngine(Engine):
     """A causal language model run by transformers. A response depends on its request and seed alone."""
 
@@ -44,19 +58,17 @@ class TransformersEngine(Engine):
         self._model: Any = model.load(options.dtype).eval()
         self._model.to(self._device)
         self._options = options
-        on_cpu, most = self._device.type == "cpu", options.max_num_seqs
-        self._num_generated = min(_GENERATE_BATCH, most) if on_cpu else most
-        self._num_scored = min(_SCORE_BATCH, most) if on_cpu else max(most // 4, 1)
+        self._batch = batch_sizes(self._device, options.max_num_seqs)
         self.vocab_size = model.vocab_size
 
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, self._num_generated):
+        for batch in _batched(requests, self._batch.generated):
             yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, self._num_scored):
+        for batch in _batched(requests, self._batch.scored):
             yield from self._answered(batch, self._score_batch)
 
     def _answered(

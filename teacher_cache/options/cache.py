@@ -115,7 +115,24 @@ class EngineChoiceOptions(Settings):
         return (value,) if isinstance(value, str) else value
 
 
-class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions):
+class CostOptions(Settings):
+    """What a job would cost. These options are not saved with a cache."""
+
+    title: ClassVar[str] = "Cost"
+
+    dry_run: bool = Field(
+        False, exclude=True, description="run a pilot of a few rows, print what the job would cost, and write nothing"
+    )
+    pilot_rows: int = Field(32, ge=4, exclude=True, description="with --dry-run: rows of the pilot")
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        exclude=True,
+        description="with --dry-run: price of an hour of a GPU, or of this machine; none: unknown",
+    )
+
+
+class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions, CostOptions):
     """What to ask the teacher, and where to cache the answers."""
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("data", "round"),)
@@ -140,6 +157,9 @@ class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineCho
             raise ValueError("--max-top-k needs --top-mass; for a fixed number give --top-k")
         if bool(self.server_url) != (self.engine == "server"):
             raise ValueError("--engine server needs --server-url, and the other way round")
+        for key in ("pilot_rows", "price_per_hour"):
+            if key in self.model_fields_set and not self.dry_run:
+                raise ValueError(f"{self.flag(key)} goes with --dry-run")
         if self.engine_arg and self.engine in ("server", "transformers"):
             raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
         return self

@@ -277,6 +277,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "distill/test_alarms.py": {
         "test_the_released_loss_alone_gives_three_alarms_and_the_run_can_stop": "train: on_alarm",
     },
+    "teacher_cache/build/test_cost.py": {
+        "test_an_estimate_is_near_the_real_job": "cache-teacher: dry_run",
+        "test_the_text_has_hours_sizes_and_price": "cache-teacher: price_per_hour",
+        "test_the_command_prints_the_estimate_and_writes_nothing": "cache-teacher: pilot_rows",
+    },
     "teacher_cache/build/test_rounds.py": {
         "test_the_offset_of_pairs_is_that_of_both_models": "train: offset; cache-teacher: score_cached",
     },

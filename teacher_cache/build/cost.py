@@ -1,0 +1,308 @@
+"""What a cache or a round would cost, from a pilot of a few rows on the real engine; nothing is written to `--out`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpkd.core.devices import choose_device
+from dpkd.core.progress import say
+from dpkd.teacher_cache.build.cache import open_inputs
+from dpkd.teacher_cache.build.filling import Filler, open_filler
+from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
+from dpkd.teacher_cache.build.request import engine_options, sampling
+from dpkd.teacher_cache.build.rounds import open_round, open_student, planned_rows
+from dpkd.teacher_cache.engines.engine import ResolvedEngine, Sampling, ScoreRequest, results_only
+from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
+from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+if TYPE_CHECKING:
+    from dpkd.core.models import ModelSource
+    from dpkd.teacher_cache.store.schema import PlannedRow
+
+Measure = Callable[..., "tuple[Phase, PilotRun]"]
+_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the job: one kind of rows through one engine.
+
+    Attributes:
+        start_s: seconds until the engine was ready; 0 where an earlier phase started it.
+        seconds: for the rows, without the start.
+        generated: response tokens that the phase decodes; 0 where it scores given ones.
+        prompt_tokens: tokens of all prompts.
+        num_bytes: size of the shards; 0 where they are not kept.
+        relative_error: 95% interval of the tokens of a row, as a share.
+    """
+
+    label: str
+    num_rows: int
+    start_s: float
+    seconds: float
+    generated: float
+    prompt_tokens: float
+    num_bytes: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """The cost of a whole job.
+
+    Attributes:
+        devices: GPUs that it takes, or machines without one.
+        survey_s: seconds for reading and tokenising the data, measured in full.
+        live_epoch_s: seconds of a live teacher for one epoch on these rows (a forward pass each, by transformers on one
+            device); None where it was not measured, for `no_live_reason`.
+        teacher_bytes: memory of the teacher's weights, which a live teacher would take beside the student.
+    """
+
+    out: str
+    engine: ResolvedEngine
+    device: str
+    devices: int
+    num_skipped: int
+    survey_s: float
+    phases: list[Phase]
+    live_epoch_s: float | None = None
+    no_live_reason: str = ""
+    teacher_bytes: int | None = None
+    price_per_hour: float | None = None
+    pilot_rows: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the finished cache or round."""
+        return sum(phase.num_rows for phase in self.phases if phase.num_bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the job."""
+        return self.survey_s + sum(phase.start_s + phase.seconds for phase in self.phases)
+
+    @property
+    def margin_s(self) -> float:
+        """Half the width of the 95% interval of `seconds`, from the spread of the pilot's lengths."""
+        return sum(phase.seconds * phase.relative_error for phase in self.phases)
+
+    @property
+    def num_bytes(self) -> float:
+        """Size of the finished cache or round."""
+        return sum(phase.num_bytes for phase in self.phases)
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of one device: wall time times `devices`."""
+        return self.seconds * self.devices / 3600
+
+    @property
+    def live_runs(self) -> int | None:
+        """After how many epochs of students a live teacher has cost as much time as this job."""
+        return None if not self.live_epoch_s else max(math.ceil(self.seconds / self.live_epoch_s), 1)
+
+    def text(self) -> str:
+        """The cost in lines for the terminal."""
+        generated = sum(phase.generated for phase in self.phases)
+        prompts = sum(phase.prompt_tokens for phase in self.phases)
+        skipped = f", {self.num_skipped} rows of the data are skipped" if self.num_skipped else ""
+        unit = "GPU hours" if self.device == "cuda" else "hours of this machine"
+        if self.engine == "server":
+            unit = "server hours"
+        low, high = (_duration(self.seconds + sign * self.margin_s) for sign in (-1, 1))
+        lines = [
+            f"estimate for {self.out}, from a pilot of {self.pilot_rows} rows ({self.engine} on {self.device}):",
+            f"  rows      {self.num_rows:,}{skipped}",
+            f"  tokens    {_thousands(generated)} generated, {_thousands(prompts)} of prompts",
+            f"  time      {_duration(self.seconds)} ({low} to {high}): {self.device_hours:.2g} {unit}",
+            *(
+                f"            {phase.label}: {_duration(phase.seconds)}"
+                + (f", after {_duration(phase.start_s)} to start" if phase.start_s else "")
+                for phase in self.phases
+            ),
+            f"  disk      {_bytes(self.num_bytes)}",
+        ]
+        if self.price_per_hour is not None:
+            lines.append(f"  price     {self.device_hours * self.price_per_hour:,.2f}")
+        return "\n".join([*lines, *self._live_lines()])
+
+    def _live_lines(self) -> list[str]:
+        if self.live_epoch_s is None or self.live_runs is None:
+            return [f"  live teacher: not measured, {self.no_live_reason}"]
+        memory = "" if self.teacher_bytes is None else f" and {_bytes(self.teacher_bytes)} of memory for its weights"
+        after = "1 student run" if self.live_runs == 1 else f"{self.live_runs:,} student runs"
+        return [
+            f"  live teacher in the training step: {_duration(self.live_epoch_s)} an epoch{memory};",
+            f"            the cache is cheaper after {after} of one epoch",
+        ]
+
+
+def estimate_cost(config: CacheConfig) -> CacheCost:
+    """What `build_cache(config)` would cost: runs `config.pilot_rows` rows for real, in a temporary directory.
+
+    Raises `UserError` as `build_cache` does for options, data and models that cannot be used.
+    """
+    return _of_cache(config) if config.round is None else _of_round(config)
+
+
+def _of_cache(config: CacheConfig) -> CacheCost:
+    started_s = time.monotonic()
+    inputs = open_inputs(config)
+    survey = inputs.plan.survey()
+    survey_s = time.monotonic() - started_s
+    phases, scored = [], []
+    options = engine_options(config)
+    with _opened(config, partial(open_filler, inputs.engine, inputs.teacher, options, config)) as measure:
+        for origin in inputs.plan.origins:
+            drawn = sampling(config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
+            label = "teacher responses" if drawn else "teacher scores of references"
+            phase, run = measure(label, inputs.plan.rows(origin), survey.num_rows[origin], drawn)
+            phases.append(phase)
+            scored.append((run, survey.num_rows[origin]))
+    live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored)
+    return _cost(config, inputs.engine, inputs.teacher, len(survey.skipped), survey_s, phases, live_s, reason)
+
+
+def _of_round(config: CacheConfig) -> CacheCost:
+    started_s = time.monotonic()
+    cache = TeacherCache.open(config.out)
+    inputs = open_round(cache, config)
+    config, num_rows = inputs.config, cache.manifest.counts["rows"]
+    survey_s = time.monotonic() - started_s
+    rows = itertools.chain.from_iterable(planned_rows(cache, origin, config.seed) for origin in cache.origins)
+    drawn = sampling(config, inputs.student.stop_token_ids())
+    with _opened(config, partial(open_student, inputs)) as measure:
+        phase, run = measure("student responses", rows, num_rows, drawn)
+    phases = [replace(phase, num_bytes=0)]  # deleted at the end
+    teacher = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
+    with _opened(config, teacher) as measure:
+        phase, _ = measure("teacher scores", iter(run.rows), len(run.rows), None, num_rows)
+    reason = "because it would answer for responses that the student draws in every step"
+    return _cost(config, inputs.engine, inputs.teacher, 0, survey_s, [*phases, phase], None, reason)
+
+
+@contextlib.contextmanager
+def _opened(config: CacheConfig, start: Callable[[], AbstractContextManager[Filler]]) -> Iterator[Measure]:
+    """A function that runs rows on the engine that `start` starts, and gives their phase and pilot run."""
+    say("pilot: starting the engine")
+    started_s = time.monotonic()
+    with start() as filler, tempfile.TemporaryDirectory(prefix="dpkd-pilot-") as directory:
+        start_s = time.monotonic() - started_s
+
+        def measure(
+            label: str, rows: Iterator[PlannedRow], num_given: int, drawn: Sampling | None, of: int | None = None
+        ) -> tuple[Phase, PilotRun]:
+            nonlocal start_s
+            num_rows = num_given if of is None else of
+            run = run_pilot(filler, rows, num_given, config.pilot_rows, drawn, Path(directory, label))
+            slots, share = _slots(config), num_rows / len(run.rows)
+            phase = Phase(
+                label,
+                num_rows,
+                start_s,
+                run.seconds(num_rows, slots, drawn=drawn is not None),
+                float(run.response_lengths_N.sum()) * share if drawn else 0.0,
+                float(run.prompt_lengths_N.sum()) * share,
+                run.num_bytes * share,
+                run.relative_error,
+            )
+            start_s = 0.0
+            return phase, run
+
+        yield measure
+
+
+def _slots(config: CacheConfig) -> Slots:
+    engine = resolve_engine(config.engine)
+    if engine == "transformers" or config.teacher_mix:
+        return Slots(batch_sizes(choose_device(config.device), config.max_num_seqs).generated, refilled=False)
+    return Slots(config.max_num_seqs * max(len(config.server_url), config.ray_replicas))
+
+
+def _live_epoch(
+    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, scored: list[tuple[PilotRun, int]]
+) -> tuple[float | None, str]:
+    """Seconds of a live teacher for an epoch on these rows: a forward pass of each by transformers. None: why not."""
+    if engine == "server":
+        return None, "because the teacher is on a server"
+    if _num_devices(config) > 1:
+        return None, "because the teacher takes more than one device"
+    say("pilot: timing a live teacher on the same rows")
+    seconds = 0.0
+    with open_engine("transformers", teacher, engine_options(config, top_k=0)) as live:
+        for run, num_rows in scored:
+            requests = [
+                ScoreRequest(index, row.prompt_ids, row.response_ids or ()) for index, row in enumerate(run.rows)
+            ]
+            for _ in results_only(live.score(iter(requests[:2]))):  # kernels are chosen
+                pass
+            started_s = time.monotonic()
+            answered = sum(1 for _ in results_only(live.score(iter(requests))))
+            seconds += (time.monotonic() - started_s) * num_rows / answered
+    return seconds, ""
+
+
+def _num_devices(config: CacheConfig) -> int:
+    if config.engine == "server":
+        return len(config.server_url)
+    per_replica = math.prod(int(config.engine_arg.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
+    return per_replica * (config.ray_replicas if config.engine == "ray" else 1)
+
+
+def _cost(
+    config: CacheConfig,
+    engine: ResolvedEngine,
+    teacher: ModelSource,
+    num_skipped: int,
+    survey_s: float,
+    phases: list[Phase],
+    live_epoch_s: float | None,
+    no_live_reason: str,
+) -> CacheCost:
+    parameters = teacher.num_parameters
+    return CacheCost(
+        out=config.out if config.round is None else f"the round {config.round} of {config.out}",
+        engine=engine,
+        device="server" if engine == "server" else choose_device(config.device).type,
+        devices=_num_devices(config),
+        num_skipped=num_skipped,
+        survey_s=survey_s,
+        phases=phases,
+        live_epoch_s=live_epoch_s,
+        no_live_reason=no_live_reason,
+        teacher_bytes=None if parameters is None else parameters * _BYTES_OF_DTYPE[config.dtype],
+        price_per_hour=config.price_per_hour,
+        pilot_rows=config.pilot_rows,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """`seconds` to two or three digits: 41 s, 3.5 min, 12.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(seconds, 0):.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value / 1e3:.0f} kB"
+
+
+def _thousands(value: float) -> str:
+    """Three significant digits: a count that was estimated."""
+    return f"{float(f'{value:.3g}'):,.0f}"
