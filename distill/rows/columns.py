@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
-from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord
+from dpkd.teacher_cache.store.shards import ShardRecord, repair_advice
 
 
 def read_example_ids(folder: Folder, record: ShardRecord) -> list[str]:
@@ -47,13 +47,13 @@ def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> p
 
     Raises `UserError` when the shard is missing or is not Parquet with these columns.
     """
-    where = folder.where(record.path)
+    where, advice = folder.where(record.path), repair_advice(folder, of_round=record.origin == "student")
     try:
         if isinstance(folder, LocalFolder):
             with pa.memory_map(where) as file:
                 return pq.read_table(file, columns=list(names))
         return pq.read_table(pa.BufferReader(folder.read(record.path)), columns=list(names))
     except FileNotFoundError:
-        raise UserError("a shard of the cache is missing", where=where, advice=REBUILD) from None
+        raise UserError("a shard of the cache is missing", where=where, advice=advice) from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"a shard of the cache cannot be read: {error}", where=where, advice=REBUILD) from None
+        raise UserError(f"a shard of the cache cannot be read: {error}", where=where, advice=advice) from None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dpkd.evaluate.options.eval import EvalConfig
     from dpkd.evaluate.options.judge import JudgeConfig
     from dpkd.evaluate.options.merge import MergeConfig
-    from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, VerifyOptions
+    from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, RepairOptions, VerifyOptions
     from dpkd.teacher_cache.options.cache import CacheConfig
 
 
@@ -91,6 +91,21 @@ def verify(config: VerifyOptions) -> None:
 
     counts = verify_cache(config.location)
     print(f"{config.location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
+
+
+def repair(config: RepairOptions) -> None:
+    from dpkd.teacher_cache.build.repair import repair_cache
+
+    done = repair_cache(config.location)
+    if not done.bad:
+        print(f"{config.location}: all {done.shards} shards are sound: nothing to repair")
+        return
+    print(f"{config.location}: {done.bad} of {done.shards} shards repaired")
+    if done.different:
+        print(
+            f"{done.different} of them have other bytes than the lost ones, because the engine's numbers depend on the "
+            "batch or the software: the manifest has their new checksums"
+        )
 
 
 def describe(config: InfoOptions) -> None:

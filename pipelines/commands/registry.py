@@ -104,6 +104,10 @@ COMMANDS: dict[str, Command] = {
             "teacher_cache.options.audit:VerifyOptions", f"{_CALLS}:verify",
         ),
         Command(
+            "cache repair", "Make the bad shards of a finished cache and its rounds again.",
+            "teacher_cache.options.audit:RepairOptions", f"{_CALLS}:repair",
+        ),
+        Command(
             "cache fidelity", "Compare a cache with its live teacher.",
             "teacher_cache.options.audit:FidelityConfig", f"{_CALLS}:compare_with_teacher",
         ),

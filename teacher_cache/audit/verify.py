@@ -11,6 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.manifest import changed_files
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, ShardRows
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shards
@@ -34,6 +35,13 @@ def verify_cache(location: str | Path) -> dict[str, int]:
                 _check_unique(seen, shard, record, folder)
                 if manifest is not cache.manifest:
                     _check_same_rows(cache.read(ours), shard, folder.where(record.path))
+    for folder, manifest in parts:
+        for name in changed_files(folder, manifest):
+            raise UserError(
+                "a file of the cache is not as it was when the cache was built (checksum mismatch)",
+                where=folder.where(name),
+                advice="All rows are sound. Restore the file if you still need to know the options",
+            )
     return {
         "rows": num_rows,
         "shards": sum(len(manifest.shards) for _, manifest in parts),

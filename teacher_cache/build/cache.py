@@ -13,7 +13,7 @@ from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import Filler, open_filler
-from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.build.plan import RowPlan, Survey
 from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
@@ -38,23 +38,27 @@ def build_cache(config: CacheConfig) -> Manifest:
         from dpkd.teacher_cache.build.rounds import build_round
 
         return build_round(config)
-    engine, source, teacher, encoder, plan = open_inputs(config)
-    survey = plan.survey()
+    inputs = open_inputs(config)
+    survey = inputs.plan.survey()
     _say_skipped(survey.skipped)
-
-    job = Job(open_folder(config.out), CACHE_KIND, _identities(config, engine, teacher, encoder, source))
-    job.check_source = source.check_unchanged
+    job = Job(open_folder(config.out), CACHE_KIND, cache_identities(config, inputs))
+    job.check_source = inputs.source.check_unchanged
     with job.opened(config.to_toml(), survey.num_rows) as manifest:
         if manifest is None:
-            if job.num_done() < sum(survey.num_rows.values()):
-                say(f"starting {engine} with the teacher {config.teacher}")
-                with open_filler(engine, teacher, engine_options(config), config) as filler:
-                    for origin in plan.origins:
-                        _fill(job, plan, origin, filler, config, survey.num_rows[origin])
-            source.check_unchanged(content=True)
+            fill_cache(config, inputs, survey, job)
             manifest = job.finish([asdict(row) for row in survey.skipped])
     say_complete(f"the cache {config.out}", manifest)
     return manifest
+
+
+def fill_cache(config: CacheConfig, inputs: CacheInputs, survey: Survey, job: Job) -> None:
+    """Commit every shard that is missing in `job`; raises `UserError` if the data changed meanwhile."""
+    if job.num_done() < sum(survey.num_rows.values()):
+        say(f"starting {inputs.engine} with the teacher {config.teacher}")
+        with open_filler(inputs.engine, inputs.teacher, engine_options(config), config) as filler:
+            for origin in inputs.plan.origins:
+                _fill(job, inputs.plan, origin, filler, config, survey.num_rows[origin])
+    inputs.source.check_unchanged(content=True)
 
 
 class CacheInputs(NamedTuple):
@@ -88,9 +92,9 @@ def _fill(job: Job, plan: RowPlan, origin: Origin, filler: Filler, config: Cache
         filler(job, ShardLayout(origin, config.rows_per_shard, stem=origin), plan.rows(origin), drawn, progress)
 
 
-def _identities(
-    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, encoder: PromptEncoder, source: ExampleSource
-) -> dict[str, Any]:
+def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]:
+    """What the cache's manifest says that it is."""
+    engine, source, teacher, encoder, _ = inputs
     return {
         "teacher": teacher.identity(config.dtype),
         "tokenizer": teacher.tokenizer_identity(),

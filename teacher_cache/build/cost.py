@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import tempfile
 import time
@@ -181,7 +180,7 @@ def _of_round(config: CacheConfig) -> CacheCost:
     inputs = open_round(cache, config)
     config, num_rows = inputs.config, cache.manifest.counts["rows"]
     survey_s = time.monotonic() - started_s
-    rows = itertools.chain.from_iterable(planned_rows(cache, origin, config.seed) for origin in cache.origins)
+    rows = planned_rows(cache, cache.shards(), config.seed)
     drawn = sampling(config, inputs.student.stop_token_ids())
     with _opened(config, partial(open_student, inputs)) as measure:
         phase, run = measure("student responses", rows, num_rows, drawn)

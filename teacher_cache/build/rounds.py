@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,24 +44,33 @@ def build_round(config: CacheConfig) -> Manifest:
     """
     cache = TeacherCache.open(config.out)
     inputs = open_round(cache, config)
-    config, engine, student, teacher = inputs
+    config = inputs.config
     assert config.round is not None  # checked by the config
-    folder = round_folder(cache.folder, config.round)
-    job = Job(folder, ROUND_KIND, _identities(cache, config, engine, student))
-    num_rows = cache.manifest.counts["rows"]
-    with job.opened(config.to_toml(), {"student": num_rows}) as manifest:
+    job = Job(round_folder(cache.folder, config.round), ROUND_KIND, round_identities(cache, inputs))
+    with job.opened(config.to_toml(), {"student": cache.manifest.counts["rows"]}) as manifest:
         if manifest is None:
-            sampled, scored = (Job(folder.child(name), name, job.identities) for name in (_SAMPLED, _SCORED))
-            if job.num_done() < num_rows:
-                for part in (sampled, scored):
-                    part.committed = part.ledger.committed()
-                _run_student(cache, sampled, scored, inputs)
-                _run_teacher(cache, sampled, scored, job, engine, config, teacher)
+            fill_round(cache, inputs, job)
             manifest = job.finish([])
-            folder.delete(_SAMPLED)
-            folder.delete(_SCORED)
-    say_complete(f"the round {folder}", manifest)
+            discard_stages(job)
+    say_complete(f"the round {job.folder}", manifest)
     return manifest
+
+
+def fill_round(cache: TeacherCache, inputs: RoundInputs, job: Job) -> None:
+    """Commit every shard of the round that is missing in `job`."""
+    if job.num_done() == cache.manifest.counts["rows"]:
+        return
+    to_score = {record.path for record in cache.shards("teacher")} if inputs.config.score_cached else set()
+    sampled = job.part(_SAMPLED, job.committed)
+    scored = job.part(_SCORED, {path: record for path, record in job.committed.items() if path in to_score})
+    _run_student(cache, sampled, scored, inputs)
+    _run_teacher(cache, sampled, scored, job, inputs)
+
+
+def discard_stages(job: Job) -> None:
+    """Delete what only `fill_round` needs."""
+    job.folder.delete(_SAMPLED)
+    job.folder.delete(_SCORED)
 
 
 class RoundInputs(NamedTuple):
@@ -116,28 +125,23 @@ def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundIn
     with open_student(inputs) as filler:
         with Progress("student responses", num_rows, "rows", sampled.num_done()) as progress:
             for origin in cache.origins:
-                filler(sampled, _layout(cache, origin), planned_rows(cache, origin, config.seed), drawn, progress)
+                rows = planned_rows(cache, _missing(cache, origin, sampled), config.seed)
+                filler(sampled, _layout(cache, origin), rows, drawn, progress)
         if to_score:
             with Progress("student scores", num_scored, "rows", scored.num_done()) as progress:
-                filler(scored, _layout(cache, "teacher"), _cached_rows(cache), None, progress)
+                rows = _cached_rows(cache, _missing(cache, "teacher", scored))
+                filler(scored, _layout(cache, "teacher"), rows, None, progress)
 
 
-def _run_teacher(
-    cache: TeacherCache,
-    sampled: Job,
-    scored: Job,
-    job: Job,
-    engine: ResolvedEngine,
-    config: CacheConfig,
-    teacher: ModelSource,
-) -> None:
+def _run_teacher(cache: TeacherCache, sampled: Job, scored: Job, job: Job, inputs: RoundInputs) -> None:
+    config, engine, _, teacher = inputs
     say(f"starting {engine} with the teacher {config.teacher}")
     with (
         open_filler(engine, teacher, engine_options(config), config) as filler,
         Progress("teacher scores", cache.manifest.counts["rows"], "rows", job.num_done()) as progress,
     ):
         for origin in cache.origins:
-            rows = _sampled_rows(cache, sampled, scored, origin, config)
+            rows = _sampled_rows(cache, sampled, scored, _missing(cache, origin, job), config)
             filler(job, _layout(cache, origin), rows, None, progress)
 
 
@@ -145,35 +149,41 @@ def _layout(cache: TeacherCache, origin: str) -> ShardLayout:
     return ShardLayout("student", cache.rows_per_shard, stem=origin)
 
 
-def planned_rows(cache: TeacherCache, origin: str, seed: int) -> Iterator[PlannedRow]:
-    """One row of the student for each row of the cache, in the cache's order and shards."""
-    for number, (_, shard) in enumerate(cache.scan(cache.shards(origin))):
+def _missing(cache: TeacherCache, origin: str, job: Job) -> list[ShardRecord]:
+    """The cache's shards of `origin` that `job` has not committed."""
+    return [record for record in cache.shards(origin) if record.path not in job.committed]
+
+
+def planned_rows(cache: TeacherCache, shards: Sequence[ShardRecord], seed: int) -> Iterator[PlannedRow]:
+    """One row of the student for each row of these shards of the cache, in the cache's order."""
+    numbers = {record.path: number for origin in cache.origins for number, record in enumerate(cache.shards(origin))}
+    for record, shard in cache.scan(shards):
         for i in range(len(shard)):
             row, (prompt, _) = shard.row(i), shard.texts(i)
-            row_seed = request_seed(seed, f"{origin}/{row.example_id}", row.sample)
-            index = number * cache.rows_per_shard + i
+            row_seed = request_seed(seed, f"{record.origin}/{row.example_id}", row.sample)
+            index = numbers[record.path] * cache.rows_per_shard + i
             yield PlannedRow(index, row.example_id, row.sample, "student", prompt, row.prompt_ids.tolist(), row_seed)
 
 
-def _cached_rows(cache: TeacherCache) -> Iterator[PlannedRow]:
-    """The cache's teacher responses, for the student to score."""
-    rows = planned_rows(cache, "teacher", 0)
-    for _, shard in cache.scan(cache.shards("teacher")):
+def _cached_rows(cache: TeacherCache, shards: Sequence[ShardRecord]) -> Iterator[PlannedRow]:
+    """The teacher responses of these shards of the cache, for the student to score."""
+    rows = planned_rows(cache, shards, 0)
+    for _, shard in cache.scan(shards):
         for i, planned in enumerate(itertools.islice(rows, len(shard))):
             yield replace(planned, response_ids=shard.row(i).response_ids.tolist())
 
 
 def _sampled_rows(
-    cache: TeacherCache, sampled: Job, scored: Job, origin: str, config: CacheConfig
+    cache: TeacherCache, sampled: Job, scored: Job, shards: Sequence[ShardRecord], config: CacheConfig
 ) -> Iterator[PlannedRow]:
     """The same rows with the student's responses; a row that it could not answer is marked as failed."""
-    rows = planned_rows(cache, origin, config.seed)
-    for record in cache.shards(origin):
+    rows = planned_rows(cache, shards, config.seed)
+    for record in shards:
         drawn = sampled.committed[record.path]
         reasons = {(row["example_id"], row["sample"]): f"the student: {row['reason']}" for row in drawn.failed}
         shard = read_shard(sampled.folder, drawn)
         of_cached = None
-        if config.score_cached and origin == "teacher":
+        if config.score_cached and record.origin == "teacher":
             of_cached = _sampling_logprobs_of_cached(cache, scored, record, config.teacher_mix)
         for planned in itertools.islice(rows, record.rows):
             key = (planned.example_id, planned.sample)
@@ -214,9 +224,9 @@ def _sampling_logprobs_of_cached(
     return sums
 
 
-def _identities(
-    cache: TeacherCache, config: CacheConfig, engine: ResolvedEngine, student: ModelSource
-) -> dict[str, Any]:
+def round_identities(cache: TeacherCache, inputs: RoundInputs) -> dict[str, Any]:
+    """What the round's manifest says that it is."""
+    config, engine, student, _ = inputs
     return {
         "cache": cache.manifest.fingerprint,
         "student": student.identity(config.dtype),

@@ -1,4 +1,4 @@
-"""Options of `dpkd cache info`, `verify` and `fidelity`. Imports nothing heavy: `--help` reads it."""
+"""Options of `dpkd cache info`, `verify`, `repair` and `fidelity`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
@@ -48,4 +48,15 @@ class VerifyOptions(Settings):
 
     location: Location = Field(
         description="directory or URL of a finished cache", json_schema_extra={"positional": "CACHE"}
+    )
+
+
+class RepairOptions(Settings):
+    """Which cache to repair."""
+
+    example: ClassVar[str] = "dpkd cache repair cache"
+
+    location: Location = Field(
+        description="directory or URL of a finished cache; models and data must be where they were when it was built",
+        json_schema_extra={"positional": "CACHE"},
     )

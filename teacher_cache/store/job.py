@@ -73,13 +73,28 @@ class Job:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
         self.folder.write("dpkd.toml", config_toml.encode())
         self._num_rows = dict(num_rows)
-        self.committed = self.ledger.committed()
+        self.committed = self._sound_shards()
+
+    def _sound_shards(self) -> dict[str, ShardRecord]:
+        """The committed shards that are as they were committed, by path."""
+        committed = self.ledger.committed()
         if isinstance(self.folder, LocalFolder):
             # an object store checks what it keeps; on a disk, a shard can change while no job runs
-            for path, record in list(self.committed.items()):
+            for path, record in list(committed.items()):
                 if file_sha256(self.folder.path / path) != record.sha256:
                     say_damaged(record, "checksum mismatch")
-                    del self.committed[path]
+                    del committed[path]
+        return committed
+
+    def part(self, name: str, done: Mapping[str, ShardRecord]) -> Job:
+        """An earlier stage of this job, in a folder of its own under the same lock.
+
+        The shards `done` need nothing of it any more, and count as committed.
+        """
+        part = Job(self.folder.child(name), name, self.identities)
+        part._lock = self._lock
+        part.committed = {**done, **part._sound_shards()}
+        return part
 
     def _refuse_other(self, existing: dict[str, Any], what: str) -> None:
         if changed := differences(existing, self.identities):
@@ -127,24 +142,7 @@ class Job:
         or the rows are not those that were planned.
         """
         self._check_hold()
-        sizes = self.folder.sizes("shards")
-        for path, record in sorted(self.committed.items()):
-            if sizes.get(path) != record.num_bytes:
-                raise UserError(
-                    "a shard changed while the job ran",
-                    found=f"{sizes[path]} bytes" if path in sizes else "no file",
-                    expected=f"{record.num_bytes} bytes",
-                    where=self.folder.where(path),
-                    advice="Run the same command again: it makes the shard again",
-                )
-        stored = self.ledger.committed()
-        if changed := [path for path, record in sorted(self.committed.items()) if stored.get(path) != record]:
-            raise UserError(
-                "the record of a shard changed while the job ran",
-                found=changed[0],
-                where=self.folder,
-                advice="Find out what else writes to the directory, then run the same command again",
-            )
+        self._check_stored()
         rows: dict[str, int] = dict.fromkeys(self._num_rows, 0)
         for record in self.committed.values():
             rows[record.origin] = rows.get(record.origin, 0) + record.num_settled
@@ -168,6 +166,27 @@ class Job:
         self.folder.write(MANIFEST, manifest.to_bytes())
         self._clean_up()
         return manifest
+
+    def _check_stored(self) -> None:
+        """Raise `UserError` unless shards and records are in the folder as this process knows them."""
+        sizes = self.folder.sizes("shards")
+        for path, record in sorted(self.committed.items()):
+            if sizes.get(path) != record.num_bytes:
+                raise UserError(
+                    "a shard changed while the job ran",
+                    found=f"{sizes[path]} bytes" if path in sizes else "no file",
+                    expected=f"{record.num_bytes} bytes",
+                    where=self.folder.where(path),
+                    advice="Run the same command again: it makes the shard again",
+                )
+        stored = self.ledger.committed(sizes=sizes)
+        if changed := [path for path, record in sorted(self.committed.items()) if stored.get(path) != record]:
+            raise UserError(
+                "the record of a shard changed while the job ran",
+                found=changed[0],
+                where=self.folder,
+                advice="Find out what else writes to the directory, then run the same command again",
+            )
 
     def _clean_up(self) -> None:
         self.ledger.discard()

@@ -10,12 +10,14 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
-from dpkd.teacher_cache.store.shards import REBUILD, ShardRecord
+from dpkd.teacher_cache.store.shards import ShardRecord, newer_dpkd, refuse_newer_fields, repair_advice
 
 MANIFEST = "manifest.json"
 _FIELDS = ("kind", "identities", "skipped", "files", "software", "format_version")
+_DERIVED = ("fingerprint", "counts", "mass_kept", "skipped_by_reason")
 
 
 @dataclass(frozen=True)
@@ -94,53 +96,11 @@ class Manifest:
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:
-    """The manifest of a finished folder; raises `UserError` if it is missing, corrupt, or of another format or kind."""
-    path = folder.where(MANIFEST)
-    try:
-        data = folder.read(MANIFEST)
-    except FileNotFoundError:
-        if not folder.sizes():
-            raise UserError(
-                "the cache directory is missing", where=folder, advice="Build it with `dpkd cache-teacher`"
-            ) from None
-        unfinished = folder.exists("job.json")
-        raise UserError(
-            "the cache is unfinished: it has no manifest"
-            if unfinished
-            else "the directory is not a cache: it has no manifest",
-            where=folder,
-            advice="Run the same `dpkd cache-teacher` command again: it resumes"
-            if unfinished
-            else "Give the --out of a finished `dpkd cache-teacher`",
-        ) from None
-    try:
-        body = json.loads(data)
-        version = body["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UserError(
-                "the cache has a newer format",
-                found=f"version {version}",
-                expected=f"at most {FORMAT_VERSION}",
-                where=path,
-                advice="Install a newer dpkd",
-            )
-        recorded = body.pop("manifest_sha256")
-        intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
-        if intact:
-            fields = {key: body[key] for key in _FIELDS}
-            manifest = Manifest(shards=[ShardRecord(**record) for record in body["shards"]], **fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise UserError("the manifest is corrupt (checksum mismatch)", where=path, advice=REBUILD)
-    if manifest.kind != kind:
-        raise UserError("the directory contains something else", found=manifest.kind, expected=kind, where=path)
-    _check_files(folder, manifest)
-    return manifest
+    """The manifest of a finished folder whose shards have the right sizes; raises `UserError` if it cannot be used.
 
-
-def _check_files(folder: Folder, manifest: Manifest) -> None:
-    """Check the sizes of the shards and the checksums of the small files, without reading the shards."""
+    Options that were edited are a warning: no command but `dpkd cache repair` reads them.
+    """
+    manifest = load_manifest(folder, kind)
     sizes = folder.sizes("shards")
     for shard in manifest.shards:
         size = sizes.get(shard.path)
@@ -150,16 +110,56 @@ def _check_files(folder: Folder, manifest: Manifest) -> None:
                 found="no file" if size is None else f"{size} bytes",
                 expected=f"{shard.num_bytes} bytes",
                 where=folder.where(shard.path),
-                advice=REBUILD,
+                advice=repair_advice(folder, of_round=shard.origin == "student"),
             )
+    for name in changed_files(folder, manifest):
+        say(f"warning: {folder.where(name)} is not as it was when the cache was built; its rows are not affected")
+    return manifest
+
+
+def changed_files(folder: Folder, manifest: Manifest) -> list[str]:
+    """Names of the files other than shards that are missing or have another checksum."""
     contents = folder.read_many(manifest.files)
-    for name, digest in manifest.files.items():
-        actual = hashlib.sha256(contents[name]).hexdigest() if name in contents else "no file"
-        if actual != digest:
-            raise UserError(
-                "a file of the cache is corrupt (checksum mismatch)",
-                found=actual[:16],
-                expected=digest[:16],
-                where=folder.where(name),
-                advice=REBUILD,
-            )
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return [name for name, digest in manifest.files.items() if digests.get(name) != digest]
+
+
+def load_manifest(folder: Folder, kind: str) -> Manifest:
+    """The manifest alone; raises `UserError` if it is missing, corrupt, or of another format or kind."""
+    path = folder.where(MANIFEST)
+    try:
+        data = folder.read(MANIFEST)
+    except FileNotFoundError:
+        raise _without_manifest(folder) from None
+    try:
+        body = json.loads(data)
+        version = body["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise newer_dpkd(f"format version {version}", f"at most {FORMAT_VERSION}", path)
+        recorded = body.pop("manifest_sha256")
+        intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
+        if intact:
+            refuse_newer_fields(body, [*_FIELDS, *_DERIVED, "shards"], path)
+            shards = [ShardRecord.from_json(record, path) for record in body["shards"]]
+            manifest = Manifest(shards=shards, **{key: body[key] for key in _FIELDS})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise UserError(
+            "the manifest is corrupt (checksum mismatch)",
+            where=path,
+            advice="Restore the file, or delete the directory and build it again with `dpkd cache-teacher`",
+        )
+    if manifest.kind != kind:
+        raise UserError("the directory contains something else", found=manifest.kind, expected=kind, where=path)
+    return manifest
+
+
+def _without_manifest(folder: Folder) -> UserError:
+    if not folder.sizes():
+        return UserError("the cache directory is missing", where=folder, advice="Build it with `dpkd cache-teacher`")
+    if folder.exists("job.json"):
+        what, advice = "the cache is unfinished", "Run the same `dpkd cache-teacher` command again: it resumes"
+    else:
+        what, advice = "the directory is not a cache", "Give the --out of a finished `dpkd cache-teacher`"
+    return UserError(f"{what}: it has no manifest", where=folder, advice=advice)

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import re
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,35 @@ class ShardRecord:
     def num_settled(self) -> int:
         """Rows of the shard, plus the failed ones."""
         return self.rows + len(self.failed)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> ShardRecord:
+        """The record in a manifest or ledger at `where`; raises `UserError` for fields of a newer version."""
+        refuse_newer_fields(values, [field.name for field in fields(cls)], where)
+        return cls(**values)
+
+
+def refuse_newer_fields(values: Collection[str], known: Collection[str], where: object) -> None:
+    """Raise `UserError` if `values` has a field that is not `known`: only a newer dpkd can have written it."""
+    if newer := sorted(set(values) - set(known)):
+        raise newer_dpkd(f"the field {', '.join(newer)}", "only fields that this version knows", where)
+
+
+def newer_dpkd(found: str, expected: str, where: object) -> UserError:
+    """The error for something that only a newer version can read."""
+    return UserError(
+        "the cache was made by a newer dpkd",
+        found=found,
+        expected=expected,
+        where=where,
+        advice="Install that version: `pip install --upgrade dpkd`",
+    )
+
+
+def repair_advice(folder: Folder, *, of_round: bool) -> str:
+    """What to do about a bad shard in `folder`, which is that of a cache or of its round."""
+    cache = re.sub("/rounds/[^/]+$", "", str(folder)) if of_round else str(folder)
+    return f"Run `dpkd cache repair {shlex.quote(cache)}`: it makes only the bad shards again"
 
 
 def encode_shard(
@@ -118,10 +149,11 @@ def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tupl
 def check_shard(folder: Folder, record: ShardRecord) -> bytes:
     """The bytes of a shard; raises `UserError` if they are missing or not those that were committed."""
     path = folder.where(record.path)
+    advice = repair_advice(folder, of_round=record.origin == "student")
     try:
         data = folder.read(record.path)
     except FileNotFoundError:
-        raise UserError("a shard of the cache is missing", where=path, advice=REBUILD) from None
+        raise UserError("a shard of the cache is missing", where=path, advice=advice) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != record.sha256:
         raise UserError(
@@ -129,13 +161,12 @@ def check_shard(folder: Folder, record: ShardRecord) -> bytes:
             found=f"sha256 {digest[:16]}… of {len(data)} bytes",
             expected=f"{record.sha256[:16]}… of {record.num_bytes} bytes",
             where=path,
-            advice=REBUILD,
+            advice=advice,
         )
     return data
 
 
 LEDGER = "ledger"
-REBUILD = "Restore the file, or delete the directory and build it again with `dpkd cache-teacher`"
 
 
 def _parse(data: bytes, path: str) -> pa.Table:
@@ -169,18 +200,20 @@ class Ledger:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
+    def committed(self, known: Collection[str] = (), sizes: Mapping[str, int] | None = None) -> dict[str, ShardRecord]:
         """Records by shard path, without those of the `known` paths, which are not read again.
 
-        A record that cannot be read, or whose shard has another size, is ignored: the shard is written again.
+        A record that cannot be read, or whose shard has another size, is ignored: the shard is written again. `sizes`
+        are those of the shards' files; None: the folder is listed.
         """
         contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER).keys() - set(map(_record_name, known))))
-        shards = self._folder.sizes("shards") if contents else {}
+        if sizes is None:
+            sizes = self._folder.sizes("shards") if contents else {}
         records = {}
-        for content in contents.values():
+        for name, content in contents.items():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = ShardRecord(**json.loads(content))
-                size = shards.get(record.path)
+                record = ShardRecord.from_json(json.loads(content), self._folder.where(name))
+                size = sizes.get(record.path)
                 if size == record.num_bytes:
                     records[record.path] = record
                 elif size is not None:

@@ -355,6 +355,9 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "pipelines/test_cli.py": {
         "test_info_as_json_has_the_main_facts": "cache verify: location",
     },
+    "teacher_cache/build/test_repair.py": {
+        "test_one_bad_shard_costs_one_shard": "cache repair: location",
+    },
     "teacher_cache/audit/test_fidelity.py": {
         "test_another_teacher_is_refused": "cache fidelity: teacher",
         "test_vllm_scores_a_cache_of_its_own": "cache fidelity: engine max_num_seqs",

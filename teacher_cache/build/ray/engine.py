@@ -168,4 +168,4 @@ def _settled(job: Job, planned: set[str]) -> dict[str, ShardRecord]:
                 advice="Choose an --out on a disk that all nodes share, or a URL such as s3://bucket/key",
             )
         time.sleep(1.0)
-    return committed
+    return job.committed | committed

@@ -228,7 +228,7 @@ def test_unfinished_absent_and_newer_caches_say_so(cache_copy: Path, tmp_path: P
         TeacherCache.open(tmp_path / "nowhere")
     manifest = cache_copy / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"format_version":1', b'"format_version":9'))
-    with pytest.raises(UserError, match="newer format: found version 9, expected at most 2"):
+    with pytest.raises(UserError, match="made by a newer dpkd: found format version 9, expected at most 2"):
         TeacherCache.open(cache_copy)
     manifest.unlink()
     with pytest.raises(UserError, match="the directory is not a cache"):

@@ -1,4 +1,4 @@
-"""An S3 server for the tests of folders."""
+"""An S3 server for the tests of caches in an object store."""
 
 from __future__ import annotations
 

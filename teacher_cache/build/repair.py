@@ -1,0 +1,161 @@
+"""`dpkd cache repair`: make the bad shards of a finished cache and its rounds again, and nothing else."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.identity import differences
+from dpkd.core.progress import Progress, say
+from dpkd.teacher_cache.build.cache import cache_identities, fill_cache, open_inputs
+from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.manifest import Manifest, load_manifest
+from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
+from dpkd.teacher_cache.store.repairing import RepairJob, bad_shards, has_leftovers
+from dpkd.teacher_cache.store.shards import ShardRecord, refuse_newer_fields
+
+_OPTIONS = "dpkd.toml"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """Shards of cache and rounds, how many were bad, and how many of those have other bytes than the lost ones."""
+
+    shards: int
+    bad: int
+    different: int
+
+
+@dataclass
+class _Part:
+    """The cache, or one of its rounds."""
+
+    folder: Folder
+    manifest: Manifest
+    bad: list[ShardRecord]
+
+    @property
+    def depends_on_responses(self) -> bool:
+        """Whether its shards contain something about the cache's responses, and not only about its prompts."""
+        return bool(self.manifest.identities["generation"].get("score_cached"))
+
+    def also_remake(self, path: str) -> None:
+        """Delete a shard, which is bad then, also for a repair that follows if this one is killed."""
+        if path not in {record.path for record in self.bad}:
+            self.bad.append(next(record for record in self.manifest.shards if record.path == path))
+        self.folder.delete(path)
+
+
+def repair_cache(location: str) -> Repaired:
+    """Make the shards that are missing or have another checksum again, with the options and models of the cache.
+
+    The rows are those that were lost, because order and seeds depend on nothing else. Their bytes are the same too if
+    the engine computes the same in another batch. If not, the manifest gets the new checksum.
+
+    Raises:
+        UserError: the cache is not finished; its data, models or options are not those that it was built from; another
+            job writes to it; or the engine fails. Shards that were made again are kept.
+    """
+    folder = open_folder(location)
+    cache = _Part(folder, load_manifest(folder, CACHE_KIND), [])
+    names = TeacherCache(folder, cache.manifest).round_names
+    rounds = [_Part(part, load_manifest(part, ROUND_KIND), []) for part in (round_folder(folder, n) for n in names)]
+    parts = [cache, *rounds]
+    num_shards = sum(len(part.manifest.shards) for part in parts)
+    with Progress("check", num_shards, "shards") as progress:
+        for part in parts:
+            part.bad = bad_shards(part.folder, part.manifest.shards, progress)
+    different = _repair_cache(cache, rounds, location)
+    for part in rounds:
+        different += _repair_round(part, cache, location)
+    return Repaired(num_shards, sum(len(part.bad) for part in parts), different)
+
+
+def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
+    """Returns the number of shards that have other bytes than before."""
+    job = RepairJob(cache.folder, cache.manifest, cache.bad, _settled(cache.manifest))
+    if not cache.bad:
+        return _without_bad(job)
+    config = _saved_options(cache.folder, location)
+    inputs = open_inputs(config)
+    _refuse_other(cache, cache_identities(config, inputs))
+    job.check_source = inputs.source.check_unchanged
+    with job.repairing():
+        _say_bad(job)
+        fill_cache(config, inputs, inputs.plan.survey(), job)
+        remade = job.remade()
+        changed = {path: record for path, record in remade.items() if record != job.bad[path]}
+        for part in rounds:
+            for path, record in changed.items():
+                if part.depends_on_responses or record.rows != job.bad[path].rows:
+                    part.also_remake(path)
+        job.replace_records(remade)
+    cache.manifest = job.manifest
+    return len(changed)
+
+
+def _repair_round(part: _Part, cache: _Part, location: str) -> int:
+    job = RepairJob(part.folder, part.manifest, part.bad, {shard.path: shard.rows for shard in cache.manifest.shards})
+    if not part.bad:
+        return _without_bad(job)
+    opened = TeacherCache.open(location)
+    inputs = open_round(opened, _saved_options(part.folder, location))
+    _refuse_other(part, round_identities(opened, inputs))
+    with job.repairing():
+        _say_bad(job)
+        fill_round(opened, inputs, job)
+        remade = job.remade()
+        changed = [path for path, record in remade.items() if record != job.bad[path]]
+        job.replace_records(remade)
+        discard_stages(job)
+    return len(changed)
+
+
+def _settled(manifest: Manifest) -> dict[str, int]:
+    return {record.path: record.num_settled for record in manifest.shards}
+
+
+def _without_bad(job: RepairJob) -> int:
+    if has_leftovers(job.folder):
+        with job.repairing():
+            job.replace_records({})
+    return 0
+
+
+def _say_bad(job: RepairJob) -> None:
+    for path in job.bad:
+        how = "was made again by an earlier repair" if path in job.committed else "is bad: its rows are made again"
+        say(f"{job.folder.where(path)} {how}")
+
+
+def _saved_options(folder: Folder, location: str) -> CacheConfig:
+    """The options that the cache or round was built with, for the cache at `location`."""
+    where = folder.where(_OPTIONS)
+    try:
+        values: Mapping[str, Any] = tomllib.loads(folder.read(_OPTIONS).decode())
+    except FileNotFoundError:
+        raise _unusable("is missing", where) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _unusable(f"is not TOML: {error}", where) from None
+    refuse_newer_fields(values, CacheConfig.model_fields, where)
+    say(f"bad shards are made again with the models, data and options of {where}")
+    return CacheConfig.parse({**values, "out": location}, where=where)
+
+
+def _unusable(how: str, where: str) -> UserError:
+    advice = "Restore it: a repair needs the options that the cache was built with"
+    return UserError(f"the file of options {how}", where=where, advice=advice)
+
+
+def _refuse_other(part: _Part, identities: dict[str, Any]) -> None:
+    if changed := differences(part.manifest.identities, identities):
+        raise UserError(
+            f"the bad shards cannot be made again from what is here now; differing: {'; '.join(changed)}",
+            where=part.folder,
+            advice=f"Restore what differs (its path is in {_OPTIONS}), or build the cache again",
+        )
