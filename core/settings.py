@@ -51,6 +51,12 @@ def named_values(value: Any, form: str, example: str) -> Any:
     return named
 
 
+#: variables of a chat template by name, as text
+TemplateArguments = Annotated[
+    dict[str, str], BeforeValidator(lambda value: named_values(value, "KEY=VALUE", "enable_thinking=false"))
+]
+
+
 class Settings(BaseModel):
     """Base of every command's options. Values may be given as text (`"8"`, `"10,20"`, `"none"`).
 

@@ -59,7 +59,7 @@ def find_contamination(location: str, candidates: Sequence[Candidate], eval_sets
 
     cache = TeacherCache.open(location)
     template = cache.identities["template"]
-    encoder = PromptEncoder(candidates[0].source.tokenizer, template["name"])
+    encoder = PromptEncoder(candidates[0].source.tokenizer, template["name"], template.get("args"))
     if encoder.identity() != template:
         raise UserError(
             "the cache was written with another prompt template, so its prompts cannot be compared",

@@ -1,11 +1,11 @@
-"""Instruction data as examples: three row forms, four kinds of source, every row left out named by line."""
+"""Data as examples: instructions, chats and bare prompts from four kinds of source; each row left out has its line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,19 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
 from dpkd.core.json_lines import read_json_lines
+from dpkd.core.prompts.messages import Message, UnusableValueError, read_messages, read_tools
 
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
-_ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat turn."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of instruction data. Exactly one of `instruction`, `messages`, `prompt` is set.
+    """One row of data. Exactly one of `instruction`, `messages`, `prompt` is set.
 
-    `references` holds the accepted answers (none, one or several); `line` counts from 1.
+    `references` holds the accepted answers (none, one or several); `line` counts from 1. `messages` are the turns
+    before the one to answer; `turns` is the whole conversation, with the assistant's last turn where the row has it.
+    `tools` are the functions that the row offers. `teacher_messages` and `teacher_prompt` are what the teacher is asked
+    with instead of the row's own turns or text.
     """
 
     example_id: str
@@ -41,6 +36,20 @@ class Example:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     category: str = ""
+    turns: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    teacher_messages: tuple[Message, ...] | None = None
+    teacher_prompt: str | None = None
+
+    @property
+    def for_teacher(self) -> Example | None:
+        """The row as the teacher is asked; None where it is asked as the student is."""
+        if self.teacher_messages is not None:
+            return replace(self, messages=self.teacher_messages, instruction=None, prompt=None)
+        if self.teacher_prompt is None:
+            return None
+        key = "prompt" if self.instruction is None else "instruction"
+        return replace(self, **{key: self.teacher_prompt})
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,25 +216,44 @@ def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
     example_id = str(row["id"]) if row.get("id") not in (None, "") else f"line-{line:08d}"
     category = str(row.get("category") or row.get("task") or "")
     try:
+        of_teacher = _read_teacher(row, line, name)
         if form == "messages":
-            messages, references = _read_messages(row["messages"])
-            return Example(example_id, line, references, messages=messages, category=category)
+            turns = read_messages(row["messages"], line, name)
+            messages, references = _split_turns(turns)
+            tools = read_tools(row.get("tools"))
+            of_row = {"messages": messages, "turns": turns, "tools": tools}
+            return Example(example_id, line, references, category=category, **of_row, **of_teacher)
         references = _read_references(row)
         text = _read_text(row, form)
         if form == "prompt":
-            return Example(example_id, line, references, prompt=text, category=category)
+            return Example(example_id, line, references, prompt=text, category=category, **of_teacher)
         extra = row.get("input")
         if extra is not None and not isinstance(extra, str):
             return SkippedRow(line, f"`input` is {type(extra).__name__}, not text")
-        return Example(example_id, line, references, instruction=text, input=(extra or "").strip(), category=category)
-    except _UnusableValueError as error:
+        of_row = {"instruction": text, "input": (extra or "").strip()}
+        return Example(example_id, line, references, category=category, **of_row, **of_teacher)
+    except UnusableValueError as error:
         return SkippedRow(line, str(error))
 
 
+def _read_teacher(row: dict[str, Any], line: int, name: str) -> dict[str, Any]:
+    """What the teacher is asked with, where a row says so."""
+    if row.get("teacher_messages") is not None:
+        messages, _ = _split_turns(read_messages(row["teacher_messages"], line, name, "teacher_messages"))
+        return {"teacher_messages": messages}
+    if row.get("teacher_prompt") is None:
+        return {}
+    if row.get("messages") is not None:
+        raise UnusableValueError("a row of `messages` takes `teacher_messages`, not `teacher_prompt`")
+    return {"teacher_prompt": _read_text(row, "teacher_prompt")}
+
+
 def _is_unicode(example: Example) -> bool:
-    turns = [turn.content for turn in example.messages or ()]
-    texts = (*turns, *example.references, example.instruction, example.input, example.prompt)
-    return all(is_unicode(text or "") for text in texts)
+    turns = (*(example.messages or ()), *example.turns[-1:], *(example.teacher_messages or ()))
+    tools = json.dumps(example.tools, ensure_ascii=False, default=str)
+    texts = [tools, *(text for turn in turns for text in turn.texts())]
+    texts += [*example.references, example.instruction or "", example.input, example.prompt or ""]
+    return all(is_unicode(text) for text in (*texts, example.teacher_prompt or ""))
 
 
 def is_unicode(text: str) -> bool:
@@ -237,16 +265,12 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-class _UnusableValueError(ValueError):
-    pass
-
-
 def _read_text(row: dict[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
-        raise _UnusableValueError(f"`{key}` is {type(value).__name__}, not text")
+        raise UnusableValueError(f"`{key}` is {type(value).__name__}, not text")
     if not value.strip():
-        raise _UnusableValueError(f"`{key}` is empty")
+        raise UnusableValueError(f"`{key}` is empty")
     return value
 
 
@@ -256,24 +280,18 @@ def _read_references(row: dict[str, Any]) -> tuple[str, ...]:
         return ()
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-        raise _UnusableValueError("`output` is neither text nor a list of texts")
+        raise UnusableValueError("`output` is neither text nor a list of texts")
     return tuple(item for item in values if item.strip())
 
 
-def _read_messages(value: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    if not isinstance(value, list) or not value:
-        raise _UnusableValueError("`messages` is not a list of turns")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in _ROLES:
-            raise _UnusableValueError(
-                f"a turn of `messages` is no object with role {'/'.join(_ROLES)} and text content"
-            )
-        messages.append(Message(turn["role"], turn["content"]))
+def _split_turns(turns: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The turns before the assistant's last one, and the text of that one."""
     references: tuple[str, ...] = ()
-    if messages[-1].role == "assistant":
-        answer = messages.pop().content
+    messages = turns
+    if turns[-1].role == "assistant":
+        messages, answer = turns[:-1], turns[-1].content
         references = (answer,) if answer.strip() else ()
-    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-        raise _UnusableValueError("`messages` has no user turn to answer")
-    return tuple(messages), references
+    last = messages[-1] if messages else None
+    if last is None or not (last.role == "tool" or (last.role == "user" and last.content.strip())):
+        raise UnusableValueError("`messages` has no user turn to answer")
+    return messages, references

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dpkd.core.errors import UserError
+from dpkd.core.errors import UserError, first_line
+from dpkd.core.identity import canonical_json
 from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,26 +47,43 @@ class PromptEncoder:
     """Turns examples into prompts and answers into response ids with one tokenizer and one template.
 
     `alpaca` and `raw` texts are encoded with the tokenizer's own special tokens (a BOS where it has one); the `chat`
-    template writes them itself.
+    template writes them itself. `template_args` are variables of the chat template, as text: `true`, numbers and other
+    JSON become values.
+
+    Raises `UserError` for a tokenizer without EOS, for `chat` without a chat template, and for `template_args` without
+    `chat`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateName) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: TemplateName,
+        template_args: Mapping[str, str] | None = None,
+    ) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template",
                 where=tokenizer.name_or_path,
                 advice="Choose --template alpaca or raw",
             )
+        if template != "chat" and template_args:
+            raise UserError(
+                "only a chat template has arguments",
+                found=f"--template {template} with --template-arg",
+                advice="Choose --template chat, or leave --template-arg out",
+            )
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token", where=tokenizer.name_or_path)
         self.tokenizer = tokenizer
+        self._args = dict(template_args or {})
+        self.template_args = {key: _as_value(text) for key, text in self._args.items()}
         self.template = template
         self.eos_token_id = int(tokenizer.eos_token_id)
 
     def prompt(self, example: Example) -> EncodedPrompt:
         """The prompt of `example`; raises `TemplateMismatchError` for a form that the template cannot hold."""
         text = self._prompt_text(example)
-        return EncodedPrompt(text, self._encode(text))
+        return EncodedPrompt(text, self.encode(text))
 
     def response_ids(self, prompt: EncodedPrompt, response: str) -> list[int]:
         """Ids of `response` after `prompt`, EOS appended.
@@ -70,7 +91,7 @@ class PromptEncoder:
         The text is encoded together with the prompt (as the paper's family does); where a token would straddle the
         seam it is encoded alone, so that the prompt ids are the same in generation, scoring and training.
         """
-        ids = self._encode(prompt.text + response)
+        ids = self.encode(prompt.text + response)
         if ids[: len(prompt.ids)] == prompt.ids:
             ids = ids[len(prompt.ids) :]
         else:
@@ -81,14 +102,18 @@ class PromptEncoder:
         """Text of a response, special tokens left out."""
         return str(self.tokenizer.decode(response_ids, skip_special_tokens=True))
 
-    def identity(self) -> dict[str, str]:
-        """Name and sha256 of the template's text."""
+    def identity(self) -> dict[str, Any]:
+        """Name and sha256 of the template's text. Arguments, if there are any, are in the hash, and under `args`."""
         text = str(self.tokenizer.chat_template) if self.template == "chat" else _ALPACA + "\0" + _ALPACA_WITH_INPUT
         if self.template == "raw":
             text = "{prompt}"
-        return {"name": self.template, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        if self.template_args:
+            text += "\0" + canonical_json(self.template_args).decode()
+        args = {"args": self._args} if self._args else {}
+        return {"name": self.template, "sha256": hashlib.sha256(text.encode()).hexdigest()} | args
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that the template has made."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=self.template != "chat"))
         while ids and ids[-1] == self.eos_token_id and not text.endswith(str(self.tokenizer.eos_token)):
             ids.pop()  # some tokenizers close every text themselves
@@ -97,6 +122,8 @@ class PromptEncoder:
     def _prompt_text(self, example: Example) -> str:
         if self.template == "chat":
             return self._chat_text(example)
+        if example.tools:
+            raise TemplateMismatchError(f"template {self.template} has no place for the row's tools")
         if example.messages is not None:
             if len(example.messages) != 1:
                 raise TemplateMismatchError(
@@ -112,11 +139,53 @@ class PromptEncoder:
         return _ALPACA.format(instruction=instruction)
 
     def _chat_text(self, example: Example) -> str:
-        if example.messages is not None:
-            turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
-        else:
-            content = example.instruction or example.prompt or ""
-            if example.input:
-                content = f"{content}\n\n{example.input}"
-            turns = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return self.render(example, chat_turns(example), open_turn=True)
+
+    def render(self, example: Example, turns: Sequence[Message], *, open_turn: bool) -> str:
+        """`turns` in the chat template with the tools of `example`; with `open_turn`, up to the next answer.
+
+        Raises `UserError` if the template refuses them, or leaves tools or their calls out.
+        """
+        variables = self.template_args | ({"tools": list(example.tools)} if example.tools else {})
+        where = self.tokenizer.name_or_path
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    [turn.for_template() for turn in turns],
+                    add_generation_prompt=open_turn,
+                    tokenize=False,
+                    **variables,
+                )
+            )
+        except Exception as error:  # whatever a template's code may raise
+            raise UserError(
+                f"the chat template refuses line {example.line}: {first_line(error)}",
+                found="roles " + ", ".join(turn.role for turn in turns),
+                where=where,
+                advice="Change the turns of the data, give --template-arg, or choose another tokenizer",
+            ) from None
+        functions = [call["function"] for turn in turns for call in turn.tool_calls]
+        functions += [tool.get("function", tool) for tool in example.tools]
+        if missing := [name for name in (str(function.get("name")) for function in functions) if name not in text]:
+            raise UserError(
+                f"the chat template does not write the tools of line {example.line}",
+                found=f"no {missing[0]!r} in the prompt",
+                where=where,
+                advice="Choose a tokenizer whose chat template knows tools, or leave these rows out",
+            )
+        return text
+
+
+def chat_turns(example: Example) -> tuple[Message, ...]:
+    """The row as chat turns: its own before the one to answer, or one turn of the user."""
+    if example.messages is not None:
+        return example.messages
+    content = example.instruction or example.prompt or ""
+    return (Message("user", f"{content}\n\n{example.input}" if example.input else content),)
+
+
+def _as_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -22,15 +22,15 @@ def collate(
     is in the tail. `progress` is the share of the run's steps that are done.
     """
     cached = [row.chosen for row in rows] + [row.rejected for row in rows if row.rejected is not None]
-    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in cached]
+    lengths = [row.num_tokens for row in cached]
     input_ids = np.zeros((len(cached), max(lengths)), np.int64)
     mask = np.zeros_like(input_ids)
     for index, (row, length) in enumerate(zip(cached, lengths, strict=True)):
-        input_ids[index, :length] = np.concatenate([row.prompt_ids, row.response_ids])
+        input_ids[index, :length] = row.sequence_ids()
         mask[index, :length] = 1
     num_tokens = np.array([len(row.response_ids) for row in cached])
-    # the state at position i predicts token i + 1: a response that starts at P is predicted from P - 1 on
-    predict = [len(row.prompt_ids) - 1 + np.arange(len(row.response_ids)) for row in cached]
+    # the state at position i predicts token i + 1: a span that starts at P is predicted from P - 1 on
+    predict = [row.places() - 1 for row in cached]
     has_teacher = all(len(row.response_logprobs) == len(row.response_ids) for row in cached)
     entries = {}
     if with_distributions:

@@ -56,12 +56,24 @@ def plan_block(
                 if key in block.index_of:
                     continue
                 index = block.index_of[key] = len(block.planned)
-                ids = row.prompt_ids.tolist()
-                text = str(student.tokenizer.decode(ids))
                 # a seed for every response: what is drawn does not depend on the other rows of its batch
                 seed = derive_seed(config.seed, row.example_id, sample, step)
-                block.planned.append(PlannedRow(index, row.example_id, sample, "student", text, ids, seed))
+                block.planned.append(_planned(index, row, sample, seed, student))
     return block
+
+
+def _planned(index: int, row: CachedRow, sample: int, seed: int, student: ModelSource) -> PlannedRow:
+    ids, asked = row.prompt_ids.tolist(), row.teacher_prompt_ids
+    return PlannedRow(
+        index,
+        row.example_id,
+        sample,
+        "student",
+        str(student.tokenizer.decode(ids)),
+        ids,
+        seed,
+        teacher_prompt_ids=None if asked is None else asked.tolist(),
+    )
 
 
 def samples_of(row: CachedRow, config: TrainConfig) -> Sequence[int]:

@@ -235,7 +235,7 @@ class LiveRows:
             block.drawn.append(response)
             if self._cancelled.is_set():
                 raise KeyboardInterrupt
-            prompt_ids = block.planned[response.index].prompt_ids
+            prompt_ids = block.planned[response.index].asked_ids
             yield ScoreRequest(response.index, prompt_ids, response.response_ids.tolist())
         if stored is None:
             self._store.keep_drawn(block.steps[0], block.planned, block.drawn)
@@ -245,6 +245,7 @@ class LiveRows:
 
 
 def _longest_prompt(cache: TeacherCache) -> int:
-    """Tokens of the cache's longest prompt; reads all prompts once."""
-    tables = (read_columns(cache.folder, record, ["prompt_ids"]) for record in cache.shards())
-    return max(int(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() or 0) for table in tables)
+    """Tokens of the cache's longest prompt, of student or teacher; reads all prompts once."""
+    names = ["prompt_ids", "teacher_prompt_ids"]
+    columns = (column for record in cache.shards() for column in read_columns(cache.folder, record, names).columns)
+    return max(int(pc.max(pc.list_value_length(column)).as_py() or 0) for column in columns)

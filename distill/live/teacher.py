@@ -72,7 +72,7 @@ class TeacherServers(ServerEngine):
     ) -> None:
         rows = _rows_to_check(cache)
         identity = cache.identities["teacher"]
-        longest = max((len(row.prompt_ids) + len(row.response_ids) for row in rows), default=0)
+        longest = max((len(row.asked_ids) + len(row.response_ids) for row in rows), default=0)
         options = EngineOptions(
             max_length=max(max_length, longest),
             top_k=cache.top_k,
@@ -90,7 +90,7 @@ class TeacherServers(ServerEngine):
 
     def _check_identity(self, cache: TeacherCache, rows: Sequence[CachedRow], tolerance: float) -> None:
         requests = [
-            ScoreRequest(index, row.prompt_ids.tolist(), row.response_ids.tolist()) for index, row in enumerate(rows)
+            ScoreRequest(index, row.asked_ids.tolist(), row.response_ids.tolist()) for index, row in enumerate(rows)
         ]
         difference_T = np.concatenate(
             [

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Address, Location, Settings, split_commas
+from dpkd.core.settings import Address, Location, Settings, TemplateArguments, split_commas
 from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
 
@@ -24,6 +24,12 @@ class DataOptions(Settings):
         None, description="with --objective sft, instead of --cache: instruction data with reference responses"
     )
     template: TemplateName = Field("alpaca", description="prompt template for --data; a cache has its own")
+    template_arg: TemplateArguments = Field(
+        {}, description="with --data: variable of the chat template, such as enable_thinking=false; repeatable"
+    )
+    turns: Literal["last", "all"] = Field(
+        "last", description="with --data: turns of the assistant to learn from in rows of `messages`: the last, or all"
+    )
     max_prompt_tokens: int = Field(256, ge=1, description="with --data: skip rows with a longer prompt, in tokens")
     max_new_tokens: int = Field(256, ge=1, description="with --data: cut responses to this length, in tokens")
     responses: Literal["all", "teacher", "reference"] | None = Field(

@@ -13,6 +13,9 @@ from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.shards import ShardRecord, repair_advice
 
+#: columns that only some caches have
+_OPTIONAL = ("between_ids", "teacher_prompt_ids")
+
 
 def read_example_ids(folder: Folder, record: ShardRecord) -> list[str]:
     """Example ids of a shard's rows, in order."""
@@ -34,26 +37,33 @@ def read_lengths(
     With `sampled`, a response of so many tokens takes the place of the row's own, or of the shorter of the two
     `with_response`.
     """
-    table = read_columns(folder, record, ["prompt_ids", "response_ids"])
-    prompts, responses = (pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
+    table = read_columns(folder, record, ["prompt_ids", "response_ids", "between_ids"])
+    prompts, responses, *between = (pc.list_value_length(table[name]).to_numpy() for name in table.column_names)
     if sampled is not None:
         responses = np.maximum(responses, sampled) if with_response else np.full_like(responses, sampled)
-    lengths: np.ndarray = prompts + responses
+    lengths: np.ndarray = sum(between, prompts + responses)
     return lengths
 
 
 def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> pa.Table:
     """Some columns of a shard, without checking its checksum; of a local file, only their bytes are read.
 
-    Raises `UserError` when the shard is missing or is not Parquet with these columns.
+    `between_ids` and `teacher_prompt_ids` are left out where the shard has no such column. Raises `UserError` when the
+    shard is missing or is not Parquet with these columns.
     """
     where, advice = folder.where(record.path), repair_advice(folder, of_round=record.origin == "student")
     try:
         if isinstance(folder, LocalFolder):
             with pa.memory_map(where) as file:
-                return pq.read_table(file, columns=list(names))
-        return pq.read_table(pa.BufferReader(folder.read(record.path)), columns=list(names))
+                return _read(file, names)
+        return _read(pa.BufferReader(folder.read(record.path)), names)
     except FileNotFoundError:
         raise UserError("a shard of the cache is missing", where=where, advice=advice) from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"a shard of the cache cannot be read: {error}", where=where, advice=advice) from None
+
+
+def _read(file: pa.NativeFile, names: Sequence[str]) -> pa.Table:
+    parquet = pq.ParquetFile(file)
+    known = parquet.schema_arrow.names
+    return parquet.read(columns=[name for name in names if name in known or name not in _OPTIONAL])

@@ -20,7 +20,7 @@ from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
-from dpkd.teacher_cache.build.plan import NO_REFERENCE, encode_examples
+from dpkd.teacher_cache.build.plan import NO_REFERENCE, given_responses
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
@@ -103,7 +103,7 @@ class DataRows:
         return TrainingRow(self._rows[index])
 
     def lengths_by_group(self) -> list[np.ndarray]:
-        return [np.array([len(row.prompt_ids) + len(row.response_ids) for row in self._rows])]
+        return [np.array([row.num_tokens for row in self._rows])]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,12 @@ def open_cache_rows(cache: TeacherCache, student_round: Round | None, config: Tr
     Raises `UserError` when the cache does not hold what the objective needs, or what was asked to be validated.
     """
     check_distributions(cache, student_round, config)
+    if config.student_samples == "live" and cache.has_spans:
+        raise UserError(
+            "live samples answer each row's prompt once, and rows of this cache have several spans",
+            where=cache.folder,
+            advice="Build the cache with --turns last, or with --responses teacher, which has a row for each turn",
+        )
     origin = config.origin
     shards = cache.shards(origin)
     if not shards:
@@ -233,16 +239,19 @@ def open_data_rows(
     source = open_examples(config.data)
     rows: list[CachedRow] = []
     skipped: list[SkippedRow] = []
-    for item in encode_examples(source, encoder, config.max_prompt_tokens):
+    for item in source:
         if isinstance(item, SkippedRow):
             skipped.append(item)
             continue
-        example, prompt = item
-        if not example.references:
-            skipped.append(SkippedRow(example.line, NO_REFERENCE))
-        for sample, reference in enumerate(example.references):
-            ids = encoder.response_ids(prompt, reference)[: config.max_new_tokens]
-            rows.append(unscored_row(prompt.ids, ids, example.example_id, sample))
+        found = given_responses(item, encoder, config.turns, config.max_prompt_tokens, config.max_new_tokens)
+        for sample, response in enumerate(found):
+            if isinstance(response, SkippedRow):
+                skipped.append(response)
+            else:
+                ids, spans = response.ids, response.spans
+                rows.append(unscored_row(response.prompt.ids, ids, item.example_id, sample, spans))
+        if not found:
+            skipped.append(SkippedRow(item.line, NO_REFERENCE))
     for row in skipped[:5]:
         say(f"skipped line {row.line}: {row.reason}")
     if skipped:

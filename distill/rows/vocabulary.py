@@ -41,7 +41,7 @@ def check_narrower(student: ModelSource, cache: CacheReader, shards: Iterable[tu
     width = student.vocab_size
     num_rows, largest = 0, -1
     for folder, record in shards:
-        table = read_columns(folder, record, ["prompt_ids", "response_ids"])
+        table = read_columns(folder, record, ["prompt_ids", "response_ids", "between_ids"])
         beyond = np.zeros(table.num_rows, bool)
         for column in table.columns:
             ids_of_rows = column.combine_chunks()
@@ -60,7 +60,7 @@ def check_data(student: ModelSource, rows: Sequence[CachedRow], where: str) -> N
     A tokenizer may have more tokens than its model, when tokens were added without widening the model.
     """
     width = student.vocab_size
-    largest_of_rows = [max(int(row.prompt_ids.max(initial=-1)), int(row.response_ids.max(initial=-1))) for row in rows]
+    largest_of_rows = [int(row.sequence_ids().max(initial=-1)) for row in rows]
     num_rows = sum(largest >= width for largest in largest_of_rows)
     if num_rows:
         largest = max(largest_of_rows)

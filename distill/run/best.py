@@ -93,7 +93,7 @@ def held_out_prompts(rows: RowSource, tokenizer: ModelSource) -> list[HeldOutPro
     texts: dict[str, list[tuple[str, str]]] = {}
     for group, size in enumerate(rows.group_sizes):
         for index in range(size):
-            row = rows.row(group, index).chosen
+            row = rows.row(group, index).chosen.by_span()[-1]
             prompts[row.example_id] = row.prompt_ids.tolist()
             text = tokenizer.decode(row.response_ids.tolist())
             texts.setdefault(row.example_id, []).append((row.origin, text))

@@ -100,7 +100,7 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         vocab_size, identities = cache.vocab_size, cache.identities
         has_distributions = top_k_of(cache, student_round, config) > 0
     else:
-        encoder = PromptEncoder(student.tokenizer, config.template)
+        encoder = PromptEncoder(student.tokenizer, config.template, config.template_arg)
         rows, data_identity = open_data_rows(config, encoder, student)
         facts |= {"data": data_identity, "template": encoder.identity()}
         vocab_size = student.vocab_size

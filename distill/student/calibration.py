@@ -96,7 +96,7 @@ def _split(rows: list[TrainingRow], identity: dict[str, Any], where: str) -> Cal
 
 
 def _length(row: TrainingRow) -> int:
-    return len(row.chosen.prompt_ids) + len(row.chosen.response_ids)
+    return row.chosen.num_tokens
 
 
 @torch.no_grad()

@@ -70,7 +70,9 @@ def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
     """
     cache.check_tokenizer(model, "model")
     expected = cache.identities["template"]
-    actual = model.trained_template() or PromptEncoder(model.tokenizer, expected["name"]).identity()
+    actual = (
+        model.trained_template() or PromptEncoder(model.tokenizer, expected["name"], expected.get("args")).identity()
+    )
     if (actual["name"], actual["sha256"]) != (expected["name"], expected["sha256"]):
         raise UserError(
             "the model's prompt template is not the cache's",

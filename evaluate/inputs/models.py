@@ -31,7 +31,7 @@ def open_candidates(config: EvalConfig) -> list[Candidate]:
     candidates = []
     for name, path in config.model.items():
         source = locate_model(path, f"model {name}")
-        encoder = PromptEncoder(source.tokenizer, config.template)
+        encoder = PromptEncoder(source.tokenizer, config.template, config.template_arg)
         _check_template(source, encoder)
         # the engine checks this too, but only after the earlier models have answered
         check_fits(source, config.engine_options())
@@ -44,7 +44,7 @@ def open_candidates(config: EvalConfig) -> list[Candidate]:
 def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
     """Raise `UserError` if the checkpoint records another template than the one of the options."""
     trained_with, asked_with = source.trained_template(), encoder.identity()
-    if trained_with is None or trained_with == asked_with:
+    if trained_with is None or all(trained_with[key] == asked_with[key] for key in ("name", "sha256")):
         return
     other_text = trained_with["name"] == asked_with["name"]
     raise UserError(
@@ -52,7 +52,7 @@ def _check_template(source: ModelSource, encoder: PromptEncoder) -> None:
         found=f"{trained_with['name']} (sha256 {trained_with['sha256'][:12]}) in the checkpoint",
         expected=f"{asked_with['name']} (sha256 {asked_with['sha256'][:12]})",
         where=source.path / "dpkd.json",
-        advice="Train it again with the template of this version"
+        advice="Give the --template-arg of the training, or train again with the template of this version"
         if other_text
         else f"Give --template {trained_with['name']}",
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import DeviceName, Location, Settings, named_values, split_commas
+from dpkd.core.settings import DeviceName, Location, Settings, TemplateArguments, named_values, split_commas
 from dpkd.evaluate.metrics.buckets import Edge, Statistic
 from dpkd.evaluate.metrics.rouge import RougeTokenizer
 from dpkd.evaluate.options.comparing import ComparingOptions
@@ -120,6 +120,9 @@ class AnswerOptions(Settings):
     title: ClassVar[str] = "Answers"
 
     template: TemplateName = Field("alpaca", description="prompt template; use the one of the training")
+    template_arg: TemplateArguments = Field(
+        {}, description="variable of the chat template, such as enable_thinking=false; repeatable"
+    )
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="top-p (nucleus) of sampling")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.markdown import markdown_table
@@ -20,7 +18,6 @@ from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.audit.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
 from dpkd.teacher_cache.engines.engine import (
-    Distributions,
     Engine,
     EngineOptions,
     ResolvedEngine,
@@ -73,14 +70,14 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
     teacher = locate_model(config.teacher, "teacher")
     cache.check_teacher(teacher, advice="Give the teacher that the cache was built with")
     cache.check_tokenizer(teacher, "teacher")
-    rows = spread_rows(cache, config.limit)
+    rows = [part for row in spread_rows(cache, config.limit) for part in row.by_span()]
     engine = _live_engine(cache, config)
     options = _engine_options(cache, config, engine, rows)
     check_engine(engine, teacher, options, scores=True)
 
     say(f"starting {engine} with the teacher {config.teacher}")
     with open_engine(engine, teacher, options) as running:
-        sorted_order, mixed_order = _two_orders([len(row.prompt_ids) + len(row.response_ids) for row in rows])
+        sorted_order, mixed_order = _two_orders([len(row.asked_ids) + len(row.response_ids) for row in rows])
         live = _score(running, rows, sorted_order, "live scores")
         again = _score(running, rows, mixed_order, "live scores again")
     cached = Scores.joined([Scores(row.response_logprobs, row.distributions) for row in rows])
@@ -117,7 +114,7 @@ def _engine_options(
 ) -> EngineOptions:
     identities = cache.manifest.identities
     return EngineOptions(
-        max_length=max(len(row.prompt_ids) + len(row.response_ids) for row in rows),
+        max_length=max(len(row.asked_ids) + len(row.response_ids) for row in rows),
         top_k=cache.top_k,
         dtype=config.dtype or identities["teacher"]["dtype"],
         device=config.device,
@@ -137,7 +134,7 @@ def _two_orders(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _score(engine: Engine, rows: Sequence[CachedRow], order: Iterable[int], label: str) -> Scores:
-    requests = (ScoreRequest(i, rows[i].prompt_ids.tolist(), rows[i].response_ids.tolist()) for i in order)
+    requests = (ScoreRequest(i, rows[i].asked_ids.tolist(), rows[i].response_ids.tolist()) for i in order)
     found = {}
     with Progress(label, len(rows), "rows") as progress:
         for result in results_only(engine.score(requests)):
@@ -169,19 +166,12 @@ def _score_fully(
     scores, losses = [], []
     with Progress("full distributions", len(rows), "rows") as progress:
         for row in rows:
-            for part, full in full_distributions(model, row.prompt_ids.tolist(), row.response_ids.tolist()):
+            for part, full in full_distributions(model, row.asked_ids.tolist(), row.response_ids.tolist()):
                 scores.append(full.scores(row.response_ids[part], options.top_k, options.top_mass))
                 if row.distributions is not None:
-                    losses.append(full.loss_of(_positions(row.distributions, part)))
+                    losses.append(full.loss_of(row.distributions.positions(part)))
             progress.advance()
     return Scores.joined(scores), CutLoss.joined(losses) if losses else None
-
-
-def _positions(top: Distributions, part: slice) -> Distributions:
-    """The positions `part` of `top`."""
-    ends = np.cumsum([0, *top.counts_T])
-    entries = slice(ends[part.start], ends[part.stop])
-    return Distributions(top.counts_T[part], top.ids_E[entries], top.logprobs_E[entries], top.log_tail_T[part])
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:

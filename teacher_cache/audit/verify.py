@@ -58,7 +58,7 @@ def _verify_shard(shard: ShardRows, record: ShardRecord, where: str, vocab_size:
         actual["positions"] += len(row.response_ids)
         actual["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
         actual["unfinished"] += row.finish_reason == "length"
-        actual["longest"] = max(actual["longest"], len(row.prompt_ids) + len(row.response_ids))
+        actual["longest"] = max(actual["longest"], row.num_tokens)
         progress.advance()
     actual["rows"] = len(shard)
     expected = {name: getattr(record, name) for name in actual}
@@ -97,7 +97,10 @@ def _check_same_rows(ours: ShardRows, theirs: ShardRows, where: str) -> None:
 
 def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
     """The problems of a row's values; none for a valid row."""
-    for name, ids in (("prompt", row.prompt_ids), ("response", row.response_ids)):
+    parts = {"prompt": row.prompt_ids, "response": row.response_ids, "teacher's prompt": row.asked_ids}
+    if row.between_ids is not None:
+        parts["text between spans"] = row.between_ids
+    for name, ids in parts.items():
         if not len(ids):
             yield f"the {name} is empty"
         elif ids.min() < 0 or ids.max() >= vocab_size:
@@ -106,6 +109,7 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
         yield f"{len(row.response_ids)} response ids have {len(row.response_logprobs)} log-probs"
     elif not (np.isfinite(row.response_logprobs).all() and (row.response_logprobs <= 1e-5).all()):
         yield "a response log-prob is not a finite number <= 0"
+    yield from _span_problems(row)
     sampling = row.sampling_logprobs
     if sampling is not None and not (len(sampling) == len(row.response_ids) and np.isfinite(sampling).all()):
         yield "the sampling log-probs are not one finite number a response token"
@@ -129,3 +133,15 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
     mass_T = np.bincount(position_E, np.exp(top.logprobs_E.astype(np.float64)), minlength=len(top.counts_T))
     if (mass_T > np.exp(MAX_ERROR_NATS) + 1e-5).any():
         yield "the entries of a position have more mass than 1"
+
+
+def _span_problems(row: CachedRow) -> Iterator[str]:
+    """The problems of a row's spans, which lie one after the other behind the prompt and end with the sequence."""
+    if row.spans is None:
+        return
+    ends = row.spans.sum(axis=1)
+    before = np.concatenate([[len(row.prompt_ids)], ends[:-1]])
+    if (row.spans[:, 1] < 1).any() or row.spans[:, 1].sum() != len(row.response_ids):
+        yield "the spans do not have the response's tokens"
+    elif row.spans[0, 0] != before[0] or ends[-1] != row.num_tokens or (row.spans[1:, 0] < before[1:]).any():
+        yield f"the spans overlap or lie outside the row: {row.spans.tolist()} of {row.num_tokens} tokens"

@@ -35,9 +35,14 @@ class ShardLayout:
     rows_per_shard: int
     stem: str
 
+    @property
+    def prefix(self) -> str:
+        """How the paths of its shards begin."""
+        return f"shards/{self.stem}-"
+
     def path(self, shard: int) -> str:
         """Path of a shard inside the folder."""
-        return f"shards/{self.stem}-{shard:06d}.parquet"
+        return f"{self.prefix}{shard:06d}.parquet"
 
 
 class ShardAssembler:
@@ -98,7 +103,8 @@ class ShardAssembler:
             if isinstance(result, FailedRequest):
                 failed.append(row.as_failed(result.reason))
             else:
-                rows.append((row, result, self._to_text(result.response_ids.tolist())))
+                learnt = result.response_ids[row.in_spans(len(result.response_ids))]
+                rows.append((row, result, self._to_text(learnt.tolist())))
         data, record = encode_shard(to_table(rows), self.layout.path(shard), self.layout.origin, failed)
         self._job.commit(data, record)
 
@@ -140,11 +146,11 @@ def fill(
         pending = by_length(assembler.pending(rows), layout.rows_per_shard)
         results: Iterator[EngineResult | FailedRequest]
         if sampling is not None:
-            requests = (GenerateRequest(row.index, row.prompt_ids, row.seed) for row in pending)
+            requests = (GenerateRequest(row.index, row.asked_ids, row.seed) for row in pending)
             results = engine.generate(requests, sampling)
         else:
             results = engine.score(
-                ScoreRequest(row.index, row.prompt_ids, row.response_ids)
+                ScoreRequest(row.index, row.asked_ids, row.response_ids)
                 for row in pending
                 if row.response_ids is not None
             )
@@ -164,5 +170,5 @@ def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:
     """
     source = iter(rows)
     while part := list(itertools.islice(source, window)):
-        part.sort(key=lambda row: len(row.prompt_ids) + len(row.response_ids or ()), reverse=True)
+        part.sort(key=lambda row: len(row.asked_ids) + len(row.response_ids or ()), reverse=True)
         yield from part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import asdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpkd.core.models import ModelSource, locate_model
@@ -13,7 +14,7 @@ from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import Filler, open_filler
-from dpkd.teacher_cache.build.plan import RowPlan, Survey
+from dpkd.teacher_cache.build.plan import Part, RowPlan, Survey
 from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
@@ -21,7 +22,7 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND
-from dpkd.teacher_cache.store.schema import Origin
+from dpkd.teacher_cache.store.shards import read_shard
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest
@@ -39,11 +40,11 @@ def build_cache(config: CacheConfig) -> Manifest:
 
         return build_round(config)
     inputs = open_inputs(config)
-    survey = inputs.plan.survey()
+    survey = inputs.plan.survey
     _say_skipped(survey.skipped)
     job = Job(open_folder(config.out), CACHE_KIND, cache_identities(config, inputs))
     job.check_source = inputs.source.check_unchanged
-    with job.opened(config.to_toml(), survey.num_rows) as manifest:
+    with job.opened(config.to_toml(), survey.by_origin()) as manifest:
         if manifest is None:
             fill_cache(config, inputs, survey, job)
             manifest = job.finish([asdict(row) for row in survey.skipped])
@@ -56,8 +57,8 @@ def fill_cache(config: CacheConfig, inputs: CacheInputs, survey: Survey, job: Jo
     if job.num_done() < sum(survey.num_rows.values()):
         say(f"starting {inputs.engine} with the teacher {config.teacher}")
         with open_filler(inputs.engine, inputs.teacher, engine_options(config), config) as filler:
-            for origin in inputs.plan.origins:
-                _fill(job, inputs.plan, origin, filler, config, survey.num_rows[origin])
+            for part, num_rows in survey.in_order():
+                _fill(job, inputs.plan, part, filler, config, num_rows)
     inputs.source.check_unchanged(content=True)
 
 
@@ -78,23 +79,45 @@ def open_inputs(config: CacheConfig) -> CacheInputs:
     source = open_examples(config.data)
     teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
     check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
-    encoder = PromptEncoder(teacher.tokenizer, config.template)
+    encoder = PromptEncoder(teacher.tokenizer, config.template, config.template_arg)
     return CacheInputs(engine, source, teacher, encoder, RowPlan(source, encoder, config))
 
 
-def _fill(job: Job, plan: RowPlan, origin: Origin, filler: Filler, config: CacheConfig, num_rows: int) -> None:
-    done = job.num_done(f"shards/{origin}-")
+def _fill(job: Job, plan: RowPlan, part: Part, filler: Filler, config: CacheConfig, num_rows: int) -> None:
+    layout = ShardLayout(part.origin, config.rows_per_shard, part.stem)
+    done = job.num_done(layout.prefix)
     if done == num_rows:
         return
-    drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if origin == "teacher" else None
-    label = "teacher responses" if origin == "teacher" else "teacher scores of references"
+    asks = part.origin == "teacher"
+    drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if asks else None
+    label = ("teacher responses" if asks else "teacher scores of references") + part.note
+    rows = plan.rows(part, _Answers(job)) if part.turn > 1 else plan.rows(part)
     with Progress(label, num_rows, "rows", done) as progress:
-        filler(job, ShardLayout(origin, config.rows_per_shard, stem=origin), plan.rows(origin), drawn, progress)
+        filler(job, layout, rows, drawn, progress)
+
+
+class _Answers:
+    """The teacher's answers to earlier turns, from the shards that the job has committed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @cached_property
+    def _texts(self) -> dict[tuple[str, int], str]:
+        texts: dict[tuple[str, int], str] = {}
+        for record in list(self._job.committed.values()):
+            if record.origin == "teacher":
+                shard = read_shard(self._job.folder, record)
+                texts |= {shard.key(index): shard.texts(index)[1] for index in range(len(shard))}
+        return texts
+
+    def __call__(self, name: str, sample: int) -> str | None:
+        return self._texts.get((name, sample))
 
 
 def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]:
     """What the cache's manifest says that it is."""
-    engine, source, teacher, encoder, _ = inputs
+    engine, source, teacher, encoder, plan = inputs
     return {
         "teacher": teacher.identity(config.dtype),
         "tokenizer": teacher.tokenizer_identity(),
@@ -110,9 +133,10 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
             "max_new_tokens": config.max_new_tokens,
             "stop_token_ids": teacher.stop_token_ids(),
             "seed": config.seed,
+            **plan.survey.generation_identity,
         },
         "logprobs": logprobs_identity(config),
-        "layout": {"rows_per_shard": config.rows_per_shard},
+        "layout": {"rows_per_shard": config.rows_per_shard, **plan.survey.layout_identity},
     }
 
 

@@ -159,17 +159,19 @@ def estimate_cost(config: CacheConfig) -> CacheCost:
 def _of_cache(config: CacheConfig) -> CacheCost:
     started_s = time.monotonic()
     inputs = open_inputs(config)
-    survey = inputs.plan.survey()
+    survey = inputs.plan.survey
     survey_s = time.monotonic() - started_s
     phases, scored = [], []
     options = engine_options(config)
     with _opened(config, partial(open_filler, inputs.engine, inputs.teacher, options, config)) as measure:
-        for origin in inputs.plan.origins:
-            drawn = sampling(config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
-            label = "teacher responses" if drawn else "teacher scores of references"
-            phase, run = measure(label, inputs.plan.rows(origin), survey.num_rows[origin], drawn)
+        for part, num_rows in survey.in_order():
+            drawn = sampling(config, inputs.teacher.stop_token_ids()) if part.origin == "teacher" else None
+            label = ("teacher responses" if drawn else "teacher scores of references") + part.note
+            # answers to earlier turns are not known yet: their places are empty in the pilot's prompts
+            rows = inputs.plan.rows(part, lambda name, sample: "")
+            phase, run = measure(label, rows, num_rows, drawn)
             phases.append(phase)
-            scored.append((run, survey.num_rows[origin]))
+            scored.append((run, num_rows))
     live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored)
     return _cost(config, inputs.engine, inputs.teacher, len(survey.skipped), survey_s, phases, live_s, reason)
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
+from dpkd.core.prompts.conversations import (
+    EncodedResponse,
+    Turns,
+    answer_places,
+    fitted,
+    history,
+    open_places_before,
+    references,
+)
 from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
-from dpkd.teacher_cache.engines.engine import FinishReason
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow
 
 NO_REFERENCE = "no reference response"
+
+#: text of the teacher's answer to a row (example id, sample); None if it failed
+AnswerOf = Callable[[str, int], str | None]
 
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
@@ -24,11 +36,75 @@ def request_seed(seed: int, example_id: str, sample: int) -> int:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """How many rows each origin will have, and the skipped rows of the data."""
+class Part:
+    """Rows that are asked together: those of an origin, or of the teacher for turn `turn` (from 1) of conversations."""
 
-    num_rows: dict[Origin, int]
+    origin: Origin
+    turn: int = 1
+
+    @property
+    def note(self) -> str:
+        """The turn as the end of a label, after the first one."""
+        return "" if self.turn == 1 else f", turn {self.turn}"
+
+    @property
+    def stem(self) -> str:
+        """How the names of the part's shards begin."""
+        return self.origin if self.turn == 1 else f"{self.origin}_turn{self.turn}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How many rows each part will have, and the skipped rows of the data.
+
+    `has_spans`: some row has several spans. `has_teacher_prompts`: the teacher is asked under another prompt somewhere.
+    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`.
+    """
+
+    num_rows: dict[Part, int]
     skipped: list[SkippedRow]
+    has_spans: bool = False
+    has_teacher_prompts: bool = False
+    has_turns: bool = False
+
+    def by_origin(self) -> dict[Origin, int]:
+        """Rows of each origin."""
+        totals: dict[Origin, int] = {}
+        for part, number in self.num_rows.items():
+            totals[part.origin] = totals.get(part.origin, 0) + number
+        return totals
+
+    def in_order(self) -> list[tuple[Part, int]]:
+        """The parts and their rows: the teacher's turn by turn, because a turn may need the answers to earlier ones."""
+        return sorted(self.num_rows.items(), key=lambda item: (item[0].origin != "teacher", item[0].turn))
+
+    @property
+    def generation_identity(self) -> dict[str, str]:
+        """What a cache records of its turns; nothing where each row is asked once and has one span."""
+        return {"turns": "all"} if self.has_turns or self.has_spans else {}
+
+    @property
+    def layout_identity(self) -> dict[str, list[str]]:
+        """What a cache records of its extra columns, if it has any."""
+        extra = {"spans": self.has_spans, "teacher_prompt": self.has_teacher_prompts}
+        columns = [name for name, has in extra.items() if has]
+        return {"columns": columns} if columns else {}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row before its tokens are final: a given `response`, or a question to the teacher, who is asked `asked`.
+
+    The prompt of a question is None where it has earlier answers of the teacher; `place` is its place in the turns.
+    """
+
+    part: Part
+    name: str
+    prompt: EncodedPrompt | None
+    asked: EncodedPrompt | None
+    response: EncodedResponse | None = None
+    sample: int = 0
+    place: int = 0
 
 
 class RowPlan:
@@ -40,49 +116,186 @@ class RowPlan:
             ("teacher", "reference") if config.responses == "both" else (config.responses,)
         )
 
+    @cached_property
     def survey(self) -> Survey:
-        """Count the rows and list the skipped ones; raises `UserError` if no row can be used."""
-        num_rows: dict[Origin, int] = dict.fromkeys(self.origins, 0)
+        """The rows, counted, and the skipped ones, listed; raises `UserError` if no row can be used."""
+        num_rows: dict[Part, int] = {Part(origin): 0 for origin in self.origins}
         skipped: list[SkippedRow] = []
-        for item in self._encoded():
-            if isinstance(item, SkippedRow):
-                skipped.append(item)
-                continue
-            example, _ = item
-            for origin in self.origins:
-                num_rows[origin] += self._config.num_samples if origin == "teacher" else len(example.references)
-            if "reference" in self.origins and not example.references:
-                skipped.append(SkippedRow(example.line, NO_REFERENCE))
+        spans = prompts = turns = False
+        for item in iter_examples(self._source, self._config.limit):
+            for entry in (item,) if isinstance(item, SkippedRow) else self._entries(item):
+                if isinstance(entry, SkippedRow):
+                    skipped.append(entry)
+                    continue
+                copies = self._config.num_samples if entry.part.origin == "teacher" else 1
+                num_rows[entry.part] = num_rows.get(entry.part, 0) + copies
+                spans |= entry.response is not None and len(entry.response.spans) > 1
+                prompts |= entry.asked != entry.prompt
+                turns |= isinstance(item, Example) and entry.name != item.example_id
         if not sum(num_rows.values()):
             first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
             raise UserError(
                 f"no row of the data can be used, {len(skipped)} are skipped{first}", where=self._source.name
             )
-        return Survey(num_rows, skipped)
+        return Survey(num_rows, skipped, spans, prompts, turns)
 
-    def rows(self, origin: Origin) -> Iterator[PlannedRow]:
-        """The rows of `origin` in data order."""
+    def rows(self, part: Part, answer_of: AnswerOf = lambda name, sample: None) -> Iterator[PlannedRow]:
+        """The rows of `part` in data order; `answer_of` gives the teacher's answers to earlier turns."""
         index = itertools.count()
-        limit = self._config.max_new_tokens
-        for item in self._encoded():
+        for item in iter_examples(self._source, self._config.limit):
             if isinstance(item, SkippedRow):
                 continue
-            example, prompt = item
-            planned = partial(
-                PlannedRow, example_id=example.example_id, origin=origin, prompt=prompt.text, prompt_ids=prompt.ids
-            )
-            if origin == "teacher":
+            for entry in self._entries(item, part):
+                if isinstance(entry, SkippedRow) or entry.part != part:
+                    continue
+                if entry.response is not None:
+                    yield self._given(next(index), entry, entry.response)
+                    continue
                 for sample in range(self._config.num_samples):
-                    seed = request_seed(self._config.seed, example.example_id, sample)
-                    yield planned(next(index), sample=sample, seed=seed)
-                continue
-            for sample, reference in enumerate(example.references):
-                ids = self._encoder.response_ids(prompt, reference)
-                ended: FinishReason = "length" if len(ids) > limit else "stop"
-                yield planned(next(index), sample=sample, response_ids=ids[:limit], finish_reason=ended)
+                    yield self._asked(next(index), item, entry, sample, answer_of)
 
-    def _encoded(self) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
-        return encode_examples(self._source, self._encoder, self._config.max_prompt_tokens, self._config.limit)
+    def _given(self, index: int, entry: _Entry, response: EncodedResponse) -> PlannedRow:
+        assert entry.asked is not None
+        return PlannedRow(
+            index,
+            entry.name,
+            entry.sample,
+            entry.part.origin,
+            response.prompt.text,
+            response.prompt.ids,
+            response_ids=response.ids,
+            finish_reason="length" if response.is_cut else "stop",
+            **self._columns(entry.asked, response.spans if len(response.spans) > 1 else ()),
+        )
+
+    def _asked(self, index: int, example: Example, entry: _Entry, sample: int, answer_of: AnswerOf) -> PlannedRow:
+        prompt, asked, failed = entry.prompt, entry.asked, None
+        if prompt is None or asked is None:
+            prompt, failed = self._after_answers(example, entry.place, sample, answer_of)
+            asked = prompt
+        seed = request_seed(self._config.seed, entry.name, sample)
+        of_teacher = self._columns(asked, ())
+        origin = entry.part.origin
+        return PlannedRow(
+            index, entry.name, sample, origin, prompt.text, prompt.ids, seed=seed, failed=failed, **of_teacher
+        )
+
+    def _after_answers(
+        self, example: Example, place: int, sample: int, answer_of: AnswerOf
+    ) -> tuple[EncodedPrompt, str | None]:
+        """The prompt of a turn after the teacher's own answers, and why it cannot be asked, if so."""
+        places = answer_places(example)
+        answers = []
+        for other in open_places_before(example, place):
+            turn = places.index(other) + 1
+            answer = answer_of(f"{example.example_id}/turn-{turn}", sample)
+            if answer is None:
+                return EncodedPrompt("", []), f"the teacher's answer to turn {turn} is missing"
+            answers.append(answer)
+        prompt = self._encoder.prompt(history(example, place, answers))
+        reason = too_long(prompt, self._config.max_prompt_tokens)
+        return prompt, reason
+
+    def _columns(self, asked: EncodedPrompt, spans: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """The values of extra columns, where this cache has them."""
+        return {
+            "spans": spans if self.survey.has_spans else None,
+            "teacher_prompt_ids": asked.ids if self.survey.has_teacher_prompts else None,
+        }
+
+    def _entries(self, example: Example, only: Part | None = None) -> Iterator[_Entry | SkippedRow]:
+        """The rows of an example; with `only`, at least those of that part."""
+        if self._config.turns == "all" and example.messages is not None and len(answer_places(example)) > 1:
+            if example.for_teacher is not None:
+                yield SkippedRow(example.line, "`teacher_messages` are for one response: give --turns last")
+                return
+            for origin in self.origins:
+                if only is None or only.origin == origin:
+                    yield from self._questions(example, only) if origin == "teacher" else self._responses(example)
+            return
+        try:
+            prompt = self._encoder.prompt(example)
+            asked = prompt if example.for_teacher is None else self._encoder.prompt(example.for_teacher)
+        except TemplateMismatchError as error:
+            yield SkippedRow(example.line, str(error))
+            return
+        reason = too_long(prompt, self._config.max_prompt_tokens)
+        if reason is None and asked is not prompt:
+            reason = too_long(asked, self._config.max_prompt_tokens, "the teacher's prompt")
+        if reason is not None:
+            yield SkippedRow(example.line, reason)
+            return
+        for origin in self.origins:
+            if only is not None and only.origin != origin:
+                continue
+            if origin == "teacher":
+                yield _Entry(Part("teacher"), example.example_id, prompt, asked)
+            else:
+                yield from self._responses(example, prompt, asked)
+
+    def _questions(self, example: Example, only: Part | None) -> Iterator[_Entry | SkippedRow]:
+        """The turns of a conversation, each asked under what is before it."""
+        for number, place in enumerate(answer_places(example), start=1):
+            part, prompt = Part("teacher", number), None
+            if only not in (None, part):
+                continue
+            if not open_places_before(example, place):
+                try:
+                    prompt = self._encoder.prompt(history(example, place, ()))
+                except TemplateMismatchError as error:
+                    yield SkippedRow(example.line, str(error))
+                    return
+                reason = too_long(prompt, self._config.max_prompt_tokens, f"prompt of turn {number}")
+                if reason is not None:
+                    yield SkippedRow(example.line, reason)
+                    continue
+            yield _Entry(part, f"{example.example_id}/turn-{number}", prompt, prompt, place=place)
+
+    def _responses(
+        self, example: Example, prompt: EncodedPrompt | None = None, asked: EncodedPrompt | None = None
+    ) -> Iterator[_Entry | SkippedRow]:
+        """The given responses of an example. Of a conversation that is too long, the turns that fit are used."""
+        config = self._config
+        limits = config.max_prompt_tokens, config.max_new_tokens
+        found = given_responses(example, self._encoder, config.turns, *limits, prompt)
+        for sample, item in enumerate(found):
+            if isinstance(item, SkippedRow):
+                yield item
+                continue
+            yield _Entry(Part("reference"), example.example_id, item.prompt, asked or item.prompt, item, sample)
+        if not found:
+            yield SkippedRow(example.line, NO_REFERENCE)
+
+
+def given_responses(
+    example: Example,
+    encoder: PromptEncoder,
+    turns: Turns,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    prompt: EncodedPrompt | None = None,
+) -> list[EncodedResponse | SkippedRow]:
+    """The given responses of an example within the limits (tokens), and what of it is skipped. `prompt`: its own."""
+    try:
+        whole = references(encoder, example, turns, prompt)
+    except TemplateMismatchError as error:
+        return [SkippedRow(example.line, str(error))]
+    found: list[EncodedResponse | SkippedRow] = []
+    for response in whole:
+        reason = too_long(response.prompt, max_prompt_tokens)
+        if reason is not None:
+            return [SkippedRow(example.line, reason)]
+        kept = fitted(response, max_prompt_tokens, max_new_tokens)
+        found.append(kept)
+        if lost := len(response.spans) - len(kept.spans):
+            reason = f"the last {lost} of {len(response.spans)} turns do not fit: too long a history, or a cut turn"
+            found.append(SkippedRow(example.line, reason))
+    return found
+
+
+def too_long(prompt: EncodedPrompt, most: int, what: str = "prompt") -> str | None:
+    """Why `prompt` cannot be used, if it has more than `most` tokens."""
+    return f"{what} has {len(prompt.ids)} tokens, more than {most}" if len(prompt.ids) > most else None
 
 
 def encode_examples(
@@ -98,7 +311,5 @@ def encode_examples(
         except TemplateMismatchError as error:
             yield SkippedRow(item.line, str(error))
             continue
-        if len(prompt.ids) > max_prompt_tokens:
-            yield SkippedRow(item.line, f"prompt has {len(prompt.ids)} tokens, more than {max_prompt_tokens}")
-        else:
-            yield item, prompt
+        reason = too_long(prompt, max_prompt_tokens)
+        yield (item, prompt) if reason is None else SkippedRow(item.line, reason)

@@ -84,6 +84,12 @@ class RoundInputs(NamedTuple):
 
 def open_round(cache: TeacherCache, config: CacheConfig) -> RoundInputs:
     """Find and check the models of a round of `cache`; raises `UserError` for those that it cannot use."""
+    if cache.has_spans:
+        raise UserError(
+            "a round answers each row's prompt once, and rows of this cache have several spans",
+            where=cache.folder,
+            advice="Build the cache with --turns last, or with --responses teacher, which has a row for each turn",
+        )
     config = with_cache_options(cache, config)
     assert config.student is not None  # checked by the config
     engine = "transformers" if config.teacher_mix else resolve_engine(config.engine)
@@ -124,13 +130,14 @@ def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundIn
     drawn = sampling(config, student.stop_token_ids())
     with open_student(inputs) as filler:
         with Progress("student responses", num_rows, "rows", sampled.num_done()) as progress:
-            for origin in cache.origins:
-                rows = planned_rows(cache, _missing(cache, origin, sampled), config.seed)
-                filler(sampled, _layout(cache, origin), rows, drawn, progress)
+            for stem in cache.stems:
+                rows = planned_rows(cache, _missing(cache, stem, sampled), config.seed)
+                filler(sampled, _layout(cache, stem), rows, drawn, progress)
         if to_score:
             with Progress("student scores", num_scored, "rows", scored.num_done()) as progress:
-                rows = _cached_rows(cache, _missing(cache, "teacher", scored))
-                filler(scored, _layout(cache, "teacher"), rows, None, progress)
+                for stem in dict.fromkeys(record.stem for record in to_score):
+                    rows = _cached_rows(cache, _missing(cache, stem, scored))
+                    filler(scored, _layout(cache, stem), rows, None, progress)
 
 
 def _run_teacher(cache: TeacherCache, sampled: Job, scored: Job, job: Job, inputs: RoundInputs) -> None:
@@ -140,23 +147,23 @@ def _run_teacher(cache: TeacherCache, sampled: Job, scored: Job, job: Job, input
         open_filler(engine, teacher, engine_options(config), config) as filler,
         Progress("teacher scores", cache.manifest.counts["rows"], "rows", job.num_done()) as progress,
     ):
-        for origin in cache.origins:
-            rows = _sampled_rows(cache, sampled, scored, _missing(cache, origin, job), config)
-            filler(job, _layout(cache, origin), rows, None, progress)
+        for stem in cache.stems:
+            rows = _sampled_rows(cache, sampled, scored, _missing(cache, stem, job), config)
+            filler(job, _layout(cache, stem), rows, None, progress)
 
 
-def _layout(cache: TeacherCache, origin: str) -> ShardLayout:
-    return ShardLayout("student", cache.rows_per_shard, stem=origin)
+def _layout(cache: TeacherCache, stem: str) -> ShardLayout:
+    return ShardLayout("student", cache.rows_per_shard, stem)
 
 
-def _missing(cache: TeacherCache, origin: str, job: Job) -> list[ShardRecord]:
-    """The cache's shards of `origin` that `job` has not committed."""
-    return [record for record in cache.shards(origin) if record.path not in job.committed]
+def _missing(cache: TeacherCache, stem: str, job: Job) -> list[ShardRecord]:
+    """The cache's shards `stem` that `job` has not committed."""
+    return [record for record in cache.shards(stem=stem) if record.path not in job.committed]
 
 
 def planned_rows(cache: TeacherCache, shards: Sequence[ShardRecord], seed: int) -> Iterator[PlannedRow]:
     """One row of the student for each row of these shards of the cache, in the cache's order."""
-    numbers = {record.path: number for origin in cache.origins for number, record in enumerate(cache.shards(origin))}
+    numbers = {record.path: number for stem in cache.stems for number, record in enumerate(cache.shards(stem=stem))}
     for record, shard in cache.scan(shards):
         for i in range(len(shard)):
             row, (prompt, _) = shard.row(i), shard.texts(i)
@@ -181,7 +188,7 @@ def _sampled_rows(
     for record in shards:
         drawn = sampled.committed[record.path]
         reasons = {(row["example_id"], row["sample"]): f"the student: {row['reason']}" for row in drawn.failed}
-        shard = read_shard(sampled.folder, drawn)
+        shard, cached = read_shard(sampled.folder, drawn), cache.read(record)
         of_cached = None
         if config.score_cached and record.origin == "teacher":
             of_cached = _sampling_logprobs_of_cached(cache, scored, record, config.teacher_mix)
@@ -199,8 +206,10 @@ def _sampled_rows(
                 yield replace(planned, failed=f"the student drew the id {highest}, which the teacher does not have")
                 continue
             reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+            asked = cached.row(cached.index_of[key]).teacher_prompt_ids
             yield replace(
                 planned,
+                teacher_prompt_ids=None if asked is None else asked.tolist(),
                 response_ids=answer.response_ids.tolist(),
                 finish_reason=reason,
                 sampling_logprobs=answer.response_logprobs.tolist(),

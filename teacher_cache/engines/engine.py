@@ -84,6 +84,16 @@ class Distributions:
     logprobs_E: np.ndarray
     log_tail_T: np.ndarray
 
+    def positions(self, wanted: np.ndarray | slice) -> Distributions:
+        """The distributions at some of the positions."""
+        import numpy as np
+
+        mask_T = np.zeros(len(self.counts_T), bool)
+        mask_T[wanted] = True
+        mask_E = np.repeat(mask_T, self.counts_T)
+        counts_T, log_tail_T = self.counts_T[mask_T], self.log_tail_T[mask_T]
+        return Distributions(counts_T, self.ids_E[mask_E], self.logprobs_E[mask_E], log_tail_T)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:

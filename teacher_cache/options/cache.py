@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Address, DeviceName, Location, Settings, named_values
+from dpkd.core.settings import Address, DeviceName, Location, Settings, TemplateArguments, named_values
 from dpkd.teacher_cache.engines.engine import EngineName
 
 #: entries kept per position by default
@@ -29,6 +29,12 @@ class SourceOptions(Settings):
         "teacher", description="responses to cache: the teacher's own, the references of the data, or both"
     )
     template: TemplateName = Field("alpaca", description="prompt template; chat is that of the teacher's tokenizer")
+    template_arg: TemplateArguments = Field(
+        {}, description="variable of the chat template, such as enable_thinking=false; repeatable"
+    )
+    turns: Literal["last", "all"] = Field(
+        "last", description="turns of the assistant to cache in rows of `messages`: the last, or all"
+    )
     limit: int | None = Field(None, ge=1, description="use only the first N rows of the data; none: all")
     max_prompt_tokens: int = Field(256, ge=1, description="skip (and list) rows with a longer prompt, in tokens")
     student: str | None = Field(

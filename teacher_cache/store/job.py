@@ -14,7 +14,7 @@ from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
-from dpkd.teacher_cache.store.schema import FORMATS, Origin
+from dpkd.teacher_cache.store.schema import Origin, format_of
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
 
 JOB = "job.json"
@@ -161,7 +161,7 @@ class Job:
             skipped=skipped,
             files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
             software=software_versions(),
-            format_version=FORMATS.get(self.kind, 1),
+            format_version=format_of(self.kind, self.identities),
         )
         self.folder.write(MANIFEST, manifest.to_bytes())
         self._clean_up()

@@ -75,6 +75,11 @@ class CacheReader:
         return int(self.identities["logprobs"]["top_k"])
 
     @property
+    def has_spans(self) -> bool:
+        """Whether rows may have several spans."""
+        return "spans" in self.identities["layout"].get("columns", ())
+
+    @property
     def rows_per_shard(self) -> int:
         """Rows of every shard except the last one of each origin."""
         return int(self.identities["layout"]["rows_per_shard"])
@@ -133,9 +138,15 @@ class TeacherCache(CacheReader):
         """Origins of the cache's rows, in the order of the shards."""
         return sorted({shard.origin for shard in self.manifest.shards})
 
-    def shards(self, origin: str | None = None) -> list[ShardRecord]:
-        """Shards of `origin` (None: all), in order."""
-        return [shard for shard in self.manifest.shards if origin in (None, shard.origin)]
+    def shards(self, origin: str | None = None, stem: str | None = None) -> list[ShardRecord]:
+        """Shards of `origin` (None: all) whose name begins with `stem` (None: all), in order."""
+        shards = [shard for shard in self.manifest.shards if origin in (None, shard.origin)]
+        return [shard for shard in shards if stem in (None, shard.stem)]
+
+    @property
+    def stems(self) -> list[str]:
+        """How the names of shards begin: by origin, and by turn for conversations that were asked turn by turn."""
+        return list(dict.fromkeys(shard.stem for shard in self.manifest.shards))
 
     @cached_property
     def round_names(self) -> list[str]:

@@ -23,10 +23,10 @@ from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import (
     DICTIONARY_COLUMNS,
-    ROUND_SCHEMA,
     ROW_SCHEMA,
     ShardRows,
     column_encodings,
+    is_row_schema,
 )
 
 
@@ -55,6 +55,11 @@ class ShardRecord:
 
     def __hash__(self) -> int:
         return hash((self.path, self.sha256))
+
+    @property
+    def stem(self) -> str:
+        """How the shard's name begins, before its number."""
+        return self.path.rpartition("/")[2].rpartition("-")[0]
 
     @property
     def num_settled(self) -> int:
@@ -111,6 +116,7 @@ def encode_shard(
     log_tail = pc.list_flatten(table["log_remainder"]).to_numpy()
     response_lengths = pc.list_value_length(table["response_ids"]).to_numpy()
     prompt_lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    between = pc.list_value_length(table["between_ids"]).to_numpy() if "between_ids" in table.column_names else 0
     entries = int(pc.sum(pc.list_value_length(table["entry_ids"])).as_py() or 0)
     record = ShardRecord(
         path=path,
@@ -122,7 +128,7 @@ def encode_shard(
         entries=entries,
         mass_kept=float((1.0 - np.exp(log_tail.astype(np.float64))).sum()) if entries else 0.0,
         unfinished=sum(reason == "length" for reason in table["finish_reason"].to_pylist()),
-        longest=int((prompt_lengths + response_lengths).max(initial=0)),
+        longest=int((prompt_lengths + response_lengths + between).max(initial=0)),
         lengths=np.bincount(np.log2(np.maximum(response_lengths, 1)).astype(np.int64)).tolist(),
         failed=list(failed),
     )
@@ -174,7 +180,7 @@ def _parse(data: bytes, path: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
         raise UserError(f"the shard is not a Parquet file: {error}", where=path) from None
-    if not (table.schema.equals(ROW_SCHEMA) or table.schema.equals(ROUND_SCHEMA)):
+    if not is_row_schema(table.schema):
         raise UserError(
             "the shard has the wrong schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path
         )
