@@ -42,7 +42,7 @@ def main() -> None:
     from dpkd.core.models import locate_model
     from dpkd.core.prompts.examples import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
-    from dpkd.teacher_cache.build.plan import RowPlan
+    from dpkd.teacher_cache.build.plan import Part, RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling
     from dpkd.teacher_cache.engines.open import open_engine
     from dpkd.teacher_cache.options.cache import CacheConfig
@@ -59,7 +59,7 @@ def main() -> None:
         )
         model = locate_model(config.teacher, "teacher")
         encoder = PromptEncoder(model.tokenizer, config.template)
-        rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows("teacher"))
+        rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows(Part("teacher")))
         drawn = sampling(config, model.stop_token_ids())
         options = engine_options(config)
         # as many concurrent requests as the engine in this process

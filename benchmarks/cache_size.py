@@ -32,7 +32,7 @@ from dpkd.teacher_cache.audit.fidelity_measures import (
     Scores,
     full_distributions,
 )
-from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.build.plan import Part, RowPlan
 from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.engines.top_k import from_top_k
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -239,7 +239,7 @@ def planned_rows(given: argparse.Namespace, teacher: ModelSource, config: CacheC
     """The first reference answers of the data, planned as in `dpkd cache-teacher`."""
     encoder = PromptEncoder(teacher.tokenizer, given.template)
     plan = RowPlan(open_examples(given.data), encoder, config)
-    return list(itertools.islice(plan.rows("reference"), given.rows))
+    return list(itertools.islice(plan.rows(Part("reference")), given.rows))
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
     from dpkd.core.models import locate_model
     from dpkd.core.prompts.examples import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
-    from dpkd.teacher_cache.build.plan import RowPlan
+    from dpkd.teacher_cache.build.plan import Part, RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling
     from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
     from dpkd.teacher_cache.options.cache import CacheConfig
@@ -73,7 +73,7 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
     )
     model = locate_model(config.teacher, "teacher")
     encoder = PromptEncoder(model.tokenizer, config.template)
-    rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows("teacher"))
+    rows = list(RowPlan(open_examples(str(config.data)), encoder, config).rows(Part("teacher")))
     drawn = sampling(config, model.stop_token_ids())
     bare_s, cached_s, num_tokens = [], [], []
     logprobs = arguments.top_k if arguments.baseline == "flat" else None

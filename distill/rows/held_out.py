@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from dpkd.core.errors import UserError
 from dpkd.distill.rows.columns import read_example_ids
 from dpkd.distill.rows.row import RowSource, TrainingRow
-from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.reader import CacheReader, TeacherCache
 
 
 class SubsetRows:
@@ -56,7 +57,14 @@ def choose_examples(example_ids: Iterable[str], num_examples: int, seed: int) ->
 
 def cache_examples(cache: TeacherCache) -> frozenset[str]:
     """The ids of all examples of a cache, including those that failed in a round. Reads this column once."""
-    return frozenset(example for record in cache.shards() for example in read_example_ids(cache.folder, record))
+    return frozenset(
+        conversation_of(cache, name) for record in cache.shards() for name in read_example_ids(cache.folder, record)
+    )
+
+
+def conversation_of(cache: CacheReader, example_id: str) -> str:
+    """The example that a row belongs to: that of `ID/turn-2` is `ID` where a cache was asked turn by turn."""
+    return re.sub(r"/turn-\d+$", "", example_id) if "turns" in cache.identities["generation"] else example_id
 
 
 def split_rows(

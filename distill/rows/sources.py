@@ -14,7 +14,7 @@ from dpkd.core.prompts.examples import SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
-from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
+from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
@@ -180,7 +180,10 @@ def _split(
                 return CacheSplit(source, reason=what)
             raise no_distributions(what, cache, "train without --validation-examples")
     held_out = choose_examples(examples, num, config.seed)
-    ids, measured_ids = source.ids_by_group(), measured.ids_by_group()
+    ids, measured_ids = (
+        [[conversation_of(cache, name) for name in group] for group in rows.ids_by_group()]
+        for rows in (source, measured)
+    )
     try:
         training, _ = split_rows(source, ids, held_out)
         _, validation = split_rows(measured, measured_ids, held_out)

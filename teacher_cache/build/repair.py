@@ -87,7 +87,7 @@ def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
     job.check_source = inputs.source.check_unchanged
     with job.repairing():
         _say_bad(job)
-        fill_cache(config, inputs, inputs.plan.survey(), job)
+        fill_cache(config, inputs, inputs.plan.survey, job)
         remade = job.remade()
         changed = {path: record for path, record in remade.items() if record != job.bad[path]}
         for part in rounds:

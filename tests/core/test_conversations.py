@@ -138,6 +138,7 @@ def test_last_learns_from_the_last_turn_only(write_rows: Any) -> None:
 
 
 def test_arguments_reach_the_template_and_its_identity(write_rows: Any) -> None:
+    """What `--template-arg` of `dpkd cache-teacher`, `train` and `eval` gives to the template."""
     tokenizer = chat_tokenizer(THINKING)
     plain, without = PromptEncoder(tokenizer, "chat"), PromptEncoder(tokenizer, "chat", {"enable_thinking": "false"})
     example = one(write_rows, messages=TALK[:1])

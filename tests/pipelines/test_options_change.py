@@ -273,6 +273,14 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_samples_are_drawn_with_the_weights_that_they_should": "train: sample_every",
         "test_a_server_with_another_model_is_refused": "train: teacher_tolerance",
     },
+    "core/test_conversations.py": {
+        "test_arguments_reach_the_template_and_its_identity": "cache-teacher: template_arg; train: template_arg; "
+        "eval: template_arg",
+    },
+    "teacher_cache/build/test_conversation_cache.py": {
+        "test_all_turns_of_a_given_conversation_are_one_row": "cache-teacher: turns",
+    },
+    "distill/rows/test_spans.py": {"test_runs_on_spans": "train: turns"},
     "distill/student/test_importance.py": {"test_removing_silent_heads_keeps_the_logits": "init-student: heads"},
     "distill/test_alarms.py": {
         "test_the_released_loss_alone_gives_three_alarms_and_the_run_can_stop": "train: on_alarm",
