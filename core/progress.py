@@ -15,6 +15,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """`seconds` for a person, to two or three digits: 41 s, 3.5 min, 12.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(seconds, 0):.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 class Progress:
     """Counts `unit`s done towards `total` (None when unknown). `done` is what an earlier run already did."""
 

@@ -16,7 +16,7 @@ LAYERS = {
     "teacher_cache": ("engines", "options", "store", "build", "audit", "serve"),
     "distill": ("losses", "options", "rows", "batches", "objectives", "live", "student", "run", "training"),
     "evaluate": ("metrics", "options", "inputs", "answers", "report", "views", "merge", "judge", "evaluation"),
-    "pipelines": ("process", "bridges", "commands", "flags", "recipe", "reproduce", "cli"),
+    "pipelines": ("process", "bridges", "commands", "flags", "recipe", "planning", "reproduce", "cli"),
 }
 #: what each package may import of the others
 BELOW = {

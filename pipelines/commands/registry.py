@@ -116,6 +116,10 @@ COMMANDS: dict[str, Command] = {
             f"{_HERE}:RunOptions", "pipelines.recipe.run:run",
         ),
         Command(
+            "plan", "Print what a recipe costs, from a pilot of its steps.",
+            f"{_HERE}:PlanOptions", "pipelines.planning.measure:run",
+        ),
+        Command(
             "recipes", "List the recipes that ship with dpkd, or print one.",
             f"{_HERE}:RecipesOptions", "pipelines.recipe.shipped:print_recipes",
         ),

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from dpkd.core.errors import UserError
 from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import say
+from dpkd.pipelines.planning.plan import plan_steps
+from dpkd.pipelines.planning.text import plan_text
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import run_steps
 from dpkd.pipelines.recipe.shipped import find_recipe, print_list, shipped_recipes
 from dpkd.pipelines.reproduce.inputs import check_inputs, missing_inputs
 from dpkd.pipelines.reproduce.options import ReproduceConfig, read_reproduce
-from dpkd.pipelines.reproduce.plan import plan_steps
-from dpkd.pipelines.reproduce.plan_text import plan_text
 
 if TYPE_CHECKING:
     from dpkd.pipelines.commands.options import ReproduceOptions

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
-from dpkd.core.progress import say
+from dpkd.core.progress import duration, say
 from dpkd.teacher_cache.build.cache import open_inputs
 from dpkd.teacher_cache.build.filling import Filler, open_filler
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
@@ -120,15 +120,15 @@ class CacheCost:
         unit = "GPU hours" if self.device == "cuda" else "hours of this machine"
         if self.engine == "server":
             unit = "server hours"
-        low, high = (_duration(self.seconds + sign * self.margin_s) for sign in (-1, 1))
+        low, high = (duration(self.seconds + sign * self.margin_s) for sign in (-1, 1))
         lines = [
             f"estimate for {self.out}, from a pilot of {self.pilot_rows} rows ({self.engine} on {self.device}):",
             f"  rows      {self.num_rows:,}{skipped}",
             f"  tokens    {_thousands(generated)} generated, {_thousands(prompts)} of prompts",
-            f"  time      {_duration(self.seconds)} ({low} to {high}): {self.device_hours:.2g} {unit}",
+            f"  time      {duration(self.seconds)} ({low} to {high}): {self.device_hours:.2g} {unit}",
             *(
-                f"            {phase.label}: {_duration(phase.seconds)}"
-                + (f", after {_duration(phase.start_s)} to start" if phase.start_s else "")
+                f"            {phase.label}: {duration(phase.seconds)}"
+                + (f", after {duration(phase.start_s)} to start" if phase.start_s else "")
                 for phase in self.phases
             ),
             f"  disk      {_bytes(self.num_bytes)}",
@@ -143,20 +143,21 @@ class CacheCost:
         memory = "" if self.teacher_bytes is None else f" and {_bytes(self.teacher_bytes)} of memory for its weights"
         after = "1 student run" if self.live_runs == 1 else f"{self.live_runs:,} student runs"
         return [
-            f"  live teacher in the training step: {_duration(self.live_epoch_s)} an epoch{memory};",
+            f"  live teacher in the training step: {duration(self.live_epoch_s)} an epoch{memory};",
             f"            the cache is cheaper after {after} of one epoch",
         ]
 
 
-def estimate_cost(config: CacheConfig) -> CacheCost:
+def estimate_cost(config: CacheConfig, *, num_rows: int | None = None, live: bool = True) -> CacheCost:
     """What `build_cache(config)` would cost: runs `config.pilot_rows` rows for real, in a temporary directory.
 
+    `num_rows` is the number of rows of a round whose cache is smaller now. `live` False leaves the live teacher out.
     Raises `UserError` as `build_cache` does for options, data and models that cannot be used.
     """
-    return _of_cache(config) if config.round is None else _of_round(config)
+    return _of_cache(config, live=live) if config.round is None else _of_round(config, num_rows)
 
 
-def _of_cache(config: CacheConfig) -> CacheCost:
+def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
     started_s = time.monotonic()
     inputs = open_inputs(config)
     survey = inputs.plan.survey
@@ -172,20 +173,21 @@ def _of_cache(config: CacheConfig) -> CacheCost:
             phase, run = measure(label, rows, num_rows, drawn)
             phases.append(phase)
             scored.append((run, num_rows))
-    live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored)
+    live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored) if live else (None, "as asked")
     return _cost(config, inputs.engine, inputs.teacher, len(survey.skipped), survey_s, phases, live_s, reason)
 
 
-def _of_round(config: CacheConfig) -> CacheCost:
+def _of_round(config: CacheConfig, num_rows: int | None) -> CacheCost:
     started_s = time.monotonic()
     cache = TeacherCache.open(config.out)
     inputs = open_round(cache, config)
-    config, num_rows = inputs.config, cache.manifest.counts["rows"]
+    config, num_cached = inputs.config, cache.manifest.counts["rows"]
+    num_rows = num_rows or num_cached
     survey_s = time.monotonic() - started_s
     rows = planned_rows(cache, cache.shards(), config.seed)
     drawn = sampling(config, inputs.student.stop_token_ids())
     with _opened(config, partial(open_student, inputs)) as measure:
-        phase, run = measure("student responses", rows, num_rows, drawn)
+        phase, run = measure("student responses", rows, num_cached, drawn, num_rows)
     phases = [replace(phase, num_bytes=0)]  # deleted at the end
     teacher = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
     with _opened(config, teacher) as measure:
@@ -287,14 +289,6 @@ def _cost(
         price_per_hour=config.price_per_hour,
         pilot_rows=config.pilot_rows,
     )
-
-
-def _duration(seconds: float) -> str:
-    """`seconds` to two or three digits: 41 s, 3.5 min, 12.1 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{max(seconds, 0):.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _bytes(value: float) -> str:

@@ -370,6 +370,10 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_another_teacher_is_refused": "cache fidelity: teacher",
         "test_vllm_scores_a_cache_of_its_own": "cache fidelity: engine max_num_seqs",
     },
+    "pipelines/test_plan.py": {
+        "test_each_step_is_timed_and_nothing_is_left": "plan: recipe",
+        "test_the_command_prints_times_and_the_price": "plan: pilot_rows price_per_hour set",
+    },
     "pipelines/recipe/test_recipe.py": {
         "test_a_dry_run_prints_the_plan_and_writes_nothing": "run: dry_run",
     },

@@ -279,9 +279,9 @@ def test_a_recipe_can_end_in_a_merged_report(
     single: Single, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dpkd.pipelines.commands.options import RunOptions
+    from dpkd.pipelines.planning.plan import plan_steps
     from dpkd.pipelines.recipe.format import read_recipe
     from dpkd.pipelines.recipe.run import run
-    from dpkd.pipelines.reproduce.plan import plan_steps
 
     recipe = tmp_path / "recipe.toml"
     places = json.dumps([str(single("a")), str(single("b"))])

@@ -12,14 +12,14 @@ from support.toys import ROOT
 
 from dpkd.core.errors import UserError
 from dpkd.pipelines.commands.options import ARTEFACTS, NoiseConfig, ReproduceOptions
+from dpkd.pipelines.planning.model_sizes import ModelSizes
+from dpkd.pipelines.planning.plan import plan_steps
+from dpkd.pipelines.planning.text import plan_text
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.shipped import find_recipe
 from dpkd.pipelines.reproduce.inputs import check_inputs
-from dpkd.pipelines.reproduce.model_sizes import ModelSizes
 from dpkd.pipelines.reproduce.options import read_reproduce
 from dpkd.pipelines.reproduce.paper_values import paper_values
-from dpkd.pipelines.reproduce.plan import plan_steps
-from dpkd.pipelines.reproduce.plan_text import plan_text
 from dpkd.pipelines.reproduce.reproduce import reproduce, run
 
 PAPER = ROOT / "recipes" / "paper"

@@ -5,19 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dpkd.pipelines.reproduce.plan import PlannedStep
+from dpkd.core.progress import duration
+from dpkd.pipelines.planning.plan import PlannedStep
 
 _TFLOPS = 100  # of the time estimate: what a GPU of 2022 reaches in bfloat16 with large batches
 
 
-def plan_text(planned: list[PlannedStep]) -> str:
-    """The plan with two lines per step, the total of what is left to do, and what the totals leave out."""
+def plan_text(
+    planned: list[PlannedStep], seconds: list[float | None] | None = None, reasons: list[str] | None = None
+) -> str:
+    """The plan with two lines per step, the total of what is left to do, and what the totals leave out.
+
+    `seconds` are the measured times of the steps (None: not measured, for the reason in `reasons`). Without them the
+    total time is that of an assumed speed.
+    """
     lines, number = [], 0
     while number < len(planned):
         item = planned[number]
         number += 1
         lines.append(f"{number:>3}  {'done ' if item.finished else 'to do'}  {item.step.title} -> {item.step.out}")
         lines.append(f"            {item.words}")
+        if seconds is not None and reasons is not None and not item.finished:
+            taken = seconds[number - 1]
+            lines.append(f"            {f'not timed: {reasons[number - 1]}' if taken is None else duration(taken)}")
         if repeated := _repeated(planned, number):
             lines.append(f"     and the same in {repeated} more steps, up to {planned[number + repeated - 1].step.out}")
             number += repeated
@@ -31,9 +41,16 @@ def plan_text(planned: list[PlannedStep]) -> str:
         f"  rows cached and scored: {_total(item.cached for item in left)}",
         f"  tokens generated, at most: {_total(item.generated for item in left)}",
         f"  disk, roughly: {_total((item.disk and item.disk / 1e9 for item in left), '{:.1f} GB')}",
-        f"  time, roughly, at {_TFLOPS} TFLOP/s: "
-        f"{_total((item.flop and item.flop / (_TFLOPS * 1e12 * 3600) for item in left), '{:.1f} hours')}",
     ]
+    if seconds is None:
+        hours = (item.flop and item.flop / (_TFLOPS * 1e12 * 3600) for item in left)
+        lines.append(f"  time, roughly, at {_TFLOPS} TFLOP/s: {_total(hours, '{:.1f} hours')}")
+    else:
+        known = [taken for taken in seconds if taken is not None]
+        missing = len(seconds) - len(known)
+        lines.append(
+            f"  time: {duration(sum(known))}" + (f", without {missing} steps that were not timed" if missing else "")
+        )
     if any(item.questions != 0 for item in left):
         lines.append(f"  questions to a judge: {_total(item.questions for item in left)}")
     return "\n".join(lines)

@@ -15,8 +15,8 @@ from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.pipelines.commands.options import NoiseConfig, PrepareConfig
+from dpkd.pipelines.planning.model_sizes import ModelSizes
 from dpkd.pipelines.recipe.steps import Step
-from dpkd.pipelines.reproduce.model_sizes import ModelSizes
 from dpkd.teacher_cache.options.cache import CacheConfig
 
 # bytes that a cached position takes beside its entries, and each entry (docs/results/cache-size.md)

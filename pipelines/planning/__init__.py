@@ -1,0 +1,1 @@
+"""What a recipe costs: its steps counted, and timed by a pilot."""

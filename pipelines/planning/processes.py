@@ -1,0 +1,91 @@
+"""What a pilot runs in processes of their own, and the small data files that it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from dpkd.core.prompts.examples import Example, open_examples, raw_rows
+from dpkd.core.settings import Settings
+from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.recipe.run import PRELOAD
+from dpkd.teacher_cache.options.cache import CacheConfig
+
+if TYPE_CHECKING:
+    from dpkd.teacher_cache.build.cost import CacheCost
+
+Result = TypeVar("Result")
+
+
+def spread(data: str, limit: int | None, path: Path, most: int) -> None:
+    """Write at most `most` rows of `data`, spread evenly over the first `limit`, to `path`."""
+    rows = [row for number, row in raw_rows(open_examples(data)) if limit is None or number <= limit]
+    wanted = sorted({int(i) for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()})
+    path.write_text("".join(json.dumps(rows[i]) + "\n" for i in wanted), encoding="utf-8")
+
+
+def timed(command: str, config: Settings) -> float:
+    """Run a command; its seconds."""
+    started_s = time.monotonic()
+    COMMANDS[command].run(config)
+    return time.monotonic() - started_s
+
+
+def estimate(config: CacheConfig, num_rows: int | None) -> CacheCost:
+    """The cost of a cache, or of a round with `num_rows`."""
+    from dpkd.teacher_cache.build.cost import estimate_cost
+
+    return estimate_cost(config, num_rows=num_rows, live=False)
+
+
+def write_eval_rows(config: EvalConfig, path: Path) -> None:
+    """The rows of all sets as a data file of `cache-teacher`."""
+    from dpkd.evaluate.inputs.eval_sets import read_eval_sets
+    from dpkd.evaluate.inputs.models import open_candidates
+
+    sets = read_eval_sets(config, open_candidates(config))
+    examples = [(one.name, example) for one in sets for example in one.examples]
+    lines = [json.dumps(_as_row(name, example)) for name, example in examples]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _as_row(set_name: str, example: Example) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": f"{set_name}/{example.example_id}", "output": list(example.references)}
+    if example.messages is not None:
+        return row | {"messages": [{"role": turn.role, "content": turn.content} for turn in example.messages]}
+    if example.prompt is not None:
+        return row | {"prompt": example.prompt}
+    return row | {"instruction": example.instruction, "input": example.input}
+
+
+def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of `function(*arguments)` in a process that is forked from one with the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_quietly, dict(os.environ), function, *arguments).result()
+
+
+def _quietly(environment: dict[str, str], function: Callable[..., Result], *arguments: Any) -> Result:
+    os.environ.update(environment)
+    with _no_output():
+        return function(*arguments)
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Drop what is printed, by libraries below Python too."""
+    with Path(os.devnull).open("w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+        yield
