@@ -49,7 +49,12 @@ def plan_text(
         known = [taken for taken in seconds if taken is not None]
         missing = len(seconds) - len(known)
         lines.append(
-            f"  time: {duration(sum(known))}" + (f", without {missing} steps that were not timed" if missing else "")
+            f"  time: {duration(sum(known))}"
+            + (
+                f", without {missing} {'step that was' if missing == 1 else 'steps that were'} not timed"
+                if missing
+                else ""
+            )
         )
     if any(item.questions != 0 for item in left):
         lines.append(f"  questions to a judge: {_total(item.questions for item in left)}")
