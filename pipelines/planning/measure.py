@@ -193,25 +193,26 @@ class _Pilot:
         in_child(write_eval_rows, config, rows)
         seconds = 0.0
         for model in config.model.values():
-            as_cache = CacheConfig(
-                teacher=model,
-                data=str(rows),
-                out=str(self.directory / "answers"),
-                responses="both" if config.perplexity else "teacher",
-                template=config.template,
-                max_prompt_tokens=config.max_prompt_tokens,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                num_samples=len(config.resolved_seeds()),
-                top_k=0,
-                engine=config.engine,
-                device=config.device,
-                dtype=config.dtype,
-                max_num_seqs=config.max_num_seqs,
-                dry_run=True,
-                pilot_rows=self.pilot_rows,
-            )
+            options = {
+                "teacher": model,
+                "data": str(rows),
+                "out": str(self.directory / "answers"),
+                "responses": "both" if config.perplexity else "teacher",
+                "template": config.template,
+                "max_prompt_tokens": config.max_prompt_tokens,
+                "max_new_tokens": config.max_new_tokens,
+                "temperature": config.temperature,
+                "top_p": config.top_p,
+                "num_samples": len(config.resolved_seeds()),
+                "top_k": 0,
+                "engine": config.engine,
+                "device": config.device,
+                "dtype": config.dtype,
+                "max_num_seqs": config.max_num_seqs,
+                "dry_run": True,
+                "pilot_rows": self.pilot_rows,
+            }
+            as_cache = CacheConfig.parse(options, where="the pilot")
             seconds += in_child(estimate, as_cache, None).seconds
         return StepCost(seconds)
 

@@ -48,14 +48,9 @@ def plan_text(
     else:
         known = [taken for taken in seconds if taken is not None]
         missing = len(seconds) - len(known)
-        lines.append(
-            f"  time: {duration(sum(known))}"
-            + (
-                f", without {missing} {'step that was' if missing == 1 else 'steps that were'} not timed"
-                if missing
-                else ""
-            )
-        )
+        steps = "1 step that was" if missing == 1 else f"{missing} steps that were"
+        without = f", without {steps} not timed" if missing else ""
+        lines.append(f"  time: {duration(sum(known))}{without}")
     if any(item.questions != 0 for item in left):
         lines.append(f"  questions to a judge: {_total(item.questions for item in left)}")
     return "\n".join(lines)
