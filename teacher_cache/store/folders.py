@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.files import is_temporary, write_atomic
 from dpkd.core.urls import url_problem
+
+_TRIES = 5  # to write a file that others write too
 
 
 class Folder(Protocol):
@@ -43,6 +45,23 @@ class Folder(Protocol):
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it exists; returns whether it was written."""
         ...
+
+    def version(self, name: str) -> str | None:
+        """Changes whenever the file does; None if it does not exist."""
+        ...
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Write a file that still has that `version`; returns whether it was written."""
+        ...
+
+    def write_checked(self, name: str, data: bytes, check: Callable[[], None]) -> None:
+        """Write a file if `check`, which raises `UserError`, allows it.
+
+        An object store also makes sure that nobody has written the file since `check`: a process that is paused in
+        between writes nothing when it continues. On a disk, the lock of the kernel keeps others out.
+        """
+        check()
+        self.write(name, data)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Size in bytes of every file under the folder `prefix`, by name, without temporary files."""
@@ -121,6 +140,19 @@ class LocalFolder(Folder):
             return False
         except OSError as error:
             raise UserError(f"the file cannot be written: {error.strerror}", where=self.where(name)) from error
+        return True
+
+    def version(self, name: str) -> str | None:
+        try:
+            status = (self.path / name).stat()
+        except OSError:
+            return None
+        return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        if self.version(name) != version:
+            return False
+        self.write(name, data)
         return True
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -207,17 +239,49 @@ class RemoteFolder(Folder):
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Folder.create`. Atomic only if the store has conditional writes."""
-        if self.exists(name):
-            return False
+        return not self.exists(name) and self._write_if(name, data, {"mode": "create"})
+
+    def version(self, name: str) -> str | None:
         try:
-            self._filesystem.pipe_file(self._key(name), data, mode="create")
-        except FileExistsError:
+            with self._storage_errors(name, may_be_absent=True):
+                info = self._filesystem.info(self._key(name))
+        except FileNotFoundError:
+            return None
+        return str(info["ETag"]) if "ETag" in info else str(sorted(info.items()))
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """See `Folder.replace`. Atomic only in S3 and stores with its interface."""
+        if "s3" in self._filesystem.protocol:
+            return self._write_if(name, data, {"IfMatch": version})
+        if self.version(name) != version:
+            return False
+        self.write(name, data)
+        return True
+
+    def _write_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
+        one_request = {"chunksize": len(data) + 1} if "s3" in self._filesystem.protocol else {}
+        try:
+            self._filesystem.pipe_file(self._key(name), data, **condition, **one_request)
+        except (FileExistsError, FileNotFoundError):
             return False
         except Exception as error:
+            response = getattr(error.__cause__, "response", None) or {}
+            if response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+                return False
             if "PreconditionFailed" in str(error) or "412" in str(error):
                 return False
             raise self._storage_error(error, name) from error
         return True
+
+    def write_checked(self, name: str, data: bytes, check: Callable[[], None]) -> None:
+        for _ in range(_TRIES):
+            version = self.version(name)
+            check()
+            if self.create(name, data) if version is None else self.replace(name, data, version):
+                return
+        raise UserError(
+            "another process keeps writing the same file", where=self.where(name), advice="Find out what writes to it"
+        )
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store.folders import Folder, open_folder
 from dpkd.teacher_cache.store.job import read_job
-from dpkd.teacher_cache.store.locks import holder
+from dpkd.teacher_cache.store.locks import Watch
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, CacheReader
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
@@ -24,6 +24,7 @@ class GrowingCache(CacheReader):
         self.manifest = manifest
         self._planned = planned
         self._known: set[str] = set()
+        self._watch = Watch(folder)
 
     @classmethod
     def open(cls, location: str | Path) -> GrowingCache | None:
@@ -72,4 +73,4 @@ class GrowingCache(CacheReader):
 
     def writer(self) -> str | None:
         """The process that is writing the cache, as text; None if there is none."""
-        return holder(self.folder)
+        return self._watch.holder()

@@ -31,7 +31,7 @@ class Job:
         self.folder, self.kind, self.identities = folder, kind, identities
         self.ledger = Ledger(folder)
         self.committed: dict[str, ShardRecord] = {}
-        self._lock: Lock | None = None
+        self.lock: Lock | None = None
         self._num_rows: dict[Origin, int] = {}
         #: called before each commit; raises `UserError` if the rows may not be those that the job is about
         self.check_source: Callable[[], None] | None = None
@@ -48,7 +48,7 @@ class Job:
             yield manifest
             return
         self._refuse_foreign_files()
-        with locks.hold(self.folder) as self._lock:
+        with locks.hold(self.folder) as self.lock:
             # another process may have finished it in the meantime
             manifest = self._finished()
             if manifest is None:
@@ -68,10 +68,10 @@ class Job:
         existing = read_job(self.folder)
         if existing is None:
             body = {"kind": self.kind, "identities": self.identities, "num_rows": dict(num_rows)}
-            self.folder.write(JOB, canonical_json(body))
+            self.folder.write_checked(JOB, canonical_json(body), self._check_hold)
         else:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
-        self.folder.write("dpkd.toml", config_toml.encode())
+        self.folder.write_checked("dpkd.toml", config_toml.encode(), self._check_hold)
         self._num_rows = dict(num_rows)
         self.committed = self._sound_shards()
 
@@ -92,7 +92,7 @@ class Job:
         The shards `done` need nothing of it any more, and count as committed.
         """
         part = Job(self.folder.child(name), name, self.identities)
-        part._lock = self._lock
+        part.lock = self.lock
         part.committed = {**done, **part._sound_shards()}
         return part
 
@@ -121,13 +121,12 @@ class Job:
 
     def commit(self, data: bytes, record: ShardRecord) -> None:
         """Write a shard, then its record. Raises `UserError` if the lock is lost or the shard cannot be written."""
-        self._check_hold()
-        self.ledger.commit(data, record)
+        self.ledger.commit(data, record, self._check_hold)
         self.committed[record.path] = record
 
     def _check_hold(self) -> None:
-        if self._lock is not None:
-            self._lock.check()
+        if self.lock is not None:
+            self.lock.check()
         if self.check_source is not None:
             self.check_source()
 
@@ -163,7 +162,7 @@ class Job:
             software=software_versions(),
             format_version=format_of(self.kind, self.identities),
         )
-        self.folder.write(MANIFEST, manifest.to_bytes())
+        self.folder.write_checked(MANIFEST, manifest.to_bytes(), self._check_hold)
         self._clean_up()
         return manifest
 

@@ -58,7 +58,7 @@ class RepairJob(Job):
     @contextlib.contextmanager
     def repairing(self) -> Iterator[None]:
         """Hold the folder's lock while the block runs. `bad` is looked at again: another repair may have ended."""
-        with locks.hold(self.folder) as self._lock:
+        with locks.hold(self.folder) as self.lock:
             self.manifest = load_manifest(self.folder, self.kind)
             records = {record.path: record for record in self.manifest.shards}
             self.bad = {path: records[path] for path in self.bad if not is_sound(self.folder, records[path])}
@@ -94,7 +94,7 @@ class RepairJob(Job):
         shards = [remade.get(record.path, record) for record in self.manifest.shards]
         if shards != self.manifest.shards:
             self.manifest = replace(self.manifest, shards=shards)
-            self.folder.write(MANIFEST, self.manifest.to_bytes())
+            self.folder.write_checked(MANIFEST, self.manifest.to_bytes(), self._check_hold)
         self._clean_up()
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -226,10 +226,10 @@ class Ledger:
                     say_damaged(record, f"{size} bytes instead of {record.num_bytes}")
         return records
 
-    def commit(self, data: bytes, record: ShardRecord) -> None:
-        """Write the shard, then its record."""
-        self._folder.write(record.path, data)
-        self._folder.write(_record_name(record.path), json.dumps(asdict(record)).encode())
+    def commit(self, data: bytes, record: ShardRecord, check: Callable[[], None] = lambda: None) -> None:
+        """Write the shard, then its record, each if `check` allows it (`Folder.write_checked`)."""
+        self._folder.write_checked(record.path, data, check)
+        self._folder.write_checked(_record_name(record.path), json.dumps(asdict(record)).encode(), check)
 
     def discard(self) -> None:
         """Remove the records once they are in the manifest."""

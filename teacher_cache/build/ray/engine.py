@@ -24,7 +24,7 @@ from dpkd.teacher_cache.build.ray.blocks import paths_of, split_blocks, to_block
 from dpkd.teacher_cache.build.ray.cluster import check_resources, connect, last_line
 from dpkd.teacher_cache.build.ray.replica import Assignment, Replica, counts_of, find_witness
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
-from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
@@ -74,9 +74,15 @@ class RayFiller:
         """See `Filler`."""
         import ray
 
-        location = str(job.folder.path.absolute() if isinstance(job.folder, LocalFolder) else job.folder)
         assignment = Assignment(
-            self._model, self._options, location, find_witness(job.folder), job.kind, layout, sampling
+            model=self._model,
+            options=self._options,
+            location=_everywhere(job.folder),
+            lock=None if job.lock is None else (_everywhere(job.lock.folder), job.lock.token),
+            witness=find_witness(job.folder),
+            kind=job.kind,
+            layout=layout,
+            sampling=sampling,
         )
         most_rows = max(_MIN_ROWS, _FULL_BATCHES * self._options.max_num_seqs)
         blocks = split_blocks(rows, layout, job.committed.keys(), most_rows, self._config.ray_replicas)
@@ -139,6 +145,11 @@ class RayFiller:
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _everywhere(folder: Folder) -> str:
+    """The path or URL by which every node finds the folder."""
+    return str(folder.path.absolute() if isinstance(folder, LocalFolder) else folder)
 
 
 class _Tally:

@@ -19,6 +19,7 @@ from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, Sampling
 from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder, open_folder
 from dpkd.teacher_cache.store.job import JOB, Job
+from dpkd.teacher_cache.store.locks import Lock
 from dpkd.teacher_cache.store.schema import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
 
@@ -28,11 +29,16 @@ _REPORT_SCHEMA = pa.schema({"path": pa.string(), "rows": pa.int64(), "positions"
 
 @dataclass(frozen=True)
 class Assignment:
-    """The work of a replica. `witness`: path and content of the job file of a local folder."""
+    """The work of a replica.
+
+    `lock` is the folder and the token of the job's lock, if it has one. `witness`: path and content of the job file of
+    a local folder.
+    """
 
     model: ModelSource
     options: EngineOptions
     location: str
+    lock: tuple[str, str] | None
     witness: tuple[Path, bytes] | None
     kind: str
     layout: ShardLayout
@@ -40,10 +46,11 @@ class Assignment:
 
 
 class _ReplicaJob(Job):
-    """A job in a replica: commits are reported, and the driver holds the lock."""
+    """A job in a replica: commits are reported, and need the lock that the driver holds."""
 
-    def __init__(self, folder: Folder, kind: str) -> None:
+    def __init__(self, folder: Folder, kind: str, lock: Lock | None) -> None:
         super().__init__(folder, kind, {})
+        self.lock = lock
         # a restarted replica gets the same block again and must know what it had committed
         self.committed = self.ledger.committed()
         self.reports: queue.SimpleQueue[ShardRecord | None] = queue.SimpleQueue()
@@ -68,7 +75,9 @@ class Replica:
 
     def _open(self) -> tuple[_ReplicaJob, ModelSource, Engine]:
         _check_witness(self._assignment.witness)
-        job = _ReplicaJob(open_folder(self._assignment.location), self._assignment.kind)
+        held = self._assignment.lock
+        lock = None if held is None else Lock(open_folder(held[0]), held[1])
+        job = _ReplicaJob(open_folder(self._assignment.location), self._assignment.kind, lock)
         model = _found_here(self._assignment.model)
         return job, model, open_engine("vllm", model, self._assignment.options)
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -140,27 +141,29 @@ def test_a_lock_refuses_the_second_and_knows_a_stale_one(
     location: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(locks, "_SETTLE_S", 0.1)
-    monkeypatch.setattr(locks, "WATCH_S", 0.3)
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
     folder = open_folder(location)
-    assert locks.holder(folder) is None
+    assert locks.Watch(folder).holder() is None
     with locks.hold(folder) as lock:
         me = f"process {os.getpid()} on {socket.gethostname()}"
-        assert locks.holder(folder) == me
+        assert locks.Watch(folder).holder() == me
         message = f"another dpkd job is writing to this directory: found {me}"
         with pytest.raises(UserError, match=message), locks.hold(folder):
             pass
         lock.check()
     assert not folder.exists(locks.LOCK)
-    # of a host that went away two minutes ago
-    held = {"host": "elsewhere", "pid": 7, "token": "t", "renewed": time.time() - 121}
+    # of a host that renews it no more, and of one that does, whatever their clocks say
+    held = {"host": "elsewhere", "pid": 7, "token": "t", "renewed": time.time() + 1000}
     folder.write(locks.LOCK, json.dumps(held).encode())
     with locks.hold(folder):
         pass
     assert "the lock of process 7 on elsewhere" in capfd.readouterr().err
-    # of a host that is alive
-    folder.write(locks.LOCK, json.dumps(held | {"renewed": time.time()}).encode())
+    folder.write(locks.LOCK, json.dumps(held | {"renewed": time.time() - 1000}).encode())
+    renewal = threading.Timer(0.2, folder.write, (locks.LOCK, json.dumps(held).encode()))
+    renewal.start()
     with pytest.raises(UserError, match="found process 7 on elsewhere"), locks.hold(folder):
         pass
+    renewal.join()
 
 
 def test_a_lost_lock_stops_the_job(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +19,9 @@ import pytest
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import Folder, LocalFolder, open_folder
+from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
+from dpkd.teacher_cache.store.manifest import MANIFEST
 from dpkd.teacher_cache.store.schema import ShardRows
 from dpkd.teacher_cache.store.shards import ShardRecord
 
@@ -45,38 +51,161 @@ def lock_of(**fields: object) -> bytes:
     return json.dumps(lock | fields).encode()
 
 
-def test_the_same_host_in_another_process_namespace_keeps_its_lock(s3: str) -> None:
-    """Process 2^22 does not run here; there it may."""
+def test_a_process_id_means_something_in_its_own_boot_and_namespace(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Process 2^22 does not run here; elsewhere it may."""
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    monkeypatch.setattr(locks, "_SETTLE_S", 0.0)
     folder = open_folder(f"{s3}/namespaces")
-    for elsewhere in ({"pid_namespace": "pid:[1]"}, {"boot": "another"}):
-        folder.write(locks.LOCK, lock_of(pid=2**22, **elsewhere))
-        with pytest.raises(UserError, match="another dpkd job is writing"), locks.hold(folder):
-            pass
-    folder.write(locks.LOCK, lock_of(pid=2**22))
+    me = os.getpid()
+    for lock, watched in (
+        (lock_of(pid=2**22), False),
+        (lock_of(pid=2**22, pid_namespace="pid:[1]"), True),
+        (lock_of(pid=2**22, boot="another"), True),
+        (lock_of(pid=2**22, host="elsewhere"), True),
+    ):
+        folder.write(locks.LOCK, lock)
+        with locks.hold(folder):
+            assert ("watching the lock" in capsys.readouterr().err) == watched
+    folder.write(locks.LOCK, lock_of(pid=me, started="before"))  # of a process that had our number
     with locks.hold(folder):
         pass
+    folder.write(locks.LOCK, lock_of(pid=me, started=locks._started(me)))
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"found process {me}"), locks.hold(folder):
+        pass
+    assert capsys.readouterr().err == ""  # it runs: nothing to watch
 
 
-def test_a_clock_that_is_ahead_steals_no_live_lock(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "WATCH_S", 0.5)
-    monkeypatch.setattr(locks, "_SETTLE_S", 0.1)
+def test_clocks_of_other_machines_do_not_matter(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder that lives is not robbed, and a dead one's lock is taken, whether clocks are behind or ahead."""
+    monkeypatch.setattr(locks, "STALE_S", 0.6)
+    monkeypatch.setattr(locks, "_SETTLE_S", 0.0)
     folder = open_folder(f"{s3}/clocks")
-    old = time.time() - 180
-    folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=old))
-    changed = []
-
-    def renew_once(folder: Folder) -> dict[str, object] | None:
-        changed.append(folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=old + len(changed))))
-        return read(folder)
-
-    read = locks._read
-    with monkeypatch.context() as patch:
-        patch.setattr(locks, "_read", renew_once)
+    for ahead_s in (-180.0, 0.0, 180.0, 86400.0):
+        renewed = time.time() - ahead_s
+        folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=renewed))
+        watch = locks.Watch(folder)
+        assert watch.holder() == "process 7 on elsewhere"
+        renewal = threading.Timer(
+            0.2, folder.write, (locks.LOCK, lock_of(host="elsewhere", renewed=renewed + locks.RENEW_S))
+        )
+        renewal.start()
         with pytest.raises(UserError, match="another dpkd job is writing"), locks.hold(folder):
             pass
-    assert json.loads(folder.read(locks.LOCK))["host"] == "elsewhere"
-    with locks.hold(folder):  # and one that does not change is stale
-        assert json.loads(folder.read(locks.LOCK))["pid"] == os.getpid()
+        renewal.join()
+        assert json.loads(folder.read(locks.LOCK))["host"] == "elsewhere"
+        assert watch.holder() == "process 7 on elsewhere"
+        with locks.hold(folder):
+            assert json.loads(folder.read(locks.LOCK))["pid"] == os.getpid()
+        folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=time.time() + ahead_s))
+        watch = locks.Watch(folder)
+        assert watch.holder() is not None
+        time.sleep(0.7)
+        assert watch.holder() is None
+
+
+PARENT = """
+import multiprocessing, os, subprocess, sys, time
+from pathlib import Path
+from dpkd.teacher_cache.store import locks
+from dpkd.teacher_cache.store.folders import LocalFolder
+
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+with locks.hold(LocalFolder(Path(sys.argv[1]))):
+    if sys.argv[2] == "fork":
+        if os.fork() == 0:
+            work()
+    elif sys.argv[2] == "multiprocessing":
+        multiprocessing.get_context("fork").Process(target=work).start()
+    else:
+        print(subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "multiprocessing", "exec"])
+def test_a_child_that_outlives_the_job_holds_no_lock(tmp_path: Path, how: str) -> None:
+    """Workers of engines are such children."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), how], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=f"found process {parent.pid}"), locks.hold(LocalFolder(tmp_path)):
+            pass
+        parent.kill()
+        parent.wait()
+        os.kill(child, 0)  # it lives
+        with locks.hold(LocalFolder(tmp_path)):
+            pass
+    finally:
+        parent.stdout.close()
+        os.kill(child, signal.SIGKILL)
+
+
+class PausedWriter:
+    """Runs `accident` between the last look at the lock and the write that follows it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: RemoteFolder, accident: Callable[[], None]) -> None:
+        def pause_then(method: Callable[..., bool]) -> Callable[..., bool]:
+            def call(*arguments: object) -> bool:
+                todo, self.accidents = self.accidents, []
+                for act in todo:
+                    act()
+                return method(*arguments)
+
+            return call
+
+        self.accidents = [accident]
+        monkeypatch.setattr(folder, "create", pause_then(folder.create))
+        monkeypatch.setattr(folder, "replace", pause_then(folder.replace))
+
+
+@pytest.mark.parametrize("left_behind", [None, b"half a shard"])
+def test_a_paused_job_that_lost_its_lock_cannot_overwrite_the_winners_shard(
+    s3: str, monkeypatch: pytest.MonkeyPatch, left_behind: bytes | None
+) -> None:
+    folder = open_folder(f"{s3}/paused-{left_behind is None}")
+    assert isinstance(folder, RemoteFolder)
+    record = ShardRecord("shards/a.parquet", "teacher", "", 4, 1, 0, 0, 0.0, 0)
+    loser = Job(folder, "teacher-cache", {})
+    with loser.opened("", {"teacher": 1}):
+        if left_behind is not None:
+            folder.write(record.path, left_behind)
+
+        def lose() -> None:
+            other = open_folder(str(folder))
+            other.write(locks.LOCK, lock_of(host="elsewhere", token="winner"))
+            winner = Job(other, "teacher-cache", {})
+            winner.lock = locks.Lock(other, "winner")
+            winner.commit(b"won!", record)
+
+        with monkeypatch.context() as context:
+            PausedWriter(context, folder, lose)
+            with pytest.raises(UserError, match="has taken over this directory: found process 7 on elsewhere"):
+                loser.commit(b"late", record)
+        assert folder.read(record.path) == b"won!"
+        assert len(folder.sizes("ledger")) == 1
+        with pytest.raises(UserError, match="has taken over this directory"):
+            loser.finish([])
+        assert not folder.exists(MANIFEST)
+
+
+def test_the_winner_replaces_what_a_paused_job_wrote_late(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round: the late shard comes first, without its record."""
+    folder = open_folder(f"{s3}/late")
+    assert isinstance(folder, RemoteFolder)
+    record = ShardRecord("shards/a.parquet", "teacher", "", 4, 1, 0, 0, 0.0, 0, 0, [], [])
+    winner = Job(folder, "teacher-cache", {})
+    with winner.opened("", {"teacher": 1}):
+        PausedWriter(monkeypatch, folder, lambda: open_folder(str(folder)).write(record.path, b"late"))
+        winner.commit(b"won!", record)
+        assert folder.read(record.path) == b"won!"
+        winner.finish([])
 
 
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
