@@ -153,7 +153,9 @@ def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each rank holds a part of every weight only."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    # on CPUs accelerate sets its type back once the weights are prepared
+    return sharded or getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def on_all_ranks(accelerator: Accelerator, act: Callable[[], _T]) -> _T:

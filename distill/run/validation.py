@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule
 
 from dpkd.core.bridges import load_bridge
 from dpkd.core.progress import say
@@ -50,10 +49,7 @@ class Validator:
         self._evaluate_fn = evaluate_fn
         if run.validation.best_metric == "rouge_l" and evaluate_fn is None:
             self._evaluate_fn = load_bridge("rouge_l")(run.config)
-        # asked of the modules: accelerate forgets on CPUs that it shards
-        self._is_sharded = is_sharded(accelerator) or any(
-            isinstance(module, FSDPModule) for module in student.scorer.modules()
-        )
+        self._is_sharded = is_sharded(accelerator)
         metric, state = run.validation.best_metric, checkpointer.validated
         self._best = None if metric is None else Best(**(state.best or {"metric": metric}))
         self._alarms: Alarms | None = None
