@@ -34,6 +34,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class StoppedError(UserError):
+    """Work stopped at a limit that the user set. What is done is kept; the command line exits with 3."""
+
+
 def first_line(error: BaseException) -> str:
     """What `error` says, for a message of one line; its type where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -136,13 +136,56 @@ class ModelSource:
         return {"sha256": tokenizer_sha256(self.tokenizer), "num_tokens": len(self.tokenizer)}
 
 
+@dataclass(frozen=True)
+class RemoteModel(ModelSource):
+    """A model behind an endpoint, which calls it `served`. `path` holds its tokenizer, and perhaps its config.
+
+    Nobody can check which weights the endpoint runs: they, their revision and their dtype are unknown.
+    """
+
+    served: str = ""
+
+    @property
+    def _has_config(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, or without a config the tokenizer's largest id plus 1."""
+        return super().vocab_size if self._has_config else max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def max_positions(self) -> int | None:
+        """As the config says; None without one."""
+        return super().max_positions if self._has_config else None
+
+    def stop_token_ids(self) -> list[int]:
+        """As for other models; without configs the tokenizer's EOS."""
+        if self._has_config or (self.path / "generation_config.json").is_file():
+            return super().stop_token_ids()
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token", where=self.path)
+        return [int(self.tokenizer.eos_token_id)]
+
+    def identity(self, dtype: str) -> dict[str, Any]:
+        """The name and the width of the vocabulary; everything else is unknown, `dtype` too."""
+        unknown = dict.fromkeys(("revision", "dtype"), "unknown") | dict.fromkeys(("config_sha256", "weights_sha256"))
+        return {"name": self.served, "vocab_size": self.vocab_size} | unknown
+
+
 def config_sha256(config: PretrainedConfig) -> str:
     """Hash of what a config says of the model itself: not of its name, its dtype or a version of transformers."""
     other = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
     return fingerprint({key: value for key, value in config.to_dict().items() if key not in other})
 
 
-def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSource:
+def locate_remote_model(name: str, served: str) -> RemoteModel:
+    """The model that an endpoint calls `served`, whose tokenizer is at `name`, a directory or a hub name."""
+    source = locate_model(name, "teacher's tokenizer", needs_weights=False, needs_config=False)
+    return RemoteModel(source.name, source.path, source.revision, served)
+
+
+def locate_model(name: str, role: str, *, needs_weights: bool = True, needs_config: bool = True) -> ModelSource:
     """The model `name`: a local directory, or a name on the Hugging Face hub (fetched once, safetensors only).
 
     Without `needs_weights` config and tokenizer are enough, as for a model that a server runs. Raises `UserError`
@@ -158,7 +201,7 @@ def locate_model(name: str, role: str, *, needs_weights: bool = True) -> ModelSo
                 expected="a checkpoint directory or a hub name OWNER/MODEL",
             )
         path, revision = _fetch(name, role, needs_weights)
-    if not (path / "config.json").is_file():
+    if needs_config and not (path / "config.json").is_file():
         raise UserError(
             f"the {role}'s directory holds no config.json", where=path, advice="Give a Hugging Face checkpoint"
         )

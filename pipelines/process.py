@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dpkd.core.errors import UserError
+from dpkd.core.errors import StoppedError, UserError
 from dpkd.core.progress import say
 
 EXIT_INTERNAL_ERROR = 1
 EXIT_INVALID = 2
-#: finished, but not all of it: some rows failed, or an alarm stopped training
+#: not all of it: some rows failed, an alarm stopped training, or a budget was spent
 EXIT_PARTLY = 3
 EXIT_INTERRUPTED = 130
 
@@ -41,6 +41,9 @@ def run_process(main: Callable[[], int], command: str) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return main()
+    except StoppedError as stop:
+        say(f"stopped: {stop}")
+        return EXIT_PARTLY
     except UserError as error:
         say(f"error: {error}")
         return EXIT_INVALID

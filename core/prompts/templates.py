@@ -37,10 +37,11 @@ class TemplateMismatchError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as text and as the token ids that every stage uses."""
+    """A prompt as text and as the token ids that every stage uses; with a chat template also as `turns`."""
 
     text: str
     ids: list[int]
+    turns: tuple[Message, ...] = ()
 
 
 class PromptEncoder:
@@ -83,7 +84,7 @@ class PromptEncoder:
     def prompt(self, example: Example) -> EncodedPrompt:
         """The prompt of `example`; raises `TemplateMismatchError` for a form that the template cannot hold."""
         text = self._prompt_text(example)
-        return EncodedPrompt(text, self.encode(text))
+        return EncodedPrompt(text, self.encode(text), chat_turns(example) if self.template == "chat" else ())
 
     def response_ids(self, prompt: EncodedPrompt, response: str) -> list[int]:
         """Ids of `response` after `prompt`, EOS appended.

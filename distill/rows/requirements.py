@@ -43,11 +43,43 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
         what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
         raise no_distributions(what, cache, "train with --level sequence or --objective sft")
 
+    check_known(cache, student_round, config)
     if student_round is not None and config.contrasts and not student_round.manifest.identities["logprobs"]["top_k"]:
         what = f"the round has no distributions, which --objective {config.objective} needs on both responses"
         raise no_distributions(what, cache, "train with --level sequence", "Build the round")
     if student_round is not None and config.needs_sampling_logprobs:
         _check_sampling(cache, student_round, config)
+
+
+def check_known(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
+    """Raise `UserError` when the objective needs what the cache records as unknown."""
+    logprobs = cache.identities["logprobs"]
+    if config.needs_pairs and not config.contrasts and "unknown" in (logprobs.get("responses"), logprobs.get("end")):
+        raise UserError(
+            "the cache does not know how likely whole responses are, which --level sequence needs",
+            found="texts alone" if logprobs.get("responses") == "unknown" else "responses whose end has no log-prob",
+            expected="log-probs of every token",
+            where=cache.folder,
+            advice="Train with --objective seqkd, or build a cache with --engine vllm or transformers",
+        )
+    learns_from_cache = student_round is None or config.needs_pairs or config.mix is not None
+    if logprobs.get("end") == "unknown" and learns_from_cache and not config.weights.get("sft"):
+        raise UserError(
+            "the endpoint of the cache did not say how likely the end of a response is, so a student of "
+            f"--objective {config.objective} alone never learns to stop",
+            found="no cross-entropy",
+            expected="--sft-weight above 0",
+            where=cache.folder,
+            advice="Add --sft-weight 0.1, which learns the end as the teacher wrote it",
+        )
+    if logprobs.get("remainder") == "unknown" and config.needs_distributions and config.tail != "renormalise":
+        raise UserError(
+            "the cache does not know the tail mass, the probability of the tokens that it does not keep",
+            found=f"--tail {config.tail}",
+            expected="--tail renormalise",
+            where=cache.folder,
+            advice="Give --tail renormalise, which compares the kept tokens alone",
+        )
 
 
 def _check_sampling(cache: CacheReader, student_round: Round, config: TrainConfig) -> None:

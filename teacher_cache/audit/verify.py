@@ -31,7 +31,8 @@ def verify_cache(location: str | Path) -> dict[str, int]:
             seen: set[int] = set()
             # opening a round has checked that it has the cache's shards
             for (record, shard), ours in zip(read_shards(folder, manifest.shards), cache.manifest.shards, strict=True):
-                _verify_shard(shard, record, folder.where(record.path), cache.vocab_size, progress)
+                scored = manifest.identities["logprobs"].get("responses") != "unknown"
+                _verify_shard(shard, record, folder.where(record.path), cache.vocab_size, progress, scored=scored)
                 _check_unique(seen, shard, record, folder)
                 if manifest is not cache.manifest:
                     _check_same_rows(cache.read(ours), shard, folder.where(record.path))
@@ -49,11 +50,13 @@ def verify_cache(location: str | Path) -> dict[str, int]:
     }
 
 
-def _verify_shard(shard: ShardRows, record: ShardRecord, where: str, vocab_size: int, progress: Progress) -> None:
+def _verify_shard(
+    shard: ShardRows, record: ShardRecord, where: str, vocab_size: int, progress: Progress, *, scored: bool
+) -> None:
     actual = dict.fromkeys(("positions", "entries", "unfinished", "longest"), 0)
     for index in range(len(shard)):
         row = shard.row(index)
-        for problem in row_problems(row, vocab_size):
+        for problem in row_problems(row, vocab_size, scored=scored):
             raise UserError(f"row {index} ({row.example_id}): {problem}", where=where)
         actual["positions"] += len(row.response_ids)
         actual["entries"] += 0 if row.distributions is None else len(row.distributions.ids_E)
@@ -95,8 +98,8 @@ def _check_same_rows(ours: ShardRows, theirs: ShardRows, where: str) -> None:
         raise UserError("the round's rows are not those of the cache", where=where)
 
 
-def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
-    """The problems of a row's values; none for a valid row."""
+def row_problems(row: CachedRow, vocab_size: int, *, scored: bool = True) -> Iterator[str]:
+    """The problems of a row's values; none for a valid row. A cache of texts alone is not `scored`."""
     parts = {"prompt": row.prompt_ids, "response": row.response_ids, "teacher's prompt": row.asked_ids}
     if row.between_ids is not None:
         parts["text between spans"] = row.between_ids
@@ -105,7 +108,7 @@ def row_problems(row: CachedRow, vocab_size: int) -> Iterator[str]:
             yield f"the {name} is empty"
         elif ids.min() < 0 or ids.max() >= vocab_size:
             yield f"a {name} id is outside the vocabulary of {vocab_size}"
-    if len(row.response_logprobs) != len(row.response_ids):
+    if len(row.response_logprobs) != (len(row.response_ids) if scored else 0):
         yield f"{len(row.response_ids)} response ids have {len(row.response_logprobs)} log-probs"
     elif not (np.isfinite(row.response_logprobs).all() and (row.response_logprobs <= 1e-5).all()):
         yield "a response log-prob is not a finite number <= 0"

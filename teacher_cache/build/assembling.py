@@ -51,8 +51,14 @@ class ShardAssembler:
     The rows of a shard do not depend on how often the job was interrupted. A thread encodes and writes.
     """
 
-    def __init__(self, job: Job, layout: ShardLayout, to_text: Callable[[list[int]], str]) -> None:
-        self._job, self.layout, self._to_text = job, layout, to_text
+    def __init__(
+        self,
+        job: Job,
+        layout: ShardLayout,
+        to_text: Callable[[list[int]], str],
+        on_commit: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        self._job, self.layout, self._to_text, self._on_commit = job, layout, to_text, on_commit
         self._planned: dict[int, list[PlannedRow]] = {}
         self._results: dict[int, dict[int, EngineResult | FailedRequest]] = {}
         self._closed: set[int] = set()
@@ -107,6 +113,8 @@ class ShardAssembler:
                 rows.append((row, result, self._to_text(learnt.tolist())))
         data, record = encode_shard(to_table(rows), self.layout.path(shard), self.layout.origin, failed)
         self._job.commit(data, record)
+        if self._on_commit is not None:
+            self._on_commit([row.index for row in planned])
 
     def _settle(self, most: int) -> None:
         while len(self._writing) > most:
@@ -142,11 +150,11 @@ def fill(
         to_text: decodes response ids.
         sampling: how to draw responses; None: score the given ones.
     """
-    with ShardAssembler(job, layout, to_text) as assembler:
+    with ShardAssembler(job, layout, to_text, engine.forget) as assembler:
         pending = by_length(assembler.pending(rows), layout.rows_per_shard)
         results: Iterator[EngineResult | FailedRequest]
         if sampling is not None:
-            requests = (GenerateRequest(row.index, row.asked_ids, row.seed) for row in pending)
+            requests = map(_question, pending)
             results = engine.generate(requests, sampling)
         else:
             results = engine.score(
@@ -160,6 +168,14 @@ def fill(
             tokens += len(result.response_ids) if isinstance(result, EngineResult) else 0
             if progress is not None:
                 progress.advance(1, tokens=tokens)
+
+
+def _question(row: PlannedRow) -> GenerateRequest:
+    asked = row.question
+    if asked is None:
+        return GenerateRequest(row.index, row.asked_ids, row.seed)
+    turns = [turn.for_template() for turn in asked.turns]
+    return GenerateRequest(row.index, row.asked_ids, row.seed, asked.text, turns or None)
 
 
 def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.models import ModelSource, locate_model, locate_remote_model
 from dpkd.core.progress import Progress, say
 from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
@@ -25,6 +26,8 @@ from dpkd.teacher_cache.store.reader import CACHE_KIND
 from dpkd.teacher_cache.store.shards import read_shard
 
 if TYPE_CHECKING:
+    from dpkd.teacher_cache.build.endpoint import EndpointTeacher
+    from dpkd.teacher_cache.store.folders import Folder
     from dpkd.teacher_cache.store.manifest import Manifest
 
 
@@ -42,9 +45,14 @@ def build_cache(config: CacheConfig) -> Manifest:
     inputs = open_inputs(config)
     survey = inputs.plan.survey
     _say_skipped(survey.skipped)
-    job = Job(open_folder(config.out), CACHE_KIND, cache_identities(config, inputs))
-    job.check_source = inputs.source.check_unchanged
-    with job.opened(config.to_toml(), survey.by_origin()) as manifest:
+    folder = open_folder(config.out)
+    with contextlib.ExitStack() as stack:
+        if config.engine == "openai":
+            endpoint = stack.enter_context(_endpoint(config, inputs.teacher, folder))
+            config, inputs = endpoint.config, inputs._replace(endpoint=endpoint)
+        job = Job(folder, CACHE_KIND, cache_identities(config, inputs))
+        job.check_source = inputs.source.check_unchanged
+        manifest = stack.enter_context(job.opened(config.to_toml(), survey.by_origin()))
         if manifest is None:
             fill_cache(config, inputs, survey, job)
             manifest = job.finish([asdict(row) for row in survey.skipped])
@@ -55,8 +63,13 @@ def build_cache(config: CacheConfig) -> Manifest:
 def fill_cache(config: CacheConfig, inputs: CacheInputs, survey: Survey, job: Job) -> None:
     """Commit every shard that is missing in `job`; raises `UserError` if the data changed meanwhile."""
     if job.num_done() < sum(survey.num_rows.values()):
-        say(f"starting {inputs.engine} with the teacher {config.teacher}")
-        with open_filler(inputs.engine, inputs.teacher, engine_options(config), config) as filler:
+        say(f"starting {inputs.engine} with the teacher {config.teacher_model or config.teacher}")
+        if inputs.engine == "openai":
+            endpoint = inputs.endpoint or _endpoint(config, inputs.teacher, job.folder)
+            opened = endpoint.filler()
+        else:
+            opened = open_filler(inputs.engine, inputs.teacher, engine_options(config), config)
+        with opened as filler:
             for part, num_rows in survey.in_order():
                 _fill(job, inputs.plan, part, filler, config, num_rows)
     inputs.source.check_unchanged(content=True)
@@ -70,6 +83,7 @@ class CacheInputs(NamedTuple):
     teacher: ModelSource
     encoder: PromptEncoder
     plan: RowPlan
+    endpoint: EndpointTeacher | None = None
 
 
 def open_inputs(config: CacheConfig) -> CacheInputs:
@@ -77,7 +91,10 @@ def open_inputs(config: CacheConfig) -> CacheInputs:
     assert config.data is not None  # checked by the config
     engine = resolve_engine(config.engine)
     source = open_examples(config.data)
-    teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
+    if engine == "openai":
+        teacher: ModelSource = locate_remote_model(config.teacher, str(config.teacher_model))
+    else:
+        teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
     check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
     encoder = PromptEncoder(teacher.tokenizer, config.template, config.template_arg)
     return CacheInputs(engine, source, teacher, encoder, RowPlan(source, encoder, config))
@@ -117,7 +134,9 @@ class _Answers:
 
 def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]:
     """What the cache's manifest says that it is."""
-    engine, source, teacher, encoder, plan = inputs
+    engine, source, teacher, encoder, plan, endpoint = inputs
+    if engine == "openai" and endpoint is None:
+        endpoint = _endpoint(config, teacher, open_folder(config.out))  # of a folder that knows it
     return {
         "teacher": teacher.identity(config.dtype),
         "tokenizer": teacher.tokenizer_identity(),
@@ -125,6 +144,7 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
         "data": source.identity | {"limit": config.limit},
         "generation": {
             **engine_identity(engine, config),
+            **({} if endpoint is None else {"endpoint": endpoint.facts}),
             "responses": config.responses,
             "temperature": config.temperature,
             "top_p": config.top_p,
@@ -135,9 +155,15 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
             "seed": config.seed,
             **plan.survey.generation_identity,
         },
-        "logprobs": logprobs_identity(config),
+        "logprobs": logprobs_identity(config) | ({} if endpoint is None else endpoint.unknown_logprobs()),
         "layout": {"rows_per_shard": config.rows_per_shard, **plan.survey.layout_identity},
     }
+
+
+def _endpoint(config: CacheConfig, teacher: ModelSource, folder: Folder) -> EndpointTeacher:
+    from dpkd.teacher_cache.build.endpoint import EndpointTeacher
+
+    return EndpointTeacher(config, teacher, folder)
 
 
 def _say_skipped(skipped: list[SkippedRow]) -> None:

@@ -176,8 +176,19 @@ class RowPlan:
         seed = request_seed(self._config.seed, entry.name, sample)
         of_teacher = self._columns(asked, ())
         origin = entry.part.origin
+        if self._config.teacher_api == "chat" and failed is None and uses_tools(example):
+            failed = "--teacher-api chat sends no tools: give --teacher-api completions"
         return PlannedRow(
-            index, entry.name, sample, origin, prompt.text, prompt.ids, seed=seed, failed=failed, **of_teacher
+            index,
+            entry.name,
+            sample,
+            origin,
+            prompt.text,
+            prompt.ids,
+            seed=seed,
+            failed=failed,
+            question=asked,
+            **of_teacher,
         )
 
     def _after_answers(
@@ -265,6 +276,12 @@ class RowPlan:
             yield _Entry(Part("reference"), example.example_id, item.prompt, asked or item.prompt, item, sample)
         if not found:
             yield SkippedRow(example.line, NO_REFERENCE)
+
+
+def uses_tools(example: Example) -> bool:
+    """Whether the row offers tools or has calls of them."""
+    turns = (*(example.messages or ()), *example.turns)
+    return bool(example.tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
 
 
 def given_responses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from dpkd.core.errors import UserError
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 LocalEngineName = Literal["auto", "vllm", "transformers"]
-EngineName = Literal["auto", "vllm", "transformers", "server", "ray"]
-ResolvedEngine = Literal["vllm", "transformers", "server", "ray"]
+EngineName = Literal["auto", "vllm", "transformers", "server", "ray", "openai"]
+ResolvedEngine = Literal["vllm", "transformers", "server", "ray", "openai"]
+EndpointApi = Literal["completions", "chat"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -25,6 +26,52 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+
+
+class AnswerStore(Protocol):
+    """Where answers that cost money stay until their rows are committed: a folder of the cache."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; raises `FileNotFoundError` if it does not exist."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file atomically."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it exists."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """The endpoint of the engine `openai`, and what may be spent on it.
+
+    Args:
+        url: base URL, before `/completions`.
+        model: the name of the teacher there.
+        key_variable: environment variable with the key; None: the default one, if it is set.
+        timeout_s: longest wait for an answer, in seconds.
+        tries: attempts per request.
+        max_cost: largest cost of this run; None: no limit.
+        price_in: price of a million prompt tokens.
+        price_out: price of a million answered tokens.
+        known: what an earlier run of the job measured of the endpoint. None: this is the first.
+        answers: where answers stay until their rows are committed. None: nowhere.
+    """
+
+    url: str
+    model: str
+    api: EndpointApi = "completions"
+    key_variable: str | None = None
+    timeout_s: float = 300.0
+    tries: int = 8
+    max_cost: float | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+    known: Mapping[str, Any] | None = None
+    answers: AnswerStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +87,7 @@ class EngineOptions:
         top_mass: keep only the smallest set of the `top_k` entries that reaches this probability. None: keep all.
         engine_args: vLLM's own arguments, as text.
         server_urls: addresses of the servers of the engine `server`.
+        endpoint: of the engine `openai`.
     """
 
     max_length: int
@@ -50,15 +98,21 @@ class EngineOptions:
     top_mass: float | None = None
     engine_args: Mapping[str, str] = field(default_factory=dict)
     server_urls: tuple[str, ...] = ()
+    endpoint: EndpointOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Draw one response to `prompt_ids`; `index` comes back with the result."""
+    """Draw one response to `prompt_ids`; `index` comes back with the result.
+
+    `text` and `messages` are the same prompt for an endpoint that takes no ids.
+    """
 
     index: int
     prompt_ids: Sequence[int]
     seed: int
+    text: str = ""
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +192,10 @@ class Engine(Protocol):
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         """Log-probabilities of given responses. Their `finish_reason` is always `stop`."""
         ...
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """The rows of these requests are committed: an engine that has kept their answers may drop them."""
+        return
 
     def close(self) -> None:
         """Free the model's memory."""

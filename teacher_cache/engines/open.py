@@ -73,6 +73,10 @@ def open_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions
         from dpkd.teacher_cache.engines.server.engine import ServerEngine
 
         return ServerEngine(model, options)
+    if name == "openai":
+        from dpkd.teacher_cache.engines.openai.engine import OpenAIEngine
+
+        return OpenAIEngine(model, options)
     if name == "transformers":
         from dpkd.teacher_cache.engines.transformers_engine import TransformersEngine
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Address, DeviceName, Location, Settings, TemplateArguments, named_values
-from dpkd.teacher_cache.engines.engine import EngineName
+from dpkd.teacher_cache.engines.engine import EndpointApi, EngineName
 
 #: entries kept per position by default
 DEFAULT_TOP_K = 64
@@ -78,7 +78,7 @@ class DistributionOptions(Settings):
         None,
         ge=0,
         description="entries of the teacher's distribution to keep per position; 0: keep no distributions; none: "
-        f"{DEFAULT_TOP_K}, or by --top-mass",
+        f"{DEFAULT_TOP_K}, or by --top-mass; of an endpoint: as many as it returns, up to {DEFAULT_TOP_K}",
     )
     top_mass: float | None = Field(
         None, gt=0, lt=1, description="keep the fewest entries that reach this probability; none: --top-k entries"
@@ -96,7 +96,7 @@ class EngineChoiceOptions(Settings):
     engine: EngineName = Field(
         "auto",
         description="engine that runs the models; auto: vLLM if it is installed; server: running vLLM servers; ray: "
-        "vLLM replicas on a Ray cluster",
+        "vLLM replicas on a Ray cluster; openai: an endpoint that speaks OpenAI's protocol",
     )
     device: DeviceName = Field("auto", description="device of the models; auto: CUDA if it is available")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the weights")
@@ -121,6 +121,40 @@ class EngineChoiceOptions(Settings):
         return (value,) if isinstance(value, str) else value
 
 
+class EndpointChoiceOptions(Settings):
+    """A teacher behind an endpoint, and what may be spent on it."""
+
+    title: ClassVar[str] = "Endpoint (--engine openai)"
+
+    teacher_url: Address | None = Field(
+        None, description="base URL of the endpoint, such as https://HOST/v1; --teacher is then the model's tokenizer"
+    )
+    teacher_model: str | None = Field(None, min_length=1, description="name of the teacher at the endpoint")
+    teacher_api: EndpointApi = Field(
+        "completions",
+        description="what to ask: completions, with prompts by --template; or chat, with the endpoint's own template",
+    )
+    api_key_env: str | None = Field(
+        None, min_length=1, description="environment variable with the API key; none: DPKD_TEACHER_API_KEY if it is set"
+    )
+    timeout_s: float = Field(300.0, gt=0, description="longest wait for an answer, in seconds")
+    tries: int = Field(8, ge=1, description="attempts per answer before the job stops")
+    max_cost: float | None = Field(
+        None, gt=0, description="stop before this run costs more, in the currency of the prices; none: no limit"
+    )
+    price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens; none: not counted")
+    price_out: float | None = Field(None, ge=0, description="price of a million answered tokens; none: not counted")
+
+    @field_validator("teacher_url")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not an address of the form https://HOST/v1")
+        return value.rstrip("/").removesuffix("/completions").removesuffix("/chat")
+
+
 class CostOptions(Settings):
     """What a job would cost. These options are not saved with a cache."""
 
@@ -138,7 +172,9 @@ class CostOptions(Settings):
     )
 
 
-class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions, CostOptions):
+class CacheConfig(
+    SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions, EndpointChoiceOptions, CostOptions
+):
     """What to ask the teacher, and where to cache the answers."""
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("data", "round"),)
@@ -166,9 +202,32 @@ class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineCho
         for key in ("pilot_rows", "price_per_hour"):
             if key in self.model_fields_set and not self.dry_run:
                 raise ValueError(f"{self.flag(key)} goes with --dry-run")
-        if self.engine_arg and self.engine in ("server", "transformers"):
+        if problem := self._problem_of_the_endpoint():
+            raise ValueError(problem)
+        if self.engine_arg and self.engine in ("server", "transformers", "openai"):
             raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
         return self
+
+    def _problem_of_the_endpoint(self) -> str | None:
+        own = ("teacher_url", "teacher_model")
+        given = [key for key in EndpointChoiceOptions.model_fields if getattr(self, key) != _default(key)]
+        if self.engine != "openai":
+            return f"{self.flag(given[0])} goes with --engine openai" if given else None
+        if missing := [self.flag(key) for key in own if getattr(self, key) is None]:
+            return f"--engine openai needs {' and '.join(missing)}"
+        if self.responses != "teacher" or self.round is not None:
+            return "--engine openai answers prompts and scores nothing: --responses teacher, and no --round"
+        if self.teacher_api == "chat" and self.template != "chat":
+            return f"--teacher-api chat uses the endpoint's chat template: give --template chat, not {self.template}"
+        if local := [key for key in ("device", "dtype") if getattr(self, key) != _default(key)]:
+            return f"{self.flag(local[0])} is for models on this machine; --engine openai takes none"
+        if self.template_arg and self.teacher_api == "chat":
+            return "--template-arg is for a template on this machine: --teacher-api chat uses the endpoint's own"
+        if self.max_cost is not None and not (self.price_in or self.price_out):
+            return "--max-cost needs --price-in and --price-out, the prices of a million tokens"
+        if self.dry_run:
+            return "--dry-run times a pilot on this machine: for --engine openai give --max-cost, and --limit for a few"
+        return None
 
     @property
     def most_entries(self) -> int:
@@ -176,3 +235,7 @@ class CacheConfig(SourceOptions, SamplingOptions, DistributionOptions, EngineCho
         if self.top_mass is not None:
             return self.max_top_k or DEFAULT_MAX_TOP_K
         return DEFAULT_TOP_K if self.top_k is None else self.top_k
+
+
+def _default(key: str) -> object:
+    return CacheConfig.model_fields[key].default

@@ -18,6 +18,8 @@ from dpkd.teacher_cache.store.schema import Origin, format_of
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
 
 JOB = "job.json"
+#: answers of an endpoint whose rows are not committed yet
+ANSWERS = "answers"
 
 
 class Job:
@@ -189,6 +191,7 @@ class Job:
 
     def _clean_up(self) -> None:
         self.ledger.discard()
+        self.folder.delete(ANSWERS)
         self.folder.delete(JOB)
         self.folder.clean_up()
 

@@ -107,6 +107,14 @@ class CacheReader:
     def check_teacher(self, model: ModelSource, *, advice: str) -> None:
         """Raise `UserError` unless `model` has the teacher's weights, or its config if the cache knows no weights."""
         expected = self.identities["teacher"]
+        if expected["config_sha256"] is None:
+            raise UserError(
+                "nobody knows the weights of the cache's teacher, so no model can be compared with them",
+                found=expected["name"],
+                expected="a teacher that dpkd has run",
+                where=self.folder,
+                advice="Build the cache with another --engine",
+            )
         actual = model.identity(expected["dtype"])
         # a cache that was built through a server may not know the weights
         key = "config_sha256" if expected["weights_sha256"] is None else "weights_sha256"

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
+
+if TYPE_CHECKING:
+    from dpkd.core.prompts.templates import EncodedPrompt
 
 #: the newest format that this version reads
 FORMAT_VERSION = 2
@@ -103,7 +106,8 @@ class PlannedRow:
     counted from the first token of the prompt: empty for a whole response, None in a cache without spans.
     `teacher_prompt_ids` are what the teacher is asked with; None where that is `prompt_ids` in every row of the cache.
     `failed` is the reason why an earlier stage could not make the row: it becomes a failed row without an engine.
-    `sampling_logprobs` and `cached_sampling_logprob` are of rows of a round; see `CachedRow`.
+    `sampling_logprobs` and `cached_sampling_logprob` are of rows of a round; see `CachedRow`. `question` is what the
+    teacher is asked with, as text too.
     """
 
     index: int
@@ -120,6 +124,7 @@ class PlannedRow:
     cached_sampling_logprob: float | None = None
     spans: Sequence[Sequence[int]] | None = None
     teacher_prompt_ids: Sequence[int] | None = None
+    question: EncodedPrompt | None = None
 
     @property
     def asked_ids(self) -> Sequence[int]:

@@ -253,6 +253,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "teacher_cache/build/test_unkillable.py": {
         "test_a_failing_vllm_is_restarted_and_the_failing_row_found": "cache-teacher: max_num_seqs",
     },
+    "teacher_cache/engines/test_openai.py": {
+        "test_the_cache_has_the_models_values": "cache-teacher: teacher_url teacher_model teacher_api",
+        "test_the_key_comes_from_the_environment_and_stays_there": "cache-teacher: api_key_env",
+        "test_trouble_changes_no_byte": "cache-teacher: timeout_s tries",
+        "test_a_budget_stops_the_job_and_the_next_run_goes_on": "cache-teacher: max_cost price_in price_out",
+    },
     "teacher_cache/engines/test_server_engine.py": {
         "test_no_address_is_an_error": "cache-teacher: server_url",
     },

@@ -162,7 +162,7 @@ def test_a_wish_beyond_patience_ends_the_run(serve: Callable[..., Endpoint]) -> 
         (failure(403), r"does not accept the key: found HTTP 403"),
         (failure(404, "no model 'judge'"), r"no judge at this address: found HTTP 404: no model 'judge'.*often /v1"),
         (failure(302, location="http://127.0.0.1:9/"), r"the judge redirects: found HTTP 302"),
-        (failure(402, "no credit"), r"refuses every question: found HTTP 402: no credit"),
+        (failure(402, "no credit"), r"refuses every request: found HTTP 402: no credit"),
     ],
 )  # fmt: skip
 def test_what_will_not_pass_ends_at_once(serve: Callable[..., Endpoint], answer: Answer, message: str) -> None:

@@ -1,0 +1,1 @@
+"""Endpoints that speak OpenAI's protocol: completions or chat, texts in, texts with log-probs out."""

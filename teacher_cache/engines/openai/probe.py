@@ -1,0 +1,209 @@
+"""What an endpoint accepts and returns, measured with a few short requests before the job."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dpkd.core.errors import UserError
+from dpkd.teacher_cache.engines.engine import EndpointApi, EndpointOptions, GenerateRequest, Sampling
+from dpkd.teacher_cache.engines.openai.client import EndpointClient
+from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect
+from dpkd.teacher_cache.engines.server.checks import AGREEMENT_NATS
+from dpkd.teacher_cache.engines.server.http import RequestRefusedError
+
+if TYPE_CHECKING:
+    from dpkd.core.models import ModelSource
+
+_QUESTIONS = ("Write one sentence about the sea.", "Count from one to ten.", "Name three colours.")
+_NUM_TOKENS = 8
+
+
+class Probe:
+    """Measures one endpoint. `on_answer` sees every answer, for it costs money too."""
+
+    def __init__(
+        self, client: EndpointClient, endpoint: EndpointOptions, model: ModelSource, on_answer: Callable[[Answer], None]
+    ) -> None:
+        self._client, self._endpoint, self._model, self._on_answer = client, endpoint, model, on_answer
+        self._requests = [self._request(index, question) for index, question in enumerate(_QUESTIONS)]
+
+    async def run(self, sampling: Sampling, top_k: int, *, at_least: bool) -> Dialect:
+        """The endpoint's dialect, with at most `top_k` entries per position.
+
+        Raises `UserError` if it cannot be used, returns fewer than `top_k` (`at_least`), or none where some are asked
+        for, or returns log-probs after the temperature or top-p of `sampling`.
+        """
+        dialect, answer = await self._accepted()
+        self._check_model(answer.model)
+        dialect = replace(dialect, model=answer.model, prompt_tokens=self._prompt_tokens(dialect, answer))
+        if top_k == 0:
+            return dialect
+        dialect = await self._with_entries(dialect, top_k)
+        if dialect.top_k == 0:
+            raise UserError(
+                "the endpoint returns no log-probs",
+                found=f"none of model {self._endpoint.model}",
+                expected=f"the {top_k} most likely tokens of each position, or fewer",
+                where=self._endpoint.url,
+                advice="Give --top-k 0 to cache its texts for `dpkd train --objective seqkd`, or another endpoint",
+            )
+        if at_least and dialect.top_k < top_k:
+            raise UserError(
+                "the endpoint returns fewer log-probs per position than --top-k",
+                found=dialect.top_k,
+                expected=top_k,
+                where=self._endpoint.url,
+                advice=f"Give --top-k {dialect.top_k}, or leave it out to take what the endpoint returns",
+            )
+        if (sampling.temperature, sampling.top_p) != (1, 1):
+            await self._check_raw(dialect, sampling)
+        return dialect
+
+    def _request(self, index: int, question: str) -> GenerateRequest:
+        tokenizer = self._model.tokenizer
+        if self._endpoint.api == "chat":
+            turns = [{"role": "user", "content": question}]
+            text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            return GenerateRequest(index, ids, index, text, turns)
+        return GenerateRequest(index, tokenizer.encode(question), index, question)
+
+    def _sampling(self, temperature: float = 1.0, top_p: float = 1.0, num: int = _NUM_TOKENS) -> Sampling:
+        return Sampling(temperature, top_p, num, ())
+
+    async def _ask(self, dialect: Dialect, request: GenerateRequest, sampling: Sampling, top_k: int) -> Answer:
+        body = dialect.body(self._endpoint.model, request, sampling, top_k)
+        answer = await self._client.post(dialect.path, body, Answer.of)
+        self._on_answer(answer)
+        return answer
+
+    async def _accepted(self) -> tuple[Dialect, Answer]:
+        """The first of the possible dialects that the endpoint accepts, and its answer without log-probs."""
+        api = self._endpoint.api
+        prompts: tuple[Literal["ids", "text", "messages"], ...] = ("messages",) if api == "chat" else ("ids", "text")
+        refusal: RequestRefusedError | None = None
+        for prompt, extended, field in itertools.product(
+            prompts, (True, False), ("max_tokens", "max_completion_tokens")
+        ):
+            if api == "completions" and field != "max_tokens":
+                continue
+            dialect = Dialect(api, prompt, extended, False, field, 0, None, "unknown")
+            try:
+                answer = await self._ask(dialect, self._requests[0], self._sampling(), 0)
+            except RequestRefusedError as error:
+                refusal = error
+                continue
+            counted = answer.prompt_tokens in (None, len(self._requests[0].prompt_ids))
+            if prompt == "ids" and not counted:
+                continue  # it reads the list of ids as something else
+            return dialect, answer
+        raise UserError(
+            "the endpoint refuses every form of a request",
+            found=refusal or "prompts of ids are counted wrongly and texts refused",
+            where=self._endpoint.url,
+            advice="Check --teacher-model and --teacher-api",
+        )
+
+    def _check_model(self, served: str | None) -> None:
+        asked = self._endpoint.model
+        if served is not None and served != asked and not served.startswith(f"{asked}-"):
+            raise UserError(
+                "the endpoint answers with another model",
+                found=served,
+                expected=f"{asked}, or {asked}- with a version",
+                where=self._endpoint.url,
+                advice="Give --teacher-model the endpoint's name of the model that you want to learn from",
+            )
+
+    def _prompt_tokens(self, dialect: Dialect, answer: Answer) -> Literal["as the tokenizer", "others", "unknown"]:
+        expected = len(self._requests[0].prompt_ids)
+        if answer.prompt_tokens is None:
+            return "unknown"
+        if answer.prompt_tokens == expected:
+            return "as the tokenizer"
+        if dialect.api == "completions":
+            raise UserError(
+                "the endpoint reads prompts as other tokens than the tokenizer",
+                found=f"{answer.prompt_tokens} tokens",
+                expected=f"{expected} for {_QUESTIONS[0]!r}",
+                where=self._endpoint.url,
+                advice="Give --teacher the tokenizer of the endpoint's model",
+            )
+        return "others"
+
+    async def _with_entries(self, dialect: Dialect, top_k: int) -> Dialect:
+        """The dialect with the largest K up to `top_k` that the endpoint accepts and returns."""
+        accepted, refused = 0, top_k + 1
+        asked = top_k
+        while accepted < refused - 1:
+            try:
+                dialect = await self._returned(dialect, asked)
+                accepted = asked
+            except RequestRefusedError:
+                refused = asked
+            asked = (accepted + refused) // 2
+        return dialect
+
+    async def _returned(self, dialect: Dialect, top_k: int) -> Dialect:
+        """The dialect with the entries that come back if `top_k` are asked for."""
+        for request in self._requests:
+            answer = await self._ask(dialect, request, self._sampling(), top_k)
+            if answer.tokens is None:
+                return dialect
+            if answer.tokens:
+                entries = _num_entries(answer, self._endpoint.api)
+                written = all(token.text.startswith("token_id:") for token in answer.tokens)
+                return replace(dialect, top_k=min(entries, top_k), token_ids=written)
+        return dialect
+
+    async def _check_raw(self, dialect: Dialect, sampling: Sampling) -> None:
+        """Raise `UserError` unless the log-probs of a first token are those at temperature 1 and top-p 1."""
+        for request in self._requests:
+            rows = []
+            for temperature, top_p in ((1.0, 1.0), (sampling.temperature, sampling.top_p)):
+                answer = await self._ask(dialect, request, self._sampling(temperature, top_p, 1), dialect.top_k)
+                rows.append({token.text: token.logprob for token in (answer.tops or [[]])[0]})
+            common = sorted(rows[0].keys() & rows[1].keys(), key=lambda text: -rows[0][text])
+            plain, drawn = (np.maximum([row[text] for text in common], -100.0) for row in rows)
+            if common and float(np.abs(plain - drawn).mean()) <= AGREEMENT_NATS:
+                return
+            if common:
+                break  # an answer without a token says nothing: another question may give one
+        raise UserError(
+            "the endpoint returns log-probs after temperature and top-p",
+            found=f"{drawn[0]:.3f} nats of {common[0]!r}" if common else "other tokens than at temperature 1",
+            expected=f"{plain[0]:.3f} as at temperature 1" if common else None,
+            where=self._endpoint.url,
+            advice="Leave --temperature and --top-p at 1",
+        )
+
+
+def _num_entries(answer: Answer, api: EndpointApi) -> int:
+    """The largest K that the endpoint returned. Completions have one more entry where the own token is not in the K."""
+    assert answer.tokens is not None
+    counts = [len(row) for row in answer.tops]
+    if api == "chat" or not counts:
+        return max(counts, default=0)
+    lowest = [min(row, key=lambda token: token.logprob).text if row else "" for row in answer.tops]
+    certain = [
+        count for count, text, own in zip(counts, lowest, answer.tokens, strict=False) if text != own.text or count == 1
+    ]
+    return max(certain, default=max(counts) - 1)
+
+
+def same_endpoint(known: Any, actual: dict[str, Any], url: str) -> None:
+    """Raise `UserError` if the endpoint is not as an earlier run of the job measured it."""
+    changed = [key for key in sorted(actual) if known.get(key) != actual[key]]
+    if changed:
+        raise UserError(
+            "the endpoint has changed since the job began",
+            found=", ".join(f"{key} {actual[key]}" for key in changed),
+            expected=", ".join(f"{key} {known.get(key)}" for key in changed),
+            where=url,
+            advice="Choose another --out, or bring the endpoint back as it was",
+        )

@@ -1,0 +1,178 @@
+"""An OpenAI-compatible endpoint on loopback that answers from a real toy model, so that its values can be checked.
+
+It speaks completions and chat, writes tokens as texts (in completions) and bytes (in chat) as OpenAI does, and can
+misbehave as real ones do.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.judge_endpoints import Answer, Endpoint, failure, serving
+
+#: fields of OpenAI's own protocol; a strict endpoint refuses others
+_OWN_FIELDS = {
+    "model", "prompt", "messages", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs",
+}  # fmt: skip
+
+
+@dataclass
+class ToyEndpoint:
+    """The toy model at `directory` behind the protocol.
+
+    Attributes:
+        most: largest K that it accepts; more is refused, or with `clamps` answered with `most`.
+        with_ids: whether it takes vLLM's fields and writes tokens as ids.
+        shows_end: whether the log-prob of the EOS is returned.
+        processed: whether log-probs come after the temperature.
+        change: last change of an answer's JSON before it is sent: how tests make it lie.
+    """
+
+    directory: Path
+    name: str = "toy"
+    most: int = 5
+    clamps: bool = False
+    with_ids: bool = False
+    shows_end: bool = False
+    processed: bool = False
+    accepts_ids: bool = True
+    change: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    before: Callable[[dict[str, Any]], Answer | None] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        special = set(self.tokenizer.all_special_ids)
+        self.bytes = [
+            text.encode() if token in special else _bytes_of(self.tokenizer, text) for text, token in vocabulary
+        ]
+
+    def answer(self, body: dict[str, Any]) -> Answer:
+        """The HTTP answer to a request."""
+        if self.before is not None and (early := self.before(body)) is not None:
+            return early
+        if not self.with_ids and (other := body.keys() - _OWN_FIELDS):
+            return failure(400, f"Unrecognized request argument supplied: {sorted(other)[0]}")
+        chat = "messages" in body
+        wanted = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
+        if wanted > self.most and not self.clamps:
+            return failure(400, f"logprobs must be at most {self.most}")
+        if chat:
+            ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+        elif isinstance(body["prompt"], list):
+            if not self.accepts_ids:
+                return failure(400, "prompt must be a string")
+            ids = body["prompt"]
+        else:
+            ids = self.tokenizer.encode(body["prompt"])
+        with self.lock:  # torch's generator is one
+            made = self._generate(ids, body)
+        answer = self._json(ids, made, body, min(wanted, self.most), chat)
+        if self.change is not None:
+            answer = self.change(answer, body)
+        return 200, {"content-type": "application/json"}, json.dumps(answer).encode()
+
+    def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
+        """The model's log-probs at each response position, [T, V]."""
+        with torch.inference_mode():
+            logits = self.model(input_ids=torch.tensor([[*prompt_ids, *response_ids]])).logits[0]
+        return torch.log_softmax(logits[len(prompt_ids) - 1 : -1].float(), dim=-1)
+
+    @torch.inference_mode()
+    def _generate(self, ids: list[int], body: dict[str, Any]) -> list[tuple[int, torch.Tensor]]:
+        """Tokens with the log-probs [V] that they were drawn from, before temperature unless `processed`."""
+        generator = torch.Generator().manual_seed(int(body.get("seed") or 0))
+        temperature, made = float(body.get("temperature", 1.0)), []
+        ids = list(ids)
+        for _ in range(body["max_tokens"]):
+            scores = self.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            drawn = scores / temperature if temperature else scores
+            token = (
+                int(torch.multinomial(drawn.softmax(0), 1, generator=generator)) if temperature else int(drawn.argmax())
+            )
+            made.append((token, torch.log_softmax(drawn if self.processed else scores, dim=0)))
+            ids.append(token)
+            if token == self.tokenizer.eos_token_id:
+                break
+        return made
+
+    def _json(
+        self, ids: list[int], made: list[tuple[int, torch.Tensor]], body: dict[str, Any], top_k: int, chat: bool
+    ) -> dict[str, Any]:
+        ended = bool(made) and made[-1][0] == self.tokenizer.eos_token_id
+        shown = made if self.shows_end or not ended else made[:-1]
+        plain = [token for token, _ in made if token not in self.tokenizer.all_special_ids]
+        text = b"".join(self.bytes[token] for token in plain).decode("utf-8", "replace")
+        as_ids = bool(body.get("return_tokens_as_token_ids"))
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ended else "length", "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        if top_k and chat:
+            choice["logprobs"] = {
+                "content": [
+                    self._entry(token, logprobs, as_ids)
+                    | {
+                        "top_logprobs": [
+                            self._entry(top, logprobs, as_ids) for top in logprobs.topk(top_k).indices.tolist()
+                        ]
+                    }
+                    for token, logprobs in shown
+                ]
+            }
+        elif top_k:
+            choice["logprobs"] = {
+                "tokens": [self._text(token, as_ids) for token, _ in shown],
+                "token_logprobs": [float(logprobs[token]) for token, logprobs in shown],
+                "top_logprobs": [
+                    {
+                        self._text(top, as_ids): float(logprobs[top])
+                        for top in dict.fromkeys([*logprobs.topk(top_k).indices.tolist(), token])
+                    }
+                    for token, logprobs in shown
+                ],
+            }
+        return {
+            "model": self.name,
+            "choices": [choice],
+            "usage": {"prompt_tokens": len(ids), "completion_tokens": len(made)},
+        }
+
+    def _entry(self, token: int, logprobs: torch.Tensor, as_ids: bool) -> dict[str, Any]:
+        raw = self.bytes[token]
+        return {"token": self._text(token, as_ids, chat=True), "logprob": float(logprobs[token]), "bytes": list(raw)}
+
+    def _text(self, token: int, as_ids: bool, *, chat: bool = False) -> str:
+        if as_ids:
+            return f"token_id:{token}"
+        raw = self.bytes[token]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            # a part of a character: as OpenAI writes it in completions, and in chat beside the bytes
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if not chat else raw.decode("utf-8", "replace")
+
+
+def _bytes_of(tokenizer: Any, token: str) -> bytes:
+    """The bytes of a byte-level token, by transformers' own table of GPT-2."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    back = {character: byte for byte, character in bytes_to_unicode().items()}
+    return bytes(back[character] for character in token)
+
+
+@contextmanager
+def serving_toy(directory: Path, **options: Any) -> Iterator[tuple[ToyEndpoint, Endpoint]]:
+    """The toy model at an endpoint that is up inside of the block, and what came in."""
+    toy = ToyEndpoint(directory, **options)
+    with serving(toy.answer) as endpoint:
+        yield toy, endpoint

@@ -1,0 +1,74 @@
+"""The engine `openai` against a real vLLM server: its log-probs are those of the engine `vllm` at the same ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.vllm_servers import VllmServer
+
+from dpkd.core.models import locate_model
+from dpkd.teacher_cache.audit.verify import verify_cache
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.engines.engine import EngineOptions, ScoreRequest, results_only
+from dpkd.teacher_cache.engines.open import open_engine
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def server(toy_teacher: Path) -> Iterator[VllmServer]:
+    with VllmServer(toy_teacher, arguments=["--max-logprobs", "20", "--served-model-name", "toy"]) as running:
+        yield running
+
+
+def test_a_vllm_endpoint_gives_the_vllm_engines_values(
+    server: VllmServer, toy_teacher: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    for api in ("completions", "chat"):
+        config = CacheConfig(
+            engine="openai", teacher_url=f"{server.url}/v1", teacher_model="toy", teacher=str(toy_teacher),
+            teacher_api=api, data=str(toy_data), out=str(tmp_path / api), template="chat", limit=8, max_new_tokens=40,
+        )  # fmt: skip
+        manifest = build_cache(config)
+        assert not manifest.failed
+        # the server's own limit, found by asking
+        facts = manifest.identities["generation"]["endpoint"]
+        assert (facts["top_k"], facts["token_ids"], facts["end"]) == (20, True, "known")
+        assert facts["prompt_tokens"] == "as the tokenizer"
+        verify_cache(tmp_path / api)
+
+    teacher = locate_model(str(toy_teacher), "teacher")
+    options = EngineOptions(max_length=512, top_k=20, dtype="float32", device="cpu", max_num_seqs=8)
+    rows = {
+        api: [shard.row(i) for _, shard in cache.scan(cache.shards()) for i in range(len(shard))]
+        for api in ("completions", "chat")
+        for cache in [TeacherCache.open(tmp_path / api)]
+    }
+    requests = [(api, row) for api, found in rows.items() for row in found]
+    assert any(row.finish_reason == "stop" for _, row in requests), "no response ends: the EOS is not tested"
+    with open_engine("vllm", teacher, options) as engine:
+        scored = engine.score(
+            ScoreRequest(index, row.prompt_ids.tolist(), row.response_ids.tolist())
+            for index, (_, row) in enumerate(requests)
+        )
+        for result in results_only(scored):
+            api, row = requests[result.index]
+            np.testing.assert_allclose(row.response_logprobs, result.logprobs_T, atol=1e-4)
+            ours, theirs = row.distributions, result.distributions
+            assert ours is not None
+            assert theirs is not None
+            ends, other_ends = np.cumsum([0, *ours.counts_T]), np.cumsum([0, *theirs.counts_T])
+            for position, count in enumerate(ours.counts_T):
+                assert count in ((19, 20) if api == "chat" else (20,))
+                mine = slice(ends[position], ends[position] + count)
+                other = slice(other_ends[position], other_ends[position] + count)
+                np.testing.assert_array_equal(ours.ids_E[mine], theirs.ids_E[other])
+                np.testing.assert_allclose(ours.logprobs_E[mine], theirs.logprobs_E[other], atol=MAX_ERROR_NATS + 1e-4)
+                if count == 20:
+                    assert ours.log_tail_T[position] == pytest.approx(theirs.log_tail_T[position], abs=1e-3)
