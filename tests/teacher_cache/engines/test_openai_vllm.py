@@ -33,7 +33,7 @@ def test_a_vllm_endpoint_gives_the_vllm_engines_values(
     for api in ("completions", "chat"):
         config = CacheConfig(
             engine="openai", teacher_url=f"{server.url}/v1", teacher_model="toy", teacher=str(toy_teacher),
-            teacher_api=api, data=str(toy_data), out=str(tmp_path / api), template="chat", limit=8, max_new_tokens=40,
+            teacher_api=api, data=str(toy_data), out=str(tmp_path / api), template="chat", limit=20, max_new_tokens=100,
         )  # fmt: skip
         manifest = build_cache(config)
         assert not manifest.failed
@@ -44,7 +44,7 @@ def test_a_vllm_endpoint_gives_the_vllm_engines_values(
         verify_cache(tmp_path / api)
 
     teacher = locate_model(str(toy_teacher), "teacher")
-    options = EngineOptions(max_length=512, top_k=20, dtype="float32", device="cpu", max_num_seqs=8)
+    options = EngineOptions(max_length=512, top_k=20, dtype="float32", device="cpu", max_num_seqs=16)
     rows = {
         api: [shard.row(i) for _, shard in cache.scan(cache.shards()) for i in range(len(shard))]
         for api in ("completions", "chat")
