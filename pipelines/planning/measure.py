@@ -11,7 +11,6 @@ import json
 import re
 import statistics
 import tempfile
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +103,6 @@ class _Pilot:
             cost = self._measure(number, item)
         except UserError as error:
             cost = StepCost(None, reason=str(error))
-        except BrokenProcessPool:
-            cost = StepCost(None, reason="its process was killed, perhaps for memory")
         self.measured[key] = item, cost
         return cost
 

@@ -7,13 +7,15 @@ import json
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from dpkd.core.errors import UserError
 from dpkd.core.prompts.examples import Example, open_examples, raw_rows
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
@@ -62,24 +64,51 @@ def write_eval_rows(config: EvalConfig, path: Path) -> None:
 def _as_row(set_name: str, example: Example) -> dict[str, Any]:
     row: dict[str, Any] = {"id": f"{set_name}/{example.example_id}", "output": list(example.references)}
     if example.messages is not None:
-        return row | {"messages": [{"role": turn.role, "content": turn.content} for turn in example.messages]}
+        answers = [{"role": "assistant", "content": text} for text in example.references[:1]]
+        turns = [turn.for_template() for turn in example.messages]
+        return row | {"messages": turns + answers, "tools": list(example.tools)}
     if example.prompt is not None:
         return row | {"prompt": example.prompt}
     return row | {"instruction": example.instruction, "input": example.input}
 
 
 def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of `function(*arguments)` in a process that is forked from one with the libraries."""
+    """The result of `function(*arguments)` in a process that is forked from one with the libraries.
+
+    Raises the `UserError` that it raises, or one that says that the process was killed. An interrupt ends it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_quietly, dict(os.environ), function, *arguments).result()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, dict(os.environ), function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        result, error = None, UserError("its process was killed, perhaps for memory")
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+    if error is not None:
+        raise error
+    return cast(Result, result)
 
 
-def _quietly(environment: dict[str, str], function: Callable[..., Result], *arguments: Any) -> Result:
+def _answer(
+    sender: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(environment)
     with _no_output():
-        return function(*arguments)
+        try:
+            answer = function(*arguments), None
+        except UserError as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(traceback.format_exc())
+        sender.send(answer)
 
 
 @contextlib.contextmanager

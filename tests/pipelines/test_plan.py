@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from support.commands import dpkd
 
+from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
 from dpkd.pipelines.planning.measure import StepCost, plan_recipe, validation_steps
 from dpkd.pipelines.planning.plan import PlannedStep
+from dpkd.pipelines.planning.processes import in_child
 
 RECIPE = """
 [rounds]
@@ -139,3 +145,34 @@ def test_validations_are_counted_in_steps() -> None:
     # before training and after each ten of 100 steps, 24 rows at a third of the cost of training on them
     assert validation_steps(config, 100, 24, 4) == pytest.approx(11 * 24 / 4 / 3)
     assert validation_steps(config, 100, 0, 4) == 0
+
+
+def _wait_for(path: Path) -> None:
+    path.with_suffix(".pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def _be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_interrupt_ends_the_process_of_a_pilot(tmp_path: Path) -> None:
+    mark = tmp_path / "child"
+
+    def interrupt() -> None:
+        while not mark.with_suffix(".pid").is_file():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_child(_wait_for, mark)
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.with_suffix(".pid").read_text()), 0)
+
+
+def test_a_killed_process_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="its process was killed, perhaps for memory"):
+        in_child(_be_killed)
