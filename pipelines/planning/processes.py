@@ -101,6 +101,7 @@ def _answer(
     sender: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(environment)
+    answer: tuple[Any, Exception | None]
     with _no_output():
         try:
             answer = function(*arguments), None
