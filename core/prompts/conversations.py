@@ -80,14 +80,16 @@ def answer_places(example: Example) -> list[int]:
     return places
 
 
-def history(example: Example, place: int, answers: Sequence[str]) -> Example:
-    """The row as it is asked at `place`; `answers` fill the places before it that have no turn, in order."""
-    turns, left, filled = example.turns or chat_turns(example), list(answers), []
-    open_places = set(open_places_before(example, place))
+def history(example: Example, place: int, answers: Sequence[str], places: Sequence[int] | None = None) -> Example:
+    """The row as it is asked at `place`. `answers` stand at `places`; None: at those before it that have no turn."""
+    turns = example.turns or chat_turns(example)
+    given = dict(zip(open_places_before(example, place) if places is None else places, answers, strict=True))
+    filled = []
     for index, turn in enumerate(turns[:place]):
-        if index in open_places:
-            filled.append(Message("assistant", left.pop(0)))
-        filled.append(turn)
+        if index in given:
+            filled.append(Message("assistant", given[index]))
+        if index not in given or turn.role != "assistant":
+            filled.append(turn)
     return replace(example, messages=tuple(filled), instruction=None, prompt=None, references=(), turns=())
 
 

@@ -13,19 +13,19 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
 from dpkd.core.json_lines import read_json_lines
-from dpkd.core.prompts.messages import Message, UnusableValueError, read_messages, read_tools
+from dpkd.core.prompts.messages import Message, UnusableValueError, read_messages, read_questions, read_tools
 
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of data. Exactly one of `instruction`, `messages`, `prompt` is set.
+    """One row of data. Exactly one of `instruction`, `messages`, `prompt` is set; `turns` of a row become messages.
 
     `references` holds the accepted answers (none, one or several); `line` counts from 1. `messages` are the turns
     before the one to answer; `turns` is the whole conversation, with the assistant's last turn where the row has it.
     `tools` are the functions that the row offers. `teacher_messages` and `teacher_prompt` are what the teacher is asked
-    with instead of the row's own turns or text.
+    with instead of the row's own turns or text. `turn_references` are the answers to each of several questions.
     """
 
     example_id: str
@@ -40,6 +40,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     teacher_messages: tuple[Message, ...] | None = None
     teacher_prompt: str | None = None
+    turn_references: tuple[str, ...] = ()
 
     @property
     def for_teacher(self) -> Example | None:
@@ -150,7 +151,7 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
     """Rows in file order, the first `limit` of them.
 
     Rows whose *values* cannot be used come out as `SkippedRow`. A line that is not JSON, a row without any of
-    `instruction`, `messages`, `prompt`, and a source without rows raise `UserError`: the file is then not what
+    `instruction`, `messages`, `prompt`, `turns`, and a source without rows raise `UserError`: the file is then not what
     the caller thinks it is.
     """
     seen: set[str] = set()
@@ -204,16 +205,17 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
     if not isinstance(row, dict):
         raise UserError(f"line {line} holds no object", found=type(row).__name__, expected="object", where=name)
-    forms = [key for key in ("instruction", "messages", "prompt") if row.get(key) is not None]
+    forms = [key for key in ("instruction", "messages", "prompt", "turns") if row.get(key) is not None]
     if not forms:
         raise UserError(
             f"line {line} is without `instruction`",
             found=f"keys {', '.join(map(str, row)) or '(none)'}",
-            expected="`instruction`, `messages` or `prompt`",
+            expected="`instruction`, `messages`, `prompt` or `turns`",
             where=name,
         )
     form = forms[0]
-    example_id = str(row["id"]) if row.get("id") not in (None, "") else f"line-{line:08d}"
+    names = [row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")]
+    example_id = str(names[0]) if names else f"line-{line:08d}"
     category = str(row.get("category") or row.get("task") or "")
     try:
         of_teacher = _read_teacher(row, line, name)
@@ -223,6 +225,11 @@ def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
             tools = read_tools(row.get("tools"))
             of_row = {"messages": messages, "turns": turns, "tools": tools}
             return Example(example_id, line, references, category=category, **of_row, **of_teacher)
+        if form == "turns":
+            questions, answers = read_questions(row["turns"], row.get("reference"))
+            last = tuple(answer for answer in answers[len(questions) - 1 :] if answer.strip())
+            of_row = {"messages": questions, "turns": questions, "turn_references": answers}
+            return Example(example_id, line, last, category=category, **of_row, **of_teacher)
         references = _read_references(row)
         text = _read_text(row, form)
         if form == "prompt":
@@ -252,8 +259,9 @@ def _is_unicode(example: Example) -> bool:
     turns = (*(example.messages or ()), *example.turns[-1:], *(example.teacher_messages or ()))
     tools = json.dumps(example.tools, ensure_ascii=False, default=str)
     texts = [tools, *(text for turn in turns for text in turn.texts())]
-    texts += [*example.references, example.instruction or "", example.input, example.prompt or ""]
-    return all(is_unicode(text) for text in (*texts, example.teacher_prompt or ""))
+    texts += [*example.turn_references, *example.references, example.input]
+    texts += [text or "" for text in (example.instruction, example.prompt, example.teacher_prompt)]
+    return all(map(is_unicode, texts))
 
 
 def is_unicode(text: str) -> bool:

@@ -59,6 +59,18 @@ def read_messages(value: Any, line: int, where: str, key: str = "messages") -> t
     return tuple(turns)
 
 
+def read_questions(value: Any, references: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The questions of a row of `turns`, as turns of the user, and the reference answer to each where it has them."""
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise UnusableValueError("`turns` is not a list of questions")
+    if not value:
+        raise UnusableValueError("`turns` has no question")
+    answers = [] if references is None else references
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise UnusableValueError("`reference` is not a list with an answer to each of the `turns`")
+    return tuple(Message("user", text) for text in value), tuple(answers[: len(value)])
+
+
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The functions that a row offers the model: a list of objects, or such a list as JSON text."""
     if value in (None, "", []):

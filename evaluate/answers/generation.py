@@ -75,6 +75,15 @@ class _File:
     def num_missing(self) -> int:
         return sum(answer is None for answer in self.answers)
 
+    def depth(self, row: int) -> int:
+        """How many answers come before a row's question."""
+        follow_up = self.eval_set.follow_ups.get(row)
+        return 0 if follow_up is None else len(follow_up.places)
+
+    def missing(self, depth: int) -> list[int]:
+        """Rows without an answer that are asked after `depth` others."""
+        return [row for row, answer in enumerate(self.answers) if answer is None and self.depth(row) == depth]
+
 
 def request_seed(seed: int, example_id: str) -> int:
     """The seed of one request, below 2**31: a pure function of the evaluation's seed and the example.
@@ -104,20 +113,18 @@ def generate_answers(
         say(f"model {candidate.name}: all {num_total} responses exist already")
     else:
         running = engine.start(f"{num_missing} responses")
-        missing = [(file, row) for file in files for row, answer in enumerate(file.answers) if answer is None]
-        requests = (
-            GenerateRequest(
-                index,
-                file.eval_set.prompts[candidate.name][row].ids,
-                request_seed(file.seed, file.eval_set.examples[row].example_id),
-            )
-            for index, (file, row) in enumerate(missing)
-        )
         with Progress(f"model {candidate.name}", num_total, "responses", done=num_total - num_missing) as progress:
-            for result in results_only(running.generate(requests, sampling)):
-                file, row = missing[result.index]
-                _add(file, row, result, candidate)
-                progress.advance()
+            # a follow-up question is asked after the answers to those before it
+            for depth in sorted({file.depth(row) for file in files for row in range(len(file.answers))}):
+                missing = [(file, row) for file in files for row in file.missing(depth)]
+                requests = (
+                    _request(index, file, row, candidate, config.max_prompt_tokens)
+                    for index, (file, row) in enumerate(missing)
+                )
+                for result in results_only(running.generate(requests, sampling)):
+                    file, row = missing[result.index]
+                    _add(file, row, result, candidate)
+                    progress.advance()
     return {(file.eval_set.name, file.seed): _complete(file) for file in files}
 
 
@@ -156,6 +163,23 @@ def _open_files(
                 _write(file)  # the process was killed after the last answer and before writing the file
             files.append(file)
     return files
+
+
+def _request(index: int, file: _File, row: int, candidate: Candidate, most: int) -> GenerateRequest:
+    eval_set = file.eval_set
+    ids = eval_set.prompts[candidate.name][row].ids
+    if row in eval_set.follow_ups:
+        texts = [None if answer is None else answer.response for answer in file.answers]
+        ids = candidate.encoder.prompt(eval_set.asked(row, texts)).ids
+        if len(ids) > most:
+            raise UserError(
+                "a question with the model's answers before it is longer than a prompt may be",
+                found=f"{len(ids)} tokens",
+                expected=f"at most {most}",
+                where=f"{eval_set.examples[row].example_id} of data {eval_set.name}, model {candidate.name}",
+                advice="Raise --max-prompt-tokens, or lower --max-new-tokens",
+            )
+    return GenerateRequest(index, ids, request_seed(file.seed, eval_set.examples[row].example_id))
 
 
 def _add(file: _File, row: int, result: EngineResult, candidate: Candidate) -> None:

@@ -118,6 +118,7 @@ def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
 def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
     eval_set = scored.eval_set
     buckets = buckets_of(eval_set.edges)
+    texts = [answer.response for answer in scored.answers_SN[seed_index]]
     return [
         {
             "model": scored.model,
@@ -128,7 +129,7 @@ def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
             "bucket": buckets[scored.bucket_SN[seed_index, row]].label,
             "question": eval_set.question(row),
             "messages": [{"role": turn.role, "content": turn.content} for turn in eval_set.messages(row)],
-            "prompt": eval_set.prompt_text(scored.model, row),
+            "prompt": eval_set.prompt_text(scored.model, row, texts),
             "references": list(example.references),
             "response": answer.response,
             **{name: values_SN[seed_index, row] for name, values_SN in scored.scores.items()},

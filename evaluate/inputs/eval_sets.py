@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import Example, Message, SkippedRow, iter_examples
-from dpkd.core.prompts.templates import EncodedPrompt, TemplateMismatchError
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.inputs.named_sets import open_set
+from dpkd.evaluate.inputs.turns import FollowUp, questions
 from dpkd.evaluate.metrics.buckets import num_words, resolve_edges
 from dpkd.evaluate.metrics.rouge import LostText, find_lost_text
 from dpkd.evaluate.options.eval import EvalConfig
@@ -26,6 +27,8 @@ class EvalSet:
 
     `indices[i]` is the index of `examples[i]` among the `num_rows` rows read, `lengths[i]` the length of its gold
     response, which decides its bucket between `edges`. `lost` counts what Rouge's tokens lose of the references.
+    `follow_ups[i]` says what comes before `examples[i]` if it is asked after the model's own answers, which are to the
+    examples before it; its prompt in `prompts` has the references in their place. `encoders` are the models'.
     """
 
     name: str
@@ -38,14 +41,28 @@ class EvalSet:
     lengths: list[int] = field(default_factory=list)
     edges: tuple[int, ...] = ()
     lost: LostText = _NOTHING_LOST
+    follow_ups: dict[int, FollowUp] = field(default_factory=dict)
+    encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
     @property
     def num_without_reference(self) -> int:
         """Rows left out because they have no reference."""
         return sum(row.reason == _NO_REFERENCE for row in self.skipped)
 
-    def prompt_text(self, model: str, index: int) -> str:
-        """The prompt of `examples[index]` as `model` got it; the row's own words if the model got none."""
+    def asked(self, index: int, texts: Sequence[str | None]) -> Example:
+        """`examples[index]` as a model is asked it that answered `texts` to the examples before it."""
+        follow_up = self.follow_ups.get(index)
+        if follow_up is None:
+            return self.examples[index]
+        return follow_up.asked([text or "" for text in texts[index - len(follow_up.places) : index]])
+
+    def prompt_text(self, model: str, index: int, texts: Sequence[str | None] | None = None) -> str:
+        """The prompt of `examples[index]` as `model`, with its answers `texts`, got it.
+
+        The row's own words if the model got none.
+        """
+        if texts is not None and index in self.follow_ups and model in self.encoders:
+            return self.encoders[model].prompt(self.asked(index, texts)).text
         return self.prompts[model][index].text if model in self.prompts else self.question(index)
 
     def question(self, index: int) -> str:
@@ -102,17 +119,23 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
     prompts: dict[str, list[EncodedPrompt]] = {candidate.name: [] for candidate in candidates}
     skipped: list[SkippedRow] = []
     indices: list[int] = []
+    follow_ups: dict[int, FollowUp] = {}
     num_rows = 0
     for num_rows, item in enumerate(iter_examples(source, config.limit), start=1):
-        encoded = item if isinstance(item, SkippedRow) else _encode(item, config.max_prompt_tokens, candidates)
-        if isinstance(encoded, SkippedRow):
-            skipped.append(encoded)
+        if isinstance(item, SkippedRow):
+            skipped.append(item)
             continue
-        assert isinstance(item, Example)
-        examples.append(item)
-        indices.append(num_rows - 1)
-        for candidate, prompt in zip(candidates, encoded, strict=True):
-            prompts[candidate.name].append(prompt)
+        for example, follow_up in questions(item, config.turns):
+            encoded = _encode(example, follow_up, config, candidates)
+            if isinstance(encoded, SkippedRow):
+                skipped.append(encoded)
+                break  # later turns come after the answer to this one
+            if follow_up is not None:
+                follow_ups[len(examples)] = follow_up
+            examples.append(example)
+            indices.append(num_rows - 1)
+            for candidate, prompt in zip(candidates, encoded, strict=True):
+                prompts[candidate.name].append(prompt)
     identity = source.identity | {f"field {ours}": theirs for ours, theirs in config.field.items()}
     lengths = [_gold_length(example, config, candidates) for example in examples]
     return EvalSet(
@@ -126,6 +149,8 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
         lengths,
         resolve_edges(config.buckets, lengths) if lengths else (),
         find_lost_text([example.references for example in examples], config.rouge_tokenizer),
+        follow_ups,
+        {candidate.name: candidate.encoder for candidate in candidates},
     )
 
 
@@ -136,20 +161,24 @@ def _gold_length(example: Example, config: EvalConfig, candidates: Sequence[Cand
 
 
 def _encode(
-    example: Example, max_prompt_tokens: int, candidates: Sequence[Candidate]
+    example: Example, follow_up: FollowUp | None, config: EvalConfig, candidates: Sequence[Candidate]
 ) -> list[EncodedPrompt] | SkippedRow:
+    most = config.max_prompt_tokens
     if not example.references:
         return SkippedRow(example.line, _NO_REFERENCE)
     prompts = []
     for candidate in candidates:
         try:
-            prompt = candidate.encoder.prompt(example)
+            prompt = candidate.encoder.prompt(example if follow_up is None else follow_up.asked(follow_up.golds))
+            answers = 0 if follow_up is None else len(follow_up.places) * config.max_new_tokens
+            longest = len(prompt.ids) if follow_up is None else len(candidate.encoder.prompt(example).ids) + answers
         except TemplateMismatchError as error:
             return SkippedRow(example.line, str(error))
-        if len(prompt.ids) > max_prompt_tokens:
-            return SkippedRow(
-                example.line, f"prompt of {len(prompt.ids)} tokens for model {candidate.name}, over {max_prompt_tokens}"
-            )
+        longest = max(longest, len(prompt.ids))
+        if longest > most:
+            with_answers = f", {answers} of them for its own answers" if answers else ""
+            reason = f"prompt of {longest} tokens for model {candidate.name}{with_answers}, over {most}"
+            return SkippedRow(example.line, reason)
         prompts.append(prompt)
     return prompts
 

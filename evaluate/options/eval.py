@@ -123,6 +123,11 @@ class AnswerOptions(Settings):
     template_arg: TemplateArguments = Field(
         {}, description="variable of the chat template, such as enable_thinking=false; repeatable"
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="questions of a conversation to answer: the last under the given turns, or all, each after the "
+        "model's own earlier answers",
+    )
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="top-p (nucleus) of sampling")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(

@@ -21,12 +21,26 @@ class PrepareConfig(Settings):
     data: Path = Field(description="instruction data, .jsonl")
     out: Path = Field(description="file to write, .jsonl")
     min_response_words: int = Field(
-        1, ge=1, description="shortest reference response to keep, in words; the paper keeps 11 and more"
+        1,
+        ge=0,
+        description="shortest reference response to keep, in words; 0 keeps rows without one too; the paper keeps 11 "
+        "and more",
+    )
+    part: str = Field(
+        "1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", description="K/N: take only every Nth row of the data, from row K on"
     )
     limit: int | None = Field(None, ge=1, description="keep only the first N of those rows; none: all")
     form: Literal["rows", "text"] = Field(
         "rows", description="write whole rows, or only their responses as a corpus for dpkd train --lm-data (text)"
     )
+
+    @field_validator("part")
+    @classmethod
+    def _part_is_one_of_n(cls, value: str) -> str:
+        number, parts = map(int, value.split("/"))
+        if number > parts:
+            raise ValueError(f"there is no part {number} of {parts}: give K/N with K from 1 to N")
+        return value
 
 
 class NoiseConfig(Settings):

@@ -47,13 +47,17 @@ def kept_rows(config: PrepareConfig) -> Iterator[str]:
     # rows keep all their fields, as they are in the file
     lines = config.data.read_text(encoding="utf-8").split("\n") if config.data.is_file() else []
     num_kept = 0
+    first, every = map(int, config.part.split("/"))
     for item in iter_examples(open_examples(str(config.data))):
         if config.limit is not None and num_kept >= config.limit:
             return
-        if not isinstance(item, Example) or not item.references:
+        if not isinstance(item, Example) or item.line % every != first % every:
             continue
-        if num_words(item.references) < config.min_response_words:
+        references = [text for text in (*item.references, *item.turn_references) if text.strip()]
+        if (num_words(references) if references else 0) < config.min_response_words:
+            continue
+        if config.form == "text" and not references:
             continue
         num_kept += 1
         row = lines[item.line - 1].strip()
-        yield row if config.form == "rows" else json.dumps({"text": item.references[0]}, ensure_ascii=False)
+        yield row if config.form == "rows" else json.dumps({"text": references[0]}, ensure_ascii=False)

@@ -41,6 +41,7 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "min_response_words": ({}, 30),
         "limit": ({}, 3),
         "form": ({}, "text"),
+        "part": ({}, "2/2"),
     },
     "cache-teacher": {
         "teacher": ({}, "{student}"),
@@ -287,6 +288,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_all_turns_of_a_given_conversation_are_one_row": "cache-teacher: turns",
     },
     "distill/rows/test_spans.py": {"test_runs_on_spans": "train: turns"},
+    "evaluate/test_turns.py": {"test_a_model_is_asked_after_its_own_answers": "eval: turns"},
     "distill/student/test_importance.py": {"test_removing_silent_heads_keeps_the_logits": "init-student: heads"},
     "distill/test_alarms.py": {
         "test_the_released_loss_alone_gives_three_alarms_and_the_run_can_stop": "train: on_alarm",
