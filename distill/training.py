@@ -81,7 +81,7 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             raise_first(accelerator, find_non_finite(sum(losses), grad_norm, done + 1, micro_batches, config.out))
             learning_rate = student.update()
             tokens = all_reduce_sums(accelerator, [{"tokens": part.num_positions} for part in micro_batches])
-            line = {"step": done + 1, "epoch": run.order.epoch_of(done), **means, "learning_rate": learning_rate}
+            line = {"step": done + 1, **run.epochs(done), **means, "learning_rate": learning_rate}
             log.log_step(line | {"grad_norm": grad_norm, **tokens}, loader.wait_s)
             done += 1
             validator.validate_if_due(done, micro_batches)

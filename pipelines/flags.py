@@ -113,7 +113,8 @@ def _write_row(formatter: Any, spelled: str, text: str) -> None:
 def _declaration(options: type[Settings], key: str) -> tuple[Any, Any]:
     """Type and typer's declaration of a field. All but switches take text: flags, TOML and --set give equal errors."""
     annotation, flag = options.model_fields[key].annotation, options.flag(key)
-    repeatable = get_origin(annotation) is dict or annotation == tuple[str, ...]
+    one_or_several = tuple[Location, ...] in get_args(annotation)
+    repeatable = get_origin(annotation) is dict or annotation == tuple[str, ...] or one_or_several
     kind: Any = list[str] | None if repeatable else str | None
     if options.is_positional(key):
         return kind, typer.Argument(metavar=flag, show_default=False)

@@ -32,7 +32,8 @@ class Batch(_OnDevice):
 
     `sampling_logprob_T` is log q0 of each token, where q0 is the distribution that drew it; None unless every row was
     drawn by a student that is known. `sampling_logprob_B` is log q0 of whole responses, of pairs whose round has it.
-    `progress` is the share of the run's steps that are done.
+    `progress` is the share of the run's steps that are done. `cache_B` is the number of each row's cache, of a run that
+    learns from several.
 
     The `entry_*` tensors hold the K cached entries of the teacher's distribution, padded with id -1. They are None
     where the cache holds none; so is `teacher_logprob_T` where the teacher did not score the rows. Nats.
@@ -55,6 +56,7 @@ class Batch(_OnDevice):
     sampling_logprob_T: Tensor | None = None
     sampling_logprob_B: Tensor | None = None
     progress: float = 0.0
+    cache_B: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

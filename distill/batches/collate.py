@@ -51,8 +51,15 @@ def collate(
         sampling_logprob_T=_tensor(sampling, np.float32) if len(sampling) == len(cached) else None,
         sampling_logprob_B=_sampling_of_pairs(rows),
         progress=progress,
+        cache_B=_caches(rows),
         **entries,
     )
+
+
+def _caches(rows: Sequence[TrainingRow]) -> Tensor | None:
+    """The numbers of the rows' caches, of the chosen responses, then of the rejected ones."""
+    numbers = [row.cache for row in [*rows, *(row for row in rows if row.rejected is not None)]]
+    return None if None in numbers else torch.tensor(numbers)
 
 
 def _sampling_of_pairs(rows: Sequence[TrainingRow]) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from dpkd.core.identity import derive_seed
+from dpkd.distill.batches.shares import CacheShares
 from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex
@@ -20,9 +21,14 @@ from dpkd.teacher_cache.store.order import epoch_order
 class RowOrder(Protocol):
     """Which rows a step reads."""
 
+    #: rows of an epoch
     num_rows: int
     #: on average
     rows_per_step: float
+
+    def position_of(self, step: int) -> int:
+        """How many rows the steps before `step` read; with batches by tokens, give or take a few."""
+        ...
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) of the first row of `step`."""
@@ -34,15 +40,27 @@ class RowOrder(Protocol):
 
 
 class BatchOrder(RowOrder):
-    """Epochs follow each other without a gap; each is a permutation of all rows. Resuming needs the step alone."""
+    """Epochs follow each other without a gap; each is a permutation of all rows. Resuming needs the step alone.
+
+    With `shares`, the rows are those of several caches, and an epoch holds each of them about as often as its weight.
+    """
 
     def __init__(
-        self, group_sizes: Sequence[int], seed: int, global_batch_size: int, batch_size: int | None = None
+        self,
+        group_sizes: Sequence[int],
+        seed: int,
+        global_batch_size: int,
+        batch_size: int | None = None,
+        shares: CacheShares | None = None,
     ) -> None:
         self._group_sizes, self._seed, self._global_batch_size = list(group_sizes), seed, global_batch_size
-        self._batch_size = batch_size or global_batch_size
-        self.num_rows, self.rows_per_step = sum(group_sizes), float(global_batch_size)
+        self._batch_size, self._shares = batch_size or global_batch_size, shares
+        self.num_rows = sum(group_sizes) if shares is None else shares.num_rows
+        self.rows_per_step = float(global_batch_size)
         self._cached = (-1, np.zeros((0, 2), np.int64))  # one attribute, so that two threads can read it
+
+    def position_of(self, step: int) -> int:
+        return step * self._global_batch_size
 
     def epoch_of(self, step: int) -> int:
         return step * self._global_batch_size // self.num_rows
@@ -61,7 +79,7 @@ class BatchOrder(RowOrder):
         epoch, index = divmod(number, self.num_rows)
         cached_epoch, order = self._cached
         if epoch != cached_epoch:
-            order = epoch_order(self._group_sizes, self._seed, epoch)
+            order = rows_of_epoch(self._group_sizes, self._seed, epoch, self._shares)
             self._cached = epoch, order
         group, row = order[index]
         return int(group), int(row)
@@ -97,12 +115,20 @@ class FollowOrder(BatchOrder):
         return super()._row(number)
 
 
+def rows_of_epoch(group_sizes: Sequence[int], seed: int, epoch: int, shares: CacheShares | None) -> np.ndarray:
+    """The rows of an epoch as [N, 2] pairs (group, row inside the group): every row once, or as `shares` says."""
+    return epoch_order(group_sizes, seed, epoch) if shares is None else shares.epoch(epoch)
+
+
 class MixedOrder(RowOrder):
     """`order` of the prompts, where `share` of the rows of each step are the student's responses."""
 
     def __init__(self, order: RowOrder, rows: MixedRows, share: float, seed: int) -> None:
         self._order, self._rows, self._share, self._seed = order, rows, share, seed
         self.num_rows, self.rows_per_step = order.num_rows, order.rows_per_step
+
+    def position_of(self, step: int) -> int:
+        return self._order.position_of(step)
 
     def epoch_of(self, step: int) -> int:
         return self._order.epoch_of(step)

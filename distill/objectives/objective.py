@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +60,7 @@ class Objective:
         self._beta = config.beta
         self.weights = {str(name): weight for name, weight in config.weights.items()}
         self.needs_pairs, self.needs_distributions = config.needs_pairs, config.needs_distributions
+        self._caches = [choice.name for choice in config.caches]
         self.terms = make_terms(config, self._num_logits or vocab_size)
 
     def counts(self, micro_batch: MicroBatch) -> dict[str, int]:
@@ -93,6 +94,7 @@ class Objective:
         if "reward_chosen" not in sums.metrics:
             _add_metrics(sums, chosen_reward(values, rows, self._beta))
         _add_metrics(sums, distance_metrics(values, rows) | response_metrics(rows))
+        _add_metrics(sums, metrics_by_cache(values, rows, self._caches))
         if micro_batch.corpus is not None:
             self._evaluate(score, micro_batch.corpus, micro_batch, [], sums)
         return sums
@@ -145,6 +147,22 @@ def distance_metrics(values: Mapping[str, Tensor], batch: Batch) -> dict[str, Te
     names = [name for name in ("entropy", "kld", "rkld", "top1_agreement") if name in values]
     metrics = {name: values[name][chosen_T] for name in names}
     return metrics | {f"{name}_first": values[name][first_T] for name in ("kld", "rkld") if name in values}
+
+
+def metrics_by_cache(values: Mapping[str, Tensor], batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    """`kld/NAME`, `rkld/NAME` and `top1_agreement/NAME`: as in `distance_metrics`, of the rows of each cache.
+
+    Nothing where the batch does not say which cache a row is of. A cache without a row has an empty tensor.
+    """
+    if batch.cache_B is None:
+        return {}
+    chosen_T, cache_T = batch.row_T < batch.num_chosen, batch.cache_B[batch.row_T]
+    return {
+        f"{metric}/{name}": values[metric][chosen_T & (cache_T == number)]
+        for metric in ("kld", "rkld", "top1_agreement")
+        if metric in values
+        for number, name in enumerate(names)
+    }
 
 
 def response_metrics(batch: Batch) -> dict[str, Tensor]:

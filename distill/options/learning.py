@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Address, Location, Settings, TemplateArguments, split_commas
+from dpkd.distill.options.caches import CacheChoice, normalised_caches, parse_caches
 from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
 
@@ -17,7 +18,14 @@ class DataOptions(Settings):
 
     title: ClassVar[str] = "Data"
 
-    cache: Location | None = Field(None, description="directory or URL of the teacher cache")
+    cache: Location | tuple[Location, ...] | None = Field(
+        None,
+        description="directory or URL of the teacher cache; repeatable as PATH=WEIGHT or NAME:PATH=WEIGHT, to learn "
+        "from several teachers with one tokenizer; without weights, each cache counts with as many rows as it has",
+    )
+    cache_weights: Literal["rows", "tokens"] = Field(
+        "rows", description="with several caches: their weights are shares of the rows, or of the response tokens"
+    )
     student: str = Field(description="student to start from: a checkpoint directory or a hub name")
     out: Path = Field(description="directory of the run; the trained student is saved here")
     data: str | None = Field(
@@ -50,6 +58,13 @@ class DataOptions(Settings):
     follow_timeout_s: float = Field(
         600, gt=0, description="with --follow: longest wait while no job writes to the cache, in seconds"
     )
+
+    _one_or_several = field_validator("cache", mode="before")(normalised_caches)
+
+    @property
+    def caches(self) -> tuple[CacheChoice, ...]:
+        """The caches to learn from, by name: the order in which they are given changes nothing."""
+        return parse_caches(self.cache)
 
     @model_validator(mode="after")
     def _follow_takes_a_cache(self) -> Self:

@@ -50,6 +50,8 @@ class TrainConfig(
             return "--data replaces --cache and needs --objective sft"
         if self.data is not None and (self.top_k or self.top_mass):
             return "--top-k and --top-mass cut the distributions of a --cache, and --data has none"
+        if (problem := self._problem_of_the_caches()) is not None:
+            return problem
         if self.follow and self.round is not None:
             return "--follow takes no --round: a round needs a finished cache"
         if self.follow and self.batch_tokens is not None:
@@ -60,6 +62,17 @@ class TrainConfig(
                     return f"{self.flag(key)} needs a finished --cache"
         if self.student_samples == "live" and (self.follow or self.cache is None):
             return "--student-samples live needs a finished --cache"
+        return None
+
+    def _problem_of_the_caches(self) -> str | None:
+        if self.cache_weights == "tokens" and (len(self.caches) < 2 or self.caches[0].weight is None):
+            return "--cache-weights tokens needs several caches with weights: --cache PATH=WEIGHT for each"
+        if len(self.caches) < 2:
+            return None
+        if self.follow:
+            return "--follow takes one --cache: the rows of several are drawn by weight, from finished caches"
+        if self.student_samples == "live":
+            return "--student-samples live takes one --cache: a server has one teacher; give --round NAME for several"
         return None
 
     def _problem_of_the_samples(self) -> str | None:

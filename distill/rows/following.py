@@ -29,17 +29,17 @@ _POLL_S = 0.5
 
 def open_growing(config: TrainConfig) -> GrowingCache:
     """The cache of `config`, once a job has started it; `UserError` when none does in `follow_timeout_s`."""
-    assert config.cache is not None  # the config's own check
+    (choice,) = config.caches  # the config's own check
     deadline_s = time.monotonic() + config.follow_timeout_s
     said = False
-    while (cache := GrowingCache.open(config.cache)) is None:
+    while (cache := GrowingCache.open(choice.location)) is None:
         if not said:
             said = True
-            say(f"waiting for `dpkd cache-teacher` to start the cache {config.cache}")
+            say(f"waiting for `dpkd cache-teacher` to start the cache {choice.location}")
         if time.monotonic() > deadline_s:
             raise UserError(
                 f"no job has started the cache in {config.follow_timeout_s:.0f} s",
-                where=config.cache,
+                where=choice.location,
                 advice="Start `dpkd cache-teacher` with this --out, then train again",
             )
         time.sleep(_POLL_S)

@@ -33,7 +33,8 @@ class MixedRows:
     def row(self, group: int, index: int) -> TrainingRow:
         num_groups = len(self.group_sizes)
         pair = self._pairs.row(group % num_groups, index)
-        return TrainingRow(pair.chosen if group < num_groups or pair.rejected is None else pair.rejected)
+        chosen = pair.chosen if group < num_groups or pair.rejected is None else pair.rejected
+        return TrainingRow(chosen, cache=pair.cache)
 
     def students(self, row_index: RowIndex) -> RowIndex:
         """Where the student's response to the prompt of a teacher's row is."""

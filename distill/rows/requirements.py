@@ -38,6 +38,13 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
             where=cache.folder,
             advice="Leave --tail out, or give --objective jeffreys, which has the same optimum",
         )
+    if config.tail == "uniform" and len(cache.vocab_sizes) > 1:
+        raise UserError(
+            "--tail uniform spreads the tail over a teacher's tokens, and the teachers differ in their number",
+            found=" and ".join(map(str, cache.vocab_sizes)),
+            where=cache.folder,
+            advice="Leave --tail out",
+        )
     if config.needs_distributions and most == 0:
         source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
         what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"

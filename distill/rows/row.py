@@ -15,10 +15,14 @@ RowIndex = tuple[int, int]
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A response to learn from; for a preference also a response of the student to the same prompt."""
+    """A response to learn from; for a preference also a response of the student to the same prompt.
+
+    `cache` is the number of its cache, of a run that learns from several.
+    """
 
     chosen: CachedRow
     rejected: CachedRow | None = None
+    cache: int | None = None
 
 
 class RowSource(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +16,6 @@ from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
-from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
@@ -120,8 +120,12 @@ class CacheSplit:
     reason: str = "--validation-examples is 0"
 
 
-def open_cache_rows(cache: TeacherCache, student_round: Round | None, config: TrainConfig) -> CacheSplit:
-    """The rows that `config` trains on, and those that it is validated on.
+def open_cache_rows(
+    cache: TeacherCache, student_round: Round | None, config: TrainConfig, held_out: Collection[str] | None = None
+) -> CacheSplit:
+    """The rows that `config` trains on (for `mix`, the pairs), and those that it is validated on.
+
+    `held_out` are the examples to hold out, where several caches decide that; None: those that `config` chooses.
 
     Raises `UserError` when the cache does not hold what the objective needs, or what was asked to be validated.
     """
@@ -152,8 +156,7 @@ def open_cache_rows(cache: TeacherCache, student_round: Round | None, config: Tr
         sampled = longest_sample(cache, config) if config.student_samples == "live" else None
         pairs = config.needs_pairs or config.mix is not None
         source = CacheRows(cache, shards, student_round, pairs=pairs, sampled=sampled)
-    split = _split(cache, shards, student_round, source, config)
-    return split if config.mix is None else replace(split, training=MixedRows(split.training))
+    return _split(cache, shards, student_round, source, config, held_out)
 
 
 def _split(
@@ -162,13 +165,16 @@ def _split(
     student_round: Round | None,
     source: CacheRows | PairedRows,
     config: TrainConfig,
+    held_out: Collection[str] | None,
 ) -> CacheSplit:
     """Rows of `source` to train on, and rows of the held-out examples."""
     if config.validation_examples == 0:
         return CacheSplit(source)
     examples = cache_examples(cache)
-    num = config.num_held_out(len(examples))
-    if num == 0:
+    # of several caches none may train on what another holds out
+    may_do_without = config.validation_examples is None and held_out is None
+    held_out = choose_held_out(examples, config) if held_out is None else examples & set(held_out)
+    if not held_out:
         return CacheSplit(source, reason=f"the cache has only {len(examples)} examples")
     measured = source
     if student_round is not None and not config.needs_pairs:
@@ -176,10 +182,9 @@ def _split(
         measured = CacheRows(cache, shards, None, pairs=False)
         if config.needs_distributions and cache.top_k == 0:
             what = "validation measures the teacher's responses, and the cache has no distributions of them"
-            if config.validation_examples is None:
+            if may_do_without:
                 return CacheSplit(source, reason=what)
             raise no_distributions(what, cache, "train without --validation-examples")
-    held_out = choose_examples(examples, num, config.seed)
     ids, measured_ids = (
         [[conversation_of(cache, name) for name in group] for group in rows.ids_by_group()]
         for rows in (source, measured)
@@ -188,10 +193,16 @@ def _split(
         training, _ = split_rows(source, ids, held_out)
         _, validation = split_rows(measured, measured_ids, held_out)
     except UserError as error:
-        if config.validation_examples is None:
+        if may_do_without:
             return CacheSplit(source, reason=str(error))
         raise
-    return CacheSplit(training, validation, num, len(examples))
+    return CacheSplit(training, validation, len(held_out), len(examples))
+
+
+def choose_held_out(examples: Collection[str], config: TrainConfig) -> frozenset[str]:
+    """The examples of a cache that `config` holds out; none where it has too few to spare any."""
+    num = config.num_held_out(len(examples))
+    return choose_examples(examples, num, config.seed) if num else frozenset()
 
 
 def longest_sample(cache: TeacherCache, config: TrainConfig) -> int:

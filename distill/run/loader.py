@@ -142,12 +142,13 @@ def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> Li
     """Responses that the student samples while it trains; `UserError` for a server without the cache's teacher."""
     from dpkd.distill.live.rows import LiveRows
 
-    assert run.cache is not None
+    (cache,) = run.caches  # the config's own check
+    assert cache.finished is not None
     ranks, rank = accelerator.num_processes, accelerator.process_index
 
     def rows_of(step: int) -> list[RowIndex]:
         indices = [index for part in run.order.micro_batches_of(step)[rank::ranks] for index in part]
         return [index for index in indices if _is_live(run, index)]
 
-    made_of = (run.config, run.cache, run.rows, run.student)
+    made_of = (run.config, cache.finished, run.rows, run.student)
     return LiveRows(*made_of, model, accelerator.device, run.steps, rows_of, rank=rank)

@@ -110,7 +110,11 @@ def progress_to_teacher(path: Path, step: int, metric: str | None) -> list[str]:
     first, result = lines[0], lines[step]
     agreement = " -> ".join(f"{line['top1_agreement']:.0%}" for line in (first, result))
     which = f"best{'' if metric == 'kld' else f' {metric}'} at step {step}" if metric else f"last step {step}"
-    said = [f"KL to the teacher {first['kld']:.2f} -> {result['kld']:.2f}, top-1 agreement {agreement}, {which}"]
+    of_caches = [key for key in result if key.startswith("kld/") and result[key] is not None]
+    each = ", ".join(f"{key.partition('/')[2]} {first[key]:.2f} -> {result[key]:.2f}" for key in of_caches)
+    moved = f"{first['kld']:.2f} -> {result['kld']:.2f}"
+    moved = f"teachers {moved} ({each})" if each else f"teacher {moved}"
+    said = [f"KL to the {moved}, top-1 agreement {agreement}, {which}"]
     best = min(lines.values(), key=lambda line: line["kld"])
     if metric != "kld" and best["kld"] < result["kld"]:
         said.append(f"the best KL was {best['kld']:.2f} at step {best['step']}: --best-metric kld keeps that student")

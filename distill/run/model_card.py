@@ -46,14 +46,11 @@ def model_card(run: Run, steps: int, training: dict[str, Any] | None, validation
         pipeline_tag="text-generation",
         tags=["dpkd", "knowledge-distillation", *(["lora"] if lora else [])],
     )
-    teacher = None if run.cache_identities is None else run.cache_identities["teacher"]
-    data = facts.get("data") or (run.cache_identities or {}).get("data")
+    data = facts.get("data") and json.dumps(facts["data"], ensure_ascii=False)
     provenance = [
         ("Student before training", _named(facts["student"])),
-        ("Teacher", "none: trained on reference responses" if teacher is None else _named(teacher)),
-        ("Teacher cache", facts.get("cache")),
-        ("Round of student responses", facts.get("round")),
-        ("Data", data and json.dumps(data, ensure_ascii=False)),
+        *(_caches(run) or [("Teacher", "none: trained on reference responses")]),
+        ("Data", data),
         ("Prompt template", facts["template"]["name"]),
         ("Objective", _objective(config)),
         ("Text corpus", facts.get("corpus") and json.dumps(facts["corpus"])),
@@ -70,6 +67,22 @@ def model_card(run: Run, steps: int, training: dict[str, Any] | None, validation
     )
 
 
+def _caches(run: Run) -> list[tuple[str, str | None]]:
+    """What the student learnt from: teacher, cache, round and data, of several caches each with its name."""
+    lines: list[tuple[str, str | None]] = []
+    for number, cache in enumerate(run.caches):
+        identities, of_round = cache.reader.identities, cache.student_round
+        name = "" if run.shares is None else f" {cache.choice.name}"
+        share = "" if run.shares is None else f", {run.shares.shares[number]:.1%} of the rows"
+        lines += [
+            (f"Teacher{name}", _named(identities["teacher"])),
+            (f"Teacher cache{name}", f"{cache.reader.fingerprint}{share}"),
+            (f"Round of student responses{name}", None if of_round is None else of_round.manifest.fingerprint),
+            (f"Data{name}", json.dumps(identities["data"], ensure_ascii=False)),
+        ]
+    return lines
+
+
 def _named(identity: dict[str, Any]) -> str:
     revision = f", revision `{identity['revision']}`" if identity.get("revision") else ""
     weights = f", weights sha256 `{identity['weights_sha256'][:12]}`" if identity.get("weights_sha256") else ""
@@ -84,9 +97,10 @@ def _objective(config: TrainConfig) -> str:
 
 def _metrics(training: dict[str, Any] | None, validation: dict[str, Any] | None) -> str:
     columns = {name: line for name, line in (("last step", training), ("validation", validation)) if line is not None}
+    of_caches = [key for line in columns.values() for key in line if key.startswith("kld/")]
     rows = [
         [key, *("" if line.get(key) is None else f"{line[key]:.4f}" for line in columns.values())]
-        for key in _METRICS
+        for key in dict.fromkeys([*_METRICS, *of_caches])
         if any(line.get(key) is not None for line in columns.values())
     ]
     if not rows:

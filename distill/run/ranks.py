@@ -218,8 +218,9 @@ def step_means(
     metric_counts = all_reduce_sums(
         accelerator, [{name: count for name, (_, count) in part.metrics.items()} for part in sums]
     )
-    divisors = {f"loss_{name}": count for name, count in counts.items()} | metric_counts
-    means = {name: value / divisors[name] for name, value in summed.items()}
-    complete = all(f"loss_{name}" in means for name in weights)
-    loss = sum(weight * means[f"loss_{name}"] for name, weight in weights.items()) if complete else None
-    return {"loss": loss, **dict.fromkeys(METRICS), **means}
+    terms = {name: summed[name] / count for term, count in counts.items() if (name := f"loss_{term}") in summed}
+    # of several caches, a step may have no row of one
+    metrics = {name: summed[name] / count if count else None for name, count in metric_counts.items()}
+    complete = all(f"loss_{name}" in terms for name in weights)
+    loss = sum(weight * terms[f"loss_{name}"] for name, weight in weights.items()) if complete else None
+    return {"loss": loss, **dict.fromkeys(METRICS), **terms, **metrics}

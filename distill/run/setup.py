@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +15,17 @@ from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
+from dpkd.distill.batches.shares import CacheShares, open_shares, shares_note
 from dpkd.distill.batches.token_budget import TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.following import FollowedRows, open_growing
+from dpkd.distill.rows.caches import RunCache, cache_facts, joined_split, keep_distributions, open_caches
+from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.rows.mixed import MixedRows
-from dpkd.distill.rows.requirements import check_distributions, top_k_of
 from dpkd.distill.rows.row import RowSource
-from dpkd.distill.rows.sources import (
-    check_lengths,
-    check_positions,
-    open_cache_rows,
-    open_data_rows,
-    used_shards,
-)
-from dpkd.distill.rows.vocabulary import check_narrower
+from dpkd.distill.rows.sources import check_lengths, check_positions, open_data_rows
 from dpkd.distill.run.adapters import check_adapters
 from dpkd.distill.run.plan import ValidationPlan, plan_validation, tail_note
-from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
+from dpkd.teacher_cache.store.growing import GrowingCache
 
 if TYPE_CHECKING:
     from dpkd.distill.rows.corpus import Corpus
@@ -55,7 +50,8 @@ class Run:
         has_distributions: whether the rows have the teacher's distributions.
         vocab_size: width of the teacher's logits, or of the student's without a teacher.
         facts: what the student is made of, as dpkd.json records it.
-        cache: a finished cache; `cache_identities` also those of one that is still being written.
+        caches: what it learns from; none for a run on data.
+        shares: how the rows of several caches follow each other.
     """
 
     config: TrainConfig
@@ -66,10 +62,24 @@ class Run:
     vocab_size: int
     facts: dict[str, Any]
     validation: ValidationPlan
-    cache: TeacherCache | None = None
+    caches: tuple[RunCache, ...] = ()
+    shares: CacheShares | None = None
     corpus: Corpus | None = None
     has_distributions: bool = False
-    cache_identities: dict[str, Any] | None = None
+
+    @property
+    def keeps_distributions(self) -> bool:
+        """Whether every cache is finished and keeps the teacher's distributions on its own responses."""
+        return keep_distributions(self.caches)
+
+    def epochs(self, step: int) -> dict[str, int]:
+        """The epoch (from 0) of the first row of `step`; of several caches also `epoch/NAME`, the epoch of each."""
+        epochs = {"epoch": self.order.epoch_of(step)}
+        if self.shares is None:
+            return epochs
+        counts = self.shares.rows_before(self.order.position_of(step))
+        sizes = zip(self.caches, counts, self.shares.sizes, strict=True)
+        return epochs | {f"epoch/{cache.choice.name}": count // size for cache, count, size in sizes}
 
 
 def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
@@ -78,27 +88,17 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     check_adapters(student, config)
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
     rows: RowSource
-    finished: TeacherCache | None = None
-    student_round: Round | None = None
-    split, has_distributions, identities = None, False, None
-    if config.cache is not None:
-        cache: CacheReader
-        if config.follow:
-            cache = open_growing(config)
-            check_distributions(cache, None, config)
-            rows = FollowedRows(cache, config, student.max_positions)
+    caches = open_caches(config, student)
+    split = joined_split(caches)
+    if caches:
+        growing = caches[0].reader
+        if isinstance(growing, GrowingCache):
+            rows = FollowedRows(growing, config, student.max_positions)
         else:
-            cache = finished = TeacherCache.open(config.cache)
-            student_round = None if config.round is None else finished.round(config.round)
-            split = open_cache_rows(finished, student_round, config)
-            rows = split.training
-            if student_round is not None:
-                facts["round"] = student_round.manifest.fingerprint
-        cache.check_tokenizer(student, "student")
-        check_narrower(student, cache, [] if finished is None else used_shards(finished, student_round, config))
-        facts |= {"cache": cache.fingerprint, "template": cache.identities["template"]}
-        vocab_size, identities = cache.vocab_size, cache.identities
-        has_distributions = top_k_of(cache, student_round, config) > 0
+            assert split is not None
+            rows = split.training if config.mix is None else MixedRows(split.training)
+        facts |= cache_facts(caches)
+        vocab_size = max(cache.reader.vocab_size for cache in caches)
     else:
         encoder = PromptEncoder(student.tokenizer, config.template, config.template_arg)
         rows, data_identity = open_data_rows(config, encoder, student)
@@ -114,12 +114,12 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         corpus = Corpus(config.lm_data, student.tokenizer, config.lm_length, config.seed)
         check_positions(config.lm_length, student.max_positions, where=student.name)
         facts["corpus"] = corpus.identity
-    order, steps = _plan_steps(config, rows, num_processes, 0 if split is None else split.held_out)
+    shares = open_shares(caches, config)
+    order, steps = _plan_steps(config, rows, shares, num_processes, 0 if split is None else split.held_out)
     if config.mix is not None:
         assert isinstance(rows, MixedRows)
         order = MixedOrder(order, rows, config.mix, config.seed)
-    has_kl = finished is not None and finished.top_k > 0
-    validation = plan_validation(config, split, steps, order.rows_per_step, has_kl=has_kl)
+    validation = plan_validation(config, split, steps, order.rows_per_step, has_kl=keep_distributions(caches))
     if validation.rows is not None:
         facts["validation"] = validation.facts
     return Run(
@@ -131,10 +131,10 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
         vocab_size=vocab_size,
         facts=facts,
         validation=validation,
-        cache=finished,
+        caches=caches,
+        shares=shares,
         corpus=corpus,
-        has_distributions=has_distributions,
-        cache_identities=identities,
+        has_distributions=bool(caches) and all(cache.has_distributions(config) for cache in caches),
     )
 
 
@@ -156,13 +156,25 @@ def claim_directory(run: Run, num_processes: int) -> bool:
         return (out / "run.json").is_file()
     write_atomic(out / "dpkd-run.json", canonical_json(identity))
     write_atomic(out / "dpkd.toml", config.to_toml().encode())
-    for note in (run.validation.note, None if run.cache is None else tail_note(config, run.rows)):
-        if note is not None:
-            say(note)
+    for note in _notes(run):
+        say(note)
     return False
 
 
-def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int, held_out: int) -> tuple[RowOrder, int]:
+def _notes(run: Run) -> Iterator[str]:
+    """What a person should know before the first step."""
+    if run.shares is not None:
+        yield shares_note(run.caches, run.shares, run.steps * run.order.rows_per_step)
+    if run.validation.note is not None:
+        yield run.validation.note
+    for cache in run.caches:
+        if cache.split is not None and (note := tail_note(run.config, cache.rows)) is not None:
+            yield note if len(run.caches) == 1 else f"{cache.choice.name}: {note}"
+
+
+def _plan_steps(
+    config: TrainConfig, rows: RowSource, shares: CacheShares | None, num_processes: int, held_out: int
+) -> tuple[RowOrder, int]:
     """The order of rows and the number of steps; raises `UserError` when a step takes more rows than there are."""
     micro_batches = config.gradient_accumulation_steps * num_processes
     global_batch = config.batch_size * micro_batches
@@ -176,10 +188,11 @@ def _plan_steps(config: TrainConfig, rows: RowSource, num_processes: int, held_o
             budget=config.batch_tokens,
             sequences=(2 if config.needs_pairs else 1) * config.samples_a_row,
             micro_batches_per_step=micro_batches,
+            shares=shares,
         )
         return by_tokens, config.steps or by_tokens.num_steps(config.epochs or 1)
     else:
-        order = BatchOrder(rows.group_sizes, config.seed, global_batch, config.batch_size)
+        order = BatchOrder(rows.group_sizes, config.seed, global_batch, config.batch_size, shares)
     if global_batch > order.num_rows:
         raise UserError(
             "a step takes more rows than there are",

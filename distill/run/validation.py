@@ -72,7 +72,8 @@ class Validator:
         if self._accelerator.is_main_process:
             append_line(self._config.out / VALIDATION_LOG, line)
             track(self._accelerator, line, "validation")
-            shown = [name for name in _SHOWN if line.get(name) is not None]
+            names = [*_SHOWN, *(name for name in line if name.startswith("kld/"))]
+            shown = [name for name in names if line.get(name) is not None]
             say(f"step {done}: " + ", ".join(f"validation {name} {line[name]:.4f}" for name in shown))
         # the metrics are the same on every rank, so all ranks agree on what is best and on alarms
         self._note_alarms(done, line)
@@ -154,9 +155,8 @@ def validate(
         number = min(start + rank, len(batches) - 1)
         torch.manual_seed(number)
         found = [rows.row(*index) for index in batches[number]]
-        has_distributions = run.cache is not None and run.cache.top_k > 0
         both = run.config.contrasts and all(row.rejected is not None for row in found)
-        micro_batch = MicroBatch(collate(found, with_distributions=has_distributions, of_rejected=both))
+        micro_batch = MicroBatch(collate(found, with_distributions=run.keeps_distributions, of_rejected=both))
         batch_sums = objective(scorer, micro_batch.to(accelerator.device))
         batch_counts = objective.counts(micro_batch)
         if number != start + rank:

@@ -145,7 +145,8 @@ def _cache(step: Step, config: CacheConfig, known: _Knowledge) -> PlannedStep:
 
 
 def _train(step: Step, config: TrainConfig, known: _Knowledge) -> PlannedStep:
-    rows = known.rows_of(config.data) if config.data is not None else known.cache_rows.get(str(config.cache))
+    caches = [choice.location for choice in config.caches]
+    rows = known.rows_of(config.data) if config.data is not None else _sum([*map(known.cache_rows.get, caches)])
     if rows is not None and config.cache is not None and not config.follow:
         rows -= min(rows, config.num_held_out(rows))
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -157,7 +158,8 @@ def _train(step: Step, config: TrainConfig, known: _Knowledge) -> PlannedStep:
     words = f"{_count(steps)} steps of {per_step} rows, {config.objective}, student of {_size_text(size)}"
     if config.lora_rank is not None:
         kept, words = 1, f"{words}, adapters of rank {config.lora_rank}"
-    row_tokens = known.cache_tokens.get(str(config.cache), config.max_prompt_tokens + config.max_new_tokens)
+    limit = config.max_prompt_tokens + config.max_new_tokens
+    row_tokens = max((known.cache_tokens.get(cache, limit) for cache in caches), default=limit)
     tokens = _times(steps, per_step * row_tokens)
     return PlannedStep(
         step, trained=1, steps=steps, rows=_times(steps, per_step), disk=_times(size, kept * _BYTES_A_WEIGHT),

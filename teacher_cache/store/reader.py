@@ -70,6 +70,12 @@ class CacheReader:
         return int(self.identities["teacher"]["vocab_size"])
 
     @property
+    def vocab_sizes(self) -> list[int]:
+        """Widths of the logits of all its teachers: one, but for a cache that was merged."""
+        teacher = self.identities["teacher"]
+        return sorted({int(one["vocab_size"]) for one in teacher.get("several", [teacher])})
+
+    @property
     def top_k(self) -> int:
         """Largest number of entries kept per position; 0 if the cache has no distributions."""
         return int(self.identities["logprobs"]["top_k"])

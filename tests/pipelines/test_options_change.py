@@ -136,6 +136,7 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
     },
     "train": {
         "cache": ({}, "{other_cache}"),
+        "cache_weights": ({"cache": ["a:{cache}=1", "b:{other_cache}=1"], "steps": 4}, "tokens"),
         "student": ({}, "{teacher}"),
         "data": (FROM_DATA, "{other_data}"),
         "template": (FROM_DATA, "chat"),

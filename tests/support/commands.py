@@ -114,7 +114,13 @@ def free_port() -> int:
 
 
 def train_arguments(options: Mapping[str, Any]) -> list[str]:
-    return ["train", *(part for key, value in options.items() for part in ("--set", f"{key}={value}"))]
+    """Every option by `--set`; a list as a flag that is given several times."""
+    words = ["train"]
+    for key, value in options.items():
+        for item in value if isinstance(value, list) else ():
+            words += [f"--{key.replace('_', '-')}", str(item)]
+        words += [] if isinstance(value, list) else ["--set", f"{key}={value}"]
+    return words
 
 
 class TwoRanks:

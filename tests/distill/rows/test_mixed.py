@@ -88,8 +88,7 @@ def test_a_row_is_the_teacher_s_or_the_student_s_response_to_the_same_prompt(
     cache = TeacherCache.open(toy_cache)
     options = config(Path("out"), toy_cache, toy_student, validation_examples=4, **JSD)
     split = open_cache_rows(cache, cache.round("r0"), options)
-    rows, validation = split.training, split.validation
-    assert isinstance(rows, MixedRows)
+    rows, validation = MixedRows(split.training), split.validation
     for group, size in enumerate(rows.group_sizes):
         for index in range(size):
             teachers, students = rows.row(group, index).chosen, rows.row(*rows.students((group, index))).chosen

@@ -20,6 +20,8 @@ from support.commands import TwoRanks, free_port, train_arguments
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
 
 #: what a run of one and a run of two have in common; the second halves the batch
 COMMON: dict[str, Any] = {
@@ -111,6 +113,25 @@ def test_a_mix_reads_the_same_rows_on_two_ranks(tmp_path: Path, toy_cache: Path,
     one = train(TrainConfig(out=tmp_path / "one", batch_size=4, **shared))
     TwoRanks({"out": tmp_path / "two", "batch_size": 2, **shared}).finish()
     assert_same_run(tmp_path / "two", one)
+
+
+def test_several_caches_give_the_same_rows_on_two_ranks(
+    tmp_path: Path, toy_cache: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+) -> None:
+    """Rows by weight, and metrics by cache, also where a rank has no row of one."""
+    options = {"teacher": str(toy_teacher), "data": str(toy_data), "template": "chat", "engine": "transformers"}
+    build_cache(CacheConfig(out=str(tmp_path / "short"), max_new_tokens=5, top_k=4, device="cpu", **options))
+    caches = [f"a:{toy_cache}=0.8", f"b:{tmp_path / 'short'}=0.2"]
+    shared: dict[str, Any] = {"cache": caches, "student": str(toy_student)}
+    shared |= {"steps": 4, "learning_rate": 1e-3, "device": "cpu", "validation_examples": 5}
+    one = train(TrainConfig(out=tmp_path / "one", batch_size=4, **shared))
+    TwoRanks({"out": tmp_path / "two", "batch_size": 2, **shared}).finish()
+    assert_same_run(tmp_path / "two", one)
+    for name in ("metrics", "validation"):
+        for ours, theirs in zip(lines(tmp_path / "two", name), lines(one, name), strict=True):
+            for key in ("kld/a", "kld/b", "epoch/a", "epoch/b"):
+                if theirs.get(key) is not None:
+                    assert math.isclose(ours[key], theirs[key], rel_tol=1e-4)
 
 
 def as_killed_after(step: int, finished: Path, run: Path) -> Path:

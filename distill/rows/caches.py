@@ -1,0 +1,160 @@
+"""The caches of a run: one with its teacher, or several with one tokenizer, each with its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpkd.core.errors import UserError
+from dpkd.core.models import ModelSource
+from dpkd.distill.options.caches import CacheChoice
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.following import open_growing
+from dpkd.distill.rows.held_out import cache_examples
+from dpkd.distill.rows.joined import join_splits
+from dpkd.distill.rows.requirements import check_distributions, top_k_of
+from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.sources import CacheSplit, choose_held_out, open_cache_rows, used_shards
+from dpkd.distill.rows.vocabulary import check_narrower
+from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
+
+_SHORT = 12  # digits shown of a sha256
+
+
+@dataclass(frozen=True)
+class RunCache:
+    """A cache that a run learns from, with its round if the run reads one.
+
+    `split` are its rows; None while it is still being written.
+    """
+
+    choice: CacheChoice
+    reader: CacheReader
+    student_round: Round | None = None
+    split: CacheSplit | None = None
+
+    @property
+    def finished(self) -> TeacherCache | None:
+        """The cache, once it is finished."""
+        return self.reader if isinstance(self.reader, TeacherCache) else None
+
+    @property
+    def rows(self) -> RowSource:
+        """Its rows to train on."""
+        assert self.split is not None
+        return self.split.training
+
+    def has_distributions(self, config: TrainConfig) -> bool:
+        """Whether the responses to learn from have the teacher's distributions."""
+        return top_k_of(self.reader, self.student_round, config) > 0
+
+
+def open_caches(config: TrainConfig, student: ModelSource) -> tuple[RunCache, ...]:
+    """The caches of `config`, checked against the student and each other; none for a run on data.
+
+    Raises `UserError` for a cache that cannot be used.
+    """
+    choices = config.caches
+    if config.follow:
+        cache = open_growing(config)
+        check_distributions(cache, None, config)
+        found = [RunCache(choices[0], cache)]
+    else:
+        found = [_open(choice, config) for choice in choices]
+        _check_together(found, config)
+        examples = None
+        if len(found) > 1 and config.validation_examples != 0:
+            # the same example may be in several caches: it is held out of all of them
+            by_cache = [cache_examples(cache.finished) for cache in found if cache.finished is not None]
+            examples = frozenset().union(*(choose_held_out(of_cache, config) for of_cache in by_cache))
+        found = [_with_rows(cache, config, examples) for cache in found]
+    for run_cache in found:
+        finished, of_round = run_cache.finished, run_cache.student_round
+        run_cache.reader.check_tokenizer(student, "student")
+        used = [] if finished is None else used_shards(finished, of_round, config)
+        check_narrower(student, run_cache.reader, used)
+    return tuple(found)
+
+
+def _open(choice: CacheChoice, config: TrainConfig) -> RunCache:
+    cache = TeacherCache.open(choice.location)
+    return RunCache(choice, cache, None if config.round is None else cache.round(config.round))
+
+
+def _with_rows(run_cache: RunCache, config: TrainConfig, held_out: frozenset[str] | None) -> RunCache:
+    assert run_cache.finished is not None
+    split = open_cache_rows(run_cache.finished, run_cache.student_round, config, held_out)
+    return RunCache(run_cache.choice, run_cache.reader, run_cache.student_round, split)
+
+
+def _check_together(caches: Sequence[RunCache], config: TrainConfig) -> None:
+    """Raise `UserError` unless several caches have one tokenizer and template, and are different ones."""
+    for other in caches[1:]:
+        for what, advice in (
+            ("tokenizer", "Teachers of one run must share their tokenizer: train on one of these caches"),
+            ("template", "Build both caches with the same --template"),
+        ):
+            ours, theirs = (cache.reader.identities[what] for cache in (caches[0], other))
+            if ours["sha256"] != theirs["sha256"]:
+                raise UserError(
+                    f"the caches {caches[0].choice.name} and {other.choice.name} differ in their {what}",
+                    found=_identity_text(theirs, other),
+                    expected=_identity_text(ours, caches[0]),
+                    where=other.reader.folder,
+                    advice=advice,
+                )
+    by_fingerprint: dict[str, RunCache] = {}
+    for cache in caches:
+        first = by_fingerprint.setdefault(cache.reader.fingerprint, cache)
+        if first is not cache:
+            raise UserError(
+                f"the caches {first.choice.name} and {cache.choice.name} are the same one",
+                found=f"fingerprint {cache.reader.fingerprint[:_SHORT]} twice",
+                where=cache.reader.folder,
+                advice="Give each cache once, with its weight",
+            )
+    widths = sorted({cache.reader.vocab_size for cache in caches})
+    if config.tail == "uniform" and len(widths) > 1:
+        raise UserError(
+            "--tail uniform spreads the tail over a teacher's tokens, and the teachers differ in their number",
+            found=" and ".join(map(str, widths)),
+            where=", ".join(cache.choice.name for cache in caches),
+            advice="Leave --tail out",
+        )
+
+
+def _identity_text(identity: dict[str, Any], cache: RunCache) -> str:
+    name = identity.get("name") or f"{identity['num_tokens']} tokens"
+    return f"{identity['sha256'][:_SHORT]} ({name}) of {cache.choice.name}"
+
+
+def joined_split(caches: Sequence[RunCache]) -> CacheSplit | None:
+    """The rows of all caches; None while one is still being written, and for a run on data."""
+    splits = [cache.split for cache in caches if cache.split is not None]
+    if len(caches) < 2:
+        return splits[0] if splits else None
+    return join_splits(splits, [cache.choice.name for cache in caches])
+
+
+def keep_distributions(caches: Sequence[RunCache]) -> bool:
+    """Whether there are caches, all finished and with the teacher's distributions on their own responses."""
+    return bool(caches) and all(cache.finished is not None and cache.reader.top_k > 0 for cache in caches)
+
+
+def cache_facts(caches: Sequence[RunCache]) -> dict[str, Any]:
+    """What the run's files say of its caches: fingerprints, names, weights, template."""
+    if not caches:
+        return {}
+    template = {"template": caches[0].reader.identities["template"]}
+    described = []
+    for cache in caches:
+        of_round = {} if cache.student_round is None else {"round": cache.student_round.manifest.fingerprint}
+        described.append({"cache": cache.reader.fingerprint} | of_round)
+    if len(caches) == 1:
+        return described[0] | template
+    named = {
+        cache.choice.name: {"weight": cache.choice.weight} | of_cache
+        for cache, of_cache in zip(caches, described, strict=True)
+    }
+    return {"caches": named} | template
