@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpkd.core.errors import UserError
+from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.examples import Example
 from dpkd.core.prompts.messages import Message
-from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError, chat_turns
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, chat_turns
 
 Turns = Literal["last", "all"]
 
@@ -46,7 +47,7 @@ def references(
     prompt = prompt or encoder.prompt(example)
     last = example.turns[-1] if example.turns else None
     if last is not None and last.role == "assistant" and (last.tool_calls or "reasoning_content" in dict(last.fields)):
-        answer = _text_of_turn(encoder, example, len(example.turns) - 1, prompt.text)
+        answer = _text_of_turn(encoder, example, len(example.turns) - 1, prompt.marked)
         return [_one_span(prompt, encoder.response_ids(prompt, answer))]
     return [_one_span(prompt, encoder.response_ids(prompt, reference)) for reference in example.references]
 
@@ -109,12 +110,12 @@ def _conversation(encoder: PromptEncoder, example: Example, places: Sequence[int
         if not head.startswith(text):
             raise _differs(place)
         ids = _continued(encoder, ids, text, head)
-        before = EncodedPrompt(head, ids)
+        before = encoder.encoded(head, ids)
         prompt = prompt or before
         answer = _text_of_turn(encoder, example, place, head)
         span = encoder.response_ids(before, answer)
         spans.append((len(ids), len(span)))
-        ids, text = [*ids, *span], head + answer + str(encoder.tokenizer.eos_token)
+        ids, text = [*ids, *span], head + answer + encoder.control.eos
     assert prompt is not None
     return EncodedResponse(prompt, ids[len(prompt.ids) :], tuple(spans))
 
@@ -126,17 +127,17 @@ def _continued(encoder: PromptEncoder, ids: list[int], text: str, longer: str) -
 
 
 def _text_of_turn(encoder: PromptEncoder, example: Example, place: int, head: str) -> str:
-    """What the template writes for the assistant's turn at `place` after `head`, without the end token."""
+    """Marked text that the template writes for the assistant's turn at `place` after `head`, without the end token."""
     whole = encoder.render(example, example.turns[: place + 1], open_turn=False)
     if not whole.startswith(head):
         raise _differs(place)
-    text, eos = whole[len(head) :], str(encoder.tokenizer.eos_token)
+    text, eos = whole[len(head) :], encoder.control.eos
     answer, end, rest = text.rpartition(eos)
     if not end or rest.strip():
         raise UserError(
             "the chat template does not end an assistant's turn with the tokenizer's EOS",
-            found=repr(text[-24:]),
-            expected=repr(eos),
+            found=repr(encoder.control.plain(text)[-24:]),
+            expected=repr(encoder.tokenizer.eos_token),
             where=encoder.tokenizer.name_or_path,
             advice="Give a tokenizer whose EOS is the end token of its template, or rows without tool calls and with "
             "--turns last",

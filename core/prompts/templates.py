@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import canonical_json
-from dpkd.core.prompts.examples import Example
+from dpkd.core.progress import say
+from dpkd.core.prompts.control_tokens import ControlTokens, TemplateMismatchError
+from dpkd.core.prompts.examples import Example, SkippedRow
 from dpkd.core.prompts.messages import Message
 
 if TYPE_CHECKING:
@@ -31,24 +35,59 @@ _ALPACA_WITH_INPUT = (
 )
 
 
-class TemplateMismatchError(ValueError):
-    """This example has no form in the chosen template; the text says why."""
+_ENCODED_TOGETHER = 512  # rows
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as text and as the token ids that every stage uses; with a chat template also as `turns`."""
+    """A prompt as text, as the token ids that every stage uses, and as marked text (`control_tokens`).
+
+    With a chat template also as `turns`.
+    """
 
     text: str
     ids: list[int]
+    marked: str = ""
     turns: tuple[Message, ...] = ()
+
+
+@dataclass
+class TextCounts:
+    """Rows of data whose text is not taken as it is: they spell a control token, or close a reference with EOS."""
+
+    control_tokens_as_text: int = 0
+    closing_eos_removed: int = 0
+
+    def add(self, encoder: PromptEncoder, example: Example, *, references: bool) -> None:
+        """Count one row; `references`: whether its references are used, not its prompt alone."""
+        used = example.references if references else ()
+        kept = [encoder.without_closing_eos(text) for text in used]
+        self.closing_eos_removed += kept != list(used)
+        texts = [example.instruction or "", example.input, example.prompt or "", example.teacher_prompt or "", *kept]
+        for turn in (*(example.messages or ()), *(example.teacher_messages or ())):
+            texts += turn.texts()
+        for answer in example.turns[-1:] if references else ():
+            texts += answer.texts()[1:]  # its content is a reference
+        self.control_tokens_as_text += encoder.control.spelled_in([*texts, *example.tools]) is not None
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts by name, without those that are 0."""
+        return {name: count for name, count in vars(self).items() if count}
+
+    def say(self, name: str = "the data") -> None:
+        """Print what was found in the data `name`, if anything."""
+        if self.control_tokens_as_text:
+            say(f"{name}: {self.control_tokens_as_text} rows spell control tokens, which are encoded as text")
+        if self.closing_eos_removed:
+            say(f"{name}: {self.closing_eos_removed} rows end references with the text of EOS, which is removed")
 
 
 class PromptEncoder:
     """Turns examples into prompts and answers into response ids with one tokenizer and one template.
 
     `alpaca` and `raw` texts are encoded with the tokenizer's own special tokens (a BOS where it has one); the `chat`
-    template writes them itself. `template_args` are variables of the chat template, as text: `true`, numbers and other
+    template writes them itself. What a row says is encoded as text, control tokens that it spells included (`control`).
+    `template_args` are variables of the chat template, as text: `true`, numbers and other
     JSON become values.
 
     Raises `UserError` for a tokenizer without EOS, for `chat` without a chat template, and for `template_args` without
@@ -80,24 +119,58 @@ class PromptEncoder:
         self.template_args = {key: _as_value(text) for key, text in self._args.items()}
         self.template = template
         self.eos_token_id = int(tokenizer.eos_token_id)
+        self.control = ControlTokens(tokenizer)
+        self._encoded: dict[str, list[int]] = {}
+
+    def in_batches(self, items: Iterable[Example | SkippedRow], *, references: bool) -> Iterator[Example | SkippedRow]:
+        """The same items. Their prompts, and with `references` their responses, are encoded together in advance.
+
+        This is faster than one by one, and changes no id.
+        """
+        pending = iter(items)
+        while batch := list(itertools.islice(pending, _ENCODED_TOGETHER)):
+            self._encoded = {}
+            texts = []
+            for example in batch:
+                if isinstance(example, Example):
+                    # a row that has no prompt raises its error where it is used
+                    with contextlib.suppress(TemplateMismatchError, UserError):
+                        marked = self._prompt_text(example)
+                        texts.append(marked)
+                        if references:
+                            texts += [marked + self.without_closing_eos(text) for text in example.references]
+            ids = self.control.encode(texts, add_special_tokens=self.template != "chat")
+            self._encoded = dict(zip(texts, ids, strict=True))
+            yield from batch
+        self._encoded = {}
 
     def prompt(self, example: Example) -> EncodedPrompt:
         """The prompt of `example`; raises `TemplateMismatchError` for a form that the template cannot hold."""
-        text = self._prompt_text(example)
-        return EncodedPrompt(text, self.encode(text), chat_turns(example) if self.template == "chat" else ())
+        turns = chat_turns(example) if self.template == "chat" else ()
+        return replace(self.encoded(self._prompt_text(example)), turns=turns)
+
+    def encoded(self, marked: str, ids: list[int] | None = None) -> EncodedPrompt:
+        """The prompt that `marked` is, with its `ids` if they are known."""
+        return EncodedPrompt(self.control.plain(marked), self.encode(marked) if ids is None else ids, marked)
 
     def response_ids(self, prompt: EncodedPrompt, response: str) -> list[int]:
-        """Ids of `response` after `prompt`, EOS appended.
+        """Ids of `response` (text, or marked text) after `prompt`, EOS appended; one EOS spelled at its end is removed.
 
         The text is encoded together with the prompt (as the paper's family does); where a token would straddle the
         seam it is encoded alone, so that the prompt ids are the same in generation, scoring and training.
         """
-        ids = self.encode(prompt.text + response)
+        response = self.without_closing_eos(response)
+        ids = self.encode(prompt.marked + response)
         if ids[: len(prompt.ids)] == prompt.ids:
             ids = ids[len(prompt.ids) :]
         else:
-            ids = list(self.tokenizer.encode(response, add_special_tokens=False))
+            [ids] = self.control.encode([response])
         return [*ids, self.eos_token_id]
+
+    def without_closing_eos(self, response: str) -> str:
+        """`response` without one EOS spelled at its end, and without the white space after it."""
+        text, eos = response.rstrip(), str(self.tokenizer.eos_token)
+        return text.removesuffix(eos) if text.endswith(eos) else response
 
     def decode(self, response_ids: list[int]) -> str:
         """Text of a response, special tokens left out."""
@@ -113,12 +186,11 @@ class PromptEncoder:
         args = {"args": self._args} if self._args else {}
         return {"name": self.template, "sha256": hashlib.sha256(text.encode()).hexdigest()} | args
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text that the template has made."""
-        ids = list(self.tokenizer.encode(text, add_special_tokens=self.template != "chat"))
-        while ids and ids[-1] == self.eos_token_id and not text.endswith(str(self.tokenizer.eos_token)):
-            ids.pop()  # some tokenizers close every text themselves
-        return ids
+    def encode(self, marked: str) -> list[int]:
+        """Ids of a marked text that the template has made."""
+        if (known := self._encoded.get(marked)) is not None:
+            return list(known)
+        return self.control.encode([marked], add_special_tokens=self.template != "chat")[0]
 
     def _prompt_text(self, example: Example) -> str:
         if self.template == "chat":
@@ -143,21 +215,25 @@ class PromptEncoder:
         return self.render(example, chat_turns(example), open_turn=True)
 
     def render(self, example: Example, turns: Sequence[Message], *, open_turn: bool) -> str:
-        """`turns` in the chat template with the tools of `example`; with `open_turn`, up to the next answer.
+        """Marked text: `turns` in the chat template with the tools of `example`; `open_turn`: up to the next answer.
 
         Raises `UserError` if the template refuses them, or leaves tools or their calls out.
         """
-        variables = self.template_args | ({"tools": list(example.tools)} if example.tools else {})
         where = self.tokenizer.name_or_path
-        try:
-            text = str(
+
+        def write(of_row: dict[str, Any]) -> str:
+            variables = self.template_args | ({"tools": of_row["tools"]} if example.tools else {})
+            return str(
                 self.tokenizer.apply_chat_template(
-                    [turn.for_template() for turn in turns],
-                    add_generation_prompt=open_turn,
-                    tokenize=False,
-                    **variables,
+                    of_row["turns"], add_generation_prompt=open_turn, tokenize=False, **variables
                 )
             )
+
+        of_row = {"turns": [turn.for_template() for turn in turns], "tools": list(example.tools)}
+        try:
+            text = self.control.rendered(write, of_row)
+        except TemplateMismatchError:
+            raise
         except Exception as error:  # whatever a template's code may raise
             raise UserError(
                 f"the chat template refuses line {example.line}: {first_line(error)}",
@@ -165,9 +241,10 @@ class PromptEncoder:
                 where=where,
                 advice="Change the turns of the data, give --template-arg, or choose another tokenizer",
             ) from None
+        plain = self.control.plain(text)
         functions = [call["function"] for turn in turns for call in turn.tool_calls]
         functions += [tool.get("function", tool) for tool in example.tools]
-        if missing := [name for name in (str(function.get("name")) for function in functions) if name not in text]:
+        if missing := [name for name in (str(function.get("name")) for function in functions) if name not in plain]:
             raise UserError(
                 f"the chat template does not write the tools of line {example.line}",
                 found=f"no {missing[0]!r} in the prompt",

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
+from dpkd.core.prompts.control_tokens import ControlTokens
 from dpkd.distill.rows.documents import DocumentSource, open_documents
 from dpkd.teacher_cache.store.order import epoch_order
 
@@ -142,11 +143,11 @@ def _too_short(name: str, num_tokens: int, length: int) -> UserError:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """Ids (int32) of the documents, a few hundred at a time, each followed by EOS."""
+    """Ids (int32) of the documents, a few hundred at a time, each followed by EOS; control tokens in them are text."""
+    control = ControlTokens(tokenizer)
     pending = iter(documents)
     while texts := list(itertools.islice(pending, _ENCODED_TOGETHER)):
-        # without `verbose`, no warning about documents longer than the model's positions: they are cut into blocks
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = control.encode(texts)
         yield np.concatenate([np.array([*document, tokenizer.eos_token_id], np.int32) for document in ids])
 
 

@@ -12,7 +12,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import SkippedRow, open_examples
-from dpkd.core.prompts.templates import PromptEncoder
+from dpkd.core.prompts.templates import PromptEncoder, TextCounts
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
@@ -20,7 +20,7 @@ from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
-from dpkd.teacher_cache.build.plan import NO_REFERENCE, given_responses
+from dpkd.teacher_cache.build.plan import NO_REFERENCE, given_responses, with_progress
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
@@ -253,10 +253,12 @@ def open_data_rows(
     source = open_examples(config.data)
     rows: list[CachedRow] = []
     skipped: list[SkippedRow] = []
-    for item in source:
+    text = TextCounts()
+    for item in with_progress(encoder.in_batches(source, references=True)):
         if isinstance(item, SkippedRow):
             skipped.append(item)
             continue
+        text.add(encoder, item, references=True)
         found = given_responses(item, encoder, config.turns, config.max_prompt_tokens, config.max_new_tokens)
         for sample, response in enumerate(found):
             if isinstance(response, SkippedRow):
@@ -266,6 +268,7 @@ def open_data_rows(
                 rows.append(unscored_row(response.prompt.ids, ids, item.example_id, sample, spans))
         if not found:
             skipped.append(SkippedRow(item.line, NO_REFERENCE))
+    text.say()
     for row in skipped[:5]:
         say(f"skipped line {row.line}: {row.reason}")
     if skipped:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
+from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.examples import Example, Message, SkippedRow, iter_examples
-from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.inputs.named_sets import open_set
 from dpkd.evaluate.inputs.turns import FollowUp, questions
@@ -120,7 +121,7 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
     skipped: list[SkippedRow] = []
     indices: list[int] = []
     follow_ups: dict[int, FollowUp] = {}
-    num_rows = 0
+    num_rows, text = 0, TextCounts()
     for num_rows, item in enumerate(iter_examples(source, config.limit), start=1):
         if isinstance(item, SkippedRow):
             skipped.append(item)
@@ -136,6 +137,9 @@ def _read_eval_set(name: str, path: str, config: EvalConfig, candidates: Sequenc
             indices.append(num_rows - 1)
             for candidate, prompt in zip(candidates, encoded, strict=True):
                 prompts[candidate.name].append(prompt)
+        if candidates:
+            text.add(candidates[0].encoder, item, references=config.perplexity)
+    text.say(f"data {name}")
     identity = source.identity | {f"field {ours}": theirs for ours, theirs in config.field.items()}
     lengths = [_gold_length(example, config, candidates) for example in examples]
     return EvalSet(

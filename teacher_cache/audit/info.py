@@ -38,6 +38,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "response_lengths": _histogram(manifest),
         "longest_row": manifest.longest,
         "skipped": len(manifest.skipped),
+        "text": manifest.text,
         "failed": manifest.failed,
         "fingerprint": manifest.fingerprint,
         "identities": manifest.identities,

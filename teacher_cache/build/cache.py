@@ -45,6 +45,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     inputs = open_inputs(config)
     survey = inputs.plan.survey
     _say_skipped(survey.skipped)
+    survey.text.say()
     folder = open_folder(config.out)
     with contextlib.ExitStack() as stack:
         if config.engine == "openai":
@@ -55,7 +56,7 @@ def build_cache(config: CacheConfig) -> Manifest:
         manifest = stack.enter_context(job.opened(config.to_toml(), survey.by_origin()))
         if manifest is None:
             fill_cache(config, inputs, survey, job)
-            manifest = job.finish([asdict(row) for row in survey.skipped])
+            manifest = job.finish([asdict(row) for row in survey.skipped], survey.text.to_dict())
     say_complete(f"the cache {config.out}", manifest)
     return manifest
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
+from dpkd.core.progress import Progress
+from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import (
     EncodedResponse,
     Turns,
@@ -20,7 +22,7 @@ from dpkd.core.prompts.conversations import (
     references,
 )
 from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
-from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TemplateMismatchError
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow
 
@@ -58,7 +60,8 @@ class Survey:
     """How many rows each part will have, and the skipped rows of the data.
 
     `has_spans`: some row has several spans. `has_teacher_prompts`: the teacher is asked under another prompt somewhere.
-    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`.
+    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`. `text`: rows whose
+    text is not taken as it is.
     """
 
     num_rows: dict[Part, int]
@@ -66,6 +69,7 @@ class Survey:
     has_spans: bool = False
     has_teacher_prompts: bool = False
     has_turns: bool = False
+    text: TextCounts = field(default_factory=TextCounts)
 
     def by_origin(self) -> dict[Origin, int]:
         """Rows of each origin."""
@@ -122,7 +126,10 @@ class RowPlan:
         num_rows: dict[Part, int] = {Part(origin): 0 for origin in self.origins}
         skipped: list[SkippedRow] = []
         spans = prompts = turns = False
-        for item in iter_examples(self._source, self._config.limit):
+        text, uses_references = TextCounts(), "reference" in self.origins
+        for item in with_progress(self._examples(references=uses_references)):
+            if isinstance(item, Example):
+                text.add(self._encoder, item, references=uses_references)
             for entry in (item,) if isinstance(item, SkippedRow) else self._entries(item):
                 if isinstance(entry, SkippedRow):
                     skipped.append(entry)
@@ -137,12 +144,12 @@ class RowPlan:
             raise UserError(
                 f"no row of the data can be used, {len(skipped)} are skipped{first}", where=self._source.name
             )
-        return Survey(num_rows, skipped, spans, prompts, turns)
+        return Survey(num_rows, skipped, spans, prompts, turns, text)
 
     def rows(self, part: Part, answer_of: AnswerOf = lambda name, sample: None) -> Iterator[PlannedRow]:
         """The rows of `part` in data order; `answer_of` gives the teacher's answers to earlier turns."""
         index = itertools.count()
-        for item in iter_examples(self._source, self._config.limit):
+        for item in self._examples(references=part.origin == "reference"):
             if isinstance(item, SkippedRow):
                 continue
             for entry in self._entries(item, part):
@@ -153,6 +160,9 @@ class RowPlan:
                     continue
                 for sample in range(self._config.num_samples):
                     yield self._asked(next(index), item, entry, sample, answer_of)
+
+    def _examples(self, *, references: bool) -> Iterator[Example | SkippedRow]:
+        return self._encoder.in_batches(iter_examples(self._source, self._config.limit), references=references)
 
     def _given(self, index: int, entry: _Entry, response: EncodedResponse) -> PlannedRow:
         assert entry.asked is not None
@@ -319,7 +329,7 @@ def encode_examples(
     source: ExampleSource, encoder: PromptEncoder, max_prompt_tokens: int, limit: int | None = None
 ) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
     """Examples with their prompts, in file order; a row without a usable prompt becomes a `SkippedRow`."""
-    for item in iter_examples(source, limit):
+    for item in encoder.in_batches(iter_examples(source, limit), references=False):
         if isinstance(item, SkippedRow):
             yield item
             continue
@@ -330,3 +340,11 @@ def encode_examples(
             continue
         reason = too_long(prompt, max_prompt_tokens)
         yield (item, prompt) if reason is None else SkippedRow(item.line, reason)
+
+
+def with_progress(items: Iterable[Example | SkippedRow]) -> Iterator[Example | SkippedRow]:
+    """`items`, counted on standard error while they are read."""
+    with Progress("reading the data", None, "rows") as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -136,8 +136,8 @@ class Job:
         """Rows, failed ones included, of the committed shards whose path starts with `prefix`."""
         return sum(record.num_settled for path, record in self.committed.items() if path.startswith(prefix))
 
-    def finish(self, skipped: list[dict[str, Any]]) -> Manifest:
-        """Write the manifest of the committed shards, in the order of their names.
+    def finish(self, skipped: list[dict[str, Any]], text: Mapping[str, int] | None = None) -> Manifest:
+        """Write the manifest of the committed shards, in the order of their names; `text` as in `Manifest`.
 
         Raises `UserError`, and writes nothing, if the lock is lost, a shard or its record is not as it was committed,
         or the rows are not those that were planned.
@@ -160,6 +160,7 @@ class Job:
             identities=self.identities,
             shards=[self.committed[path] for path in sorted(self.committed)],
             skipped=skipped,
+            text=dict(text or {}),
             files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
             software=software_versions(),
             format_version=format_of(self.kind, self.identities),

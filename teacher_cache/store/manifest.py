@@ -25,14 +25,16 @@ class Manifest:
     """What a finished cache (kind `teacher-cache`) or one of its rounds (kind `round`) contains.
 
     Two caches with the same `identities` are the same; the hash of the identities is the fingerprint. `files` are the
-    checksums of the other files in the directory. `software`, `skipped` and `format_version` (docs/cache-format.md) are
-    not part of the fingerprint.
+    checksums of the other files in the directory. `text` counts rows whose text is not taken as it is, by reason; it is
+    written only if there are any. `software`, `skipped`, `text` and `format_version` (docs/cache-format.md) are not
+    part of the fingerprint.
     """
 
     kind: str
     identities: dict[str, Any]
     shards: list[ShardRecord]
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    text: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     format_version: int = 1
@@ -92,6 +94,8 @@ class Manifest:
             "mass_kept": self.mass_kept,
             "skipped_by_reason": dict(sorted(Counter(row["reason"] for row in self.skipped).items())),
         } | asdict(self)
+        if not self.text:
+            del body["text"]
         return canonical_json(body | {"manifest_sha256": fingerprint(body)}) + b"\n"
 
 
@@ -139,9 +143,10 @@ def load_manifest(folder: Folder, kind: str) -> Manifest:
         recorded = body.pop("manifest_sha256")
         intact = fingerprint(body) == recorded and canonical_json({**body, "manifest_sha256": recorded}) + b"\n" == data
         if intact:
-            refuse_newer_fields(body, [*_FIELDS, *_DERIVED, "shards"], path)
+            refuse_newer_fields(body, [*_FIELDS, *_DERIVED, "shards", "text"], path)
             shards = [ShardRecord.from_json(record, path) for record in body["shards"]]
-            manifest = Manifest(shards=shards, **{key: body[key] for key in _FIELDS})
+            fields = {key: body[key] for key in _FIELDS}
+            manifest = Manifest(shards=shards, text=body.get("text", {}), **fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:

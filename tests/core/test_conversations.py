@@ -11,9 +11,10 @@ from support.toys import ROOT
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
+from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import EncodedResponse, answer_places, fitted, history, references
 from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples
-from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
+from dpkd.core.prompts.templates import PromptEncoder
 
 SMOLLM = str(ROOT / "models" / "smollm2-135m-instruct")
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

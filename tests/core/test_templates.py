@@ -8,8 +8,9 @@ import pytest
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
+from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.examples import Example, Message
-from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
+from dpkd.core.prompts.templates import PromptEncoder
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,30 @@ def test_left_out_rows_are_counted_and_listed(
     assert manifest.counts["rows"] == 1
 
 
+def test_text_that_spells_control_tokens_is_text_and_counted(
+    tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"instruction": "Hi<|end|><|user|>Hello", "output": "So<|end|>"},
+        {"instruction": "Hi", "output": "<|assistant|>"},
+        {"instruction": "Hi", "output": "So"},
+    ]
+    manifest = build_cache(config(tmp_path / "a", toy_teacher, write_rows(rows), responses="reference", top_k=0))
+    assert manifest.text == {"control_tokens_as_text": 2, "closing_eos_removed": 1}
+    told = capfd.readouterr().err
+    assert "2 rows spell control tokens, which are encoded as text" in told
+    assert "1 rows end references with the text of EOS, which is removed" in told
+    assert describe_cache(tmp_path / "a")["text"] == manifest.text
+    spelled, _, plain = all_rows(TeacherCache.open(tmp_path / "a"))
+    end, user, assistant = 0, 1, 2
+    assert [token for token in spelled.prompt_ids if token < 3] == [user, end, assistant]
+    assert spelled.response_ids.tolist() == plain.response_ids.tolist()
+    # rows without such text leave no trace: the manifest is that of 0.1.0
+    quiet = build_cache(config(tmp_path / "b", toy_teacher, write_rows(rows[2:]), responses="reference", top_k=0))
+    assert b'"text"' not in quiet.to_bytes()
+    assert read_manifest(open_folder(tmp_path / "b"), "teacher-cache").text == {}
+
+
 def test_nothing_usable_is_an_error_and_writes_nothing(
     tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]
 ) -> None:
