@@ -13,6 +13,7 @@ from dpkd.core.progress import say
 from dpkd.distill.batches.batch import MicroBatch
 from dpkd.distill.objectives.objective import MEASURE_EVERY, Objective, StepSums
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.caches import verify_share
 from dpkd.distill.run.best import EvaluateFn
 from dpkd.distill.run.checkpointer import Checkpointer
 from dpkd.distill.run.checkpoints import latest_checkpoint
@@ -41,6 +42,7 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     used (before anything is written), and when the loss is NaN or infinite.
     """
     accelerator = open_accelerator(config)
+    on_all_ranks(accelerator, lambda: verify_share(config, accelerator.process_index, accelerator.num_processes))
     run = on_all_ranks(accelerator, lambda: open_run(config, accelerator.num_processes))
     if on_rank_zero(accelerator, lambda: claim_directory(run, accelerator.num_processes)):
         on_rank_zero(accelerator, lambda: say(f"the run {config.out} is complete"))

@@ -18,6 +18,7 @@ from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import CacheSplit, choose_held_out, open_cache_rows, used_shards
 from dpkd.distill.rows.vocabulary import check_narrower
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
+from dpkd.teacher_cache.store.shards import check_shard
 
 _SHORT = 12  # digits shown of a sha256
 
@@ -48,6 +49,22 @@ class RunCache:
     def has_distributions(self, config: TrainConfig) -> bool:
         """Whether the responses to learn from have the teacher's distributions."""
         return top_k_of(self.reader, self.student_round, config) > 0
+
+
+def verify_share(config: TrainConfig, rank: int = 0, num_processes: int = 1) -> None:
+    """With `verify` start: check the sha256 of this rank's share of the shards that the run reads.
+
+    The ranks agree on the result before any of them reads a row, so that together they read the caches once. Raises
+    `UserError` for a shard that is missing or corrupt. A growing cache checks every shard as it comes.
+    """
+    if config.follow or config.verify != "start":
+        return
+    used = []
+    for cache in (_open(choice, config) for choice in config.caches):
+        assert cache.finished is not None
+        used += used_shards(cache.finished, cache.student_round, config)
+    for folder, shard in used[rank::num_processes]:
+        check_shard(folder, shard)
 
 
 def open_caches(config: TrainConfig, student: ModelSource) -> tuple[RunCache, ...]:

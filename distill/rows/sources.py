@@ -24,7 +24,7 @@ from dpkd.teacher_cache.build.plan import NO_REFERENCE, given_responses, with_pr
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
-from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 
 class CacheRows:
@@ -146,9 +146,6 @@ def open_cache_rows(
             where=cache.folder,
             advice="Change --responses, or build a cache with --responses both",
         )
-    if config.verify == "start":
-        for folder, shard in used_shards(cache, student_round, config):
-            check_shard(folder, shard)
     source: CacheRows | PairedRows
     if student_round is not None and config.needs_pairs and config.pairing != "index":
         source = paired_rows(cache, student_round, shards, config.pairing)

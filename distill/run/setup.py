@@ -83,7 +83,10 @@ class Run:
 
 
 def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
-    """Find and check student and rows; raises `UserError` for what cannot be used. Writes nothing."""
+    """Find and check student and rows, after `verify_share`; raises `UserError` for what cannot be used.
+
+    Writes nothing.
+    """
     student = locate_model(config.student, "student")
     check_adapters(student, config)
     facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}

@@ -16,7 +16,14 @@ from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import Filler, open_filler
 from dpkd.teacher_cache.build.plan import Part, RowPlan, Survey
-from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
+from dpkd.teacher_cache.build.request import (
+    check_shard_size,
+    engine_identity,
+    engine_options,
+    logprobs_identity,
+    sampling,
+    say_complete,
+)
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -46,6 +53,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     survey = inputs.plan.survey
     _say_skipped(survey.skipped)
     survey.text.say()
+    check_shard_size(config, max(survey.num_rows.values()))
     folder = open_folder(config.out)
     with contextlib.ExitStack() as stack:
         if config.engine == "openai":

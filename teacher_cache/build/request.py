@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.engines.engine import EndpointOptions, EngineOptions, ResolvedEngine, Sampling
 from dpkd.teacher_cache.engines.vllm.engine_args import result_changing
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import GRID_NATS
 from dpkd.teacher_cache.store.manifest import Manifest
+
+_MOST_ENTRIES = 2**31 - 1  # offsets of Arrow lists are int32
 
 
 def say_complete(what: str, manifest: Manifest) -> None:
@@ -21,6 +24,20 @@ def say_complete(what: str, manifest: Manifest) -> None:
     say(f"{counts['failed']} rows failed, because the engine could not answer them (all are listed in the manifest):")
     for row in manifest.failed[:5]:
         say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
+
+
+def check_shard_size(config: CacheConfig, num_rows: int) -> None:
+    """Raise `UserError` if a shard of at most `num_rows` rows could have more entries than Parquet lists can count."""
+    rows = min(config.rows_per_shard, num_rows)
+    entries = rows * config.max_new_tokens * max(config.most_entries, 1)
+    if entries > _MOST_ENTRIES:
+        raise UserError(
+            "a shard could become too large",
+            found=f"{entries} entries ({rows} rows of {config.max_new_tokens} tokens, {config.most_entries} each)",
+            expected=f"at most {_MOST_ENTRIES}",
+            where="option 'rows_per_shard'",
+            advice=f"Give --rows-per-shard {max(rows * _MOST_ENTRIES // entries, 1)} or less",
+        )
 
 
 def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptions:

@@ -21,7 +21,14 @@ from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import Filler, engine_filler, open_filler
 from dpkd.teacher_cache.build.plan import request_seed
-from dpkd.teacher_cache.build.request import engine_identity, engine_options, logprobs_identity, sampling, say_complete
+from dpkd.teacher_cache.build.request import (
+    check_shard_size,
+    engine_identity,
+    engine_options,
+    logprobs_identity,
+    sampling,
+    say_complete,
+)
 from dpkd.teacher_cache.build.round_options import with_cache_options
 from dpkd.teacher_cache.engines.engine import FinishReason, ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
@@ -45,6 +52,7 @@ def build_round(config: CacheConfig) -> Manifest:
     cache = TeacherCache.open(config.out)
     inputs = open_round(cache, config)
     config = inputs.config
+    check_shard_size(config, cache.manifest.counts["rows"])
     assert config.round is not None  # checked by the config
     job = Job(round_folder(cache.folder, config.round), ROUND_KIND, round_identities(cache, inputs))
     with job.opened(config.to_toml(), {"student": cache.manifest.counts["rows"]}) as manifest:

@@ -156,11 +156,23 @@ class LocalFolder(Folder):
         return True
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        sizes = {}
-        for folder, _, names in os.walk(self.path / prefix):
-            for path in (Path(folder, name) for name in names if not is_temporary(name)):
-                with contextlib.suppress(FileNotFoundError):  # a job that finishes removes its ledger
-                    sizes[str(path.relative_to(self.path))] = path.stat().st_size
+        sizes: dict[str, int] = {}
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = list(os.scandir(self.path / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise UserError(f"the directory cannot be read: {error.strerror}", where=self.where(folder)) from error
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir():
+                    folders += [] if entry.is_symlink() else [name]
+                elif not is_temporary(entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # a job that finishes removes its ledger meanwhile
+                        sizes[name] = entry.stat().st_size
         return sizes
 
     def exists(self, name: str) -> bool:

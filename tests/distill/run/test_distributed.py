@@ -19,6 +19,8 @@ from support.commands import TwoRanks, free_port, train_arguments
 
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows import caches
+from dpkd.distill.rows.caches import verify_share
 from dpkd.distill.training import train
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -206,6 +208,31 @@ def test_every_row_goes_to_one_rank_once_an_epoch(ranks: int) -> None:
         assert [place for passes in by_rank for part in passes for place in part] == whole.rows_of(step)
         epoch += whole.rows_of(step)
     assert sorted(epoch) == [(group, row) for group, size in enumerate([5, 7, 12]) for row in range(size)]
+
+
+def test_each_rank_verifies_its_share_and_all_end_at_a_bad_shard(
+    tmp_path: Path, cache_copy: Path, toy_student: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(cache=cache_copy, student=str(toy_student), out=tmp_path / "run", round="r0", level="sequence")
+    read: list[list[str]] = []
+    with monkeypatch.context() as context:
+        context.setattr(caches, "check_shard", lambda folder, record: read[-1].append(folder.where(record.path)))
+        for rank in range(3):
+            read.append([])
+            verify_share(config, rank, 3)
+    everything = [path for share in read for path in share]
+    assert len(everything) == len(set(everything)) == 2 * len(list((cache_copy / "shards").glob("teacher-*")))
+    assert max(map(len, read)) - min(map(len, read)) <= 1
+
+    shards = sorted((cache_copy / "shards").glob("teacher-*"))
+    for rank in range(2):  # each is in the share of another rank
+        data = shards[rank].read_bytes()
+        shards[rank].write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        given = {**options, **TWO, "out": tmp_path / "run", "cache": cache_copy}
+        texts = TwoRanks(given).finish(2)
+        assert ["a shard of the cache is corrupt" in text for text in texts] == [rank == 0, rank == 1]
+        assert not (tmp_path / "run").exists()
+        shards[rank].write_bytes(data)
 
 
 def test_an_error_on_every_rank_is_printed_once(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.manifest import read_manifest
+from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 
 def config(out: Path, teacher: Path, data: Path, **options: object) -> CacheConfig:
@@ -234,6 +236,29 @@ def test_any_flipped_byte_is_found(cache_copy: Path) -> None:
             verify_cache(cache_copy)
         path.write_bytes(data)
     verify_cache(cache_copy)
+
+
+def test_ten_thousand_shards_are_opened_in_a_fifth_of_a_second(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    (tmp_path / "shards").mkdir()
+    records = []
+    for number in range(10_000):
+        path = f"shards/teacher-{number:06d}.parquet"
+        (tmp_path / path).write_bytes(b"x" * (number % 7))
+        lengths = [0, 0, 1, 2, 3, 40, 50, 30, 2]
+        records.append(
+            ShardRecord(path, "teacher", f"{number:064x}", number % 7, 128, 25_000, 1_600_000, 2e4 / 3, 3, 512, lengths)
+        )
+    manifest = Manifest("teacher-cache", {}, records)
+    folder.write(MANIFEST, manifest.to_bytes())
+    taken_s = []
+    for _ in range(5):
+        started_s = time.process_time()  # other work on the machine does not count
+        opened = TeacherCache.open(tmp_path)
+        taken_s.append(time.process_time() - started_s)
+    assert len(opened.manifest.shards) == 10_000
+    assert opened.manifest.shards[-1].lengths == records[-1].lengths
+    assert min(taken_s) < 0.2
 
 
 def test_a_cut_or_missing_shard_is_found_at_opening(cache_copy: Path) -> None:

@@ -153,3 +153,17 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str, option: s
         kind.parse(values | {option: url}, where="", flags=[option])
     assert "SECRET" not in str(caught.value)
     assert "environment variable" in str(caught.value)
+
+
+def test_a_shard_that_could_have_too_many_entries_is_refused_at_the_start(
+    config: CacheConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """10^8 rows of 8 tokens with 4 entries are 3.2e9."""
+    too_large = config.model_copy(update={"rows_per_shard": 10**8, "num_samples": 10**8})
+    message = r"found 3200000000 entries .*expected at most 2147483647 .*--rows-per-shard 67108863 or less"
+    with pytest.raises(UserError, match=message):
+        build_cache(too_large)
+    assert not Path(config.out).exists()
+    assert "starting" not in capfd.readouterr().err
+    # as many rows as there are, not as many as there could be
+    build_cache(config.model_copy(update={"rows_per_shard": 10**9}))
