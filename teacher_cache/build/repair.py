@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import differences
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.cache import cache_identities, fill_cache, open_inputs
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.folders import Folder, open_folder
-from dpkd.teacher_cache.store.manifest import Manifest, load_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.store.repairing import RepairJob, bad_shards, has_leftovers
 from dpkd.teacher_cache.store.shards import ShardRecord, refuse_newer_fields
@@ -153,7 +152,7 @@ def _unusable(how: str, where: str) -> UserError:
 
 
 def _refuse_other(part: _Part, identities: dict[str, Any]) -> None:
-    if changed := differences(part.manifest.identities, identities):
+    if changed := changed_identities(part.manifest.identities, identities):
         raise UserError(
             f"the bad shards cannot be made again from what is here now; differing: {'; '.join(changed)}",
             where=part.folder,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, differences, file_sha256, software_versions
+from dpkd.core.identity import canonical_json, file_sha256, software_versions
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, changed_identities, read_manifest
 from dpkd.teacher_cache.store.schema import Origin, format_of
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
 
@@ -99,7 +99,7 @@ class Job:
         return part
 
     def _refuse_other(self, existing: dict[str, Any], what: str) -> None:
-        if changed := differences(existing, self.identities):
+        if changed := changed_identities(existing, self.identities):
             raise UserError(
                 f"the output directory contains {what}; differing: {'; '.join(changed)}",
                 where=self.folder,

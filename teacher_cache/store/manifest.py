@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.core.identity import canonical_json, differences, fingerprint
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
@@ -97,6 +97,17 @@ class Manifest:
         if not self.text:
             del body["text"]
         return canonical_json(body | {"manifest_sha256": fingerprint(body)}) + b"\n"
+
+
+def changed_identities(existing: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between the identities of a cache and those of a command, in words.
+
+    Caches of dpkd 0.1.0 do not say how their tokenizer encodes the probe: this is no difference.
+    """
+    tokenizer = existing.get("tokenizer", {})
+    if tokenizer and "probe" not in tokenizer:
+        ours = {**ours, "tokenizer": {key: value for key, value in ours["tokenizer"].items() if key != "probe"}}
+    return differences(existing, ours)
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:

@@ -99,7 +99,7 @@ class CacheReader:
         return self._read(self.folder, record)
 
     def check_tokenizer(self, model: ModelSource, role: str) -> None:
-        """Raise `UserError` unless `model` has the cache's tokenizer (by content, not by size)."""
+        """Raise `UserError` unless `model` has the cache's tokenizer: by content (not by size), and by what it does."""
         expected, actual = self.identities["tokenizer"], model.tokenizer_identity()
         if expected["sha256"] != actual["sha256"]:
             raise UserError(
@@ -108,6 +108,14 @@ class CacheReader:
                 expected=f"{_tokenizer(expected)} of {self.identities['teacher']['name']}",
                 where=self.folder,
                 advice=f"Give a {role} with the teacher's tokenizer, such as one from `dpkd init-student`",
+            )
+        if expected.get("probe", probe := model.tokenizer_probe()) != probe:
+            raise UserError(
+                f"the {role}'s tokenizer has the content of the cache's, and gives other ids",
+                found=f"ids {probe[:12]} of {model.name} for a fixed text",
+                expected=expected["probe"][:12],
+                where=self.folder,
+                advice="Use the teacher's tokenizer files and the version of transformers in the cache's manifest",
             )
 
     def check_teacher(self, model: ModelSource, *, advice: str) -> None:

@@ -179,6 +179,27 @@ def test_text_that_spells_control_tokens_is_text_and_counted(
     assert read_manifest(open_folder(tmp_path / "b"), "teacher-cache").text == {}
 
 
+def test_tokenizers_are_compared_by_what_they_do(
+    tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows([{"instruction": "Hi", "output": "So"}])
+    options = config(tmp_path / "a", toy_teacher, data, responses="reference", top_k=0)
+    build_cache(options)
+    cache, model = TeacherCache.open(tmp_path / "a"), locate_model(str(toy_teacher), "student")
+    cache.check_tokenizer(model, "student")
+    monkeypatch.setattr(type(model), "tokenizer_probe", lambda self: "0" * 64)
+    with pytest.raises(UserError, match="the student's tokenizer has the content of the cache's, and gives other ids"):
+        cache.check_tokenizer(model, "student")
+    with pytest.raises(UserError, match=r"differing: tokenizer\.probe"):
+        build_cache(options)
+    # a cache of 0.1.0, which has no probe
+    manifest = read_manifest(open_folder(tmp_path / "a"), "teacher-cache")
+    del manifest.identities["tokenizer"]["probe"]
+    (tmp_path / "a" / "manifest.json").write_bytes(manifest.to_bytes())
+    TeacherCache.open(tmp_path / "a").check_tokenizer(model, "student")
+    assert build_cache(options).identities == manifest.identities
+
+
 def test_nothing_usable_is_an_error_and_writes_nothing(
     tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]
 ) -> None:
