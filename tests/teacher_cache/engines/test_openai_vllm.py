@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.toys import make_toy
 from support.vllm_servers import VllmServer
+from support.world import learn, rows
 
 from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.verify import verify_cache
@@ -22,18 +24,27 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def server(toy_teacher: Path) -> Iterator[VllmServer]:
-    with VllmServer(toy_teacher, arguments=["--max-logprobs", "20", "--served-model-name", "toy"]) as running:
+def teacher_that_ends(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
+    """A toy that has learned when to stop, so that responses have an EOS."""
+    directory = make_toy(tmp_path_factory.mktemp("learned") / "teacher", toy_tokenizer, layers=1, seed=4)
+    learn(directory, 60)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(teacher_that_ends: Path) -> Iterator[VllmServer]:
+    with VllmServer(teacher_that_ends, arguments=["--max-logprobs", "20", "--served-model-name", "toy"]) as running:
         yield running
 
 
 def test_a_vllm_endpoint_gives_the_vllm_engines_values(
-    server: VllmServer, toy_teacher: Path, toy_data: Path, tmp_path: Path
+    server: VllmServer, teacher_that_ends: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
+    data = write_rows(list(rows())[:20])
     for api in ("completions", "chat"):
         config = CacheConfig(
-            engine="openai", teacher_url=f"{server.url}/v1", teacher_model="toy", teacher=str(toy_teacher),
-            teacher_api=api, data=str(toy_data), out=str(tmp_path / api), template="chat", limit=20, max_new_tokens=100,
+            engine="openai", teacher_url=f"{server.url}/v1", teacher_model="toy", teacher=str(teacher_that_ends),
+            teacher_api=api, data=str(data), out=str(tmp_path / api), template="chat", max_new_tokens=24,
         )  # fmt: skip
         manifest = build_cache(config)
         assert not manifest.failed
@@ -43,14 +54,14 @@ def test_a_vllm_endpoint_gives_the_vllm_engines_values(
         assert facts["prompt_tokens"] == "as the tokenizer"
         verify_cache(tmp_path / api)
 
-    teacher = locate_model(str(toy_teacher), "teacher")
+    teacher = locate_model(str(teacher_that_ends), "teacher")
     options = EngineOptions(max_length=512, top_k=20, dtype="float32", device="cpu", max_num_seqs=16)
-    rows = {
+    found = {
         api: [shard.row(i) for _, shard in cache.scan(cache.shards()) for i in range(len(shard))]
         for api in ("completions", "chat")
         for cache in [TeacherCache.open(tmp_path / api)]
     }
-    requests = [(api, row) for api, found in rows.items() for row in found]
+    requests = [(api, row) for api, ours in found.items() for row in ours]
     assert any(row.finish_reason == "stop" for _, row in requests), "no response ends: the EOS is not tested"
     with open_engine("vllm", teacher, options) as engine:
         scored = engine.score(
