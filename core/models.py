@@ -114,7 +114,8 @@ class ModelSource:
         return total if files else None
 
     def trained_template(self) -> dict[str, str] | None:
-        """Name and sha256 of the prompt template in the model's `dpkd.json`; None for a model without that file.
+        """Name and sha256 of the prompt template in the model's `dpkd.json`; None for a model without that file,
+        and for one from a cache whose template is unknown.
 
         Raises `UserError` when the file names no template.
         """
@@ -123,6 +124,8 @@ class ModelSource:
             return None
         try:
             template = json.loads(path.read_text(encoding="utf-8"))["template"]
+            if template["name"] == "unknown":  # the cache was imported from texts without one
+                return None
             return {key: str(template[key]) for key in ("name", "sha256")}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

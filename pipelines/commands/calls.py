@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dpkd.evaluate.options.merge import MergeConfig
     from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, RepairOptions, VerifyOptions
     from dpkd.teacher_cache.options.cache import CacheConfig
+    from dpkd.teacher_cache.options.importing import ImportConfig
 
 
 def cache_teacher(config: CacheConfig) -> int:
@@ -84,6 +85,14 @@ def compare_with_teacher(config: FidelityConfig) -> None:
 
     report = measure_fidelity(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
+
+
+def import_stored(config: ImportConfig) -> int:
+    from dpkd.teacher_cache.build.importing.importing import import_cache
+
+    manifest = import_cache(config)
+    print(config.out)
+    return EXIT_PARTLY if manifest.failed else 0
 
 
 def verify(config: VerifyOptions) -> None:

@@ -100,6 +100,10 @@ COMMANDS: dict[str, Command] = {
             "teacher_cache.options.audit:InfoOptions", f"{_CALLS}:describe",
         ),
         Command(
+            "cache import", "Make a cache of what another program has stored of a teacher.",
+            "teacher_cache.options.importing:ImportConfig", f"{_CALLS}:import_stored",
+        ),
+        Command(
             "cache verify", "Verify the checksums and values of a cache and its rounds.",
             "teacher_cache.options.audit:VerifyOptions", f"{_CALLS}:verify",
         ),

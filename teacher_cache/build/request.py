@@ -21,7 +21,7 @@ def say_complete(what: str, manifest: Manifest) -> None:
     say(f"{what} is complete: {counts['rows']} rows, {counts['positions']} tokens, {counts['bytes']} bytes")
     if not manifest.failed:
         return
-    say(f"{counts['failed']} rows failed, because the engine could not answer them (all are listed in the manifest):")
+    say(f"{counts['failed']} rows failed (all are listed in the manifest, with the reason):")
     for row in manifest.failed[:5]:
         say(f"  {row['origin']} {row['example_id']}, sample {row['sample']}: {row['reason']}")
 

@@ -255,6 +255,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "teacher_cache/build/test_unkillable.py": {
         "test_a_failing_vllm_is_restarted_and_the_failing_row_found": "cache-teacher: max_num_seqs",
     },
+    "teacher_cache/build/test_importing.py": {
+        "test_texts_alone_train_seqkd": "cache import: source out tokenizer",
+        "test_json_lines_have_the_models_values": "cache import: source_format template rows_per_shard",
+        "test_what_distillkit_does_not_store_is_unknown_and_refused": "cache import: teacher_name",
+        "test_a_wrong_compression_config_is_found": "cache import: compression limit",
+    },
     "teacher_cache/engines/test_openai.py": {
         "test_the_cache_has_the_models_values": "cache-teacher: teacher_url teacher_model teacher_api",
         "test_the_key_comes_from_the_environment_and_stays_there": "cache-teacher: api_key_env",

@@ -14,8 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from support.judge_endpoints import Answer, Endpoint, failure, serving
+
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.schema import CachedRow
 
 #: fields of OpenAI's own protocol; a strict endpoint refuses others
 _OWN_FIELDS = {
@@ -176,3 +181,37 @@ def serving_toy(directory: Path, **options: Any) -> Iterator[tuple[ToyEndpoint, 
     toy = ToyEndpoint(directory, **options)
     with serving(toy.answer) as endpoint:
         yield toy, endpoint
+
+
+def rows_of(out: Path) -> list[CachedRow]:
+    cache = TeacherCache.open(out)
+    return [shard.row(index) for _, shard in cache.scan(cache.shards()) for index in range(len(shard))]
+
+
+def end_is_unknown(row: CachedRow) -> bool:
+    assert row.distributions is not None
+    return bool(row.distributions.counts_T[-1] == 0)
+
+
+def check_values(toy: ToyEndpoint, rows: list[CachedRow], top_k: int, *, chat: bool = False) -> None:
+    """The log-probs, entries and tail masses of `rows` are those of the model behind the endpoint."""
+    for row in rows:
+        top = row.distributions
+        assert top is not None
+        full_TV = toy.logprobs(row.prompt_ids.tolist(), row.response_ids.tolist()).double().numpy()
+        known = len(row.response_ids) - end_is_unknown(row)
+        own_T = full_TV[np.arange(len(full_TV)), row.response_ids]
+        np.testing.assert_allclose(row.response_logprobs[:known], own_T[:known], atol=2e-4)
+        ends = np.cumsum([0, *top.counts_T])
+        for position in range(known):
+            ids = top.ids_E[ends[position] : ends[position + 1]]
+            # in chat, an own token that is last may stand for another one, and is left out
+            assert len(ids) in ((top_k, top_k - 1) if chat else (top_k,))
+            np.testing.assert_array_equal(ids, np.argsort(-full_TV[position], kind="stable")[: len(ids)])
+            cached = top.logprobs_E[ends[position] : ends[position + 1]]
+            np.testing.assert_allclose(cached, full_TV[position][ids], atol=1 / 256 + 2e-4)
+            tail = np.log(max(1 - np.exp(full_TV[position][ids]).sum(), 1e-6))
+            assert top.log_tail_T[position] == pytest.approx(tail, abs=2e-3)
+        if end_is_unknown(row):
+            assert row.response_ids[-1] == 0
+            assert (row.response_logprobs[-1], top.log_tail_T[-1]) == (0, 0)

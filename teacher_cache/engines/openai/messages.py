@@ -97,6 +97,7 @@ class WrittenToken(NamedTuple):
 class Answer:
     """An answer as it was sent. `tokens` are the response's, `tops` the most likely ones at each; None without."""
 
+    api: EndpointApi
     text: str
     finish_reason: str | None
     model: str | None
@@ -117,6 +118,7 @@ class Answer:
         tokens, tops = _of_chat(choice.get("logprobs")) if chat else _of_completions(choice.get("logprobs"))
         reason, model = choice.get("finish_reason"), body.get("model")
         return cls(
+            "chat" if chat else "completions",
             text or "",
             reason if isinstance(reason, str) else None,
             model if isinstance(model, str) and model else None,
@@ -125,6 +127,19 @@ class Answer:
             tokens,
             tops,
         )
+
+
+def num_entries(answer: Answer) -> int:
+    """The largest K that came back. Completions have one more entry where the own token is not in the K."""
+    assert answer.tokens is not None
+    counts = [len(row) for row in answer.tops]
+    if answer.api == "chat" or not counts:
+        return max(counts, default=0)
+    lowest = [min(row, key=lambda token: token.logprob).text if row else "" for row in answer.tops]
+    certain = [
+        count for count, text, own in zip(counts, lowest, answer.tokens, strict=False) if text != own.text or count == 1
+    ]
+    return max(certain, default=max(counts) - 1)
 
 
 def _of_completions(logprobs: Any) -> tuple[list[WrittenToken] | None, list[list[WrittenToken]]]:
@@ -159,6 +174,7 @@ class AnswerReader:
         table: the tokenizer's tokens; None in a cache of texts.
         encode: ids of a text, for a cache of texts.
         eos_token_id: the end that is added where the endpoint leaves it out.
+        limits_are_known: whether the longest answer is `sampling`'s and each position has K entries.
     """
 
     dialect: Dialect
@@ -169,6 +185,7 @@ class AnswerReader:
     decode: Any
     eos_token_id: int
     vocab_size: int
+    limits_are_known: bool = True
 
     def result(self, index: int, answer: Answer) -> EngineResult:
         """The result of request `index`; raises `UnusableAnswerError`."""
@@ -184,7 +201,7 @@ class AnswerReader:
         ids += [self.eos_token_id] if reason == "stop" else []
         if not ids:
             raise UnusableAnswerError("the answer is empty")
-        if len(ids) > self.sampling.max_new_tokens:
+        if self.limits_are_known and len(ids) > self.sampling.max_new_tokens:
             ids, reason = ids[: self.sampling.max_new_tokens], "length"
         return EngineResult(index, np.array(ids, np.int32), reason, np.zeros(0, np.float32), None)
 
@@ -231,11 +248,11 @@ class AnswerReader:
         if any(token in stops for token in ids[:-1]):
             raise UnusableAnswerError("the answer goes on after its end")
         ended = bool(ids) and ids[-1] in stops
-        if reason == "length" and (ended or len(ids) != limit):
+        if reason == "length" and (ended or (self.limits_are_known and len(ids) != limit)):
             raise UnusableAnswerError(f"the answer was cut after {len(ids)} tokens, not {limit}")
         if reason == "stop" and not ended and self.dialect.token_ids:
             raise UnusableAnswerError("the answer stops without an EOS of the tokenizer")
-        if len(ids) + (reason == "stop" and not ended) > limit:
+        if self.limits_are_known and len(ids) + (reason == "stop" and not ended) > limit:
             raise UnusableAnswerError(f"the answer has more than {limit} tokens")
 
     def _entries(self, position: int, own: int, row: list[WrittenToken]) -> list[tuple[int, float]]:
@@ -245,7 +262,11 @@ class AnswerReader:
         them, and vLLM's chat puts it in place of the last.
         """
         assert self.table is not None
-        unclear = any(REPLACEMENT in token.text for token in row)  # several of them may have become one
+        if self.options.top_k == 0:
+            return []
+        unclear = not self.limits_are_known or any(
+            REPLACEMENT in token.text for token in row
+        )  # several of them may have become one
         if len(row) < self.options.top_k and not unclear:
             raise UnusableAnswerError(f"position {position} has {len(row)} log-probs, not {self.options.top_k}")
         if any(np.isnan(token.logprob) or token.logprob > _MASS_TOLERANCE for token in row):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.engines.engine import EndpointApi, EndpointOptions, GenerateRequest, Sampling
+from dpkd.teacher_cache.engines.engine import EndpointOptions, GenerateRequest, Sampling
 from dpkd.teacher_cache.engines.openai.client import EndpointClient
-from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect
+from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
 from dpkd.teacher_cache.engines.server.checks import AGREEMENT_NATS
 from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
@@ -156,7 +156,7 @@ class Probe:
             if answer.tokens is None:
                 return dialect
             if answer.tokens:
-                entries = _num_entries(answer, self._endpoint.api)
+                entries = num_entries(answer)
                 written = all(token.text.startswith("token_id:") for token in answer.tokens)
                 return replace(dialect, top_k=min(entries, top_k), token_ids=written)
         return dialect
@@ -181,19 +181,6 @@ class Probe:
             where=self._endpoint.url,
             advice="Leave --temperature and --top-p at 1",
         )
-
-
-def _num_entries(answer: Answer, api: EndpointApi) -> int:
-    """The largest K that the endpoint returned. Completions have one more entry where the own token is not in the K."""
-    assert answer.tokens is not None
-    counts = [len(row) for row in answer.tops]
-    if api == "chat" or not counts:
-        return max(counts, default=0)
-    lowest = [min(row, key=lambda token: token.logprob).text if row else "" for row in answer.tops]
-    certain = [
-        count for count, text, own in zip(counts, lowest, answer.tokens, strict=False) if text != own.text or count == 1
-    ]
-    return max(certain, default=max(counts) - 1)
 
 
 def same_endpoint(known: Any, actual: dict[str, Any], url: str) -> None:

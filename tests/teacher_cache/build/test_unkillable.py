@@ -265,7 +265,7 @@ def test_a_prompt_that_breaks_the_model_becomes_a_failed_row(
     )  # fmt: skip
     first = dpkd(*words)
     assert first.returncode == 3, first.stderr
-    assert "1 rows failed, because the engine could not answer them" in first.stderr
+    assert "1 rows failed (all are listed in the manifest, with the reason)" in first.stderr
     assert "teacher r3, sample 0: " in first.stderr
     verify_cache(out)
     cache = TeacherCache.open(out)

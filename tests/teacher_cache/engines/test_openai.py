@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.commands import dpkd
 from support.judge_endpoints import Answer, failure
-from support.openai_endpoint import ToyEndpoint, serving_toy
+from support.openai_endpoint import check_values, end_is_unknown, rows_of, serving_toy
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
@@ -23,7 +23,6 @@ from dpkd.teacher_cache.engines.openai.engine import KEY_VARIABLE
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.manifest import Manifest
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
 
 NEW_TOKENS = 12
 KEY = "sk-of-the-teacher-and-secret"
@@ -34,40 +33,6 @@ def options(url: str, teacher: Path, data: Path, out: Path, **more: Any) -> dict
         "engine": "openai", "teacher_url": url, "teacher_model": "toy", "teacher": str(teacher), "data": str(data),
         "out": str(out), "template": "chat", "limit": 8, "max_new_tokens": NEW_TOKENS, "rows_per_shard": 3,
     } | more  # fmt: skip
-
-
-def rows_of(out: Path) -> list[CachedRow]:
-    cache = TeacherCache.open(out)
-    return [shard.row(index) for _, shard in cache.scan(cache.shards()) for index in range(len(shard))]
-
-
-def end_is_unknown(row: CachedRow) -> bool:
-    assert row.distributions is not None
-    return bool(row.distributions.counts_T[-1] == 0)
-
-
-def check_values(toy: ToyEndpoint, rows: list[CachedRow], top_k: int, *, chat: bool = False) -> None:
-    """The log-probs, entries and tail masses of `rows` are those of the model behind the endpoint."""
-    for row in rows:
-        top = row.distributions
-        assert top is not None
-        full_TV = toy.logprobs(row.prompt_ids.tolist(), row.response_ids.tolist()).double().numpy()
-        known = len(row.response_ids) - end_is_unknown(row)
-        own_T = full_TV[np.arange(len(full_TV)), row.response_ids]
-        np.testing.assert_allclose(row.response_logprobs[:known], own_T[:known], atol=2e-4)
-        ends = np.cumsum([0, *top.counts_T])
-        for position in range(known):
-            ids = top.ids_E[ends[position] : ends[position + 1]]
-            # in chat, an own token that is last may stand for another one, and is left out
-            assert len(ids) in ((top_k, top_k - 1) if chat else (top_k,))
-            np.testing.assert_array_equal(ids, np.argsort(-full_TV[position], kind="stable")[: len(ids)])
-            cached = top.logprobs_E[ends[position] : ends[position + 1]]
-            np.testing.assert_allclose(cached, full_TV[position][ids], atol=1 / 256 + 2e-4)
-            tail = np.log(max(1 - np.exp(full_TV[position][ids]).sum(), 1e-6))
-            assert top.log_tail_T[position] == pytest.approx(tail, abs=2e-3)
-        if end_is_unknown(row):
-            assert row.response_ids[-1] == 0
-            assert (row.response_logprobs[-1], top.log_tail_T[-1]) == (0, 0)
 
 
 @pytest.mark.parametrize("top_k", [5, 20])

@@ -1,0 +1,1 @@
+"""Caches from what others have stored of a teacher."""
