@@ -50,8 +50,10 @@ def weights_sha256(model_dir: Path) -> str:
         return fingerprint(list(zip([file.name for file in files], pool.map(file_sha256, files), strict=True)))
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None = None) -> str:
     """Hash of what decides ids: vocabulary, merges, normaliser, pre- and post-processing, EOS, split special tokens.
+
+    `eos_token_id` stands for the tokenizer's own EOS.
 
     Truncation, padding, names and file layout do not count; nor does the size that a model's config claims, so a
     padded vocabulary is the same tokenizer.
@@ -62,7 +64,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
             content.pop(key, None)
     else:
         content = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-    decides = {"content": content, "eos_token_id": tokenizer.eos_token_id}
+    decides = {"content": content, "eos_token_id": tokenizer.eos_token_id if eos_token_id is None else eos_token_id}
     if tokenizer.split_special_tokens:  # only then: the hashes of other tokenizers are those of dpkd 0.1.0
         decides["split_special_tokens"] = True
     return fingerprint(decides)

@@ -180,6 +180,18 @@ class RemoteModel(ModelSource):
         return {"name": self.served, "vocab_size": self.vocab_size} | unknown
 
 
+def other_eos(model: ModelSource, eos_token_id: int, teacher: str, role: str, *, where: object = None) -> UserError:
+    """The error for a model whose tokenizer is the teacher's but for its EOS."""
+    theirs = model.tokenizer.convert_ids_to_tokens(eos_token_id)
+    return UserError(
+        f"the {role}'s tokenizer is the teacher's except for its EOS",
+        found=f"{model.tokenizer.eos_token!r} of {model.name}",
+        expected=f"{theirs!r} of {teacher}",
+        where=where,
+        advice=f"Make a student with the teacher's EOS: `dpkd init-student --from {model.name} --eos-from-teacher`",
+    )
+
+
 def config_sha256(config: PretrainedConfig) -> str:
     """Hash of what a config says of the model itself: not of its name, its dtype or a version of transformers."""
     other = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")

@@ -18,7 +18,7 @@ from dpkd.evaluate.answers.perplexity import (
     reference_pairs,
 )
 from dpkd.evaluate.answers.predictions import Predictions, read_predictions
-from dpkd.evaluate.answers.scoring import score_sets
+from dpkd.evaluate.answers.scoring import ScoredSet, score_sets
 from dpkd.evaluate.inputs.contamination import find_in_cache, find_in_train_data
 from dpkd.evaluate.inputs.eval_sets import EvalSet, read_eval_sets
 from dpkd.evaluate.inputs.models import Candidate, open_candidates
@@ -78,6 +78,7 @@ def evaluate(config: EvalConfig) -> Path:
     num_answers = sum(len(answers_N) for of_model in answers.values() for answers_N in of_model.values())
     with Progress("scoring", num_answers, "responses") as progress:
         scored_sets = score_sets(config, eval_sets, answers, progress, metrics)
+    _warn_of_answers_without_end(config, scored_sets)
     report = build_report(
         config,
         identity,
@@ -90,6 +91,18 @@ def evaluate(config: EvalConfig) -> Path:
         runs=runs,
     )
     return write_all(config.out, report, scored_sets)
+
+
+def _warn_of_answers_without_end(config: EvalConfig, scored_sets: Sequence[ScoredSet]) -> None:
+    for scored in scored_sets:
+        reasons = [answer.finish_reason for answers_N in scored.answers_SN for answer in answers_N]
+        cut = reasons.count("length")
+        if cut > len(reasons) / 2:
+            say(
+                f"model {scored.model}: {cut} of {len(reasons)} answers to {scored.eval_set.name} did not end within "
+                f"{config.max_new_tokens} tokens. If the model does not know the end token of its template, make the "
+                "student with `dpkd init-student --eos-from-teacher`; else raise --max-new-tokens"
+            )
 
 
 def _run_model(

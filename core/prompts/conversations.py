@@ -15,6 +15,7 @@ from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.examples import Example
 from dpkd.core.prompts.messages import Message
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, chat_turns
+from dpkd.core.prompts.thinking import without_thinking
 
 Turns = Literal["last", "all"]
 
@@ -98,6 +99,24 @@ def open_places_before(example: Example, place: int) -> list[int]:
     """The places before `place` where the row has no turn of the assistant."""
     turns = example.turns or chat_turns(example)
     return [other for other in answer_places(example) if other < place and turns[other].role != "assistant"]
+
+
+def without_thoughts(example: Example) -> Example:
+    """The row without the thinking in its answers and references."""
+
+    def plain(turn: Message) -> Message:
+        fields = tuple((key, value) for key, value in turn.fields if key != "reasoning_content")
+        return (
+            replace(turn, content=without_thinking(turn.content), fields=fields) if turn.role == "assistant" else turn
+        )
+
+    references = (without_thinking(text) for text in example.references)
+    return replace(
+        example,
+        references=tuple(text for text in references if text.strip()),
+        messages=None if example.messages is None else tuple(map(plain, example.messages)),
+        turns=tuple(map(plain, example.turns)),
+    )
 
 
 def _conversation(encoder: PromptEncoder, example: Example, places: Sequence[int]) -> EncodedResponse:

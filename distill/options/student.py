@@ -53,6 +53,11 @@ class InitStudentConfig(Settings):
         description="copy this checkpoint (directory or hub name); it must have the teacher's tokenizer; none: do not",
         json_schema_extra={"flag": "from"},
     )
+    eos_from_teacher: bool = Field(
+        False,
+        description="with --from: a checkpoint whose tokenizer differs from the teacher's in its EOS alone takes the "
+        "teacher's EOS",
+    )
     cache: Location | None = Field(
         None,
         description="teacher cache whose rows to choose on and to measure the student on; none: --data, or no rows",
@@ -96,6 +101,8 @@ class InitStudentConfig(Settings):
         prunes = [*sizes, *([f"--keep {self._keep_text}"] if named else [])]
         wholes = {"--from-config": self.from_config, "--from": self.from_checkpoint}
         whole = [flag for flag, given in wholes.items() if given is not None]
+        if self.eos_from_teacher and self.from_checkpoint is None:
+            raise ValueError("--eos-from-teacher goes with --from: other students have the teacher's EOS")
         if len(whole) == 2:
             raise ValueError("give --from-config or --from, not both")
         if whole and prunes:

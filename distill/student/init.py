@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.files import replacing_directory, write_atomic
-from dpkd.core.identity import canonical_json
-from dpkd.core.models import ModelSource, config_sha256, locate_model
+from dpkd.core.identity import canonical_json, tokenizer_sha256
+from dpkd.core.models import ModelSource, config_sha256, locate_model, other_eos
 from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
 from dpkd.distill.options.student import InitStudentConfig
@@ -61,7 +61,7 @@ def init_student(config: InitStudentConfig) -> Path:
     if config.from_config is not None:
         plan = _random(config.from_config, config.seed, teacher)
     elif config.from_checkpoint is not None:
-        plan = _copied(config.from_checkpoint, teacher)
+        plan = _copied(config.from_checkpoint, teacher, eos_from_teacher=config.eos_from_teacher)
     else:
         plan = _pruned(config, teacher, rows)
     choose_device(config.device)
@@ -161,12 +161,16 @@ def _read_config(path: Path) -> PretrainedConfig:
         ) from None
 
 
-def _copied(name: str, teacher: ModelSource) -> _Plan:
+def _copied(name: str, teacher: ModelSource, *, eos_from_teacher: bool) -> _Plan:
     from dpkd.distill.rows.vocabulary import check_width
 
     source = locate_model(name, "checkpoint")
     ours, theirs = source.tokenizer_identity(), teacher.tokenizer_identity()
-    if ours["sha256"] != theirs["sha256"]:
+    eos = teacher.tokenizer.eos_token_id
+    only_eos = ours["sha256"] != theirs["sha256"] == tokenizer_sha256(source.tokenizer, eos)
+    if only_eos and not eos_from_teacher:
+        raise other_eos(source, eos, teacher.name, "checkpoint")
+    if ours["sha256"] != theirs["sha256"] and not only_eos:
         raise UserError(
             "the checkpoint's tokenizer is not the teacher's",
             found=f"{ours['sha256'][:12]} ({ours['num_tokens']} tokens) of {source.name}",
@@ -175,12 +179,26 @@ def _copied(name: str, teacher: ModelSource) -> _Plan:
         )
     check_width(source, teacher.vocab_size)
     made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
+    if only_eos:
+        made_of["eos_token_id"] = eos
 
     def write(directory: Path) -> str:
         _copy_files(source, _MODEL_FILES, directory)
-        return f"a copy of {name}"
+        if not only_eos:
+            return f"a copy of {name}"
+        for file in ("config.json", "generation_config.json"):
+            _set_eos(directory / file, teacher)
+        return f"a copy of {name} with the teacher's EOS {teacher.tokenizer.eos_token}"
 
     return _Plan(made_of, write)
+
+
+def _set_eos(path: Path, teacher: ModelSource) -> None:
+    """Give a config the teacher's ids that end a response."""
+    if path.is_file():
+        ids = teacher.stop_token_ids()
+        values = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None:

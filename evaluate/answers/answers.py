@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from dpkd.core.files import replacing
 from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.progress import say
+from dpkd.core.prompts.thinking import without_thinking
 from dpkd.teacher_cache.engines.engine import FinishReason
 
 _FINGERPRINT = b"dpkd.fingerprint"
@@ -40,6 +41,11 @@ class Answer:
     response: str
     response_ids: list[int]
     finish_reason: FinishReason | None
+
+    @property
+    def answer(self) -> str:
+        """The text without thinking, which is what is scored and what later questions follow."""
+        return without_thinking(self.response)
 
     @property
     def num_tokens(self) -> int | None:

@@ -169,7 +169,7 @@ def _request(index: int, file: _File, row: int, candidate: Candidate, most: int)
     eval_set = file.eval_set
     ids = eval_set.prompts[candidate.name][row].ids
     if row in eval_set.follow_ups:
-        texts = [None if answer is None else answer.response for answer in file.answers]
+        texts = [None if answer is None else answer.answer for answer in file.answers]
         ids = candidate.encoder.prompt(eval_set.asked(row, texts)).ids
         if len(ids) > most:
             raise UserError(

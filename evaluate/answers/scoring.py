@@ -75,7 +75,7 @@ def score_sets(
             values = []
             for answers_N in by_seed.values():
                 pairs = zip(answers_N, eval_set.examples, strict=True)
-                values.append([score(given.response, row.references, config.rouge_tokenizer) for given, row in pairs])
+                values.append([score(given.answer, row.references, config.rouge_tokenizer) for given, row in pairs])
                 progress.advance(len(answers_N))
             values_SNK = np.array(values, dtype=np.float64)
             scores = {name: values_SNK[:, :, index] for index, name in enumerate(Scores._fields)}
@@ -118,7 +118,7 @@ def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
 def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
     eval_set = scored.eval_set
     buckets = buckets_of(eval_set.edges)
-    texts = [answer.response for answer in scored.answers_SN[seed_index]]
+    texts = [answer.answer for answer in scored.answers_SN[seed_index]]
     return [
         {
             "model": scored.model,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
+from dpkd.core.prompts.thinking import without_thinking
 from dpkd.evaluate.judge.questions import JudgePrompt, question_key
 from dpkd.evaluate.merge.evaluations import open_evaluation
 from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
@@ -172,7 +173,7 @@ def _from_report(folder: Path) -> Answers:
         fresh = JudgedRow(row["example_id"], tuple(row["references"]), {}, {}, {})
         judged = by_set[row["data"]].setdefault(row["example_id"], fresh)
         judged.prompts[row["model"]] = row["prompt"]
-        judged.answers.setdefault(row["model"], {})[row["seed"]] = row["response"]
+        judged.answers.setdefault(row["model"], {})[row["seed"]] = without_thinking(row["response"])
         judged.buckets.setdefault(row["model"], {})[row["seed"]] = row["bucket"]
     sets = [JudgedSet(data, list(rows.values()), edges[data], len(rows)) for data, rows in by_set.items()]
     return Answers(sets, {"per_example": evaluation.rows_sha256}, about, by_prediction)
@@ -197,7 +198,7 @@ def _from_predictions(config: JudgeConfig) -> Answers:
             for one in predictions:
                 for (data, seed), answers_N in one.answers.items():
                     if data == eval_set.name:
-                        answers[one.name][seed] = answers_N[index].response
+                        answers[one.name][seed] = answers_N[index].answer
             prompts = {name: eval_set.prompt_text(name, index) for name in answers}
             buckets = {name: dict.fromkeys(by_seed, label) for name, by_seed in answers.items()}
             rows.append(JudgedRow(example.example_id, tuple(example.references), prompts, answers, buckets))

@@ -93,6 +93,9 @@ def cautions(report: Mapping[str, Any], data: str) -> list[str]:
     found = []
     for limit, names in _cut_off(report, summaries).items():
         found.append(f"Answers were cut off at {limit} tokens: {', '.join(names)}.")
+    thinking = [name for name, summary in summaries.items() if summary.get("share_with_thinking")]
+    if thinking:
+        found.append(f"Thinking was stripped before scoring: {', '.join(f'`{name}`' for name in thinking)}.")
     sampled = [name for name in summaries if (report["models"][name]["decoding"] or {}).get("temperature", 0) > 0]
     if sampled and all(len(summaries[name]["seeds"]) == 1 for name in sampled):
         found.append("One seed: how much other samples would differ is not known.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dpkd.core.prompts.thinking import has_thinking
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.metrics.buckets import buckets_of
 from dpkd.evaluate.metrics.inference import (
@@ -57,9 +58,10 @@ def summarise(scored: ScoredSet) -> dict[str, Any]:
     resolvable = smallest_resolvable(scored.scores["rouge_l"].mean(axis=0))
     summary["smallest_resolvable_unpaired"] = None if resolvable is None else math.sqrt(2) * resolvable
     for size in (1, 2):
-        by_seed = [distinct((answer.response for answer in answers_N), size) for answers_N in scored.answers_SN]
+        by_seed = [distinct((answer.answer for answer in answers_N), size) for answers_N in scored.answers_SN]
         summary[f"distinct_{size}"] = _mean([value for value in by_seed if value is not None])
     summary["mean_response_tokens"] = _mean(num_tokens)
+    summary["share_with_thinking"] = _mean([has_thinking(answer.response) for answer in answers])
     summary["share_unfinished"] = _mean([reason == "length" for reason in reasons])
     return summary
 

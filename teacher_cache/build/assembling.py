@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from dpkd.core.progress import Progress
+from dpkd.core.prompts.thinking import count_thinking
 from dpkd.teacher_cache.engines.engine import (
     Engine,
     EngineResult,
@@ -21,7 +22,7 @@ from dpkd.teacher_cache.engines.engine import (
     ScoreRequest,
 )
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.schema import Origin, PlannedRow, to_table
+from dpkd.teacher_cache.store.schema import Origin, PlannedRow, select_positions, to_table
 from dpkd.teacher_cache.store.shards import encode_shard
 
 _SHARDS_IN_FLIGHT = 4  # being encoded or written; limits memory when the disk is slow
@@ -106,6 +107,8 @@ class ShardAssembler:
         rows, failed = [], []
         for row in planned:
             result = results[row.index]
+            if row.drops_thinking and isinstance(result, EngineResult):
+                row, result = _without_thinking(row, result, self._to_text)
             if isinstance(result, FailedRequest):
                 failed.append(row.as_failed(result.reason))
             else:
@@ -133,6 +136,19 @@ class ShardAssembler:
             self._writer.shutdown(wait=True)
         if kind is None and (self._planned or self._results):
             raise RuntimeError(f"{len(self._planned)} shards of {self.layout.origin} rows are incomplete")
+
+
+def _without_thinking(
+    row: PlannedRow, result: EngineResult, to_text: Callable[[list[int]], str]
+) -> tuple[PlannedRow, EngineResult | FailedRequest]:
+    """The row without the thinking of its response, under which the teacher answered: it is the teacher's alone."""
+    ids = result.response_ids.tolist()
+    number = count_thinking(ids, to_text)
+    if number is None or number >= len(ids):
+        return row, FailedRequest(row.index, "the response ends inside its thinking: raise --max-new-tokens")
+    asked = [*row.asked_ids, *ids[:number]]
+    answer = np.arange(len(ids)) >= number
+    return replace(row, teacher_prompt_ids=asked), select_positions(result, answer)
 
 
 def fill(

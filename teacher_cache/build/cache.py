@@ -163,6 +163,7 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
             "stop_token_ids": teacher.stop_token_ids(),
             "seed": config.seed,
             **plan.survey.generation_identity,
+            **({"thinking": config.thinking} if config.thinking != "keep" else {}),
         },
         "logprobs": logprobs_identity(config) | ({} if endpoint is None else endpoint.unknown_logprobs()),
         "layout": {"rows_per_shard": config.rows_per_shard, **plan.survey.layout_identity},

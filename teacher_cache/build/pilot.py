@@ -100,7 +100,13 @@ def run_pilot(
             job = Job(open_folder(str(directory / str(number))), "pilot", {})
             layout = ShardLayout(part[0].origin, len(part), stem="pilot")
             started_s = time.monotonic()
-            filler(job, layout, (replace(row, index=i) for i, row in enumerate(part)), drawn, progress)
+            filler(
+                job,
+                layout,
+                (replace(row, index=i, drops_thinking=False) for i, row in enumerate(part)),
+                drawn,
+                progress,
+            )
             taken_s = time.monotonic() - started_s
             if number:
                 answered = _answered(job, part)

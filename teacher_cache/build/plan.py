@@ -20,9 +20,11 @@ from dpkd.core.prompts.conversations import (
     history,
     open_places_before,
     references,
+    without_thoughts,
 )
 from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
+from dpkd.core.prompts.thinking import opens_thinking
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow
 
@@ -126,6 +128,7 @@ class RowPlan:
         num_rows: dict[Part, int] = {Part(origin): 0 for origin in self.origins}
         skipped: list[SkippedRow] = []
         spans = prompts = turns = False
+        drops = self._config.thinking == "drop"
         text, uses_references = TextCounts(), "reference" in self.origins
         for item in with_progress(self._examples(references=uses_references)):
             if isinstance(item, Example):
@@ -137,7 +140,7 @@ class RowPlan:
                 copies = self._config.num_samples if entry.part.origin == "teacher" else 1
                 num_rows[entry.part] = num_rows.get(entry.part, 0) + copies
                 spans |= entry.response is not None and len(entry.response.spans) > 1
-                prompts |= entry.asked != entry.prompt
+                prompts |= _ids(entry.asked) != _ids(entry.prompt) or (drops and entry.part.origin == "teacher")
                 turns |= isinstance(item, Example) and entry.name != item.example_id
         if not sum(num_rows.values()):
             first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
@@ -162,7 +165,10 @@ class RowPlan:
                     yield self._asked(next(index), item, entry, sample, answer_of)
 
     def _examples(self, *, references: bool) -> Iterator[Example | SkippedRow]:
-        return self._encoder.in_batches(iter_examples(self._source, self._config.limit), references=references)
+        items = iter_examples(self._source, self._config.limit)
+        if self._config.thinking == "drop":
+            items = (without_thoughts(item) if isinstance(item, Example) else item for item in items)
+        return self._encoder.in_batches(items, references=references)
 
     def _given(self, index: int, entry: _Entry, response: EncodedResponse) -> PlannedRow:
         assert entry.asked is not None
@@ -198,6 +204,7 @@ class RowPlan:
             seed=seed,
             failed=failed,
             question=asked,
+            drops_thinking=self._config.thinking == "drop",
             **of_teacher,
         )
 
@@ -240,6 +247,13 @@ class RowPlan:
         except TemplateMismatchError as error:
             yield SkippedRow(example.line, str(error))
             return
+        if self._config.thinking == "drop" and opens_thinking(prompt.text):
+            raise UserError(
+                "the template begins the thinking in the prompt, and a student without it would answer inside",
+                found=repr(prompt.text[-24:]),
+                where=f"line {example.line} of {self._source.name}",
+                advice="Give --thinking keep, or the --template-arg that leaves <think> to the model",
+            )
         reason = too_long(prompt, self._config.max_prompt_tokens)
         if reason is None and asked is not prompt:
             reason = too_long(asked, self._config.max_prompt_tokens, "the teacher's prompt")
@@ -286,6 +300,10 @@ class RowPlan:
             yield _Entry(Part("reference"), example.example_id, item.prompt, asked or item.prompt, item, sample)
         if not found:
             yield SkippedRow(example.line, NO_REFERENCE)
+
+
+def _ids(prompt: EncodedPrompt | None) -> list[int] | None:
+    return None if prompt is None else prompt.ids
 
 
 def uses_tools(example: Example) -> bool:

@@ -35,6 +35,11 @@ class SourceOptions(Settings):
     turns: Literal["last", "all"] = Field(
         "last", description="turns of the assistant to cache in rows of `messages`: the last, or all"
     )
+    thinking: Literal["keep", "drop"] = Field(
+        "keep",
+        description="thinking in responses (<think> ... </think>): learn from it, or only from the answer behind it, "
+        "which the teacher still gives after its thinking",
+    )
     limit: int | None = Field(None, ge=1, description="use only the first N rows of the data; none: all")
     max_prompt_tokens: int = Field(256, ge=1, description="skip (and list) rows with a longer prompt, in tokens")
     student: str | None = Field(

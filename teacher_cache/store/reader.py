@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import fingerprint
+from dpkd.core.identity import fingerprint, tokenizer_sha256
+from dpkd.core.models import other_eos
 from dpkd.teacher_cache.store.folders import Folder, open_folder
 from dpkd.teacher_cache.store.job import JOB
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
@@ -102,6 +103,9 @@ class CacheReader:
         """Raise `UserError` unless `model` has the cache's tokenizer: by content (not by size), and by what it does."""
         expected, actual = self.identities["tokenizer"], model.tokenizer_identity()
         if expected["sha256"] != actual["sha256"]:
+            for eos in self.identities["generation"].get("stop_token_ids", ()):
+                if tokenizer_sha256(model.tokenizer, eos) == expected["sha256"]:
+                    raise other_eos(model, eos, str(self.identities["teacher"]["name"]), role, where=self.folder)
             raise UserError(
                 f"the {role}'s tokenizer is not the cache's",
                 found=f"{_tokenizer(actual)} of {model.name}",

@@ -107,7 +107,8 @@ class PlannedRow:
     `teacher_prompt_ids` are what the teacher is asked with; None where that is `prompt_ids` in every row of the cache.
     `failed` is the reason why an earlier stage could not make the row: it becomes a failed row without an engine.
     `sampling_logprobs` and `cached_sampling_logprob` are of rows of a round; see `CachedRow`. `question` is what the
-    teacher is asked with, as text too.
+    teacher is asked with, as text too. `drops_thinking`: what the response has of it becomes part of the teacher's
+    prompt.
     """
 
     index: int
@@ -125,6 +126,7 @@ class PlannedRow:
     spans: Sequence[Sequence[int]] | None = None
     teacher_prompt_ids: Sequence[int] | None = None
     question: EncodedPrompt | None = None
+    drops_thinking: bool = False
 
     @property
     def asked_ids(self) -> Sequence[int]:

@@ -295,6 +295,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_all_turns_of_a_given_conversation_are_one_row": "cache-teacher: turns",
     },
     "distill/rows/test_spans.py": {"test_runs_on_spans": "train: turns"},
+    "teacher_cache/build/test_thinking.py": {
+        "test_dropped_thinking_is_the_teachers_alone": "cache-teacher: thinking",
+    },
+    "distill/student/test_students.py": {
+        "test_a_base_student_takes_the_teachers_eos": "init-student: eos_from_teacher",
+    },
     "evaluate/test_turns.py": {"test_a_model_is_asked_after_its_own_answers": "eval: turns"},
     "distill/student/test_importance.py": {"test_removing_silent_heads_keeps_the_logits": "init-student: heads"},
     "distill/test_alarms.py": {

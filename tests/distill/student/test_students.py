@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from support.toys import make_toy
-from transformers import GPT2Config
+from transformers import AutoTokenizer, GPT2Config
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.distill.options.student import InitStudentConfig
+from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.student.calibration import rows_of_cache
 from dpkd.distill.student.init import init_student
+from dpkd.distill.training import train
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 
@@ -208,6 +210,32 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(tmp_path: Path, toy_teac
     with pytest.raises(UserError, match=r"the checkpoint's tokenizer is not the teacher's: found .* \(600 tokens\)"):
         made(tmp_path / "s", toy_teacher, from_checkpoint=str(other_student))
     assert not (tmp_path / "s").exists()
+
+
+def test_a_base_student_takes_the_teachers_eos(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
+    """`--eos-from-teacher`: a tokenizer that differs in its EOS alone, as those of base models do."""
+    base = Path(shutil.copytree(toy_teacher, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|user|>"
+    tokenizer.save_pretrained(base)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((base / name).read_text()) | {"eos_token_id": tokenizer.eos_token_id}
+        (base / name).write_text(json.dumps(values))
+    except_for = r"tokenizer is the teacher's except for its EOS: found '<\|user\|>' of .*, expected '<\|end\|>' of .*"
+    with pytest.raises(UserError, match=except_for + r"`dpkd init-student --from .*base --eos-from-teacher`"):
+        made(tmp_path / "s", toy_teacher, from_checkpoint=str(base))
+    run = {"cache": str(toy_cache), "student": str(base), "out": tmp_path / "run", "steps": 1, "batch_size": 2}
+    with pytest.raises(UserError, match="the student's " + except_for + "--eos-from-teacher"):
+        train(TrainConfig(**run))
+    student = made(tmp_path / "s", toy_teacher, from_checkpoint=str(base), eos_from_teacher=True)
+    assert student.tokenizer.eos_token == "<|end|>"
+    assert student.stop_token_ids() == locate_model(str(toy_teacher), "teacher").stop_token_ids() == [0]
+    assert student.config.eos_token_id == 0
+    assert (student.path / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    train(TrainConfig(**run | {"student": str(student.path)}))
+    # one with the teacher's tokenizer is copied as without the option
+    same = made(tmp_path / "same", toy_teacher, from_checkpoint=str(toy_teacher), eos_from_teacher=True)
+    assert (same.path / "config.json").read_bytes() == (toy_teacher / "config.json").read_bytes()
 
 
 def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, other_student: Path, toy_cache: Path) -> None:
