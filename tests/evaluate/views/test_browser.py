@@ -185,6 +185,22 @@ def test_it_loads_without_a_complaint_and_asks_for_nothing(page: Driver, report:
     assert asked <= {report.as_uri(), "about:blank"}
 
 
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_to_mend(page: Driver, report: Path, mode: str, width: int) -> None:
+    """Roles, labels, contrast and order, with all sections open and an example shown."""
+    from axe_core_python.selenium import Axe
+
+    _show_on(page, width, 900, mode)
+    _open(page, report.as_uri() + "#example=row-1")
+    page.execute_script("for (const section of document.querySelectorAll('details')) section.open = true")
+    found = Axe().run(page)
+    assert found["passes"]
+    assert [f"{rule['id']}: {rule['nodes'][0]['html'][:200]}" for rule in found["violations"]] == []
+    page.execute_script("document.querySelector('main').append(new Image())")  # without a text for those who hear it
+    assert [rule["id"] for rule in Axe().run(page)["violations"]] == ["image-alt"]
+
+
 def test_a_request_that_the_page_would_make_is_stopped_by_its_policy(page: Driver) -> None:
     """The test above does not pass by accident: what a text injects is neither loaded nor run."""
     page.execute_script(
