@@ -30,6 +30,7 @@ from dpkd.pipelines.planning.text import plan_text
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
     from dpkd.pipelines.commands.options import PlanOptions
@@ -93,6 +94,8 @@ class _Pilot:
         """Time the step `number`, and leave a small copy of its output for later steps."""
         step = item.step
         if item.finished:
+            if isinstance(step.config, CacheConfig) and step.config.round is None:
+                self.cached_rows[step.out] = TeacherCache.open(step.out).manifest.counts["rows"]
             return StepCost(0.0)
         key = (step.command, step.variant or "", re.sub(r"\d+", "", step.output_name))
         if step.round and key in self.measured:
@@ -141,9 +144,8 @@ class _Pilot:
                 return [move(item) for item in value]
             if not isinstance(value, str):
                 return value
-            for out, copy in self.made.items():
-                if value == out or value.startswith(f"{out}/"):
-                    return copy + value.removeprefix(out)
+            for out, copy in self.made.items():  # also in NAME:PATH=WEIGHT
+                value = re.sub(rf"((?:^|(?<=:)){re.escape(out)}(?=$|[/=]))", lambda _, copy=copy: copy, value)
             return value
 
         values = move(step.config.model_dump(mode="json", exclude_unset=True))
@@ -169,7 +171,7 @@ class _Pilot:
             return StepCost(None, reason="its number of steps is unknown")
         given = item.step.config
         assert isinstance(given, TrainConfig)
-        num_rows = self.cached_rows.get(str(given.cache), 0)
+        num_rows = sum(self.cached_rows.get(choice.location, 0) for choice in given.caches)
         held_out = config.num_held_out(num_rows) if config.cache is not None else 0
         options: dict[str, Any] = {"steps": _STEPS, "epochs": None, "save_every": None, "tracker": "none"}
         options |= {"follow": False, "patience": None, "validate_every": None, "on_alarm": "warn"}

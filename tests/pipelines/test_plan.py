@@ -140,6 +140,16 @@ def test_the_command_prints_times_and_the_price(recipe: Path, toy_teacher: Path)
     assert "TFLOP" not in result.stdout
 
 
+def test_several_caches_with_weights_are_timed(recipe: Path) -> None:
+    _, cache, train = recipe.read_text().split("[[steps]]")[:3]
+    runs = recipe.parent / "runs"
+    other = cache.replace("runs/cache", "runs/other")
+    train = train.replace(f'"{runs}/cache"', f'["{runs}/cache=0.7", "b:{runs}/other=0.3"]')
+    recipe.write_text("[[steps]]".join(["", cache, other, train]))
+    _, costs = plan_recipe(str(recipe), {}, pilot_rows=4)
+    assert [cost.reason for cost in costs] == ["", "", ""]
+
+
 def test_validations_are_counted_in_steps() -> None:
     config = TrainConfig(cache="c", student="s", out=Path("o"), validate_every=10, batch_size=4)
     # before training and after each ten of 100 steps, 24 rows at a third of the cost of training on them
