@@ -69,6 +69,13 @@ def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
     The template is the one in its `dpkd.json`; of a checkpoint without that file, the one of its tokenizer.
     """
     cache.check_tokenizer(model, "model")
+    if cache.identities["logprobs"].get("responses") == "unknown":
+        raise UserError(
+            "the cache does not know how likely its responses are, so no model can be compared with its teacher",
+            found="logprobs.responses unknown",
+            where=cache.folder,
+            advice="Give another cache, or leave it out",
+        )
     expected = cache.identities["template"]
     actual = (
         model.trained_template() or PromptEncoder(model.tokenizer, expected["name"], expected.get("args")).identity()

@@ -7,7 +7,7 @@ that is no larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,9 @@ def spread_rows(cache: TeacherCache, limit: int) -> list[CachedRow]:
     return rows
 
 
-def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
+def measure_fidelity(
+    config: FidelityConfig, pilot: Callable[[FidelityConfig, TeacherCache], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Score rows of the cache with its live teacher and report how far they differ, as plain JSON.
 
     Keys: `cache` (location, fingerprint, teacher, tokenizer, engine, top-K, top mass, rows); `live` (engine, dtype);
@@ -62,7 +64,8 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
     `distributions` (None without), means over positions against transformers' full logits as `CutLoss` describes them,
     with `kl_grid` = `kl - kl_cut`; `bound` (None without), whether the largest error of a kept entry against the live
     engine is within half a step of the grid and the larger control (`holds`: None if the controls are too large to
-    tell); `size`, bytes of the whole cache.
+    tell); `size`, bytes of the whole cache; `pilot`, what the function of that name returns: a student's held-out KL at
+    each K. It trains, so a higher package gives it.
 
     Raises `UserError` if the teacher or its tokenizer is not the cache's.
     """
@@ -100,6 +103,7 @@ def measure_fidelity(config: FidelityConfig) -> dict[str, Any]:
         "distributions": loss and _loss_facts(loss),
         "bound": _bound(compared),
         "size": _size(cache),
+        "pilot": None if pilot is None else pilot(config, cache),
     }
 
 
@@ -277,7 +281,27 @@ def fidelity_table(report: dict[str, Any]) -> str:
             f"Largest error of a kept entry: {bound['max_error_nats']:.6f} nats. Bound: {bound['grid_nats']:.6f} (grid)"
             f" + {bound['noise_nats']:.6f} (controls): {_VERDICTS[bound['holds']]}.\n"
         )
+    if report["pilot"] is not None:
+        lines.append(_pilot_table(report["pilot"]))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _pilot_table(pilot: dict[str, Any]) -> str:
+    most = pilot["runs"][-1]["top_k"]
+    header = ("K in training", "held-out KL (nats), mean and spread", f"over K = {most}, same seeds")
+    rows = [
+        (
+            str(run["top_k"]),
+            f"{run['kl_mean']:.4f} ± {run['kl_spread']:.4f}",
+            "-" if run["top_k"] == most else f"{run['over_mean']:+.4f} ± {run['over_spread']:.4f}",
+        )
+        for run in pilot["runs"]
+    ]
+    return (
+        f"Copies of `{pilot['student']}`, {pilot['steps']} steps, {pilot['seeds']} seeds each, on {pilot['held_out']} "
+        f"held-out examples with all entries of the cache; before training {pilot['kl_before']:.4f}. The spread is the "
+        f"standard deviation over seeds.\n\n{markdown_table(header, rows)}"
+    )
 
 
 def _comparison_cells(comparison: dict[str, Any]) -> list[str]:

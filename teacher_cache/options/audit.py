@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.settings import DeviceName, Location, Settings
+from dpkd.core.settings import DeviceName, Location, Settings, split_commas
 from dpkd.teacher_cache.engines.engine import LocalEngineName
 
 
@@ -27,6 +27,31 @@ class FidelityConfig(Settings):
     )
     max_num_seqs: int = Field(64, ge=1, description="largest number of requests in a batch")
     as_json: bool = Field(False, description="print JSON instead of a table", json_schema_extra={"flag": "json"})
+    pilot: bool = Field(
+        False, description="also train --student a little at several K, and report its KL on held-out rows"
+    )
+    student: str | None = Field(None, description="with --pilot: student to train copies of")
+    pilot_k: tuple[int, ...] = Field(
+        (), description="with --pilot: entries per position to compare, such as 4,16,64; none: the cache's, 1/4, 1/16"
+    )
+    pilot_steps: int = Field(
+        60, ge=1, description="with --pilot: optimiser steps of each run, by the default objective"
+    )
+    pilot_learning_rate: float = Field(1e-4, gt=0, description="with --pilot: peak learning rate, as of dpkd train")
+    pilot_seeds: int = Field(3, ge=2, description="with --pilot: runs at each K; their spread is the noise")
+
+    @field_validator("pilot_k", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: object) -> object:
+        return split_commas(value)
+
+    @model_validator(mode="after")
+    def _pilot_has_a_student(self) -> Self:
+        if self.pilot != (self.student is not None):
+            raise ValueError("--pilot needs --student, and the other way round")
+        if any(k < 1 for k in self.pilot_k):
+            raise ValueError("--pilot-k must be 1 or more")
+        return self
 
 
 class InfoOptions(Settings):

@@ -395,6 +395,10 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_each_step_is_timed_and_nothing_is_left": "plan: recipe",
         "test_the_command_prints_times_and_the_price": "plan: pilot_rows price_per_hour set",
     },
+    "pipelines/test_pilot_of_k.py": {
+        "test_a_student_learns_more_from_more_entries": "cache fidelity: pilot student pilot_k pilot_steps pilot_seeds "
+        "pilot_learning_rate",
+    },
     "pipelines/recipe/test_recipe.py": {
         "test_a_dry_run_prints_the_plan_and_writes_nothing": "run: dry_run",
     },
