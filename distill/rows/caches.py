@@ -87,6 +87,8 @@ def open_caches(config: TrainConfig, student: ModelSource) -> tuple[RunCache, ..
             examples = frozenset().union(*(choose_held_out(of_cache, config) for of_cache in by_cache))
         found = [_with_rows(cache, config, examples) for cache in found]
     for run_cache in found:
+        if config.student_samples == "live":
+            run_cache.reader.check_one_teacher()
         finished, of_round = run_cache.finished, run_cache.student_round
         run_cache.reader.check_tokenizer(student, "student")
         used = [] if finished is None else used_shards(finished, of_round, config)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dpkd.evaluate.options.merge import MergeConfig
     from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, RepairOptions, VerifyOptions
     from dpkd.teacher_cache.options.cache import CacheConfig
+    from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
     from dpkd.teacher_cache.options.importing import ImportConfig
 
 
@@ -103,6 +104,20 @@ def verify(config: VerifyOptions) -> None:
 
     counts = verify_cache(config.location)
     print(f"{config.location}: sound: {counts['rows']} rows in {counts['shards']} shards, {counts['rounds']} rounds")
+
+
+def merge_caches(config: CacheMergeConfig) -> None:
+    from dpkd.teacher_cache.build.merging import merge_caches
+
+    merge_caches(config)
+    print(config.out)
+
+
+def filter_cache(config: CacheFilterConfig) -> None:
+    from dpkd.teacher_cache.build.filtering import filter_cache
+
+    filter_cache(config)
+    print(config.out)
 
 
 def repair(config: RepairOptions) -> None:

@@ -112,6 +112,14 @@ COMMANDS: dict[str, Command] = {
             "teacher_cache.options.audit:RepairOptions", f"{_CALLS}:repair",
         ),
         Command(
+            "cache merge", "Merge caches of one tokenizer into a new one.",
+            "teacher_cache.options.derive:CacheMergeConfig", f"{_CALLS}:merge_caches",
+        ),
+        Command(
+            "cache filter", "Make a new cache of some rows of another.",
+            "teacher_cache.options.derive:CacheFilterConfig", f"{_CALLS}:filter_cache",
+        ),
+        Command(
             "cache fidelity", "Compare a cache with its live teacher.",
             "teacher_cache.options.audit:FidelityConfig", f"{_CALLS}:compare_with_teacher",
         ),

@@ -171,8 +171,7 @@ class _Pilot:
             return StepCost(None, reason="its number of steps is unknown")
         given = item.step.config
         assert isinstance(given, TrainConfig)
-        num_rows = sum(self.cached_rows.get(choice.location, 0) for choice in given.caches)
-        held_out = config.num_held_out(num_rows) if config.cache is not None else 0
+        held_out = sum(config.num_held_out(self.cached_rows.get(choice.location, 0)) for choice in given.caches)
         options: dict[str, Any] = {"steps": _STEPS, "epochs": None, "save_every": None, "tracker": "none"}
         options |= {"follow": False, "patience": None, "validate_every": None, "on_alarm": "warn"}
         options |= {"validation_examples": min(2, held_out), "best_metric": "last"}

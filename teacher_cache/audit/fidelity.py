@@ -124,7 +124,7 @@ def _engine_options(
         device=config.device,
         max_num_seqs=config.max_num_seqs,
         top_mass=identities["logprobs"].get("top_mass"),
-        engine_args=identities["generation"].get("engine_args", {}) if engine == "vllm" else {},
+        engine_args=identities["generation"].get("engine_args") or {} if engine == "vllm" else {},
     )
 
 

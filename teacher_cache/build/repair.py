@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.cache import cache_identities, fill_cache, open_inputs
+from dpkd.teacher_cache.build.derived import DerivedCache, fill_derived
+from dpkd.teacher_cache.build.filtering import plan_filter
+from dpkd.teacher_cache.build.merging import plan_merge
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.folders import Folder, open_folder
 from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
@@ -80,13 +84,10 @@ def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
     job = RepairJob(cache.folder, cache.manifest, cache.bad, _settled(cache.manifest))
     if not cache.bad:
         return _without_bad(job)
-    config = _saved_options(cache.folder, location)
-    inputs = open_inputs(config)
-    _refuse_other(cache, cache_identities(config, inputs))
-    job.check_source = inputs.source.check_unchanged
+    fill = _filler(cache, job, location)
     with job.repairing():
         _say_bad(job)
-        fill_cache(config, inputs, inputs.plan.survey, job)
+        fill()
         remade = job.remade()
         changed = {path: record for path, record in remade.items() if record != job.bad[path]}
         for part in rounds:
@@ -96,6 +97,27 @@ def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
         job.replace_records(remade)
     cache.manifest = job.manifest
     return len(changed)
+
+
+def _filler(cache: _Part, job: RepairJob, location: str) -> Callable[[], None]:
+    """What makes the cache's bad shards again; raises `UserError` unless it is made of what the cache was made of."""
+    lineage = cache.manifest.identities.get("lineage")
+    if lineage is not None:
+        derived = _DERIVED[lineage["operation"]](_saved_values(cache.folder, location), cache.folder.where(_OPTIONS))
+        _refuse_other(cache, derived.identities)
+        return lambda: fill_derived(job, derived)
+    config = _saved_options(cache.folder, location)
+    inputs = open_inputs(config)
+    _refuse_other(cache, cache_identities(config, inputs))
+    job.check_source = inputs.source.check_unchanged
+    return lambda: fill_cache(config, inputs, inputs.plan.survey, job)
+
+
+#: how a cache that was made of others is planned again, by its operation, from the values of its saved options
+_DERIVED: dict[str, Callable[[dict[str, Any], str], DerivedCache]] = {
+    "merge": lambda values, where: plan_merge(CacheMergeConfig.parse(values, where=where)),
+    "filter": lambda values, where: plan_filter(CacheFilterConfig.parse(values, where=where))[0],
+}
 
 
 def _repair_round(part: _Part, cache: _Part, location: str) -> int:
@@ -134,6 +156,12 @@ def _say_bad(job: RepairJob) -> None:
 
 def _saved_options(folder: Folder, location: str) -> CacheConfig:
     """The options that the cache or round was built with, for the cache at `location`."""
+    where, values = folder.where(_OPTIONS), _saved_values(folder, location)
+    refuse_newer_fields(values, CacheConfig.model_fields, where)
+    return CacheConfig.parse(values, where=where)
+
+
+def _saved_values(folder: Folder, location: str) -> dict[str, Any]:
     where = folder.where(_OPTIONS)
     try:
         values: Mapping[str, Any] = tomllib.loads(folder.read(_OPTIONS).decode())
@@ -141,9 +169,8 @@ def _saved_options(folder: Folder, location: str) -> CacheConfig:
         raise _unusable("is missing", where) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _unusable(f"is not TOML: {error}", where) from None
-    refuse_newer_fields(values, CacheConfig.model_fields, where)
     say(f"bad shards are made again with the models, data and options of {where}")
-    return CacheConfig.parse({**values, "out": location}, where=where)
+    return {**values, "out": location}
 
 
 def _unusable(how: str, where: str) -> UserError:

@@ -11,6 +11,7 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
     """`config` with the options of the cache; raises `UserError` for one that is given and differs."""
+    cache.check_one_teacher()
     identities = cache.manifest.identities
     generation = identities["generation"]
     if config.data is not None:
@@ -45,7 +46,13 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
     # responses of other lengths or another temperature are not what training compares: only if someone asks for them
     drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
     given = {key: getattr(config, key) for key in drawn if key in config.model_fields_set}
-    if differing := [key for key, value in given.items() if value != drawn[key]]:
+    if unknown := [key for key, value in drawn.items() if value is None and key not in given]:
+        raise UserError(
+            f"the cache was merged from caches that differ in their {unknown[0]}, so a round does not know its own",
+            where=cache.folder,
+            advice=f"Give --{unknown[0].replace('_', '-')}",
+        )
+    if differing := [key for key, value in given.items() if drawn[key] not in (None, value)]:
         ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
         say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
     return _checked(config.model_copy(update=shared | drawn | given))

@@ -71,10 +71,15 @@ class CacheReader:
         return int(self.identities["teacher"]["vocab_size"])
 
     @property
-    def vocab_sizes(self) -> list[int]:
-        """Widths of the logits of all its teachers: one, but for a cache that was merged."""
+    def teachers(self) -> list[dict[str, Any]]:
+        """The identities of its teachers: one, but for a cache that was merged of caches of several."""
         teacher = self.identities["teacher"]
-        return sorted({int(one["vocab_size"]) for one in teacher.get("several", [teacher])})
+        return list(teacher.get("several", [teacher]))
+
+    @property
+    def vocab_sizes(self) -> list[int]:
+        """Widths of the logits of its teachers."""
+        return sorted({int(teacher["vocab_size"]) for teacher in self.teachers})
 
     @property
     def top_k(self) -> int:
@@ -125,6 +130,7 @@ class CacheReader:
     def check_teacher(self, model: ModelSource, *, advice: str) -> None:
         """Raise `UserError` unless `model` has the teacher's weights, or its config if the cache knows no weights."""
         expected = self.identities["teacher"]
+        self.check_one_teacher()
         if expected["config_sha256"] is None:
             raise UserError(
                 "nobody knows the weights of the cache's teacher, so no model can be compared with them",
@@ -143,6 +149,16 @@ class CacheReader:
                 expected=f"{expected[key][:_SHORT]} of {expected['name']}",
                 where=self.folder,
                 advice=advice,
+            )
+
+    def check_one_teacher(self) -> None:
+        """Raise `UserError` for a cache whose rows have several teachers, which no model can score."""
+        if len(self.teachers) > 1:
+            raise UserError(
+                "the rows of the cache have several teachers, and this needs the one that all of them have",
+                found=", ".join(str(teacher["name"]) for teacher in self.teachers),
+                where=self.folder,
+                advice="Give one of the caches that it was merged from",
             )
 
 

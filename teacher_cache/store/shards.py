@@ -141,7 +141,12 @@ def encode_shard(
 
 def read_shard(folder: Folder, record: ShardRecord) -> ShardRows:
     """Read, check and decode a shard; raises `UserError` if it is missing or corrupt."""
-    return ShardRows(_parse(check_shard(folder, record), folder.where(record.path)))
+    return ShardRows(read_table(folder, record))
+
+
+def read_table(folder: Folder, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a shard (of some `columns`), checked; raises `UserError` if the shard is missing or corrupt."""
+    return _parse(check_shard(folder, record), folder.where(record.path), columns)
 
 
 def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tuple[ShardRecord, ShardRows]]:
@@ -179,14 +184,15 @@ def check_shard(folder: Folder, record: ShardRecord) -> bytes:
 LEDGER = "ledger"
 
 
-def _parse(data: bytes, path: str) -> pa.Table:
+def _parse(data: bytes, path: str, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        parquet = pq.ParquetFile(pa.BufferReader(data))
+        table = parquet.read(columns=columns)
     except pa.ArrowInvalid as error:
         raise UserError(f"the shard is not a Parquet file: {error}", where=path) from None
-    if not is_row_schema(table.schema):
+    if not is_row_schema(parquet.schema_arrow):
         raise UserError(
-            "the shard has the wrong schema", found=table.schema.names, expected=ROW_SCHEMA.names, where=path
+            "the shard has the wrong schema", found=parquet.schema_arrow.names, expected=ROW_SCHEMA.names, where=path
         )
     return table
 

@@ -384,6 +384,13 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "pipelines/test_cli.py": {
         "test_info_as_json_has_the_main_facts": "cache verify: location",
     },
+    "teacher_cache/build/test_derived.py": {
+        "test_equal_keys_are_refused_renumbered_or_renamed": "cache merge: caches out duplicates",
+        "test_a_filtered_cache_is_the_cache_of_those_rows": "cache filter: cache out",
+        "test_exactly_the_rows_that_meet_the_rules_stay": (
+            "cache filter: min_tokens max_tokens finish_reason min_logprob where"
+        ),
+    },
     "teacher_cache/build/test_repair.py": {
         "test_one_bad_shard_costs_one_shard": "cache repair: location",
     },
