@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,11 +166,14 @@ def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
     phases, scored = [], []
     options = engine_options(config)
     with _opened(config, partial(open_filler, inputs.engine, inputs.teacher, options, config)) as measure:
-        for part, num_rows in survey.in_order():
-            drawn = sampling(config, inputs.teacher.stop_token_ids()) if part.origin == "teacher" else None
-            label = ("teacher responses" if drawn else "teacher scores of references") + part.note
+        parts = [part for part, _ in survey.in_order()]
+        for origin, num_rows in survey.by_origin().items():
+            drawn = sampling(config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
+            label = "teacher responses" if drawn else "teacher scores of references"
             # answers to earlier turns are not known yet: their places are empty in the pilot's prompts
-            rows = inputs.plan.rows(part, lambda name, sample: "")
+            rows = chain.from_iterable(
+                inputs.plan.rows(part, lambda name, sample: "") for part in parts if part.origin == origin
+            )
             phase, run = measure(label, rows, num_rows, drawn)
             phases.append(phase)
             scored.append((run, num_rows))

@@ -122,7 +122,7 @@ def run_pilot(
         )
     prompts_N, responses_N = (
         np.array([len(ids or ()) for ids in lists])
-        for lists in ((row.prompt_ids for row in done), (row.response_ids for row in done))
+        for lists in ((row.asked_ids for row in done), (row.response_ids for row in done))
     )
     return PilotRun(done, groups, num_bytes, prompts_N, responses_N)
 

@@ -17,6 +17,7 @@ from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.fidelity import measure_fidelity
 from dpkd.teacher_cache.audit.verify import row_problems, verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.build.cost import estimate_cost
 from dpkd.teacher_cache.options.audit import FidelityConfig
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
@@ -249,3 +250,14 @@ def test_a_conversation_that_is_too_long_keeps_the_turns_that_fit(tmp_path: Path
     cache = build(tmp_path / "cache", models[0], data, responses="reference", turns="all", max_prompt_tokens=most)
     assert rows_of(cache)["two"].response_ids.tolist() == whole.by_span()[0].response_ids.tolist()
     assert any(row["reason"].startswith("the last 1 of 2 turns do not fit") for row in cache.manifest.skipped)
+
+
+def test_the_cost_of_turns_is_that_of_all_their_rows(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    data = write(tmp_path / "data.jsonl", conversations())
+    config = CacheConfig(
+        out=str(tmp_path / "cache"), teacher=str(models[0]), data=str(data), turns="all", engine="transformers",
+        template="chat", device="cpu", max_new_tokens=4, max_prompt_tokens=400, pilot_rows=6,
+    )  # fmt: skip
+    cost = estimate_cost(config)
+    assert cost.num_rows == 8
+    assert not (tmp_path / "cache").exists()
