@@ -256,7 +256,7 @@ def test_the_cost_of_turns_is_that_of_all_their_rows(tmp_path: Path, models: tup
     data = write(tmp_path / "data.jsonl", conversations())
     config = CacheConfig(
         out=str(tmp_path / "cache"), teacher=str(models[0]), data=str(data), turns="all", engine="transformers",
-        template="chat", device="cpu", max_new_tokens=4, max_prompt_tokens=400, pilot_rows=6,
+        template="chat", device="cpu", max_new_tokens=4, max_prompt_tokens=400, dry_run=True, pilot_rows=6,
     )  # fmt: skip
     cost = estimate_cost(config)
     assert cost.num_rows == 8
