@@ -147,12 +147,13 @@ def pilot_of_k(config: FidelityConfig, cache: TeacherCache) -> dict[str, Any]:
         for k in ks:
             say(f"pilot: {config.student} at K = {k}, seed {seed}")
             with tempfile.TemporaryDirectory(prefix="dpkd-pilot-") as directory:
-                options = TrainConfig(
-                    cache=str(cache.folder), student=config.student, out=Path(directory) / "run", top_k=k,
-                    steps=config.pilot_steps, learning_rate=config.pilot_learning_rate, seed=seed,
-                    validation_examples=num, validate_every=config.pilot_steps, best_metric="last", save_every=None,
-                    tracker="none", device=config.device,
-                )  # fmt: skip
+                chosen = {
+                    "cache": str(cache.folder), "student": config.student, "out": Path(directory) / "run", "top_k": k,
+                    "steps": config.pilot_steps, "learning_rate": config.pilot_learning_rate, "seed": seed,
+                    "validation_examples": num, "validate_every": config.pilot_steps, "best_metric": "last",
+                    "save_every": None, "tracker": "none", "device": config.device,
+                }  # fmt: skip
+                options = TrainConfig.parse(chosen, where="the pilot")
                 if k == ks[0]:
                     before.append(_held_out_kl(config.student, cache, options))
                 kl[k].append(_held_out_kl(str(train(options)), cache, options))
@@ -177,6 +178,6 @@ def _held_out_kl(model_dir: str, cache: TeacherCache, options: TrainConfig) -> f
     assert held_out is not None  # `options` asks for some
     rows = [held_out.row(group, i) for group, size in enumerate(held_out.group_sizes) for i in range(size)]
     student, device = locate_model(model_dir, "student"), choose_device(options.device)
-    model = student.load("float32").to(device)
-    values = batch_measures(student, model, batches_of(rows, device, with_distributions=True), len(rows))
+    model: Any = student.load("float32")
+    values = batch_measures(student, model.to(device), batches_of(rows, device, with_distributions=True), len(rows))
     return float(values["kld"].sum() / values["tokens"].sum())

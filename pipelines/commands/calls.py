@@ -84,10 +84,12 @@ def judge_answers(config: JudgeConfig) -> int:
 def compare_with_teacher(config: FidelityConfig) -> None:
     from dpkd.teacher_cache.audit.fidelity import fidelity_table, measure_fidelity
 
-    pilot = None
     if config.pilot:
-        from dpkd.pipelines.bridges import pilot_of_k as pilot
-    report = measure_fidelity(config, pilot)
+        from dpkd.pipelines.bridges import pilot_of_k
+
+        report = measure_fidelity(config, pilot_of_k)
+    else:
+        report = measure_fidelity(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.as_json else fidelity_table(report))
 
 

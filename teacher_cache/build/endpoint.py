@@ -12,7 +12,7 @@ from dpkd.teacher_cache.build.filling import Filler, engine_filler
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.engines.openai.engine import OpenAIEngine
 from dpkd.teacher_cache.store.job import ANSWERS, read_job
-from dpkd.teacher_cache.store.manifest import MANIFEST, read_manifest
+from dpkd.teacher_cache.store.manifest import MANIFEST, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class EndpointTeacher:
 def _known(folder: Folder) -> dict[str, Any] | None:
     """What an earlier run in `folder` measured of the endpoint; None for a new folder, and for one of another job."""
     if folder.exists(MANIFEST):
-        identities = read_manifest(folder, CACHE_KIND).identities
+        identities = load_manifest(folder, CACHE_KIND).identities
     elif (job := read_job(folder)) is not None:
         identities = job["identities"]
     else:

@@ -49,7 +49,10 @@ class TokenTable:
             token_id = int(match[1])
             return token_id if token_id in self._bytes else None
         if data is not None:
-            raw = bytes(data)
+            try:
+                raw = bytes(data)
+            except (TypeError, ValueError):  # what the endpoint sent is no bytes
+                return None
         elif match := _ESCAPED.fullmatch(token):
             raw = bytes.fromhex(match[1].replace("\\x", ""))
         else:
@@ -66,7 +69,7 @@ class TokenTable:
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
     if tokenizer.is_fast:
-        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {})
+        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}, ensure_ascii=False)
         if '"ByteLevel"' in decoder:
             return _ByteLevel()
         if '"ByteFallback"' in decoder or "▁" in decoder:

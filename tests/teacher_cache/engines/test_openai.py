@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import dpkd
+from support.commands import Command, dpkd
 from support.judge_endpoints import Answer, failure
 from support.openai_endpoint import check_values, end_is_unknown, rows_of, serving_toy
 
@@ -47,6 +47,7 @@ def test_the_cache_has_the_models_values(
         asked = len(endpoint.bodies)
         rows = rows_of(out)
         check_values(toy, rows, top_k, chat=api == "chat")
+        assert endpoint.most_open > 1
     assert not manifest.failed
     assert len(rows) == 8
     # characters that are split over tokens came through: most of the toy's tokens are single bytes
@@ -133,6 +134,7 @@ def test_a_rate_limit_pauses_all_requests(toy_teacher: Path, toy_data: Path, tmp
 
     with serving_toy(toy_teacher, before=before) as (_, endpoint):
         build_cache(CacheConfig(**options(endpoint.url, toy_teacher, toy_data, tmp_path / "out", max_num_seqs=1)))
+        assert endpoint.most_open == 1
     assert times[1] - times[0] > 0.9
 
 
@@ -409,3 +411,70 @@ def test_a_saved_config_has_no_key_and_asks_for_the_same(toy_teacher: Path, toy_
         result = dpkd("cache-teacher", "--config", tmp_path / "cache" / "dpkd.toml")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["identities"]["logprobs"]["top_k"] == 5
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_conversations_and_what_only_the_teacher_sees(
+    api: str, toy_teacher: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    ask = [{"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}]
+    hint = [{"role": "system", "content": "The answer is 7."}, {"role": "user", "content": "What?"}]
+    talks, hints = (
+        write_rows([{"messages": ask}], "talks.jsonl"),
+        write_rows([{"messages": hint[1:], "teacher_messages": hint}], "hints.jsonl"),
+    )
+    with serving_toy(toy_teacher) as (toy, endpoint):
+        more = {"teacher_api": api, "turns": "all"}
+        build_cache(CacheConfig(**options(endpoint.url, toy_teacher, talks, tmp_path / "talks", **more)))
+        first, second = rows_of(tmp_path / "talks")
+        check_values(toy, [first, second], 5, chat=api == "chat")
+        # the second question comes after the teacher's own answer to the first
+        answer = toy.tokenizer.decode(first.response_ids, skip_special_tokens=True)
+        turns = [ask[0], {"role": "assistant", "content": answer}, ask[1]]
+        if api == "chat":
+            assert endpoint.bodies[-1]["messages"] == turns
+        else:
+            assert endpoint.bodies[-1]["prompt"] == second.prompt_ids.tolist()
+        build_cache(CacheConfig(**options(endpoint.url, toy_teacher, hints, tmp_path / "hints", teacher_api=api)))
+        (row,) = rows_of(tmp_path / "hints")
+        asked = row.asked_ids.tolist()
+        assert asked == toy.tokenizer.apply_chat_template(hint, add_generation_prompt=True)["input_ids"]
+        assert endpoint.bodies[-1].get("messages", asked) == (hint if api == "chat" else asked)
+    verify_cache(tmp_path / "talks")
+    verify_cache(tmp_path / "hints")
+
+
+def test_a_lost_shard_is_asked_for_again(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    with serving_toy(toy_teacher) as (_, endpoint):
+        before = build_cache(CacheConfig(**options(endpoint.url, toy_teacher, toy_data, out)))
+        (out / before.shards[1].path).unlink()
+        endpoint.bodies.clear()
+        result = dpkd("cache", "repair", out)
+        assert result.returncode == 0, result.stderr
+        assert sum(body["max_tokens"] == NEW_TOKENS for body in endpoint.bodies) == 3
+    assert [shard.sha256 for shard in TeacherCache.open(out).manifest.shards] == [
+        shard.sha256 for shard in before.shards
+    ]
+
+
+def test_a_killed_job_pays_for_no_answer_twice(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+
+    def before(body: dict[str, Any]) -> None:
+        time.sleep(0.3 if body["max_tokens"] == NEW_TOKENS else 0)
+
+    with serving_toy(toy_teacher, before=before) as (_, endpoint):
+        given = flags(options(endpoint.url, toy_teacher, toy_data, out, max_num_seqs=1, rows_per_shard=8))
+        job, deadline_s = Command("cache-teacher", *given), time.monotonic() + 120
+        while len(list(out.glob("answers/*.gz"))) < 4:
+            assert job.poll() is None, job.stderr
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        job.kill()
+        assert not list(out.glob("shards/*"))
+        assert dpkd("cache-teacher", *given).returncode == 0
+        asked = sum(body["max_tokens"] == NEW_TOKENS for body in endpoint.bodies)
+    assert asked in (8, 9)  # the one in flight is lost
+    assert len(rows_of(out)) == 8
+    assert not (out / "answers").exists()
