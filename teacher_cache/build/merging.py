@@ -200,9 +200,8 @@ def _merged(identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
         del logprobs["top_mass"]
     generation = _common([one["generation"] for one in identities])
     for key in _LIMITS:
-        generation[key] = max(one["generation"].get(key) or 0 for one in identities) or None
-    if generation["responses"] is None:
-        generation["responses"] = "both"
+        generation[key] = max(int(one["generation"][key]) for one in identities)
+    generation["responses"] = generation["responses"] or "both"
     return {
         "teacher": _merged_teacher([one["teacher"] for one in identities]),
         "tokenizer": identities[0]["tokenizer"],

@@ -393,6 +393,26 @@ def test_caches_of_two_tokenizers_or_templates_are_refused(
         open_run(config(Path("out"), [str(toy_cache), str(narrow)], toy_student, top_k=12))
 
 
+def test_every_cache_is_verified_before_the_first_step(
+    tmp_path: Path, toy_cache: Path, other_cache: Path, toy_student: Path
+) -> None:
+    damaged = Path(shutil.copytree(other_cache, tmp_path / "damaged"))
+    shard = sorted((damaged / "shards").iterdir())[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=rf"checksum mismatch.*{shard.name}"):
+        train(config(tmp_path / "run", [f"{toy_cache}=1", f"{damaged}=1"], toy_student))
+    said = dpkd(
+        "train", "--cache", f"{toy_cache}=0", "--cache", f"{other_cache}=0", "--student", toy_student, "--out",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert said.returncode == 2
+    assert said.stderr.count("\n") == 1
+    assert "--cache: the weights sum to 0, found toy=0, zoo=0: give one of them a weight above 0" in said.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_takes_the_option_several_times(
     tmp_path: Path, toy_cache: Path, other_cache: Path, toy_student: Path
 ) -> None:

@@ -311,6 +311,49 @@ def test_filters_that_cannot_be(tmp_path: Path, parts: dict[str, Path], rules: d
     assert not (tmp_path / "out").exists()
 
 
+def test_every_command_reads_the_new_caches(
+    tmp_path: Path, parts: dict[str, Path], toy_teacher: Path, toy_student: Path
+) -> None:
+    merged([parts["first"], parts["second"]], tmp_path / "both")
+    kept = tmp_path / "kept"
+    said = dpkd("cache", "filter", tmp_path / "both", "--out", kept, "--where", "origin == teacher")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip() == str(kept)
+    for arguments, found in (
+        (("cache", "verify", kept), "sound: 20 rows"),
+        (("cache", "info", kept), "operation: filter"),
+        (("cache", "fidelity", "--cache", kept, "--teacher", toy_teacher, "--limit", 4), "cached"),
+        (("init-student", "--teacher", toy_teacher, "--cache", kept, "--layers", 1, "--out", tmp_path / "s"), ""),
+        (
+            (
+                *("eval", "--model", f"m={toy_student}", "--data", f"d={parts['second']}.jsonl", "--cache", kept),
+                *("--out", tmp_path / "report", "--template", "chat", "--max-new-tokens", 4, "--seeds", 10),
+                *("--engine", "transformers"),
+            ),
+            "report:",
+        ),
+    ):
+        said = dpkd(*arguments)
+        assert said.returncode == 0, said.stderr
+        assert found in said.stdout
+    assert "7 prompts are also in the cache" in said.stderr
+
+
+def test_caches_in_an_object_store(tmp_path: Path, parts: dict[str, Path]) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(parts["first"]), "/derived/first", recursive=True)
+    try:
+        filter_cache(CacheFilterConfig(cache="memory://derived/first", out="memory://derived/kept", max_tokens=20))
+        local = filtered(parts["first"], tmp_path / "kept", max_tokens=20)
+        remote = TeacherCache.open("memory://derived/kept")
+        assert remote.fingerprint == local.fingerprint
+        assert remote.manifest.shards == local.manifest.shards
+    finally:
+        memory.rm("/derived", recursive=True)
+
+
 # crashes
 
 
