@@ -64,7 +64,7 @@ def main() -> None:
         options = engine_options(config)
         # as many concurrent requests as the engine in this process
         arguments = ["--max-num-seqs", str(given.max_num_seqs)]
-        server = running.enter_context(VllmServer(model.path, arguments=arguments, environment=unbound))
+        server = running.enter_context(VllmServer(model.path, arguments=arguments, environment=unbound, forked=False))
         watched = {"job": psutil.Process(), "http": psutil.Process().children()[0]}
         engines = {
             "server": running.enter_context(open_engine("server", model, replace(options, server_urls=(server.url,)))),

@@ -6,11 +6,12 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write_toy_data
+from support.vllm_servers import VllmServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # toy models are too small for several threads, and threads that wait for each other stall on a busy machine
@@ -76,6 +77,21 @@ def teacher_dir() -> Path:
     if not (directory / "config.json").is_file():
         pytest.fail(f"{directory} is not there: run the tests with `bash scripts/test.sh`")
     return directory
+
+
+@pytest.fixture(scope="session")
+def shared_server(toy_teacher: Path) -> Iterator[VllmServer]:
+    server = VllmServer(toy_teacher)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def toy_server(shared_server: VllmServer) -> VllmServer:
+    """A vLLM server with the toy teacher, one for all files; a test may kill it."""
+    shared_server.start()
+    shared_server.wait()
+    return shared_server
 
 
 @pytest.fixture(scope="session")

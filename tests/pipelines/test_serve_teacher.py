@@ -6,15 +6,14 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from support.commands import Command, dpkd, free_port
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
@@ -24,30 +23,31 @@ from dpkd.teacher_cache.options.serve import ServeConfig
 from dpkd.teacher_cache.serve import serve_teacher, server_command
 from dpkd.teacher_cache.store.reader import TeacherCache
 
-DPKD = [sys.executable, "-m", "dpkd.pipelines.cli", "serve-teacher"]
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def environment() -> dict[str, str]:
-    # an engine in this process leaves settings of its own in the environment
-    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+@pytest.fixture(autouse=True)
+def settings_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in this process leaves settings of its own in the environment."""
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)
 
 
 @contextlib.contextmanager
-def serving(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [*DPKD, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+def serving(*arguments: object, **environment: str) -> Iterator[Command]:
+    process = Command("serve-teacher", *arguments, environment=environment)
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
+
+
+def wait_for(text: Callable[[], str], process: Command) -> str:
+    """The first line of what the process has printed, once it is whole."""
+    deadline_s = time.monotonic() + 240
+    while "\n" not in text():
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    return text().splitlines(keepends=True)[0]
 
 
 def option(command: list[str], name: str) -> str:
@@ -58,10 +58,8 @@ def option(command: list[str], name: str) -> str:
 def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     port, log = free_port(), tmp_path / "log" / "server.log"
     with serving("--cache", toy_cache, "--port", port, "--log", log) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        line = process.stdout.readline()
-        assert line == f"toy-teacher answers at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+        answers = f"toy-teacher answers at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+        assert wait_for(lambda: process.stdout, process) == answers
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         assert len(family) >= 2
         cache, student = TeacherCache.open(toy_cache), locate_model(str(toy_student), "student")
@@ -73,9 +71,9 @@ def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Pa
         assert scored.distributions is not None
         assert scored.distributions.counts_T.tolist() == [16] * len(row.response_ids)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert stdout == ""
+        returncode, stdout, stderr = process.finish(60)
+        assert returncode == 130
+        assert stdout == answers
         assert stderr.splitlines()[0].startswith("starting vLLM with the teacher ")
         assert stderr.splitlines()[-1].startswith("interrupted")
         assert "Traceback" not in stderr
@@ -88,13 +86,12 @@ def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Pa
 @pytest.mark.engine
 def test_a_start_can_be_given_up(toy_cache: Path) -> None:
     with serving("--cache", toy_cache, "--port", free_port()) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("starting vLLM with the teacher ")
+        assert wait_for(lambda: process.stderr, process).startswith("starting vLLM with the teacher ")
         while not (family := psutil.Process(process.pid).children(recursive=True)):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+        returncode, stdout, stderr = process.finish(60)
+    assert returncode == 130
     assert stdout == ""
     assert "dpkd failed" not in stderr
     assert not psutil.wait_procs(family, timeout=10)[1]
@@ -105,8 +102,8 @@ def test_a_server_that_cannot_start_is_a_clear_error(tmp_path: Path, toy_cache: 
     log = tmp_path / "server.log"
     arguments = ("--cache", toy_cache, "--port", free_port(), "--log", log)
     with serving(*arguments, "--engine-arg", "quantization=no-such-method") as process:
-        stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 2
+        returncode, stdout, stderr = process.finish()
+    assert returncode == 2
     assert stdout == ""
     last = stderr.splitlines()[-1]
     assert last.startswith("error: the server stopped before it answered: ")
@@ -117,12 +114,12 @@ def test_a_server_that_cannot_start_is_a_clear_error(tmp_path: Path, toy_cache: 
 
 @pytest.mark.engine
 def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
-    with serving("--cache", toy_cache, "--port", free_port()) as process:
-        assert process.stdout is not None
-        assert "answers at" in process.stdout.readline()
+    # one process fewer than by default: the engine computes in its own
+    with serving("--cache", toy_cache, "--port", free_port(), VLLM_ENABLE_V1_MULTIPROCESSING="0") as process:
+        assert "answers at" in wait_for(lambda: process.stdout, process)
         psutil.Process(process.pid).children()[0].kill()
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
+        returncode, _, stderr = process.finish(60)
+    assert returncode == 2
     last = stderr.splitlines()[-1]
     assert last == "error: the server has stopped: found status -9. Its output is above"
 
@@ -146,9 +143,7 @@ def test_a_taken_port_is_one_clear_line(toy_cache: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
         started_s = time.monotonic()
-        result = subprocess.run(
-            [*DPKD, "--cache", str(toy_cache), "--port", str(port)], capture_output=True, text=True, check=False
-        )
+        result = dpkd("serve-teacher", "--cache", toy_cache, "--port", port)
         assert result.returncode == 2
         assert result.stderr.startswith(f"error: the port is in use: found 127.0.0.1:{port}")
         assert time.monotonic() - started_s < 60

@@ -7,18 +7,32 @@ interrupts a command starts a `Command`, which is forked from a server that has 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["dpkd.distill.training", "dpkd.evaluate.evaluation", "dpkd.pipelines.cli", "transformers.models.llama"]
+#: vLLM is here too: its import takes longer than what most tests do with it
+PRELOAD = [
+    "dpkd.distill.training",
+    "dpkd.evaluate.evaluation",
+    "dpkd.pipelines.cli",
+    "transformers.models.llama",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+]
 
 
 class Result(NamedTuple):
@@ -43,12 +57,32 @@ def dpkd(*arguments: object) -> Result:
     return Result(returncode, stdout.getvalue(), stderr.getvalue())
 
 
-def _main(environment: Mapping[str, str], words: list[str], output: Path) -> None:
+def fork(main: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that runs `main`, forked from the server that has imported the libraries; its environment is the
+    server's, its output this process's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    before = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # vLLM sets its log up while it is imported
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["VLLM_LOGGING_LEVEL"]
+    process = context.Process(target=main, args=arguments)
+    process.start()
+    return process
+
+
+def enter(environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """Give this forked process its environment, and files for its output, which it appends to."""
     os.environ.clear()
     os.environ.update(environment)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        with (output / name).open("w") as file:
+    for number, path in ((1, stdout), (2, stderr)):
+        with path.open("a") as file:
             os.dup2(file.fileno(), number)
+
+
+def _main(environment: Mapping[str, str], words: list[str], output: Path) -> None:
+    enter(environment, output / "stdout", output / "stderr")
     sys.argv = ["dpkd", *words]
     from dpkd.pipelines.cli import main
 
@@ -59,12 +93,9 @@ class Command:
     """`dpkd ARGUMENTS` in a process of its own. `environment` is added to that of the tests."""
 
     def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._output = Path(tempfile.mkdtemp(prefix="dpkd-test-"))
         words, environment = list(map(str, arguments)), dict(os.environ) | dict(environment or {})
-        self._process = context.Process(target=_main, args=(environment, words, self._output))
-        self._process.start()
+        self._process = fork(_main, environment, words, self._output)
 
     @property
     def pid(self) -> int:

@@ -54,12 +54,6 @@ MAX_NEW_TOKENS = 12  # the toy cache's own
 STEPS = 7
 
 
-@pytest.fixture(scope="module")
-def server(toy_teacher: Path) -> Iterator[VllmServer]:
-    with VllmServer(toy_teacher) as running:
-        yield running
-
-
 class Gate:
     """A way to the server that can be shut: connections end, and new ones are refused."""
 
@@ -97,8 +91,8 @@ class Gate:
 
 
 @pytest.fixture
-def gate(server: VllmServer) -> Iterator[Gate]:
-    gate = Gate(server.port)
+def gate(toy_server: VllmServer) -> Iterator[Gate]:
+    gate = Gate(toy_server.port)
     yield gate
     gate.shut()
 
@@ -157,10 +151,10 @@ class Loop:
 
 
 @pytest.fixture
-def loop(tmp_path: Path, server: VllmServer, toy_cache: Path, toy_student: Path) -> Callable[..., Loop]:
+def loop(tmp_path: Path, toy_server: VllmServer, toy_cache: Path, toy_student: Path) -> Callable[..., Loop]:
     """A loop with the given training options; `run` names its directory."""
 
-    def make(run: str = "run", url: str = server.url, **options: Any) -> Loop:
+    def make(run: str = "run", url: str = toy_server.url, **options: Any) -> Loop:
         fields = {name: options.pop(name) for name in ("patience_s", "steps", "rank", "ranks") if name in options}
         config = TrainConfig(
             validation_examples=0,
@@ -348,14 +342,14 @@ def test_two_processes_share_the_rows(loop: Callable[..., Loop]) -> None:
         assert ids_of(rejected(one[step]))[1::2] == ids_of(rejected(halves[1][step]))
 
 
-def test_a_server_that_dies_and_comes_back_costs_no_sample(loop: Callable[..., Loop], server: VllmServer) -> None:
+def test_a_server_that_dies_and_comes_back_costs_no_sample(loop: Callable[..., Loop], toy_server: VllmServer) -> None:
     expected = [rejected(rows) for rows in loop("expected").run()]
     trainer = loop("broken", patience_s=200)
     live = trainer.open()
     try:
         found = [rejected(trainer.take(live, step)) for step in range(2)]
-        server.kill()
-        restart = threading.Timer(2.0, server.start)
+        toy_server.kill()
+        restart = threading.Timer(2.0, toy_server.start)
         restart.start()
         found += [rejected(trainer.take(live, step)) for step in range(2, STEPS)]
         restart.join()
@@ -499,7 +493,7 @@ def test_a_vllm_sampler_draws_with_the_newest_weights(loop: Callable[..., Loop])
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_killed_run_learns_from_the_same_samples(
-    tmp_path: Path, toy_cache: Path, toy_student: Path, server: VllmServer, staleness: int
+    tmp_path: Path, toy_cache: Path, toy_student: Path, toy_server: VllmServer, staleness: int
 ) -> None:
     options = tmp_path / "train.toml"
     options.write_text(f"staleness = {staleness}\nsave_every = 2\n")
@@ -507,7 +501,7 @@ def test_a_killed_run_learns_from_the_same_samples(
     def start(out: Path) -> Command:
         return Command(
             "train", "--cache", toy_cache, "--student", toy_student, "--out", out, "--level", "sequence",
-            "--student-samples", "live", "--teacher-url", server.url, "--steps", 8, "--batch-size", 4,
+            "--student-samples", "live", "--teacher-url", toy_server.url, "--steps", 8, "--batch-size", 4,
             "--device", "cpu", "--config", options, "--learning-rate", 1e-3,
         )  # fmt: skip
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from dpkd.distill.training import train
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def url(toy_teacher: Path) -> Iterator[str]:
-    with VllmServer(toy_teacher) as running:
-        yield running.url
+@pytest.fixture
+def url(toy_server: VllmServer) -> str:
+    return toy_server.url
 
 
 DEFAULTS: dict[str, Any] = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.commands import Command, dpkd
 from support.judge_endpoints import Endpoint, counting
 from support.toys import ROOT
 from support.vllm_servers import VllmServer
@@ -114,8 +113,8 @@ def test_pairs_are_asked_about_in_both_orders(options: dict[str, Any]) -> None:
 
 def test_nonsense_is_unparsable_and_counted(endpoint: Endpoint, options: dict[str, Any], tmp_path: Path) -> None:
     before = len(endpoint.bodies)
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "judge", *flags(options | {"limit": 2, "reask": True})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["judge", *flags(options | {"limit": 2, "reask": True})]
+    done = dpkd(*command)
     assert done.returncode == 0, done.stderr
     assert len(endpoint.bodies) - before == 8  # each question twice
     assert "| `a` | 2 | 2 | 100.0 | " in done.stdout
@@ -123,7 +122,8 @@ def test_nonsense_is_unparsable_and_counted(endpoint: Endpoint, options: dict[st
     report = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert report["models"]["a"]["data"]["d"]["grade"] == {"mean": None, "low": None, "high": None}
     assert report["unparsable"]["a"]["num_asked_again"] == 2
-    again = subprocess.run([*command, "--estimate"], capture_output=True, text=True, check=True)
+    again = dpkd(*command, "--estimate")
+    assert again.returncode == 0, again.stderr
     assert "questions: 4, 0 of them still to ask" in again.stdout
 
 
@@ -132,8 +132,7 @@ def test_a_prompt_over_the_servers_length_fails(options: dict[str, Any], tmp_pat
         "".join(json.dumps({"prediction": "word " * (2000 if n == 1 else 1)}) + "\n" for n in range(NUM_ROWS))
     )
     given = options | {"limit": 3, "extra_body": held_to("score")}
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "judge", *flags(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = dpkd("judge", *flags(given))
     assert done.returncode == 3, done.stderr
     report = json.loads((tmp_path / "out" / "judge.json").read_text())
     (refused,) = report["refused"]
@@ -143,8 +142,7 @@ def test_a_prompt_over_the_servers_length_fails(options: dict[str, Any], tmp_pat
 
 
 def test_a_model_that_the_server_does_not_have(options: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "judge", *flags(options | {"judge_model": "gpt-9"})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = dpkd("judge", *flags(options | {"judge_model": "gpt-9"}))
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: there is no judge at this address: found HTTP 404: The model `gpt-9` does not exist")
@@ -155,19 +153,19 @@ def test_a_killed_judging_asks_only_for_what_is_missing(
 ) -> None:
     given = options | {"extra_body": held_to("score"), "concurrency": 2}
     before = len(endpoint.bodies)
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "judge", *flags(given)]
+    command = ["judge", *flags(given)]
     verdicts = tmp_path / "out" / "verdicts.jsonl"
     kept: list[bytes] = []
     for how, more in ((signal.SIGKILL, 3), (signal.SIGTERM, 3), (signal.SIGINT, 2)):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        process = Command(*command)
         deadline_s = time.monotonic() + 60
         while not verdicts.exists() or verdicts.read_bytes().count(b"\n") < len(kept) + 1 + more:
-            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert process.poll() is None, process.stderr
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
         process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == (-how if how == signal.SIGKILL else 130), errors
+        returncode, _, errors = process.finish(60)
+        assert returncode == (-how if how == signal.SIGKILL else 130), errors
         assert "Traceback" not in errors
         assert not (tmp_path / "out" / "judge.json").exists()
         lines = verdicts.read_bytes().splitlines()[1:]
@@ -176,7 +174,8 @@ def test_a_killed_judging_asks_only_for_what_is_missing(
     assert "run the same command again to resume" in errors
     assert len(kept) < 2 * NUM_ROWS
     num_before_last = len(endpoint.bodies)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = dpkd(*command)
+    assert done.returncode == 0, done.stderr
     assert f"{2 * NUM_ROWS - len(kept)} of {2 * NUM_ROWS} questions" in done.stderr
     assert len(endpoint.bodies) - num_before_last == 2 * NUM_ROWS - len(kept)
     # only the two under way at each kill are asked again, if at all

@@ -55,15 +55,15 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(toy_teacher: Path, other_student: Path) -> Iterator[Servers]:
+def servers(shared_server: VllmServer, toy_teacher: Path, other_student: Path) -> Iterator[Servers]:
     found = Servers(
-        VllmServer(toy_teacher),
+        shared_server,
         # takes two requests at a time and answers 503 to more; two names, so that one has to be chosen
         VllmServer(toy_teacher, arguments=["--max-num-queued-reqs", "2", "--served-model-name", "first", "second"]),
         VllmServer(other_student, arguments=["--logprobs-mode", "processed_logprobs"], environment={KEY_VARIABLE: KEY}),
     )
     with contextlib.ExitStack() as stack:
-        for server in (found.one, found.two, found.odd):
+        for server in (found.two, found.odd):
             stack.callback(server.close)
         found.one.start()
         found.two.start()
