@@ -139,6 +139,7 @@ class Command:
 
 
 def free_port() -> int:
+    """A port of the loopback address that is free now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from support.commands import enter, fork
+from support.commands import enter, fork, free_port
 
 # a seeded request in chunked prefill crashes the CPU build, hence no chunks
 ARGUMENTS = [
@@ -48,13 +47,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
 }
-
-
-def free_port() -> int:
-    """A port of the loopback address that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _serve(environment: dict[str, str], arguments: list[str], log: Path) -> None:

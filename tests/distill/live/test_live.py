@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.commands import Command
+from support.commands import Command, free_port
 from support.samples import stored_rows
-from support.vllm_servers import VllmServer, free_port
+from support.vllm_servers import VllmServer
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError

@@ -19,7 +19,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from support.vllm_servers import VllmServer, free_port
+from support.commands import free_port
+from support.vllm_servers import VllmServer
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model

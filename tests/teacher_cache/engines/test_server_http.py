@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from support.vllm_servers import free_port
+from support.commands import free_port
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, Server, ServerHttp, base_urls
