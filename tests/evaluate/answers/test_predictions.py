@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.commands import dpkd
 
 from dpkd.core.errors import UserError
 from dpkd.evaluate.evaluation import evaluate
@@ -206,17 +204,18 @@ def test_the_answers_own_tokens_need_a_model(
         evaluate(config)
 
 
-def test_the_command_prints_the_tables(data: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_the_command_prints_the_tables(
+    data: Path, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = write_rows([{"prediction": text} for text in ("a", "x", "no")], "p.jsonl")
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "eval", "--out", str(tmp_path / "out")]
-    command += ["--predictions", f"p={lines}", "--predictions", f"q={lines}", "--data", f"d={data}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = ["eval", "--out", str(tmp_path / "out"), "--predictions", f"p={lines}", "--predictions", f"q={lines}"]
+    done = dpkd(*command, "--data", f"d={data}")
+    assert done.returncode == 0, done.stderr
     assert "| `p` | 50.00 [0.00, 100.00] |" in done.stdout
     assert "| `q` - `p` | +0.00 [+0.00, +0.00] | 1.000 | 1.000 | 0 / 2 / 0 | 0.00 |" in done.stdout
     assert "Resolvable: with 2 rows" in done.stdout
     assert done.stdout.rstrip().endswith(f"report: {tmp_path / 'out' / 'report.json'}")
-    by_name = [*command[:-2], "--data", "dolly"]
-    environment = os.environ | {"DPKD_DATA": ""}
-    again = subprocess.run(by_name, capture_output=True, text=True, check=False, env=environment)
+    monkeypatch.setenv("DPKD_DATA", "")
+    again = dpkd(*command, "--data", "dolly")
     assert again.returncode == 2
     assert again.stderr.startswith("error: there is no data directory for the set 'dolly'")

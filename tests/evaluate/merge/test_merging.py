@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import dpkd
 
 from dpkd.core.errors import UserError
 from dpkd.evaluate.evaluation import evaluate
@@ -257,20 +256,18 @@ def test_what_is_no_finished_evaluation_is_refused(single: Single, tmp_path: Pat
 
 
 def test_the_command_merges_and_names_its_mistakes(single: Single, tmp_path: Path) -> None:
-    def dpkd(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dpkd.pipelines.cli", "report", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    merged = dpkd(single("a"), f"bee={single('b')}", "--out", tmp_path / "merged", "--set", "num_sign_flips=100")
+    merged = dpkd(
+        "report", single("a"), f"bee={single('b')}", "--out", tmp_path / "merged", "--set", "num_sign_flips=100"
+    )
     assert merged.returncode == 0, merged.stderr
     assert "| `bee` - `a` | " in merged.stdout
     command = json.loads((tmp_path / "merged" / "report.json").read_text())["command"]
-    again = dpkd(*shlex.split(command)[2:])
+    again = dpkd(*shlex.split(command)[1:])
     assert "is complete already" in again.stderr
-    refused = dpkd(tmp_path / "none", "--out", tmp_path / "no")
+    refused = dpkd("report", tmp_path / "none", "--out", tmp_path / "no")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: the directory holds no finished evaluation: found no such directory")
-    nothing = dpkd("--out", tmp_path / "no")
+    nothing = dpkd("report", "--out", tmp_path / "no")
     assert nothing.returncode == 2
     assert "DIR... is required" in nothing.stderr
 
