@@ -30,7 +30,7 @@ PRELOAD = [
     "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.models.llama",
     "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 ]
 

@@ -1,7 +1,8 @@
 """A vLLM HTTP server on loopback that tests and benchmarks start, kill and start again.
 
-Each of its three processes would import vLLM anew, which takes four fifths of the time of a start. They are forked from
-a process that has imported it instead, except where `forked` is false.
+Each of the three processes that vLLM starts on a CPU imports vLLM anew, which takes four fifths of the time of a start,
+and two of them spin while they wait for each other. Here two processes are forked from one that has imported vLLM, and
+the engine computes in its own; `forked=False` gives a server as users start it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ ENVIRONMENT = {
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
 }
 
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # of the engine and its worker
+
 
 def _serve(environment: dict[str, str], arguments: list[str], log: Path) -> None:
     """What `python -m vllm.entrypoints.openai.api_server` does, in a forked process whose children are forked too."""
@@ -55,11 +58,9 @@ def _serve(environment: dict[str, str], arguments: list[str], log: Path) -> None
     enter(environment, log, log)
     from vllm.entrypoints.launchers.api_server.entry import main
     from vllm.v1.engine import utils
-    from vllm.v1.executor import multiproc_executor
 
-    # vLLM does so itself, except on CPUs, where threads of OpenMP could be in the way: here is one
-    for module in (utils, multiproc_executor):
-        module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    # as vLLM does itself, except on CPUs, where threads of OpenMP could be in the way: here is one
+    utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     sys.argv = ["api_server", *arguments]
     main()
 
@@ -88,7 +89,7 @@ class VllmServer:
         self._arguments = ["--model", str(model), "--host", "127.0.0.1", *ARGUMENTS, *arguments]
         # an engine in this process leaves its settings in the environment
         own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-        self._environment = own | ENVIRONMENT | (environment or {})
+        self._environment = own | ENVIRONMENT | (_ONE_PROCESS if forked else {}) | (environment or {})
         self._process: subprocess.Popen[bytes] | BaseProcess | None = None
 
     @property
