@@ -32,8 +32,8 @@ def settings_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: object, **environment: str) -> Iterator[Command]:
-    process = Command("serve-teacher", *arguments, environment=environment)
+def serving(*arguments: object) -> Iterator[Command]:
+    process = Command("serve-teacher", *arguments)
     try:
         yield process
     finally:
@@ -114,8 +114,7 @@ def test_a_server_that_cannot_start_is_a_clear_error(tmp_path: Path, toy_cache: 
 
 @pytest.mark.engine
 def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
-    # one process fewer than by default: the engine computes in its own
-    with serving("--cache", toy_cache, "--port", free_port(), VLLM_ENABLE_V1_MULTIPROCESSING="0") as process:
+    with serving("--cache", toy_cache, "--port", free_port()) as process:
         assert "answers at" in wait_for(lambda: process.stdout, process)
         psutil.Process(process.pid).children()[0].kill()
         returncode, _, stderr = process.finish(60)

@@ -55,7 +55,8 @@ def own_settings(model: ModelSource, *, dtype: str, max_length: int, top_k: int,
 def own_environment(model: ModelSource, max_length: int, num_sequences: int, *, on_cpu: bool) -> dict[str, str]:
     """Environment variables for vLLM: errors only, no usage statistics.
 
-    On a CPU also: use every core, and a KV cache for a quarter more than `num_sequences` of `max_length` tokens.
+    On a CPU also: no worker process beside the engine (two processes would spin while they wait for each other), every
+    core, and a KV cache for a quarter more than `num_sequences` of `max_length` tokens.
     """
     variables = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
@@ -65,6 +66,7 @@ def own_environment(model: ModelSource, max_length: int, num_sequences: int, *, 
         position_bytes = 2 * config.num_hidden_layers * heads * head_size * 4
         needed_gib = math.ceil(1.25 * position_bytes * max_length * num_sequences / 2**30)
         variables |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(min(max(needed_gib, _MIN_GIB), _MAX_GIB)),
         }
