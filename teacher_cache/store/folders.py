@@ -23,6 +23,9 @@ _TRIES = 5  # to write a file that others write too
 class Folder(Protocol):
     """Files with names such as `shards/teacher-000000.parquet`. `str(folder)` is its path or URL."""
 
+    #: whether `create` and `replace` are atomic
+    is_conditional = False
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -199,6 +202,7 @@ class RemoteFolder(Folder):
 
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self._filesystem, self._root, self._url = filesystem, root, url
+        self.is_conditional = "s3" in filesystem.protocol
 
     def __str__(self) -> str:
         return self._url
@@ -263,7 +267,7 @@ class RemoteFolder(Folder):
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         """See `Folder.replace`. Atomic only in S3 and stores with its interface."""
-        if "s3" in self._filesystem.protocol:
+        if self.is_conditional:
             return self._write_if(name, data, {"IfMatch": version})
         if self.version(name) != version:
             return False
@@ -271,7 +275,7 @@ class RemoteFolder(Folder):
         return True
 
     def _write_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
-        one_request = {"chunksize": len(data) + 1} if "s3" in self._filesystem.protocol else {}
+        one_request = {"chunksize": len(data) + 1} if self.is_conditional else {}
         try:
             self._filesystem.pipe_file(self._key(name), data, **condition, **one_request)
         except (FileExistsError, FileNotFoundError):

@@ -118,7 +118,7 @@ def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
             raise another_writer(folder, _name_of(existing))
         if folder.replace(LOCK, _to_bytes(ours), version):
             say(f"the lock of {_name_of(existing)} on {folder} is stale ({reason}); taking it over")
-            time.sleep(0 if locked else _SETTLE_S)
+            time.sleep(0 if locked or folder.is_conditional else _SETTLE_S)
             break
     lock = Lock(folder, ours["token"], ours)
     lock.renew()
