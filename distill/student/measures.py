@@ -69,13 +69,6 @@ def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
     The template is the one in its `dpkd.json`; of a checkpoint without that file, the one of its tokenizer.
     """
     cache.check_tokenizer(model, "model")
-    if cache.identities["logprobs"].get("responses") == "unknown":
-        raise UserError(
-            "the cache does not know how likely its responses are, so no model can be compared with its teacher",
-            found="logprobs.responses unknown",
-            where=cache.folder,
-            advice="Give another cache, or leave it out",
-        )
     expected = cache.identities["template"]
     actual = (
         model.trained_template() or PromptEncoder(model.tokenizer, expected["name"], expected.get("args")).identity()
@@ -105,7 +98,7 @@ def measure_student(
     outcome; `top1_agreement`, the share of tokens where both have the same most likely token. Means over rows:
     `kld_first` and `rkld_first`, the divergences at the first response token; `reward`, beta/|y| log q(y)/p(y) of the
     cached response (Eq. 29 divided as in Eq. 9); `reward_sum`, the same without the division. Metrics that need
-    distributions are None if the cache has none.
+    distributions, or the teacher's log-probs of its responses, are None if the cache has none.
 
     Raises `UserError` if a row is longer than the student's positions, or if the student's logits are not finite.
     """
@@ -115,7 +108,8 @@ def measure_student(
 def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
     """The metrics of `measure_student` from the values of `batch_measures`."""
     num_tokens_N = sums["tokens"]
-    log_ratio_N = sums["teacher_nll"] - sums["nll"]  # log q(y)/p(y)
+    knows_responses = "teacher_nll" in sums
+    log_ratio_N = sums["teacher_nll"] - sums["nll"] if knows_responses else np.zeros(0)  # log q(y)/p(y)
 
     def mean(name: str, weights_N: np.ndarray | None = None) -> float | None:
         if name not in sums:
@@ -132,8 +126,9 @@ def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
         "rkld_first": mean("rkld_first"),
         "top1_agreement": mean("top1_agreement", num_tokens_N),
         "beta": beta,
-        "reward": float((beta * log_ratio_N / num_tokens_N).mean()),  # Eq. 29 over |y|, as Eq. 9 has it
-        "reward_sum": float((beta * log_ratio_N).mean()),
+        # Eq. 29 over |y|, as Eq. 9 has it
+        "reward": float((beta * log_ratio_N / num_tokens_N).mean()) if knows_responses else None,
+        "reward_sum": float((beta * log_ratio_N).mean()) if knows_responses else None,
     }
 
 
@@ -153,9 +148,9 @@ def batch_measures(
 ) -> dict[str, np.ndarray]:
     """The values behind `measure_student` by name: one float64 a row, in the order of `batches`.
 
-    `tokens` is the length of the response, EOS included. Sums over it, in nats: `nll` and `teacher_nll`, -log q(y) and
-    -log p(y); with distributions also `kld`, `rkld` and `top1_agreement`. `kld_first` and `rkld_first` are values at
-    the first token. Batches are on the model's device.
+    `tokens` is the length of the response, EOS included. Sums over it, in nats: `nll` and, where the rows know it,
+    `teacher_nll`, -log q(y) and -log p(y); with distributions also `kld`, `rkld` and `top1_agreement`. `kld_first` and
+    `rkld_first` are values at the first token. Batches are on the model's device.
     `num_rows`, rows in all batches, is for the progress shown. Raises the errors of `measure_student`.
     """
     check_head(model.eval(), student.name)
@@ -176,8 +171,9 @@ def batch_measures(
 
 
 def _of_rows(batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    assert batch.teacher_logprob_T is not None  # of a cache's rows, and of others once the teacher has read them
-    values = values | {"nll": -values["target"], "teacher_nll": -batch.teacher_logprob_T}
+    values = values | {"nll": -values["target"]}
+    if batch.teacher_logprob_T is not None:  # a cache of another program's rows may not know them
+        values["teacher_nll"] = -batch.teacher_logprob_T
     # float64 on the CPU: some devices have none
     row_T, by_token = batch.row_T.cpu(), {name: value.cpu().double() for name, value in values.items()}
     summed = [name for name in by_token if name not in ("entropy", "target")]

@@ -74,7 +74,7 @@ def test_a_distillkit_dataset_has_the_values_that_distillkit_reads(
 
 @pytest.mark.parametrize("form", ["exact", "recommended"])
 def test_what_distillkit_does_not_store_is_unknown_and_refused(
-    form: str, toy_tokenizer: Path, toy_student: Path, tmp_path: Path
+    form: str, toy_tokenizer: Path, toy_teacher: Path, toy_student: Path, tmp_path: Path
 ) -> None:
     manifest = import_cache(distillkit(form, toy_tokenizer, tmp_path / "cache", teacher_name="a teacher"))
     identities = manifest.identities
@@ -92,6 +92,10 @@ def test_what_distillkit_does_not_store_is_unknown_and_refused(
             train(TrainConfig(**common, out=str(tmp_path / "refused")))
     known = {} if form == "exact" else {"tail": "renormalise"}
     run = train(TrainConfig(**common, out=str(tmp_path / "run"), objective="forward-kl", **known))
+    # widths are chosen, and the student is measured, without log-probs of the responses
+    made = dpkd("init-student", "--teacher", toy_teacher, "--cache", tmp_path / "cache", "--out", tmp_path / "made",
+                "--params", 0.8, "--cache-rows", 3, "--device", "cpu")  # fmt: skip
+    assert made.returncode == 0, made.stderr
     # the student's template is unknown, not `unknown`: eval takes the one that it is given
     assert locate_model(str(run), "student").trained_template() is None
     with pytest.raises(UserError, match=r"how likely whole responses are, which --level sequence needs"):
