@@ -42,8 +42,9 @@ def main() -> None:
     from dpkd.core.models import locate_model
     from dpkd.core.prompts.examples import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
-    from dpkd.teacher_cache.build.plan import Part, RowPlan
+    from dpkd.teacher_cache.build.plan import RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling
+    from dpkd.teacher_cache.build.survey import Part
     from dpkd.teacher_cache.engines.open import open_engine
     from dpkd.teacher_cache.options.cache import CacheConfig
 

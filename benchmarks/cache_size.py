@@ -32,7 +32,8 @@ from dpkd.teacher_cache.audit.fidelity_measures import (
     Scores,
     full_distributions,
 )
-from dpkd.teacher_cache.build.plan import Part, RowPlan
+from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.build.survey import Part
 from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.engines.top_k import from_top_k
 from dpkd.teacher_cache.options.cache import CacheConfig

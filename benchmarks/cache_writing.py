@@ -55,8 +55,9 @@ def speed(arguments: argparse.Namespace, scratch: Path) -> None:
     from dpkd.core.models import locate_model
     from dpkd.core.prompts.examples import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
-    from dpkd.teacher_cache.build.plan import Part, RowPlan
+    from dpkd.teacher_cache.build.plan import RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling
+    from dpkd.teacher_cache.build.survey import Part
     from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
     from dpkd.teacher_cache.options.cache import CacheConfig
 

@@ -15,6 +15,7 @@ from dpkd.core.devices import choose_device
 from dpkd.core.identity import derive_seed
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.prompts.examples import Example, open_examples
+from dpkd.core.prompts.limits import encode_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 from dpkd.distill.batches.batch import Batch, cut_entries
 from dpkd.distill.batches.collate import collate
@@ -22,7 +23,6 @@ from dpkd.distill.objectives.statistics import Positions
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.evaluate.metrics.scores import score
-from dpkd.teacher_cache.build.plan import encode_examples
 from dpkd.teacher_cache.engines.engine import (
     Distributions,
     EngineOptions,

@@ -53,20 +53,6 @@ def references(
     return [_one_span(prompt, encoder.response_ids(prompt, reference)) for reference in example.references]
 
 
-def fitted(response: EncodedResponse, max_prompt_tokens: int, max_new_tokens: int) -> EncodedResponse:
-    """`response` up to the first turn that is too long, which is cut, or has too long a history, which is left out."""
-    begin, spans = len(response.prompt.ids), []
-    for start, length in response.spans:
-        if spans and start > max_prompt_tokens:
-            break
-        spans.append((start, min(length, max_new_tokens)))
-        if length > max_new_tokens:
-            break
-    end = sum(spans[-1])
-    is_cut = spans[-1][1] < response.spans[len(spans) - 1][1]
-    return EncodedResponse(response.prompt, response.ids[: end - begin], tuple(spans), is_cut)
-
-
 def answer_places(example: Example) -> list[int]:
     """Where the assistant speaks in the row's conversation: indices of its turns, and of the places without one.
 

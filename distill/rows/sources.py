@@ -12,6 +12,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import SkippedRow, open_examples
+from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, with_progress
 from dpkd.core.prompts.templates import PromptEncoder, TextCounts
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
@@ -20,7 +21,6 @@ from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
-from dpkd.teacher_cache.build.plan import NO_REFERENCE, given_responses, with_progress
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row

@@ -14,13 +14,13 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.models import ModelSource
 from dpkd.core.prompts.examples import SkippedRow, open_examples
+from dpkd.core.prompts.limits import encode_examples
 from dpkd.core.prompts.templates import PromptEncoder, TemplateName
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.objectives.statistics import Positions
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.student.measures import sample_rows
-from dpkd.teacher_cache.build.plan import encode_examples
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import unscored_row
 

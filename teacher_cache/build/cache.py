@@ -15,7 +15,7 @@ from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import Filler, open_filler
-from dpkd.teacher_cache.build.plan import Part, RowPlan, Survey
+from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.request import (
     check_shard_size,
     engine_identity,
@@ -24,6 +24,7 @@ from dpkd.teacher_cache.build.request import (
     sampling,
     say_complete,
 )
+from dpkd.teacher_cache.build.survey import Part, Survey
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
-from dpkd.core.progress import Progress
 from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import (
     EncodedResponse,
-    Turns,
     answer_places,
-    fitted,
     history,
     open_places_before,
-    references,
     without_thoughts,
 )
 from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
+from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, too_long, with_progress
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
 from dpkd.core.prompts.thinking import opens_thinking
+from dpkd.teacher_cache.build.survey import Part, Survey
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow
-
-NO_REFERENCE = "no reference response"
 
 #: text of the teacher's answer to a row (example id, sample); None if it failed
 AnswerOf = Callable[[str, int], str | None]
@@ -37,64 +33,6 @@ AnswerOf = Callable[[str, int], str | None]
 def request_seed(seed: int, example_id: str, sample: int) -> int:
     """Seed of one request (31 bits), so that a response does not depend on the other rows."""
     return derive_seed(seed, example_id, sample, bits=31)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that are asked together: those of an origin, or of the teacher for turn `turn` (from 1) of conversations."""
-
-    origin: Origin
-    turn: int = 1
-
-    @property
-    def note(self) -> str:
-        """The turn as the end of a label, after the first one."""
-        return "" if self.turn == 1 else f", turn {self.turn}"
-
-    @property
-    def stem(self) -> str:
-        """How the names of the part's shards begin."""
-        return self.origin if self.turn == 1 else f"{self.origin}_turn{self.turn}"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """How many rows each part will have, and the skipped rows of the data.
-
-    `has_spans`: some row has several spans. `has_teacher_prompts`: the teacher is asked under another prompt somewhere.
-    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`. `text`: rows whose
-    text is not taken as it is.
-    """
-
-    num_rows: dict[Part, int]
-    skipped: list[SkippedRow]
-    has_spans: bool = False
-    has_teacher_prompts: bool = False
-    has_turns: bool = False
-    text: TextCounts = field(default_factory=TextCounts)
-
-    def by_origin(self) -> dict[Origin, int]:
-        """Rows of each origin."""
-        totals: dict[Origin, int] = {}
-        for part, number in self.num_rows.items():
-            totals[part.origin] = totals.get(part.origin, 0) + number
-        return totals
-
-    def in_order(self) -> list[tuple[Part, int]]:
-        """The parts and their rows: the teacher's turn by turn, because a turn may need the answers to earlier ones."""
-        return sorted(self.num_rows.items(), key=lambda item: (item[0].origin != "teacher", item[0].turn))
-
-    @property
-    def generation_identity(self) -> dict[str, str]:
-        """What a cache records of its turns; nothing where each row is asked once and has one span."""
-        return {"turns": "all"} if self.has_turns or self.has_spans else {}
-
-    @property
-    def layout_identity(self) -> dict[str, list[str]]:
-        """What a cache records of its extra columns, if it has any."""
-        extra = {"spans": self.has_spans, "teacher_prompt": self.has_teacher_prompts}
-        columns = [name for name, has in extra.items() if has]
-        return {"columns": columns} if columns else {}
 
 
 @dataclass(frozen=True)
@@ -247,13 +185,7 @@ class RowPlan:
         except TemplateMismatchError as error:
             yield SkippedRow(example.line, str(error))
             return
-        if self._config.thinking == "drop" and opens_thinking(prompt.text):
-            raise UserError(
-                "the template begins the thinking in the prompt, and a student without it would answer inside",
-                found=repr(prompt.text[-24:]),
-                where=f"line {example.line} of {self._source.name}",
-                advice="Give --thinking keep, or the --template-arg that leaves <think> to the model",
-            )
+        self._check_thinking(example, prompt)
         reason = too_long(prompt, self._config.max_prompt_tokens)
         if reason is None and asked is not prompt:
             reason = too_long(asked, self._config.max_prompt_tokens, "the teacher's prompt")
@@ -268,6 +200,16 @@ class RowPlan:
             else:
                 yield from self._responses(example, prompt, asked)
 
+    def _check_thinking(self, example: Example, prompt: EncodedPrompt) -> None:
+        """Raise `UserError` if thinking is dropped and the prompt begins it."""
+        if self._config.thinking == "drop" and opens_thinking(prompt.text):
+            raise UserError(
+                "the template begins the thinking in the prompt, and a student without it would answer inside",
+                found=repr(prompt.text[-24:]),
+                where=f"line {example.line} of {self._source.name}",
+                advice="Give --thinking keep, or the --template-arg that leaves <think> to the model",
+            )
+
     def _questions(self, example: Example, only: Part | None) -> Iterator[_Entry | SkippedRow]:
         """The turns of a conversation, each asked under what is before it."""
         for number, place in enumerate(answer_places(example), start=1):
@@ -280,6 +222,7 @@ class RowPlan:
                 except TemplateMismatchError as error:
                     yield SkippedRow(example.line, str(error))
                     return
+                self._check_thinking(example, prompt)
                 reason = too_long(prompt, self._config.max_prompt_tokens, f"prompt of turn {number}")
                 if reason is not None:
                     yield SkippedRow(example.line, reason)
@@ -310,59 +253,3 @@ def uses_tools(example: Example) -> bool:
     """Whether the row offers tools or has calls of them."""
     turns = (*(example.messages or ()), *example.turns)
     return bool(example.tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
-
-
-def given_responses(
-    example: Example,
-    encoder: PromptEncoder,
-    turns: Turns,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    prompt: EncodedPrompt | None = None,
-) -> list[EncodedResponse | SkippedRow]:
-    """The given responses of an example within the limits (tokens), and what of it is skipped. `prompt`: its own."""
-    try:
-        whole = references(encoder, example, turns, prompt)
-    except TemplateMismatchError as error:
-        return [SkippedRow(example.line, str(error))]
-    found: list[EncodedResponse | SkippedRow] = []
-    for response in whole:
-        reason = too_long(response.prompt, max_prompt_tokens)
-        if reason is not None:
-            return [SkippedRow(example.line, reason)]
-        kept = fitted(response, max_prompt_tokens, max_new_tokens)
-        found.append(kept)
-        if lost := len(response.spans) - len(kept.spans):
-            reason = f"the last {lost} of {len(response.spans)} turns do not fit: too long a history, or a cut turn"
-            found.append(SkippedRow(example.line, reason))
-    return found
-
-
-def too_long(prompt: EncodedPrompt, most: int, what: str = "prompt") -> str | None:
-    """Why `prompt` cannot be used, if it has more than `most` tokens."""
-    return f"{what} has {len(prompt.ids)} tokens, more than {most}" if len(prompt.ids) > most else None
-
-
-def encode_examples(
-    source: ExampleSource, encoder: PromptEncoder, max_prompt_tokens: int, limit: int | None = None
-) -> Iterator[tuple[Example, EncodedPrompt] | SkippedRow]:
-    """Examples with their prompts, in file order; a row without a usable prompt becomes a `SkippedRow`."""
-    for item in encoder.in_batches(iter_examples(source, limit), references=False):
-        if isinstance(item, SkippedRow):
-            yield item
-            continue
-        try:
-            prompt = encoder.prompt(item)
-        except TemplateMismatchError as error:
-            yield SkippedRow(item.line, str(error))
-            continue
-        reason = too_long(prompt, max_prompt_tokens)
-        yield (item, prompt) if reason is None else SkippedRow(item.line, reason)
-
-
-def with_progress(items: Iterable[Example | SkippedRow]) -> Iterator[Example | SkippedRow]:
-    """`items`, counted on standard error while they are read."""
-    with Progress("reading the data", None, "rows") as progress:
-        for item in items:
-            yield item
-            progress.advance()
