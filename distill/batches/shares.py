@@ -50,7 +50,7 @@ class CacheShares:
         self._ends = np.array([min(round(float(end) * 2**64), 2**64 - 1) for end in ends], np.uint64)
         self.num_rows = sum(self.sizes[number] for number in self._drawn)
         self._before = [np.zeros(len(self.sizes), np.int64)]  # rows of each cache before each epoch of the run
-        self._cached = (-1, np.zeros(0, np.int64))
+        self._cached: tuple[int, list[np.ndarray]] = (-1, [])
         self._lock = threading.RLock()  # the loader's thread and the log read it
 
     @property
@@ -67,20 +67,20 @@ class CacheShares:
     def epoch(self, epoch: int) -> np.ndarray:
         """The rows of an epoch of the run as [N, 2] pairs (group, row inside the group)."""
         with self._lock:
-            caches, before = self._caches_of_epoch(epoch), self._rows_before_epoch(epoch)
+            positions, before = self._positions(epoch), self._rows_before_epoch(epoch)
         rows = np.zeros((self.num_rows, 2), np.int64)
         for number in self._drawn:
-            of_cache = np.flatnonzero(caches == number)
-            rows[of_cache] = self._stretch(number, int(before[number]), len(of_cache))
+            rows[positions[number]] = self._stretch(number, int(before[number]), len(positions[number]))
         return rows
 
     def rows_before(self, position: int) -> list[int]:
         """How many rows of each cache are among the first `position` rows of the run."""
         epoch, inside = divmod(position, self.num_rows)
         with self._lock:
-            caches, before = self._caches_of_epoch(epoch), self._rows_before_epoch(epoch)
-        counts: list[int] = (before + np.bincount(caches[:inside], minlength=len(self.sizes))).tolist()
-        return counts
+            positions, before = self._positions(epoch), self._rows_before_epoch(epoch)
+        return [
+            int(count + np.searchsorted(of_cache, inside)) for count, of_cache in zip(before, positions, strict=True)
+        ]
 
     def _stretch(self, number: int, start: int, count: int) -> np.ndarray:
         """Rows `start` to `start + count - 1` of the stream of a cache's own epochs."""
@@ -91,9 +91,11 @@ class CacheShares:
         rows = np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
         return rows + np.array([self._first_group[number], 0])
 
-    def _caches_of_epoch(self, epoch: int) -> np.ndarray:
+    def _positions(self, epoch: int) -> list[np.ndarray]:
+        """Where the rows of each cache are in an epoch of the run; the last one is kept."""
         if epoch != self._cached[0]:
-            self._cached = epoch, self.caches_of(epoch * self.num_rows, self.num_rows)
+            caches = self.caches_of(epoch * self.num_rows, self.num_rows)
+            self._cached = epoch, [np.flatnonzero(caches == number) for number in range(len(self.sizes))]
         return self._cached[1]
 
     def _rows_before_epoch(self, epoch: int) -> np.ndarray:

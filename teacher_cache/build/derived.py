@@ -24,19 +24,22 @@ if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest
 
 
+Rewrite = Callable[[str, pa.Table], pa.Table]
+
+
 @dataclass(frozen=True)
 class Piece:
-    """The rows at `indices` of a parent's shard, in this order; `rewrite` changes their ids."""
+    """The rows at `indices` of a parent's shard, in this order; `rewrite` changes their ids, by stem of the shard."""
 
     cache: TeacherCache
     record: ShardRecord
     indices: np.ndarray
-    rewrite: Callable[[pa.Table], pa.Table] | None = None
+    rewrite: Rewrite | None = None
 
     def table(self) -> pa.Table:
         """Its rows; raises `UserError` if the shard is not what the parent's manifest says."""
         table = read_table(self.cache.folder, self.record).take(pa.array(self.indices))
-        return table if self.rewrite is None else self.rewrite(table)
+        return table if self.rewrite is None else self.rewrite(self.record.stem, table)
 
 
 @dataclass(frozen=True)

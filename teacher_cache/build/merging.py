@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
-from dpkd.teacher_cache.build.derived import DerivedCache, Piece, lineage_of, write_derived
+from dpkd.teacher_cache.build.derived import DerivedCache, Piece, Rewrite, lineage_of, write_derived
 from dpkd.teacher_cache.options.derive import CacheMergeConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.shards import read_table
@@ -104,9 +104,7 @@ def _logprobs(cache: TeacherCache) -> str:
     return canonical_json(meaning).decode()
 
 
-def _rewrites(
-    caches: Sequence[TeacherCache], names: Sequence[str], duplicates: str
-) -> list[Callable[[pa.Table], pa.Table] | None]:
+def _rewrites(caches: Sequence[TeacherCache], names: Sequence[str], duplicates: str) -> list[Rewrite | None]:
     """What becomes of the ids of each cache's rows; raises `UserError` for equal keys that stay."""
     if duplicates == "rename":
         repeated = [name for name in names if names.count(name) > 1]
@@ -120,7 +118,7 @@ def _rewrites(
     seen: dict[Key, TeacherCache] = {}
     next_sample: dict[tuple[str, str], int] = {}
     prompts: dict[tuple[str, str], str] = {}
-    rewrites: list[Callable[[pa.Table], pa.Table] | None] = []
+    rewrites: list[Rewrite | None] = []
     repeated_keys: list[tuple[Key, TeacherCache, TeacherCache]] = []
     for cache in caches:
         before = dict(next_sample)
@@ -167,21 +165,20 @@ def _keys(cache: TeacherCache, *, with_prompts: bool) -> list[tuple[str, str, in
     return keys
 
 
-def _renamed(name: str) -> Callable[[pa.Table], pa.Table]:
-    def rewrite(table: pa.Table) -> pa.Table:
+def _renamed(name: str) -> Rewrite:
+    def rewrite(_: str, table: pa.Table) -> pa.Table:
         ids = [f"{name}/{example_id}" for example_id in table["example_id"].to_pylist()]
         return _with_column(table, "example_id", ids)
 
     return rewrite
 
 
-def _renumbered(next_sample: dict[tuple[str, str], int]) -> Callable[[pa.Table], pa.Table]:
-    # examples of every turn have ids of their own, so the stem is not needed again
-    first = {example_id: number for (_, example_id), number in next_sample.items()}
-
-    def rewrite(table: pa.Table) -> pa.Table:
+def _renumbered(next_sample: dict[tuple[str, str], int]) -> Rewrite:
+    def rewrite(stem: str, table: pa.Table) -> pa.Table:
         rows = zip(table["example_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-        return _with_column(table, "sample", [sample + first.get(example_id, 0) for example_id, sample in rows])
+        return _with_column(
+            table, "sample", [sample + next_sample.get((stem, example_id), 0) for example_id, sample in rows]
+        )
 
     return rewrite
 

@@ -137,6 +137,23 @@ def test_equal_keys_are_refused_renumbered_or_renamed(tmp_path: Path, parts: dic
     )
 
 
+def test_samples_are_numbered_on_for_each_origin(tmp_path: Path, parts: dict[str, Path], toy_teacher: Path) -> None:
+    """Three responses of the teacher to a prompt, and one reference: the next ones are number 3 and number 1."""
+    data = f"{parts['second']}.jsonl"
+    many = {"teacher": str(toy_teacher), "data": data, "responses": "both", "num_samples": 3, "seed": 5}
+    build_cache(CacheConfig(out=str(tmp_path / "many"), **OPTIONS | many))
+    both = merged([tmp_path / "many", parts["second"]], tmp_path / "both", duplicates="renumber")
+    found = keys(tmp_path / "both")
+    assert len(set(found)) == len(found) == 7 * 4 + 14
+    by_example: dict[tuple[str, str], list[int]] = {}
+    for origin, example_id, sample in found:
+        by_example.setdefault((origin, example_id), []).append(sample)
+    assert {origin: sorted(samples) for (origin, _), samples in by_example.items()} == {
+        "teacher": [0, 1, 2, 3], "reference": [0, 1],
+    }  # fmt: skip
+    assert both.identities["generation"]["num_samples"] == 3
+
+
 def test_ids_that_mean_other_examples_are_not_renumbered(
     tmp_path: Path, toy_teacher: Path, write_rows: Callable[..., Path]
 ) -> None:
