@@ -23,14 +23,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: files that take longest, longest first: half a minute and more alone on a core
+LONGEST = (
+    "test_server_engine.py", "test_live.py", "test_ray_engine.py", "test_serve_teacher.py", "test_live_training.py",
+    "test_outputs.py", "test_unkillable.py", "test_distributed.py", "test_recipe.py", "test_pipeline.py",
+    "test_families.py", "test_learning.py", "test_importance.py", "test_without_options.py", "test_options_change.py",
+    "test_kill.py", "test_optima.py", "test_checkpoints.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with engines and child processes first: with short ones left at the end, both processes end together.
+    """Long files first, then those with engines: with short ones left at the end, both processes end together.
 
     `scripts/test.sh` hands out files in this order; pytest-xdist's own starts files of one long test last.
     """
+    rank = {name: number for number, name in enumerate(LONGEST)}
     slow = {item.path for item in items if item.get_closest_marker("engine")}
     counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
+
+    def place(item: pytest.Item) -> tuple[object, ...]:
+        return rank.get(item.path.name, len(rank)), item.path not in slow, -counts[item.path], item.path
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

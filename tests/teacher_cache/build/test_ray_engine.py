@@ -20,6 +20,8 @@ pytest.importorskip("ray")
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import Progress
+from dpkd.core.prompts.messages import Message
+from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.cache import build_cache
@@ -68,11 +70,14 @@ def test_committed_shards_are_in_no_block_and_a_large_shard_is_a_block_of_its_ow
 
 
 def test_rows_go_through_arrow_and_come_back() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    turns = (Message("user", "Why?"), Message("assistant", "", (call,), (("reasoning_content", "so"),)))
     rows = [
         planned(0),
         planned(1, response_ids=[8, 9], finish_reason="length"),
         planned(2, response_ids=[]),
         planned(3, failed="the student: it fails"),
+        planned(4, question=EncodedPrompt("Why?", [9], "Why?", turns), spans=[[1, 2]]),
         PlannedRow(2**40, "é", 3, "student", "", [], seed=2**31 - 1),
     ]
     block = to_block(rows)
@@ -91,7 +96,7 @@ def test_a_node_without_the_directory_or_the_model_says_so(tmp_path: Path, toy_t
 
     def assignment(model: ModelSource, content: bytes) -> Assignment:
         witness = (tmp_path / "job.json", content)
-        return Assignment(model, engine_options(config), str(tmp_path), witness, "cache", LAYOUT, SAMPLING)
+        return Assignment(model, engine_options(config), str(tmp_path), None, witness, "cache", LAYOUT, SAMPLING)
 
     text = refusal(Replica(assignment(model, b"this job")), [planned(0)])
     assert "does not see the cache's directory" in text
@@ -107,7 +112,7 @@ def test_an_engine_that_does_not_start_says_so(tmp_path: Path, toy_teacher: Path
         teacher="toy", data="of no use", out=tmp_path, engine="ray", engine_arg={"quantization": "nonsense"}
     )
     model = ModelSource("toy", toy_teacher)
-    replica = Replica(Assignment(model, engine_options(config), str(tmp_path), None, "cache", LAYOUT, SAMPLING))
+    replica = Replica(Assignment(model, engine_options(config), str(tmp_path), None, None, "cache", LAYOUT, SAMPLING))
     assert "vLLM cannot load the model" in refusal(replica, [planned(0)])
     assert "vLLM cannot load the model" in refusal(replica, [planned(4)])  # whichever block the driver takes up first
 
