@@ -118,12 +118,12 @@ def _fill(job: Job, plan: RowPlan, part: Part, filler: Filler, config: CacheConf
     asks = part.origin == "teacher"
     drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if asks else None
     label = ("teacher responses" if asks else "teacher scores of references") + part.note
-    rows = plan.rows(part, _Answers(job)) if part.turn > 1 else plan.rows(part)
+    rows = plan.rows(part, EarlierAnswers(job)) if part.turn > 1 else plan.rows(part)
     with Progress(label, num_rows, "rows", done) as progress:
         filler(job, layout, rows, drawn, progress)
 
 
-class _Answers:
+class EarlierAnswers:
     """The teacher's answers to earlier turns, from the shards that the job has committed."""
 
     def __init__(self, job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
-from dpkd.teacher_cache.build.cache import cache_identities, fill_cache, open_inputs
+from dpkd.teacher_cache.build.assembling import ShardLayout
+from dpkd.teacher_cache.build.cache import EarlierAnswers, cache_identities, fill_cache, open_inputs
 from dpkd.teacher_cache.build.derived import DerivedCache, fill_derived
 from dpkd.teacher_cache.build.filtering import plan_filter
 from dpkd.teacher_cache.build.merging import plan_merge
+from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
@@ -20,7 +23,7 @@ from dpkd.teacher_cache.store.folders import Folder, open_folder
 from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.store.repairing import RepairJob, bad_shards, has_leftovers
-from dpkd.teacher_cache.store.shards import ShardRecord, refuse_newer_fields
+from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, refuse_newer_fields
 
 _OPTIONS = "dpkd.toml"
 
@@ -89,13 +92,13 @@ def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
         _say_bad(job)
         fill()
         remade = job.remade()
-        changed = {path: record for path, record in remade.items() if record != job.bad[path]}
+        changed = job.changed()
         for part in rounds:
             for path, record in changed.items():
                 if part.depends_on_responses or record.rows != job.bad[path].rows:
                     part.also_remake(path)
         job.replace_records(remade)
-    cache.manifest = job.manifest
+    cache.manifest, cache.bad = job.manifest, list(job.bad.values())
     return len(changed)
 
 
@@ -110,7 +113,33 @@ def _filler(cache: _Part, job: RepairJob, location: str) -> Callable[[], None]:
     inputs = open_inputs(config)
     _refuse_other(cache, cache_identities(config, inputs))
     job.check_source = inputs.source.check_unchanged
-    return lambda: fill_cache(config, inputs, inputs.plan.survey, job)
+
+    def fill() -> None:
+        fill_cache(config, inputs, inputs.plan.survey, job)
+        while job.changed() and (stale := _stale_turns(config, inputs.plan, job)):
+            job.also_remake(stale)
+            fill_cache(config, inputs, inputs.plan.survey, job)
+
+    return fill
+
+
+def _stale_turns(config: CacheConfig, plan: RowPlan, job: RepairJob) -> list[str]:
+    """Shards of later turns of conversations whose prompts have other answers than the shards of earlier turns now."""
+    stale = []
+    for part, _ in plan.survey.in_order():
+        if part.turn == 1:
+            continue
+        layout = ShardLayout(part.origin, config.rows_per_shard, part.stem)
+        rows = plan.rows(part, EarlierAnswers(job))
+        for number, members in itertools.groupby(rows, lambda row: row.index // config.rows_per_shard):
+            record = job.committed[layout.path(number)]
+            shard = read_shard(job.folder, record)
+            failed = {(row["example_id"], row["sample"]) for row in record.failed}
+            planned = {(row.example_id, row.sample): list(row.prompt_ids) for row in members if row.failed is None}
+            prompts = {shard.key(index): shard.row(index).prompt_ids.tolist() for index in range(len(shard))}
+            if prompts != {key: ids for key, ids in planned.items() if key not in failed}:
+                stale.append(record.path)
+    return stale
 
 
 #: how a cache that was made of others is planned again, by its operation, from the values of its saved options

@@ -68,6 +68,17 @@ class RepairJob(Job):
             self.committed |= {path: made[path] for path in self.bad & made.keys() if is_sound(self.folder, made[path])}
             yield
 
+    def changed(self) -> dict[str, ShardRecord]:
+        """The shards that were made again and have other bytes than the lost ones, by path."""
+        return {path: self.committed[path] for path, record in self.bad.items() if self.committed.get(path) != record}
+
+    def also_remake(self, paths: Iterable[str]) -> None:
+        """Delete sound shards that do not fit those that were made again; a later repair finds them missing too."""
+        for path in paths:
+            self.bad[path] = next(record for record in self.manifest.shards if record.path == path)
+            del self.committed[path]
+            self.folder.delete(path)
+
     def remade(self) -> dict[str, ShardRecord]:
         """The shards that were bad, as they are now, by path.
 

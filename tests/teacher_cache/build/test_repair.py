@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from support.commands import dpkd
+from support.conversations import conversations, make_models, write
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
+from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build import cache as cache_module
 from dpkd.teacher_cache.build.cache import build_cache
@@ -224,3 +227,41 @@ def test_touched_options_are_a_warning_and_newer_fields_say_so(
         folder.write("manifest.json", canonical_json(manifest | {"manifest_sha256": fingerprint(manifest)}) + b"\n")
         with pytest.raises(UserError, match="made by a newer dpkd: found the field signature"):
             TeacherCache.open(str(folder))
+
+
+def test_later_turns_follow_an_answer_that_is_drawn_otherwise(tmp_path: Path) -> None:
+    """As on a GPU, whose answer may differ: here the manifest and the options are of another seed."""
+    teacher, _ = make_models(tmp_path / "models")
+    data = write(tmp_path / "data.jsonl", conversations())
+    out = tmp_path / "cache"
+    given = {"turns": "all", "rows_per_shard": 2, "max_new_tokens": 12, "max_prompt_tokens": 400, "limit": None}
+    build_cache(options(teacher, data, str(out), **(given | {"responses": "teacher"})))
+    folder = open_folder(out)
+    before = contents(folder)
+    manifest = json.loads(before["manifest.json"])
+    manifest["identities"]["generation"]["seed"] = 7
+    manifest["fingerprint"] = fingerprint(manifest["identities"])
+    del manifest["manifest_sha256"]
+    folder.write("manifest.json", canonical_json(manifest | {"manifest_sha256": fingerprint(manifest)}) + b"\n")
+    folder.write("dpkd.toml", before["dpkd.toml"].replace(b"seed = 0", b"seed = 7"))
+    open_turn = next(
+        path for path in sorted(before) if path.startswith("shards/teacher-") and has(out, path, "open/turn-1")
+    )
+    folder.delete(open_turn)
+    repaired = repair_cache(str(out))
+    after = contents(folder)
+    assert after[open_turn] != before[open_turn]
+    cache = TeacherCache.open(out)
+    rows = {
+        row.example_id: row for shard in map(cache.read, cache.shards()) for row in map(shard.row, range(len(shard)))
+    }
+    tokenizer = locate_model(str(teacher), "teacher").tokenizer
+    answer = tokenizer.decode(rows["open/turn-1"].response_ids, skip_special_tokens=True)
+    assert f"assistant\n{answer}<|im_end|>" in tokenizer.decode(rows["open/turn-2"].prompt_ids)
+    cache.verify_shards()
+    changed = [path for path in before if path.startswith("shards/") and before[path] != after[path]]
+    assert len(changed) == repaired.bad == repaired.different == 2  # the answer, and the turn that has it in its prompt
+
+
+def has(cache: Path, path: str, example_id: str) -> bool:
+    return example_id in pq.read_table(cache / path)["example_id"].to_pylist()
