@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def cache_teacher(config: CacheConfig) -> int:
     if config.dry_run:
-        from dpkd.teacher_cache.build.cost import estimate_cost
+        from dpkd.teacher_cache.build.estimate import estimate_cost
 
         say(f"the options of dpkd cache-teacher:\n{config.to_toml()}")
         print(estimate_cost(config).text())

@@ -45,7 +45,7 @@ def timed(command: str, config: Settings) -> float:
 
 def estimate(config: CacheConfig, num_rows: int | None) -> CacheCost:
     """The cost of a cache, or of a round with `num_rows`."""
-    from dpkd.teacher_cache.build.cost import estimate_cost
+    from dpkd.teacher_cache.build.estimate import estimate_cost
 
     return estimate_cost(config, num_rows=num_rows, live=False)
 

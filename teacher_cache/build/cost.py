@@ -1,38 +1,12 @@
-"""What a cache or a round would cost, from a pilot of a few rows on the real engine; nothing is written to `--out`."""
+"""The cost of a cache or a round: its parts, and what a person reads about it."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from dpkd.core.devices import choose_device
-from dpkd.core.progress import duration, say
-from dpkd.teacher_cache.build.cache import open_inputs
-from dpkd.teacher_cache.build.filling import Filler, open_filler
-from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
-from dpkd.teacher_cache.build.request import engine_options, sampling
-from dpkd.teacher_cache.build.rounds import open_round, open_student, planned_rows
-from dpkd.teacher_cache.engines.engine import ResolvedEngine, Sampling, ScoreRequest, results_only
-from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
-from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
-from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.reader import TeacherCache
-
-if TYPE_CHECKING:
-    from dpkd.core.models import ModelSource
-    from dpkd.teacher_cache.store.schema import PlannedRow
-
-Measure = Callable[..., "tuple[Phase, PilotRun]"]
-_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+from dpkd.core.progress import duration
+from dpkd.teacher_cache.engines.engine import ResolvedEngine
 
 
 @dataclass(frozen=True)
@@ -67,6 +41,7 @@ class CacheCost:
         survey_s: seconds for reading and tokenising the data, measured in full.
         live_epoch_s: seconds of a live teacher for one epoch on these rows (a forward pass each, by transformers on one
             device); None where it was not measured, for `no_live_reason`.
+        prices: of a million prompt tokens and of a million answered tokens, at an endpoint.
         teacher_bytes: memory of the teacher's weights, which a live teacher would take beside the student.
     """
 
@@ -82,6 +57,7 @@ class CacheCost:
     teacher_bytes: int | None = None
     price_per_hour: float | None = None
     pilot_rows: int = 0
+    prices: tuple[float | None, float | None] = (None, None)
 
     @property
     def num_rows(self) -> int:
@@ -109,6 +85,15 @@ class CacheCost:
         return self.seconds * self.devices / 3600
 
     @property
+    def price(self) -> float | None:
+        """In the currency of the prices; None if none is given."""
+        if self.price_per_hour is None and self.prices == (None, None):
+            return None
+        tokens = (sum(phase.prompt_tokens for phase in self.phases), sum(phase.generated for phase in self.phases))
+        by_tokens = sum(count * (price or 0.0) / 1e6 for count, price in zip(tokens, self.prices, strict=True))
+        return self.device_hours * (self.price_per_hour or 0.0) + by_tokens
+
+    @property
     def live_runs(self) -> int | None:
         """After how many epochs of students a live teacher has cost as much time as this job."""
         return None if not self.live_epoch_s else max(math.ceil(self.seconds / self.live_epoch_s), 1)
@@ -118,9 +103,8 @@ class CacheCost:
         generated = sum(phase.generated for phase in self.phases)
         prompts = sum(phase.prompt_tokens for phase in self.phases)
         skipped = f", {self.num_skipped} rows of the data are skipped" if self.num_skipped else ""
-        unit = "GPU hours" if self.device == "cuda" else "hours of this machine"
-        if self.engine == "server":
-            unit = "server hours"
+        units = {"cuda": "GPU hours", "server": "server hours", "endpoint": "hours of waiting"}
+        unit = units.get(self.device, "hours of this machine")
         low, high = (duration(self.seconds + sign * self.margin_s) for sign in (-1, 1))
         lines = [
             f"estimate for {self.out}, from a pilot of {self.pilot_rows} rows ({self.engine} on {self.device}):",
@@ -134,8 +118,8 @@ class CacheCost:
             ),
             f"  disk      {_bytes(self.num_bytes)}",
         ]
-        if self.price_per_hour is not None:
-            lines.append(f"  price     {self.device_hours * self.price_per_hour:,.2f}")
+        if self.price is not None:
+            lines.append(f"  price     {self.price:,.2f}")
         return "\n".join([*lines, *self._live_lines()])
 
     def _live_lines(self) -> list[str]:
@@ -147,152 +131,6 @@ class CacheCost:
             f"  live teacher in the training step: {duration(self.live_epoch_s)} an epoch{memory};",
             f"            the cache is cheaper after {after} of one epoch",
         ]
-
-
-def estimate_cost(config: CacheConfig, *, num_rows: int | None = None, live: bool = True) -> CacheCost:
-    """What `build_cache(config)` would cost: runs `config.pilot_rows` rows for real, in a temporary directory.
-
-    `num_rows` is the number of rows of a round whose cache is smaller now. `live` False leaves the live teacher out.
-    Raises `UserError` as `build_cache` does for options, data and models that cannot be used.
-    """
-    return _of_cache(config, live=live) if config.round is None else _of_round(config, num_rows)
-
-
-def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
-    started_s = time.monotonic()
-    inputs = open_inputs(config)
-    survey = inputs.plan.survey
-    survey_s = time.monotonic() - started_s
-    phases, scored = [], []
-    options = engine_options(config)
-    with _opened(config, partial(open_filler, inputs.engine, inputs.teacher, options, config)) as measure:
-        parts = [part for part, _ in survey.in_order()]
-        for origin, num_rows in survey.by_origin().items():
-            drawn = sampling(config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
-            label = "teacher responses" if drawn else "teacher scores of references"
-            # answers to earlier turns are not known yet: their places are empty in the pilot's prompts
-            rows = chain.from_iterable(
-                inputs.plan.rows(part, lambda name, sample: "") for part in parts if part.origin == origin
-            )
-            phase, run = measure(label, rows, num_rows, drawn)
-            phases.append(phase)
-            scored.append((run, num_rows))
-    live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored) if live else (None, "as asked")
-    return _cost(config, inputs.engine, inputs.teacher, len(survey.skipped), survey_s, phases, live_s, reason)
-
-
-def _of_round(config: CacheConfig, num_rows: int | None) -> CacheCost:
-    started_s = time.monotonic()
-    cache = TeacherCache.open(config.out)
-    inputs = open_round(cache, config)
-    config, num_cached = inputs.config, cache.manifest.counts["rows"]
-    num_rows = num_rows or num_cached
-    survey_s = time.monotonic() - started_s
-    rows = planned_rows(cache, cache.shards(), config.seed)
-    drawn = sampling(config, inputs.student.stop_token_ids())
-    with _opened(config, partial(open_student, inputs)) as measure:
-        phase, run = measure("student responses", rows, num_cached, drawn, num_rows)
-    phases = [replace(phase, num_bytes=0)]  # deleted at the end
-    teacher = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
-    with _opened(config, teacher) as measure:
-        phase, _ = measure("teacher scores", iter(run.rows), len(run.rows), None, num_rows)
-    reason = "because it would answer for responses that the student draws in every step"
-    return _cost(config, inputs.engine, inputs.teacher, 0, survey_s, [*phases, phase], None, reason)
-
-
-@contextlib.contextmanager
-def _opened(config: CacheConfig, start: Callable[[], AbstractContextManager[Filler]]) -> Iterator[Measure]:
-    """A function that runs rows on the engine that `start` starts, and gives their phase and pilot run."""
-    say("pilot: starting the engine")
-    started_s = time.monotonic()
-    with start() as filler, tempfile.TemporaryDirectory(prefix="dpkd-pilot-") as directory:
-        start_s = time.monotonic() - started_s
-
-        def measure(
-            label: str, rows: Iterator[PlannedRow], num_given: int, drawn: Sampling | None, of: int | None = None
-        ) -> tuple[Phase, PilotRun]:
-            nonlocal start_s
-            num_rows = num_given if of is None else of
-            run = run_pilot(filler, rows, num_given, config.pilot_rows, drawn, Path(directory, label))
-            slots, share = _slots(config), num_rows / len(run.rows)
-            phase = Phase(
-                label,
-                num_rows,
-                start_s,
-                run.seconds(num_rows, slots, drawn=drawn is not None),
-                float(run.response_lengths_N.sum()) * share if drawn else 0.0,
-                float(run.prompt_lengths_N.sum()) * share,
-                run.num_bytes * share,
-                run.relative_error,
-            )
-            start_s = 0.0
-            return phase, run
-
-        yield measure
-
-
-def _slots(config: CacheConfig) -> Slots:
-    engine = resolve_engine(config.engine)
-    if engine == "transformers" or config.teacher_mix:
-        return Slots(batch_sizes(choose_device(config.device), config.max_num_seqs).generated, refilled=False)
-    return Slots(config.max_num_seqs * max(len(config.server_url), config.ray_replicas))
-
-
-def _live_epoch(
-    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, scored: list[tuple[PilotRun, int]]
-) -> tuple[float | None, str]:
-    """Seconds of a live teacher for an epoch on these rows: a forward pass of each by transformers. None: why not."""
-    if engine == "server":
-        return None, "because the teacher is on a server"
-    if _num_devices(config) > 1:
-        return None, "because the teacher takes more than one device"
-    say("pilot: timing a live teacher on the same rows")
-    seconds = 0.0
-    with open_engine("transformers", teacher, engine_options(config, top_k=0)) as live:
-        for run, num_rows in scored:
-            requests = [
-                ScoreRequest(index, row.prompt_ids, row.response_ids or ()) for index, row in enumerate(run.rows)
-            ]
-            for _ in results_only(live.score(iter(requests[:2]))):  # kernels are chosen
-                pass
-            started_s = time.monotonic()
-            answered = sum(1 for _ in results_only(live.score(iter(requests))))
-            seconds += (time.monotonic() - started_s) * num_rows / answered
-    return seconds, ""
-
-
-def _num_devices(config: CacheConfig) -> int:
-    if config.engine == "server":
-        return len(config.server_url)
-    per_replica = math.prod(int(config.engine_arg.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
-    return per_replica * (config.ray_replicas if config.engine == "ray" else 1)
-
-
-def _cost(
-    config: CacheConfig,
-    engine: ResolvedEngine,
-    teacher: ModelSource,
-    num_skipped: int,
-    survey_s: float,
-    phases: list[Phase],
-    live_epoch_s: float | None,
-    no_live_reason: str,
-) -> CacheCost:
-    parameters = teacher.num_parameters
-    return CacheCost(
-        out=config.out if config.round is None else f"the round {config.round} of {config.out}",
-        engine=engine,
-        device="server" if engine == "server" else choose_device(config.device).type,
-        devices=_num_devices(config),
-        num_skipped=num_skipped,
-        survey_s=survey_s,
-        phases=phases,
-        live_epoch_s=live_epoch_s,
-        no_live_reason=no_live_reason,
-        teacher_bytes=None if parameters is None else parameters * _BYTES_OF_DTYPE[config.dtype],
-        price_per_hour=config.price_per_hour,
-        pilot_rows=config.pilot_rows,
-    )
 
 
 def _bytes(value: float) -> str:

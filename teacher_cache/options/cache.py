@@ -230,8 +230,8 @@ class CacheConfig(
             return "--template-arg is for a template on this machine: --teacher-api chat uses the endpoint's own"
         if self.max_cost is not None and not (self.price_in or self.price_out):
             return "--max-cost needs --price-in and --price-out, the prices of a million tokens"
-        if self.dry_run:
-            return "--dry-run times a pilot on this machine: for --engine openai give --max-cost, and --limit for a few"
+        if self.price_per_hour is not None:
+            return "--price-per-hour is for models on this machine: give --price-in and --price-out"
         return None
 
     @property

@@ -17,7 +17,7 @@ from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.fidelity import measure_fidelity
 from dpkd.teacher_cache.audit.verify import row_problems, verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.cost import estimate_cost
+from dpkd.teacher_cache.build.estimate import estimate_cost
 from dpkd.teacher_cache.options.audit import FidelityConfig
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS

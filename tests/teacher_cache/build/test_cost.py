@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support.commands import dpkd
+from support.openai_endpoint import rows_of, serving_toy
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.cost import CacheCost, Phase, estimate_cost
+from dpkd.teacher_cache.build.cost import CacheCost, Phase
+from dpkd.teacher_cache.build.estimate import estimate_cost
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, decoding_steps, fit_rates, pick_evenly
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.schema import PlannedRow
@@ -145,3 +147,28 @@ def test_the_command_prints_the_estimate_and_writes_nothing(job: dict[str, Any])
 def test_a_pilot_without_a_dry_run_is_refused(job: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--pilot-rows goes with --dry-run"):
         CacheConfig.parse(job | {"pilot_rows": 8}, where="here")
+
+
+def test_an_endpoint_is_estimated_by_its_prices(
+    toy_teacher: Path, repeat_rows: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    data, out = repeat_rows(tmp_path / "many.jsonl", 4), tmp_path / "cache"
+    with serving_toy(toy_teacher) as (_, endpoint):
+        options = {
+            "teacher": str(toy_teacher), "data": str(data), "out": str(out), "engine": "openai",
+            "teacher_url": endpoint.url, "teacher_model": "toy", "template": "chat", "max_new_tokens": 12,
+            "price_in": 100.0, "price_out": 300.0,
+        }  # fmt: skip
+        config = CacheConfig.parse(options | {"dry_run": True, "pilot_rows": 24}, where="a test")
+        cost = estimate_cost(config)
+        assert not out.exists()
+        manifest = build_cache(CacheConfig.parse(options, where="a test"))
+    assert cost.num_rows == manifest.counts["rows"] + manifest.counts["failed"]
+    rows = rows_of(out)
+    prompts, answers = (
+        sum(len(ids) for ids in lists) for lists in zip(*((r.prompt_ids, r.response_ids) for r in rows), strict=True)
+    )
+    assert cost.price == pytest.approx((100 * prompts + 300 * answers) / 1e6, rel=0.15)
+    assert "live teacher: not measured, because the teacher is on a server" in cost.text()
+    with pytest.raises(UserError, match="give --price-in and --price-out"):
+        CacheConfig.parse(options | {"dry_run": True, "price_per_hour": 2.0}, where="a test")
