@@ -88,8 +88,13 @@ def _rules(config: CacheFilterConfig, cache: TeacherCache) -> list[Rule]:
     if config.min_logprob is not None:
         _check_logprobs(cache)
         lowest = config.min_logprob
+        ends = cache.identities["logprobs"].get("end") != "unknown"
         rules.append(
-            Rule(f"--min-logprob {lowest:g}", ("response_logprobs",), lambda table: _mean_logprobs(table) >= lowest)
+            Rule(
+                f"--min-logprob {lowest:g}",
+                ("response_logprobs", "finish_reason"),
+                lambda table: mean_logprobs(table, with_end=ends) >= lowest,
+            )
         )
     rules += [_condition(text, cache, f"--where {text!r}") for text in config.where]
     return rules
@@ -100,11 +105,17 @@ def _lengths(table: pa.Table) -> np.ndarray:
     return lengths
 
 
-def _mean_logprobs(table: pa.Table) -> np.ndarray:
+def mean_logprobs(table: pa.Table, *, with_end: bool) -> np.ndarray:
+    """Mean log-prob of a response token of every row, in nats.
+
+    Without `with_end` the EOS of a row that has one is left out: its log-prob is unknown, and stored as 0.
+    """
     lists = table["response_logprobs"]
     lengths = pc.list_value_length(lists).to_numpy()
     owners = np.repeat(np.arange(len(lengths)), lengths)
     sums = np.bincount(owners, weights=pc.list_flatten(lists).to_numpy(), minlength=len(lengths))
+    if not with_end:
+        lengths = lengths - (np.array(table["finish_reason"].to_pylist()) == "stop")
     return sums / np.maximum(lengths, 1)
 
 

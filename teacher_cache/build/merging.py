@@ -195,6 +195,7 @@ def _merged(identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
     logprobs["top_k"] = max(int(one["logprobs"]["top_k"]) for one in identities)
     if logprobs.get("top_mass", 0) is None:
         del logprobs["top_mass"]
+    rows_per_shard = [int(one["layout"]["rows_per_shard"]) for one in identities]
     generation = _common([one["generation"] for one in identities])
     for key in _LIMITS:
         generation[key] = max(int(one["generation"][key]) for one in identities)
@@ -206,7 +207,8 @@ def _merged(identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "data": _merged_data([one["data"] for one in identities]),
         "generation": generation,
         "logprobs": logprobs,
-        "layout": identities[0]["layout"],
+        # the shards of a cache of long rows have few of them, because a shard has a largest size
+        "layout": identities[0]["layout"] | {"rows_per_shard": min(rows_per_shard)},
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +23,7 @@ from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.info import describe_cache
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.filtering import filter_cache
+from dpkd.teacher_cache.build.filtering import filter_cache, mean_logprobs
 from dpkd.teacher_cache.build.merging import merge_caches
 from dpkd.teacher_cache.build.repair import repair_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -286,6 +287,13 @@ def test_exactly_the_rows_that_meet_the_rules_stay(
     assert 0 < len(expected) < len(every)
     filtered(parts["whole"], tmp_path / "kept", **rules)
     assert rows(tmp_path / "kept") == expected
+
+
+def test_an_unknown_end_is_not_in_the_mean() -> None:
+    """By hand: a response of -3, -1 and an EOS of unknown log-prob, stored as 0, and one that was cut."""
+    table = pa.table({"response_logprobs": [[-3.0, -1.0, 0.0], [-3.0, -1.0]], "finish_reason": ["stop", "length"]})
+    assert mean_logprobs(table, with_end=False).tolist() == [-2, -2]
+    assert mean_logprobs(table, with_end=True).tolist() == [-4 / 3, -2]
 
 
 def test_it_says_why_rows_went(tmp_path: Path, parts: dict[str, Path]) -> None:
