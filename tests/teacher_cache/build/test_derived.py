@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import dpkd
+from support.conversations import conversations, make_models, write
 from support.toys import make_toy
 
 from dpkd.core.errors import UserError
@@ -362,6 +363,28 @@ def test_every_command_reads_the_new_caches(
         assert said.returncode == 0, said.stderr
         assert found in said.stdout
     assert "7 prompts are also in the cache" in said.stderr
+
+
+def test_conversations_keep_their_spans_and_turns(tmp_path: Path) -> None:
+    teacher, _ = make_models(tmp_path)
+    data = write(tmp_path / "data.jsonl", conversations())
+    options = OPTIONS | {"turns": "all", "rows_per_shard": 2, "max_prompt_tokens": 400, "max_new_tokens": 12}
+    for name, responses in (("spans", "reference"), ("turns", "teacher")):
+        made = options | {"responses": responses, "teacher": str(teacher), "data": str(data)}
+        build_cache(CacheConfig(out=str(tmp_path / name), **made))
+    kept = filtered(tmp_path / "spans", tmp_path / "some-spans", where="example_id != one")
+    assert kept.has_spans
+    assert kept.manifest.format_version == 2
+    assert rows(tmp_path / "some-spans") == [row for row in rows(tmp_path / "spans") if row["example_id"] != "one"]
+    kept = filtered(tmp_path / "turns", tmp_path / "some-turns", where="example_id contains t")
+    whole = TeacherCache.open(tmp_path / "turns")
+    assert kept.stems == whole.stems == ["teacher", "teacher_turn2", "teacher_turn3"]
+    every = {row["example_id"] for row in rows(tmp_path / "turns")}
+    assert {row["example_id"] for row in rows(tmp_path / "some-turns")} == {name for name in every if "t" in name}
+    with pytest.raises(
+        UserError, match=r"differ in their kept columns: found distributions of .*expected distributions, spans"
+    ):
+        merged([tmp_path / "spans", tmp_path / "turns"], tmp_path / "both")
 
 
 def test_caches_in_an_object_store(tmp_path: Path, parts: dict[str, Path]) -> None:
