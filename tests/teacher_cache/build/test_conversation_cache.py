@@ -261,3 +261,18 @@ def test_the_cost_of_turns_is_that_of_all_their_rows(tmp_path: Path, models: tup
     cost = estimate_cost(config)
     assert cost.num_rows == 8
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_round_has_the_turns_of_its_cache(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    data = write(tmp_path / "data.jsonl", conversations())
+    cache = build(tmp_path / "cache", models[0], data, turns="all", max_new_tokens=6)
+    build_round(tmp_path / "cache", models)
+    assert verify_cache(str(tmp_path / "cache"))["rows"] == 16
+    student_round = TeacherCache.open(tmp_path / "cache").round("r0")
+    assert [shard.path for shard in student_round.manifest.shards] == [shard.path for shard in cache.shards()]
+    for record in cache.shards():
+        ours, theirs = cache.read(record), cache.read_round(student_round, record)
+        for index in range(record.rows):
+            assert ours.key(index) == theirs.key(index)
+            assert ours.row(index).prompt_ids.tolist() == theirs.row(index).prompt_ids.tolist()
+            check_scores(theirs.row(index), models[0])
