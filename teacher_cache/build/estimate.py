@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.build.cache import open_inputs
 from dpkd.teacher_cache.build.cost import CacheCost, Phase
@@ -48,6 +49,13 @@ def estimate_cost(config: CacheConfig, *, num_rows: int | None = None, live: boo
 
 
 def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
+    if config.engine == "openai":
+        raise UserError(
+            "a pilot would cost money: an endpoint is paid by tokens, not by time",
+            found="--engine openai",
+            where=config.teacher_url,
+            advice="Give --max-cost with --price-in and --price-out, and --limit for a few rows",
+        )
     started_s = time.monotonic()
     inputs = open_inputs(config)
     survey = inputs.plan.survey

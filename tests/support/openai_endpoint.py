@@ -36,6 +36,7 @@ class ToyEndpoint:
         most: largest K that it accepts; more is refused, or with `clamps` answered with `most`.
         with_ids: whether it takes vLLM's fields and writes tokens as ids.
         shows_end: whether the log-prob of the EOS is returned.
+        chat_form: whether completions have the log-probs of chat, as llama.cpp's do.
         processed: whether log-probs come after the temperature.
         change: last change of an answer's JSON before it is sent: how tests make it lie.
     """
@@ -47,6 +48,7 @@ class ToyEndpoint:
     with_ids: bool = False
     shows_end: bool = False
     processed: bool = False
+    chat_form: bool = False
     accepts_ids: bool = True
     change: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     before: Callable[[dict[str, Any]], Answer | None] | None = None
@@ -122,7 +124,7 @@ class ToyEndpoint:
         as_ids = bool(body.get("return_tokens_as_token_ids"))
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ended else "length", "logprobs": None}
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        if top_k and chat:
+        if top_k and (chat or self.chat_form):
             choice["logprobs"] = {
                 "content": [
                     self._entry(token, logprobs, as_ids)

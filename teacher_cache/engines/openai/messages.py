@@ -115,7 +115,7 @@ class Answer:
         text = choice["message"].get("content") if chat else choice["text"]
         if not isinstance(text or "", str):
             raise TypeError("the answer is not text")
-        tokens, tops = _of_chat(choice.get("logprobs")) if chat else _of_completions(choice.get("logprobs"))
+        tokens, tops = _logprobs_of(choice.get("logprobs"))
         reason, model = choice.get("finish_reason"), body.get("model")
         return cls(
             "chat" if chat else "completions",
@@ -142,20 +142,18 @@ def num_entries(answer: Answer) -> int:
     return max(certain, default=max(counts) - 1)
 
 
-def _of_completions(logprobs: Any) -> tuple[list[WrittenToken] | None, list[list[WrittenToken]]]:
+def _logprobs_of(logprobs: Any) -> tuple[list[WrittenToken] | None, list[list[WrittenToken]]]:
+    """The form of chat (`content`), which llama.cpp has for completions too, or of completions (`tokens`)."""
+    if logprobs and logprobs.get("content") is not None:
+        rows = logprobs["content"]
+        tops = [[_written(top) for top in row.get("top_logprobs") or []] for row in rows]
+        return [_written(row) for row in rows], tops
     if not logprobs or logprobs.get("tokens") is None:
         return None, []
     pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
     tokens = [WrittenToken(str(text), None, float(logprob)) for text, logprob in pairs]
     rows = logprobs.get("top_logprobs") or []
     return tokens, [[WrittenToken(str(text), None, float(value)) for text, value in row.items()] for row in rows]
-
-
-def _of_chat(logprobs: Any) -> tuple[list[WrittenToken] | None, list[list[WrittenToken]]]:
-    if not logprobs or logprobs.get("content") is None:
-        return None, []
-    rows = logprobs["content"]
-    return [_written(row) for row in rows], [[_written(top) for top in row.get("top_logprobs") or []] for row in rows]
 
 
 def _written(entry: dict[str, Any]) -> WrittenToken:
