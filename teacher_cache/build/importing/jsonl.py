@@ -14,13 +14,8 @@ from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_
 from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
 from dpkd.teacher_cache.build.importing.source import ImportedRow, SourceFacts
 from dpkd.teacher_cache.engines.engine import EndpointApi, EngineOptions, Sampling
-from dpkd.teacher_cache.engines.openai.messages import (
-    Answer,
-    AnswerReader,
-    Dialect,
-    UnusableAnswerError,
-    num_entries,
-)
+from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
+from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError
 from dpkd.teacher_cache.engines.openai.tokens import TokenTable
 from dpkd.teacher_cache.options.importing import ImportConfig
 

@@ -1,4 +1,4 @@
-"""JSON to and from an OpenAI-compatible endpoint: requests in its dialect, and answers as results with token ids."""
+"""JSON to and from an OpenAI-compatible endpoint: requests in its dialect, and answers as they were sent."""
 
 from __future__ import annotations
 
@@ -6,25 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
-from dpkd.teacher_cache.engines.engine import (
-    EndpointApi,
-    EngineOptions,
-    EngineResult,
-    FinishReason,
-    GenerateRequest,
-    Sampling,
-)
-from dpkd.teacher_cache.engines.openai.tokens import REPLACEMENT, TokenTable
-from dpkd.teacher_cache.engines.top_k import build_result
-
-_LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
-_MASS_TOLERANCE = 1e-3  # of a sum of probabilities whose logs an endpoint may round
-
-
-class UnusableAnswerError(Exception):
-    """An answer that cannot become a row; the text says why, in one line."""
+from dpkd.teacher_cache.engines.engine import EndpointApi, GenerateRequest, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,133 +144,3 @@ def _written(entry: dict[str, Any]) -> WrittenToken:
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-@dataclass(frozen=True)
-class AnswerReader:
-    """From an answer to a result.
-
-    Args:
-        table: the tokenizer's tokens; None in a cache of texts.
-        encode: ids of a text, for a cache of texts.
-        eos_token_id: the end that is added where the endpoint leaves it out.
-        limits_are_known: whether the longest answer is `sampling`'s and each position has K entries.
-    """
-
-    dialect: Dialect
-    options: EngineOptions
-    sampling: Sampling
-    table: TokenTable | None
-    encode: Any
-    decode: Any
-    eos_token_id: int
-    vocab_size: int
-    limits_are_known: bool = True
-
-    def result(self, index: int, answer: Answer) -> EngineResult:
-        """The result of request `index`; raises `UnusableAnswerError`."""
-        if answer.finish_reason not in ("stop", "length"):
-            raise UnusableAnswerError(f"the endpoint ended the answer with {answer.finish_reason!r}")
-        reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-        return self._text_only(index, answer, reason) if self.table is None else self._scored(index, answer, reason)
-
-    def _text_only(self, index: int, answer: Answer, reason: FinishReason) -> EngineResult:
-        ids = list(self.encode(answer.text))
-        if self.decode(ids) != answer.text:
-            raise UnusableAnswerError("the tokenizer does not give the answer's text back")
-        ids += [self.eos_token_id] if reason == "stop" else []
-        if not ids:
-            raise UnusableAnswerError("the answer is empty")
-        if self.limits_are_known and len(ids) > self.sampling.max_new_tokens:
-            ids, reason = ids[: self.sampling.max_new_tokens], "length"
-        return EngineResult(index, np.array(ids, np.int32), reason, np.zeros(0, np.float32), None)
-
-    def _scored(self, index: int, answer: Answer, reason: FinishReason) -> EngineResult:
-        ids = self._ids(answer)
-        self._check_end(ids, answer, reason)
-        logprobs = [token.logprob for token in answer.tokens or ()]
-        if not all(np.isfinite(value) and value <= _MASS_TOLERANCE for value in logprobs):
-            raise UnusableAnswerError("a token's log-prob is not a finite number <= 0")
-        rows = [self._entries(position, ids[position], row) for position, row in enumerate(answer.tops)]
-        if reason == "stop" and (not ids or ids[-1] not in self.sampling.stop_token_ids):
-            # the endpoint does not say how likely the end was: no entries, and all the mass in the tail
-            ids, logprobs, rows = [*ids, self.eos_token_id], [*logprobs, 0.0], [*rows, []]
-        width = max(self.options.top_k, 1)
-        ids_TK = np.full((len(ids), width), -1, np.int64)
-        logprobs_TK = np.full((len(ids), width), -np.inf, np.float32)
-        for position, row in enumerate(rows):
-            for rank, (token, logprob) in enumerate(row[:width]):
-                ids_TK[position, rank], logprobs_TK[position, rank] = token, logprob
-        own_T = np.minimum(np.array(logprobs, np.float32), 0.0)
-        response_ids = np.array(ids, np.int32)
-        return build_result(index, response_ids, reason, own_T, ids_TK, logprobs_TK, self.vocab_size, self.options)
-
-    def _ids(self, answer: Answer) -> list[int]:
-        assert self.table is not None
-        if answer.tokens is None:
-            raise UnusableAnswerError("the answer has no log-probs")
-        found = [(token, self.table.find(token.text, token.data)) for token in answer.tokens]
-        for token, token_id in found:
-            if token_id is None:
-                raise UnusableAnswerError(f"{token.text!r} is not one token of the tokenizer")
-        ids = [int(token_id) for _, token_id in found if token_id is not None]
-        text = self.table.text(ids)
-        if not any(_same(text, written, answer) for written in (answer.text, " " + answer.text)):
-            raise UnusableAnswerError("the tokens do not give the answer's text back")
-        if answer.completion_tokens is not None and answer.completion_tokens - len(ids) not in (0, 1):
-            raise UnusableAnswerError(f"log-probs of {len(ids)} tokens, and the answer has {answer.completion_tokens}")
-        if len(answer.tops) != len(ids):
-            raise UnusableAnswerError(f"the most likely tokens of {len(answer.tops)} of {len(ids)} positions")
-        return ids
-
-    def _check_end(self, ids: list[int], answer: Answer, reason: FinishReason) -> None:
-        stops, limit = self.sampling.stop_token_ids, self.sampling.max_new_tokens
-        if any(token in stops for token in ids[:-1]):
-            raise UnusableAnswerError("the answer goes on after its end")
-        ended = bool(ids) and ids[-1] in stops
-        if reason == "length" and (ended or (self.limits_are_known and len(ids) != limit)):
-            raise UnusableAnswerError(f"the answer was cut after {len(ids)} tokens, not {limit}")
-        if reason == "stop" and not ended and self.dialect.token_ids:
-            raise UnusableAnswerError("the answer stops without an EOS of the tokenizer")
-        if self.limits_are_known and len(ids) + (reason == "stop" and not ended) > limit:
-            raise UnusableAnswerError(f"the answer has more than {limit} tokens")
-
-    def _entries(self, position: int, own: int, row: list[WrittenToken]) -> list[tuple[int, float]]:
-        """Ids and log-probs in rank order, up to the first token that cannot be identified.
-
-        An own token that comes last is left out where it may not be among the most likely ones: completions add it to
-        them, and vLLM's chat puts it in place of the last.
-        """
-        assert self.table is not None
-        if self.options.top_k == 0:
-            return []
-        unclear = not self.limits_are_known or any(
-            REPLACEMENT in token.text for token in row
-        )  # several of them may have become one
-        if len(row) < self.options.top_k and not unclear:
-            raise UnusableAnswerError(f"position {position} has {len(row)} log-probs, not {self.options.top_k}")
-        if any(np.isnan(token.logprob) or token.logprob > _MASS_TOLERANCE for token in row):
-            raise UnusableAnswerError(f"a log-prob at position {position} is not a number <= 0")
-        if (mass := float(np.exp([token.logprob for token in row]).sum())) > 1 + _MASS_TOLERANCE:
-            raise UnusableAnswerError(f"the probabilities at position {position} sum to {mass:.4f}")
-        ranked = sorted((token for token in row if token.logprob > _LOWEST_LOGPROB), key=lambda token: -token.logprob)
-        entries: list[tuple[int, float]] = []
-        for token in ranked:
-            token_id = self.table.find(token.text, token.data)
-            if token_id is None:
-                break
-            entries.append((token_id, min(token.logprob, 0.0)))
-        may_be_extra = len(row) > self.options.top_k or self.dialect.api == "chat"
-        if may_be_extra and len(entries) > 1 and len(entries) == len(row) and entries[-1][0] == own:
-            entries.pop()
-        if not entries:
-            raise UnusableAnswerError(f"the most likely token at position {position} is not one token of the tokenizer")
-        if len({token for token, _ in entries}) < len(entries):
-            raise UnusableAnswerError(f"a token is twice among the most likely ones at position {position}")
-        return entries
-
-
-def _same(text: str, written: str, answer: Answer) -> bool:
-    if answer.finish_reason == "length":  # perhaps in the middle of a character
-        return text.rstrip(REPLACEMENT) == written.rstrip(REPLACEMENT)
-    return text == written
