@@ -14,7 +14,7 @@ from dpkd.core.progress import Progress, say
 from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.build.filling import Filler, open_filler
+from dpkd.teacher_cache.build.filling import EndpointTeacher, Filler, open_filler
 from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.request import (
     check_shard_size,
@@ -34,8 +34,6 @@ from dpkd.teacher_cache.store.reader import CACHE_KIND
 from dpkd.teacher_cache.store.shards import read_shard
 
 if TYPE_CHECKING:
-    from dpkd.teacher_cache.build.endpoint import EndpointTeacher
-    from dpkd.teacher_cache.store.folders import Folder
     from dpkd.teacher_cache.store.manifest import Manifest
 
 
@@ -58,7 +56,7 @@ def build_cache(config: CacheConfig) -> Manifest:
     folder = open_folder(config.out)
     with contextlib.ExitStack() as stack:
         if config.engine == "openai":
-            endpoint = stack.enter_context(_endpoint(config, inputs.teacher, folder))
+            endpoint = stack.enter_context(EndpointTeacher(config, inputs.teacher, folder))
             config, inputs = endpoint.config, inputs._replace(endpoint=endpoint)
         job = Job(folder, CACHE_KIND, cache_identities(config, inputs))
         job.check_source = inputs.source.check_unchanged
@@ -75,7 +73,7 @@ def fill_cache(config: CacheConfig, inputs: CacheInputs, survey: Survey, job: Jo
     if job.num_done() < sum(survey.num_rows.values()):
         say(f"starting {inputs.engine} with the teacher {config.teacher_model or config.teacher}")
         if inputs.engine == "openai":
-            endpoint = inputs.endpoint or _endpoint(config, inputs.teacher, job.folder)
+            endpoint = inputs.endpoint or EndpointTeacher(config, inputs.teacher, job.folder)
             opened = endpoint.filler()
         else:
             opened = open_filler(inputs.engine, inputs.teacher, engine_options(config), config)
@@ -146,7 +144,7 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
     """What the cache's manifest says that it is."""
     engine, source, teacher, encoder, plan, endpoint = inputs
     if engine == "openai" and endpoint is None:
-        endpoint = _endpoint(config, teacher, open_folder(config.out))  # of a folder that knows it
+        endpoint = EndpointTeacher(config, teacher, open_folder(config.out))  # of a folder that knows it
     return {
         "teacher": teacher.identity(config.dtype),
         "tokenizer": teacher.tokenizer_identity() | {"probe": teacher.tokenizer_probe()},
@@ -169,12 +167,6 @@ def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]
         "logprobs": logprobs_identity(config) | ({} if endpoint is None else endpoint.unknown_logprobs()),
         "layout": {"rows_per_shard": config.rows_per_shard, **plan.survey.layout_identity},
     }
-
-
-def _endpoint(config: CacheConfig, teacher: ModelSource, folder: Folder) -> EndpointTeacher:
-    from dpkd.teacher_cache.build.endpoint import EndpointTeacher
-
-    return EndpointTeacher(config, teacher, folder)
 
 
 def _say_skipped(skipped: list[SkippedRow]) -> None:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
-from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.build.cache import open_inputs
 from dpkd.teacher_cache.build.cost import CacheCost, Phase
-from dpkd.teacher_cache.build.endpoint import EndpointTeacher
-from dpkd.teacher_cache.build.filling import Filler, open_filler
+from dpkd.teacher_cache.build.filling import EndpointTeacher, Filler, open_filler
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.build.rounds import open_round, open_student, planned_rows
@@ -49,13 +47,6 @@ def estimate_cost(config: CacheConfig, *, num_rows: int | None = None, live: boo
 
 
 def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
-    if config.engine == "openai":
-        raise UserError(
-            "a pilot would cost money: an endpoint is paid by tokens, not by time",
-            found="--engine openai",
-            where=config.teacher_url,
-            advice="Give --max-cost with --price-in and --price-out, and --limit for a few rows",
-        )
     started_s = time.monotonic()
     inputs = open_inputs(config)
     survey = inputs.plan.survey

@@ -19,7 +19,6 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.estimate import estimate_cost
 from dpkd.teacher_cache.engines.openai.engine import KEY_VARIABLE
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.manifest import Manifest
@@ -410,14 +409,6 @@ def test_options_that_do_not_go_together(more: dict[str, Any], message: str, tmp
     given = options("https://host/v1", tmp_path, tmp_path / "rows.jsonl", tmp_path / "cache") | more
     with pytest.raises(UserError, match=message):
         CacheConfig.parse({key: value for key, value in given.items() if value is not None}, where="a test")
-
-
-def test_no_pilot_spends_money(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
-    config = CacheConfig(**options("http://127.0.0.1:1/v1", toy_teacher, toy_data, tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"a pilot would cost money"):
-        estimate_cost(config)
-    with pytest.raises(UserError, match=r"--dry-run times a pilot on this machine"):
-        CacheConfig.parse(config.model_dump() | {"dry_run": True}, where="a test")
 
 
 def test_a_saved_config_has_no_key_and_asks_for_the_same(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
