@@ -32,9 +32,10 @@ from cache_writing import ROOT, make_toy, write_prompts
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.commands import Command
+from support.commands import PRELOAD, Command
 
 from dpkd.core.errors import UserError
+from dpkd.core.progress import say
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.store.folders import Folder, open_folder
 from dpkd.teacher_cache.store.locks import LOCK
@@ -326,8 +327,10 @@ def torture(out: str, scratch: Path, faults: int, seed: int, rows: int = 120) ->
     """Run `faults` faults over the job that writes `out`, then let it end; the report should have no `findings`."""
     started_s = time.monotonic()
     job = Torture(out, scratch, seed, rows)
-    for _ in range(faults):
+    for number in range(1, faults + 1):
         job.fault()
+        if number % 20 == 0:
+            say(f"{number} of {faults} faults, findings: {job.findings}")
     if not job.folder.exists(MANIFEST):
         job.finish()
     if job.damaged:
@@ -355,6 +358,7 @@ def main() -> None:
             from support.s3 import s3_server
 
             out = f"{stack.enter_context(s3_server())}/torture"
+            PRELOAD.append("s3fs")
         report = torture(out, scratch, given.faults, given.seed)
     print(json.dumps(report, indent=2))
     raise SystemExit(1 if report["findings"] else 0)
