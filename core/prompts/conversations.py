@@ -108,7 +108,8 @@ def without_thoughts(example: Example) -> Example:
 def _conversation(encoder: PromptEncoder, example: Example, places: Sequence[int]) -> EncodedResponse:
     if encoder.template != "chat":
         raise TemplateMismatchError(f"template {encoder.template} takes one user turn, not a conversation")
-    prompt, ids, text = None, [], ""
+    prompt, text = None, ""
+    ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for place in places:
         head = encoder.render(example, example.turns[:place], open_turn=True)

@@ -49,8 +49,9 @@ class Example:
             return replace(self, messages=self.teacher_messages, instruction=None, prompt=None)
         if self.teacher_prompt is None:
             return None
-        key = "prompt" if self.instruction is None else "instruction"
-        return replace(self, **{key: self.teacher_prompt})
+        if self.instruction is None:
+            return replace(self, prompt=self.teacher_prompt)
+        return replace(self, instruction=self.teacher_prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,29 +217,27 @@ def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
     form = forms[0]
     names = [row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")]
     example_id = str(names[0]) if names else f"line-{line:08d}"
-    category = str(row.get("category") or row.get("task") or "")
+    of_row: dict[str, Any] = {"category": str(row.get("category") or row.get("task") or "")}
     try:
-        of_teacher = _read_teacher(row, line, name)
+        of_row |= _read_teacher(row, line, name)
         if form == "messages":
             turns = read_messages(row["messages"], line, name)
             messages, references = _split_turns(turns)
-            tools = read_tools(row.get("tools"))
-            of_row = {"messages": messages, "turns": turns, "tools": tools}
-            return Example(example_id, line, references, category=category, **of_row, **of_teacher)
+            of_row |= {"messages": messages, "turns": turns, "tools": read_tools(row.get("tools"))}
+            return Example(example_id, line, references, **of_row)
         if form == "turns":
             questions, answers = read_questions(row["turns"], row.get("reference"))
             last = tuple(answer for answer in answers[len(questions) - 1 :] if answer.strip())
-            of_row = {"messages": questions, "turns": questions, "turn_references": answers}
-            return Example(example_id, line, last, category=category, **of_row, **of_teacher)
+            of_row |= {"messages": questions, "turns": questions, "turn_references": answers}
+            return Example(example_id, line, last, **of_row)
         references = _read_references(row)
         text = _read_text(row, form)
         if form == "prompt":
-            return Example(example_id, line, references, prompt=text, category=category, **of_teacher)
+            return Example(example_id, line, references, prompt=text, **of_row)
         extra = row.get("input")
         if extra is not None and not isinstance(extra, str):
             return SkippedRow(line, f"`input` is {type(extra).__name__}, not text")
-        of_row = {"instruction": text, "input": (extra or "").strip()}
-        return Example(example_id, line, references, category=category, **of_row, **of_teacher)
+        return Example(example_id, line, references, instruction=text, input=(extra or "").strip(), **of_row)
     except UnusableValueError as error:
         return SkippedRow(line, str(error))
 

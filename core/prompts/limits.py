@@ -71,7 +71,8 @@ def with_progress(items: Iterable[Example | SkippedRow]) -> Iterator[Example | S
 
 def fitted(response: EncodedResponse, max_prompt_tokens: int, max_new_tokens: int) -> EncodedResponse:
     """`response` up to the first turn that is too long, which is cut, or has too long a history, which is left out."""
-    begin, spans = len(response.prompt.ids), []
+    begin = len(response.prompt.ids)
+    spans: list[tuple[int, int]] = []
     for start, length in response.spans:
         if spans and start > max_prompt_tokens:
             break
