@@ -19,6 +19,7 @@ from io import StringIO
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 #: vLLM is here too: its import takes longer than what most tests do with it
 PRELOAD = [
@@ -32,6 +33,7 @@ PRELOAD = [
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
+    "support.frozen",
 ]
 
 
@@ -62,11 +64,10 @@ def fork(main: Callable[..., None], *arguments: object) -> BaseProcess:
     server's, its output this process's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    before = os.environ.get("VLLM_LOGGING_LEVEL")
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # vLLM sets its log up while it is imported
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["VLLM_LOGGING_LEVEL"]
+    # vLLM sets its log up while it is imported; `support` must be found, which 3.11 does not see to
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    with patch.dict(os.environ, VLLM_LOGGING_LEVEL="ERROR", PYTHONPATH=path):
+        multiprocessing.forkserver.ensure_running()
     process = context.Process(target=main, args=arguments)
     process.start()
     return process

@@ -1,0 +1,9 @@
+"""The last module that the server of forked processes imports: what is there by now is no garbage.
+
+Without this, every collection of a child goes through a million objects of the libraries, and vLLM asks for several.
+"""
+
+import gc
+
+gc.collect()
+gc.freeze()
