@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.commands import start_forkserver
 from support.toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write_toy_data
 from support.vllm_servers import VllmServer
 
@@ -21,6 +22,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every process of a test would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart() -> None:
+    """One of several processes will need its forkserver, and the recipes of its tests use the same one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        start_forkserver()
 
 
 #: files that take longest, longest first: half a minute and more alone on a core

@@ -59,16 +59,19 @@ def dpkd(*arguments: object) -> Result:
     return Result(returncode, stdout.getvalue(), stderr.getvalue())
 
 
-def fork(main: Callable[..., None], *arguments: object) -> BaseProcess:
-    """A process that runs `main`, forked from the server that has imported the libraries; its environment is the
-    server's, its output this process's."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+def start_forkserver() -> None:
+    """Start the process that imports `PRELOAD`, unless it runs; returns at once."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
     # vLLM sets its log up while it is imported; `support` must be found, which 3.11 does not see to
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with patch.dict(os.environ, VLLM_LOGGING_LEVEL="ERROR", PYTHONPATH=path):
         multiprocessing.forkserver.ensure_running()
-    process = context.Process(target=main, args=arguments)
+
+
+def fork(main: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that runs `main`, forked from the one that has imported the libraries."""
+    start_forkserver()
+    process = multiprocessing.get_context("forkserver").Process(target=main, args=arguments)
     process.start()
     return process
 

@@ -3,7 +3,9 @@
 Without this, every collection of a child goes through a million objects of the libraries, and vLLM asks for several.
 """
 
+import atexit
 import gc
 
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # nanobind would call what is left at the end a leak
