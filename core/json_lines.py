@@ -32,10 +32,25 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for line, text in read_text_lines(path):
         if text.strip():
             try:
-                value = json.loads(text)
+                value = parse_json(text, path, f"line {line}")
             except json.JSONDecodeError as error:
                 raise UserError(f"line {line} is not JSON: {error.msg} at column {error.colno}", where=path) from None
             yield line, value
+
+
+def parse_json(text: str, where: object, which: str) -> Any:
+    """The value of a JSON text; `which` names the text.
+
+    Raises `json.JSONDecodeError`, and `UserError` for JSON that Python cannot hold.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise UserError(f"a number of {which} has too many digits", where=where) from None
+    except RecursionError:
+        raise UserError(f"{which} is nested too deeply", where=where) from None
 
 
 def complete_lines(path: Path) -> list[bytes]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import fingerprint, tokenizer_probe, tokenizer_sha256, weights_sha256
@@ -62,7 +63,7 @@ class ModelSource:
         ids: set[int] = set()
         path = self.path / "generation_config.json"
         if path.exists():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            value = _eos_of_generation(path)
         else:
             value = getattr(self.config.get_text_config(), "eos_token_id", None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
@@ -83,9 +84,23 @@ class ModelSource:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        return AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-        )
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # what does not fit is an error below, with its own words
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"the model cannot be loaded: {first_line(error)}", where=self.path) from None
+        finally:
+            logging.set_verbosity(before)
+        _check_fits_config(model, info, self.path)
+        return cast("PreTrainedModel", model)
 
     def identity(self, dtype: str) -> dict[str, Any]:
         """Name, revision, dtype, vocabulary width and content hashes of this model."""
@@ -192,6 +207,63 @@ def other_eos(model: ModelSource, eos_token_id: int, teacher: str, role: str, *,
     )
 
 
+def _eos_of_generation(path: Path) -> Any:
+    """The EOS ids of a generation_config.json: a number, a list of numbers, or None."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"the generation config is not JSON: {first_line(error)}", where=path) from None
+    if not all(isinstance(item, int) for item in (value if isinstance(value, list) else [value or 0])):
+        raise UserError("the EOS of the generation config is no token id", found=repr(value), where=path)
+    return value
+
+
+def _check_fits_config(model: PreTrainedModel, info: dict[str, Any], where: Path) -> None:
+    """Raise `UserError` if weights were left random, or layers left out, because the config is another model's."""
+    mismatched = sorted(str(item[0]) for item in info["mismatched_keys"])
+    numbers = re.compile(r"\d+")
+    kinds = {numbers.sub("N", name) for name in model.state_dict()}
+    surplus = sorted(name for name in info["unexpected_keys"] if numbers.sub("N", name) in kinds)
+    for what, names in (
+        ("have other shapes than the config says", mismatched),
+        ("lack some that the config asks for", sorted(info["missing_keys"])),
+        ("have layers that the config does not", surplus),
+    ):
+        if names:
+            raise UserError(
+                f"the model's weights {what}",
+                found=f"{len(names)}, the first: {names[0]}",
+                where=where,
+                advice="Give the config.json and the weights of one model",
+            )
+
+
+def _check_readable(path: Path, role: str) -> None:
+    """Raise `UserError` if a file of weights is cut short, or one that the index names is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"the {role}'s weights cannot be read: {first_line(error)}",
+                found=f"{file.stat().st_size} bytes",
+                where=file,
+                advice="The file is cut short or corrupt: copy or download it again",
+            ) from None
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"the {role}'s index of weights cannot be read: {first_line(error)}", where=index) from None
+        if missing := sorted(name for name in named if not (path / name).is_file()):
+            raise UserError(
+                f"{len(missing)} files of the {role}'s weights are missing", found=f"no {missing[0]}", where=path
+            )
+
+
 def config_sha256(config: PretrainedConfig) -> str:
     """Hash of what a config says of the model itself: not of its name, its dtype or a version of transformers."""
     other = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -239,6 +311,8 @@ def locate_model(name: str, role: str, *, needs_weights: bool = True, needs_conf
             where=path,
             advice="Pickled weights are not read; save the model with `save_pretrained`",
         )
+    if needs_weights:
+        _check_readable(path, role)
     return ModelSource(name, path, revision)
 
 

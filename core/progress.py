@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -11,8 +12,13 @@ _LINE_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
-    """One plain line for the person, on standard error; standard output is kept for results."""
-    print(text, file=sys.stderr, flush=True)
+    """One plain line for the person, on standard error; standard output is kept for results.
+
+    Work goes on where nobody reads it: a standard error that is closed or full is no error.
+    """
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -32,7 +38,7 @@ class Progress:
         self._fields = ""
         self._started_s = self._said_s = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar, self._task = _rich_bar(label, total, unit, done)
 
     def advance(self, amount: int = 1, **fields: object) -> None:

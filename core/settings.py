@@ -66,7 +66,12 @@ class Settings(BaseModel):
 
     # pydantic builds the validators when the first config is made: help needs none
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        defer_build=True,
+        allow_inf_nan=False,
     )
 
     #: heading of the group in `--help`
@@ -154,3 +159,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError("the config file is missing", where=path, advice="Give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the config file is not TOML: {error}", where=path) from None
+    except ValueError:
+        raise UserError("a number of the config file has too many digits", where=path) from None
+    except RecursionError:
+        raise UserError("the config file is nested too deeply", where=path) from None

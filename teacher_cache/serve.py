@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import httpx
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import say
+from dpkd.core.urls import is_loopback
 from dpkd.teacher_cache.engines.engine import EngineOptions
 from dpkd.teacher_cache.engines.open import check_fits, resolve_engine
-from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
+from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, server_key
+from dpkd.teacher_cache.engines.server.key_filter import KeyFilter
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
 from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu
 from dpkd.teacher_cache.options.serve import ServeConfig
@@ -34,7 +37,8 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (the address to ask if a server listens on all)
 _CPU_SEQUENCES = 16  # sequences of full length that fit the KV cache of a server on the CPU
 _STOP_S = 20.0
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def serve_teacher(config: ServeConfig) -> None:
@@ -42,6 +46,7 @@ def serve_teacher(config: ServeConfig) -> None:
 
     Raises `UserError` if the teacher is not the cache's, the port is in use, or the server stops by itself.
     """
+    _check_guard(config)
     cache = TeacherCache.open(config.cache)
     teacher = locate_model(config.teacher or _teacher_as_built(cache), "teacher")
     cache.check_teacher(teacher, advice="Give --teacher: the model that the cache was built with")
@@ -54,10 +59,11 @@ def serve_teacher(config: ServeConfig) -> None:
     on_cpu = runs_on_cpu(config.device)
     command = server_command(config, cache, teacher, max_length, on_cpu=on_cpu)
     environment = own_environment(teacher, max_length, _CPU_SEQUENCES, on_cpu=on_cpu) | os.environ
+    environment.pop(KEY_VARIABLE, None)
+    if (key := server_key()) is not None:
+        environment[KEY_VARIABLE] = key
     _check_port(config.host, config.port)
-    if config.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get(KEY_VARIABLE):
-        say(f"anyone who can reach {config.host}:{config.port} can use the server; set {KEY_VARIABLE} to require a key")
-    say(f"starting vLLM with the teacher {teacher.name}")
+    say(f"starting vLLM with the teacher {teacher.name}; {_guard(config)}")
     with _running(command, environment, config.log) as process:
         _wait_until_up(process, config)
         print(f"{_name(cache)} answers at {_url(config.host, config.port)}; Ctrl-C stops it", flush=True)
@@ -72,6 +78,8 @@ def server_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(teacher.path), "--served-model-name", _name(cache)]
     command += ["--host", config.host, "--port", str(config.port)]
+    if server_key() is not None:
+        command += ["--middleware", f"{KeyFilter.__module__}.{KeyFilter.__name__}"]
     command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     dtype = cache.identities["teacher"]["dtype"]
     settings = own_settings(teacher, dtype=dtype, max_length=max_length, top_k=cache.top_k, on_cpu=on_cpu)
@@ -82,6 +90,24 @@ def server_command(
         else:
             command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return command
+
+
+def _check_guard(config: ServeConfig) -> None:
+    """Raise `UserError` if other machines could use the server without a key, and nobody said that they may."""
+    if server_key() is None and not is_loopback(config.host) and not config.insecure:
+        raise UserError(
+            "other machines could use the server without a key",
+            found=f"--host {config.host} and no {KEY_VARIABLE}",
+            expected=f"a key in {KEY_VARIABLE}, or a --host of this machine",
+            advice="Set the key here and where you train, or give --insecure in a network that you trust",
+        )
+
+
+def _guard(config: ServeConfig) -> str:
+    if server_key() is not None:
+        return f"every path but /health asks for the key in {KEY_VARIABLE}"
+    who = "programs on this machine" if is_loopback(config.host) else f"anyone who can reach {config.host}"
+    return f"{who} can use it without a key ({KEY_VARIABLE} is not set)"
 
 
 def _teacher_as_built(cache: TeacherCache) -> str:
@@ -131,7 +157,13 @@ def _running(command: list[str], environment: dict[str, str], log: Path | None) 
         try:
             # in its own session: a terminal's Ctrl-C reaches only us, and we stop the server
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_ending_with_parent(),
             )
         except BaseException:
             _handle(before)
@@ -143,6 +175,23 @@ def _running(command: list[str], environment: dict[str, str], log: Path | None) 
             yield process
         finally:
             _stop(process)
+
+
+def _ending_with_parent() -> Callable[[], None] | None:
+    """What makes a new process end when this one is killed and cannot stop it; None where the system has no such way.
+
+    The signal comes when the thread that started the process ends, so this is for the main thread alone.
+    """
+    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def in_new_process() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it was killed before this
+            os._exit(1)
+
+    return in_new_process
 
 
 def _handle(handlers: Mapping[int, Any]) -> dict[int, Any]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpkd.core.errors import UserError
+from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import file_sha256
-from dpkd.core.json_lines import read_json_lines
+from dpkd.core.json_lines import parse_json, read_json_lines
 from dpkd.core.prompts.messages import Message, UnusableValueError, read_messages, read_questions, read_tools
 
+#: what rows of data may have
+_FIELDS = (
+    "id", "question_id", "instruction", "input", "output", "messages", "prompt", "tools", "turns", "reference",
+    "category", "task", "teacher_messages", "teacher_prompt",
+)  # fmt: skip
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -158,9 +163,13 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
     seen: set[str] = set()
     line = 0
     for line, row in islice(raw_rows(source), limit):
-        item = _to_example(row, line, source.name)
+        try:
+            item = _to_example(row, line, source.name)
+            is_unicode_text = isinstance(item, SkippedRow) or _is_unicode(item)
+        except RecursionError:
+            item, is_unicode_text = SkippedRow(line, "a value is nested too deeply"), True
         if isinstance(item, Example):
-            if not _is_unicode(item):
+            if not is_unicode_text:
                 item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
             elif item.example_id in seen:
                 item = SkippedRow(line, f"id {item.example_id!r} is also on an earlier line")
@@ -171,18 +180,21 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
         raise UserError("the data holds no row", where=source.name, advice="Give a file with at least one row")
 
 
-def raw_rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
-    """Line (from 1) and content of each row; raises `UserError` for a file that cannot be read."""
+def raw_rows(source: ExampleSource, other_fields: Iterable[str] = ()) -> Iterator[tuple[int, Any]]:
+    """Line (from 1) and content of each row; raises `UserError` for a file that cannot be read.
+
+    Of a Parquet file with columns that rows of data have, only these and `other_fields` are read.
+    """
     path = source.path
     if path is None:
         yield from enumerate(source.dataset, start=1)
     elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, {*_FIELDS, *other_fields})
     elif path.suffix == ".jsonl":
         yield from read_json_lines(path)
     else:
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = parse_json(path.read_text(encoding="utf-8"), path, "the file")
         except json.JSONDecodeError as error:
             raise UserError(f"line {error.lineno} is not JSON: {error.msg}", where=path) from None
         except UnicodeDecodeError as error:
@@ -192,15 +204,20 @@ def raw_rows(source: ExampleSource) -> Iterator[tuple[int, Any]]:
         yield from enumerate(rows, start=1)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        file = pq.ParquetFile(path)
+        # other columns may hold values that Python has no type for
+        columns = [name for name in file.schema_arrow.names if name in wanted] or None
+        batches = file.iter_batches(batch_size=1024, columns=columns)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"the file is not Parquet: {error}", where=path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"a text of the file is not UTF-8: {error.reason}", where=path) from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"the file is not Parquet, or is corrupt: {first_line(error)}", where=path) from None
 
 
 def _to_example(row: Any, line: int, name: str) -> Example | SkippedRow:
@@ -258,7 +275,7 @@ def _is_unicode(example: Example) -> bool:
     turns = (*(example.messages or ()), *example.turns[-1:], *(example.teacher_messages or ()))
     tools = json.dumps(example.tools, ensure_ascii=False, default=str)
     texts = [tools, *(text for turn in turns for text in turn.texts())]
-    texts += [*example.turn_references, *example.references, example.input]
+    texts += [example.example_id, example.category, *example.turn_references, *example.references, example.input]
     texts += [text or "" for text in (example.instruction, example.prompt, example.teacher_prompt)]
     return all(map(is_unicode, texts))
 

@@ -147,7 +147,7 @@ def _check_tool_turns(turns: Sequence[Message], line: int, where: str, key: str)
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -18,6 +18,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.models import ModelSource
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
+from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.folders import LocalFolder
 from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow, to_table
 from dpkd.teacher_cache.store.shards import Ledger, encode_shard, read_shard
@@ -78,6 +79,8 @@ class SampleStore:
         rows, failed = [], []
         for plan in planned:
             answer = answers[plan.index]
+            if isinstance(answer, EngineResult) and (problem := answer_problem(answer)):
+                answer = FailedRequest(answer.index, problem)
             if isinstance(answer, FailedRequest):
                 failed.append({"index": plan.index} | plan.as_failed(answer.reason))
                 continue

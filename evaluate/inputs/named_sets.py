@@ -50,7 +50,7 @@ def open_set(place: str, fields: dict[str, str]) -> ExampleSource:
     source = open_examples(place)
     if not fields:
         return source
-    rows = (row for _, row in raw_rows(source))
+    rows = (row for _, row in raw_rows(source, fields.values()))
     return ExampleSource(source.name, source.identity, dataset=list(_rename(rows, fields, source.name)))
 
 

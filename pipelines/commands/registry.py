@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpkd.core.errors import UserError
+
 if TYPE_CHECKING:
     from dpkd.core.settings import Settings
 
@@ -36,11 +38,25 @@ class Command(NamedTuple):
 
     def run(self, config: Settings) -> int:
         """Run the command with validated options; the exit code. Raises whatever the command raises."""
+        _refuse_memory(config)
         result: int | Path | None = _load(self.function)(config)
         if isinstance(result, Path):
             print(result)
             return 0
         return result or 0
+
+
+def _refuse_memory(config: Settings) -> None:
+    """Raise `UserError` for a folder in memory, which from Python is one, but not between commands."""
+    for key, value in config:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if str(item).startswith("memory://"):
+                raise UserError(
+                    "a folder in memory is gone when the command ends",
+                    found=str(item),
+                    where=config.flag(key),
+                    advice="Give a directory, or the URL of an object store",
+                )
 
 
 def _load(name: str) -> Any:

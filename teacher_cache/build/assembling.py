@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from dpkd.core.progress import Progress
 from dpkd.core.prompts.thinking import count_thinking
 from dpkd.teacher_cache.engines.engine import (
@@ -21,6 +19,7 @@ from dpkd.teacher_cache.engines.engine import (
     Sampling,
     ScoreRequest,
 )
+from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow, select_positions, to_table
 from dpkd.teacher_cache.store.shards import encode_shard
@@ -85,8 +84,8 @@ class ShardAssembler:
 
     def add(self, result: EngineResult | FailedRequest) -> None:
         """Add a result; its shard is committed once all its rows have one."""
-        if isinstance(result, EngineResult) and not np.isfinite(result.logprobs_T).all():
-            result = FailedRequest(result.index, "the model's log-probs are not finite")
+        if isinstance(result, EngineResult) and (problem := answer_problem(result)):
+            result = FailedRequest(result.index, problem)
         shard = result.index // self.layout.rows_per_shard
         self._results.setdefault(shard, {})[result.index] = result
         self._write_if_complete(shard)

@@ -9,6 +9,9 @@ from dpkd.teacher_cache.engines.engine import Distributions, EngineOptions, Engi
 #: Error of a sum of probabilities whose logs are float32.
 MASS_RESOLUTION = 1e-6
 
+_HIGHEST_LOGPROB = 1e-5  # nats: rounding of a float32 log-softmax, the bound of `dpkd cache verify`
+_HIGHEST_TAIL = 1e-6
+
 #: Entries below this log-prob (nats) are not kept: their probability is 0 in every float type.
 LOWEST_KEPT_LOGPROB = -500.0
 
@@ -91,3 +94,24 @@ def log_tail(
         tail_T = floor_T  # every token is known: nothing to estimate
     with np.errstate(divide="ignore"):
         return np.log(tail_T).astype(np.float32)
+
+
+def answer_problem(result: EngineResult) -> str | None:
+    """Why the values of a result cannot be a language model's; None if they can. Asked of all engines' results."""
+    logprobs_T, top = result.logprobs_T, result.distributions
+    if not np.isfinite(logprobs_T).all():
+        return "the model's log-probs are not finite"
+    if (logprobs_T > _HIGHEST_LOGPROB).any():
+        return f"a log-prob of the response is above 0: {logprobs_T.max():g}"
+    if (result.response_ids < 0).any():
+        return f"a response id is below 0: {result.response_ids.min()}"
+    if top is None:
+        return None
+    if (top.ids_E < 0).any():
+        return f"the id of an entry is below 0: {top.ids_E.min()}"
+    if not np.isfinite(top.logprobs_E).all() or np.isnan(top.log_tail_T).any():
+        return "a log-prob of the distributions is not finite"
+    if (top.logprobs_E > _HIGHEST_LOGPROB).any() or (top.log_tail_T > _HIGHEST_TAIL).any():
+        highest = max(top.logprobs_E.max(initial=0), top.log_tail_T.max(initial=0))
+        return f"a log-prob of the distributions is above 0: {highest:g}"
+    return None

@@ -19,7 +19,11 @@ class ServeConfig(Settings):
     teacher: str | None = Field(
         None, description="the cache's teacher: a checkpoint directory or a hub name; none: as recorded in the cache"
     )
-    host: str = Field("127.0.0.1", description="address to listen on; set VLLM_API_KEY for other machines")
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; other machines need VLLM_API_KEY, which every path but /health asks for",
+    )
+    insecure: bool = Field(False, description="let other machines use the server without a key")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
     device: DeviceName = Field("auto", description="device of the teacher; auto: CUDA if it is available")
     max_length: int | None = Field(

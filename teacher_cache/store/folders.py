@@ -109,8 +109,9 @@ def open_folder(location: str | Path) -> Folder:
     try:
         # without a listing cache: other processes write to the same folder
         filesystem, root = fsspec.url_to_fs(text, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"the URL cannot be used: {error}", where=text, advice="Install its fsspec driver") from None
+    except Exception as error:  # whatever a driver's constructor may raise
+        advice = "Install its fsspec driver, or give the URL of a store that it can open"
+        raise UserError(f"the URL cannot be used: {first_line(error)}", where=text, advice=advice) from None
     return RemoteFolder(filesystem, root.rstrip("/"), text.rstrip("/"))
 
 

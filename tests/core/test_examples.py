@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples
+from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples, raw_rows
 
 Write = Callable[..., Path]
 
@@ -138,3 +139,57 @@ def test_the_datasets_library_loads_a_name_or_a_directory(tmp_path: Path, write_
 def test_a_name_that_nobody_knows_is_an_error() -> None:
     with pytest.raises(UserError, match="neither a file nor a dataset that the `datasets` library can load"):
         open_examples("nobody/has-such-data")
+
+
+def test_halves_of_surrogate_pairs_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    half = json.dumps("\ud800")
+    other = [f'{{"instruction": "a", "{key}": {half}}}' for key in ("id", "category", "input")]
+    rows = [f'{{"instruction": {half}}}', *other, '{"instruction": "a"}']
+    path.write_text("\n".join(rows) + "\n")
+    *skipped, sound = read(path)
+    assert [type(item) for item in skipped] == [SkippedRow] * 4
+    assert isinstance(sound, Example)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("9" * 5000, "has too many digits"), ("[" * 100_000 + "]" * 100_000, "is nested too deeply")],
+)
+def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, suffix: str, value: str, message: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    row = f'{{"instruction": "a", "x": {value}}}'
+    path.write_text(f"[{row}]" if suffix == ".json" else row + "\n")
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_a_row_that_is_nested_deeply_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    deep = "[" * 900 + "]" * 900
+    row = f'{{"messages": [{{"role": "user", "content": "a"}}], "tools": [{{"x": {deep}}}]}}'
+    path.write_text(row + '\n{"prompt": "b"}\n')
+    first, second = read(path)
+    assert first == SkippedRow(1, "a value is nested too deeply")
+    assert isinstance(second, Example)
+
+
+def test_parquet_columns_that_rows_do_not_have_are_not_read(tmp_path: Path) -> None:
+    far_future = pa.array([2**52, 0], pa.timestamp("s"))  # beyond Python's dates
+    columns = {"instruction": ["a", "b"], "when": far_future, "raw": [b"\xff", b""]}
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    assert [item.instruction for item in read(tmp_path / "odd.parquet") if isinstance(item, Example)] == ["a", "b"]
+    with pytest.raises(UserError, match="is not Parquet, or is corrupt"):
+        list(raw_rows(open_examples(str(tmp_path / "odd.parquet")), ["when"]))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="line 1 is without `instruction`: found keys text"):
+        read(tmp_path / "none.parquet")
+
+
+def test_parquet_text_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 2], np.int32).tobytes())
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"a\xff")])
+    pq.write_table(pa.table({"instruction": text}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="a text of the file is not UTF-8"):
+        read(tmp_path / "rows.parquet")

@@ -63,3 +63,51 @@ def test_an_adapter_is_no_model(toy_teacher: Path, tmp_path: Path, with_model: b
         locate_model(str(directory), "teacher")
     if with_model:  # a server's weights are not read here
         assert locate_model(str(directory), "teacher", needs_weights=False).vocab_size == 600
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 1000, -1])
+def test_weights_that_are_cut_short_are_one_line(toy_teacher: Path, tmp_path: Path, num_bytes: int) -> None:
+    shutil.copytree(toy_teacher, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    with pytest.raises(UserError, match=r"the student's weights cannot be read: .*found \d+ bytes.*cut short"):
+        locate_model(str(tmp_path / "cut"), "student")
+
+
+def test_a_missing_file_of_weights_is_one_line(toy_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_teacher, tmp_path / "two")
+    index = tmp_path / "two" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"1 files of the student's weights are missing: found no model-2\.safetensors"):
+        locate_model(str(tmp_path / "two"), "student")
+    index.write_text("{")
+    with pytest.raises(UserError, match="the student's index of weights cannot be read"):
+        locate_model(str(tmp_path / "two"), "student")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 128}, "have other shapes than the config says"),
+        ({"num_hidden_layers": 9}, r"lack some that the config asks for: found \d+, the first: model\.layers\."),
+        ({"num_hidden_layers": 1}, "have layers that the config does not"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_one_line(
+    toy_teacher: Path, tmp_path: Path, values: dict[str, int], message: str
+) -> None:
+    """transformers draws missing weights at random, and leaves surplus ones out."""
+    model = locate_model(_changed(toy_teacher, tmp_path / "other", "config.json", **values), "teacher")
+    with pytest.raises(UserError, match=f"the model's weights {message}"):
+        model.load("float32")
+    locate_model(str(toy_teacher), "teacher").load("float32")
+
+
+def test_a_generation_config_that_is_none_is_one_line(toy_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_teacher, tmp_path / "gen")
+    path = tmp_path / "gen" / "generation_config.json"
+    odd = {"{": "is not JSON", "[]": "is not", '{"eos_token_id": "x"}': "is no token id: found 'x'"}
+    for text, message in odd.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"generation config {message}"):
+            locate_model(str(tmp_path / "gen"), "teacher").stop_token_ids()

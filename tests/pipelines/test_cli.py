@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -176,6 +178,85 @@ def test_an_internal_error_is_exit_code_1_with_the_traceback_in_a_file() -> None
     log = Path(line.rsplit(" ", 1)[1])
     assert log.read_text().startswith("command: dpkd fail\n\nTraceback")
     log.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cache-teacher", "--teacher", "t", "--data", "d", "--out", "memory://a"), "a folder in memory is gone"),
+        (("train", "--cache", "memory://a", "--student", "s", "--out", "o"), "a folder in memory is gone"),
+        (("cache", "info", "memory://a"), "a folder in memory is gone"),
+        (("cache", "info", "nothing://a"), "the URL cannot be used: Protocol not known: nothing"),
+        (("cache", "info", "github://a"), "the URL cannot be used: GithubFileSystem"),
+    ],
+)
+def test_folders_that_no_command_can_use_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert_one_clear_line(dpkd(*arguments), message)
+
+
+def test_a_link_to_its_own_directory_is_refused(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    options = {"engine": "transformers", "teacher": toy_teacher, "data": toy_data, "out": tmp_path / "out"}
+    result = dpkd("cache-teacher", *(word for name, value in options.items() for word in (f"--{name}", value)))
+    assert_one_clear_line(result, "the directory cannot be read: Too many levels of symbolic links")
+
+
+def _in_new_process(redirection: str, *lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of dpkd whose work is `lines`, with the shell's `redirection`."""
+    work = "".join(f"    {line}\n" for line in lines)
+    script = (
+        "import os, sys\nfrom dpkd.core.progress import Progress, say\nfrom dpkd.pipelines.process import run_process\n"
+        f"def work():\n{work}    return 0\nsys.exit(run_process(work, 'a test'))"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {redirection}"
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- >&- <&-", "2> >(exit 0)"])
+def test_work_goes_on_without_a_standard_error(tmp_path: Path, redirection: str) -> None:
+    """And no file gets the number of a closed stream: a library's message would be written into it."""
+    out = tmp_path / "shard"
+    lines = [
+        f"with open({str(out)!r}, 'w') as file:",
+        "    assert file.fileno() > 2",
+        "    for number in range(3): say('a message')",
+        "    with Progress('rows', 1, 'rows') as progress: progress.advance()",
+        "    os.system('echo a message of a library >&2')",
+        "    print('more', file=sys.stderr, flush=True)",
+        "    file.write('whole')",
+    ]
+    result = _in_new_process(redirection, *lines)
+    assert result.returncode == 0, result
+    assert out.read_text() == "whole"
+    assert result.stdout == ""
+
+
+def test_a_standard_output_without_unicode_gets_escapes() -> None:
+    for encoding in ("ascii", "latin-1"):
+        result = _in_new_process("", "print('\u2603')", "say('\u2603')", PYTHONIOENCODING=encoding)
+        assert result.returncode == 0, result
+        assert "\\u2603" in result.stdout
+        assert "\\u2603" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        ("open('/' + 'x' * 999)", "File name too long (in /xxx"),
+        ("open('/')", "Is a directory (in /)"),
+        ("os.close(99)", "Bad file descriptor"),
+        ("raise OSError('odd')", "odd"),
+        ("raise PermissionError(13, 'Permission denied', '/a')", "Permission denied (in /a)"),
+        ("print('x' * 99999)", "No space left on device"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(work: str, message: str) -> None:
+    result = _in_new_process(">/dev/full", work)
+    assert result.returncode == 2, result
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: the system refused a read or write: {message}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from support.commands import dpkd
 from support.toys import ROOT
 
@@ -125,3 +126,21 @@ def test_missing_and_misspelt_options_have_one_line_of_help() -> None:
     assert (
         output_of(*given)[1] == "error: --beta must be above 0, found -1; --steps must be a whole number, found many\n"
     )
+
+
+def _float_options() -> list[tuple[str, str]]:
+    """Options that take a float, alone or in a list or a table."""
+    found = []
+    for name, key in OPTIONS:
+        if "float" in str(COMMANDS[name].options_class().model_fields[key].annotation):
+            found.append((name, key))
+    assert len(found) > 40
+    return found
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+def test_no_option_is_infinite_or_no_number(value: str) -> None:
+    for name, key in _float_options():
+        with pytest.raises(ValidationError) as caught:
+            COMMANDS[name].options_class().model_validate({key: value})
+        assert key in [error["loc"][0] for error in caught.value.errors() if error["loc"]], (name, key)

@@ -377,6 +377,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_the_server_is_told_what_scoring_needs": "serve-teacher: cache port engine_arg",
         "test_another_teacher_is_refused": "serve-teacher: teacher",
         "test_a_taken_port_is_one_clear_line": "serve-teacher: host",
+        "test_other_machines_need_a_key_or_a_word": "serve-teacher: insecure",
         "test_what_cannot_be_served_is_refused": "serve-teacher: device max_length",
         "test_the_teacher_is_served_until_it_is_stopped": "serve-teacher: log",
         "test_a_server_that_is_too_slow_is_a_clear_error": "serve-teacher: start_timeout_s",

@@ -19,6 +19,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.teacher_cache.engines.engine import ScoreRequest, results_only
+from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
 from dpkd.teacher_cache.options.serve import ServeConfig
 from dpkd.teacher_cache.serve import serve_teacher, server_command
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -32,8 +33,8 @@ def settings_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: object) -> Iterator[Command]:
-    process = Command("serve-teacher", *arguments)
+def serving(*arguments: object, key: str | None = None) -> Iterator[Command]:
+    process = Command("serve-teacher", *arguments, environment={} if key is None else {KEY_VARIABLE: key})
     try:
         yield process
     finally:
@@ -81,6 +82,63 @@ def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Pa
         assert not alive
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+@pytest.mark.engine
+def test_no_path_answers_without_the_key_and_a_closed_terminal_ends_the_server(toy_cache: Path) -> None:
+    port = free_port()
+    with serving("--cache", toy_cache, "--port", port, key="secret\n") as process:
+        assert "answers at" in wait_for(lambda: process.stdout, process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            key = {"Authorization": "Bearer secret"}
+            assert client.get("/health").status_code == 200
+            assert client.get("/v1/models", headers=key).status_code == 200
+            paths = client.get("/openapi.json", headers=key).json()["paths"]
+            assert {"/invocations", "/tokenize", "/v1/completions"} <= set(paths)
+            for path in {
+                *paths,
+                "/",
+                "/docs",
+                "/metrics",
+                "/openapi.json",
+                "/HEALTH",
+                "//health",
+                "/health/../version",
+            }:
+                for method in ("GET", "POST", "OPTIONS"):
+                    if path != "/health":
+                        assert client.request(method, path).status_code == 401, (method, path)
+                        wrong = client.request(method, path, headers={"Authorization": "Bearer other"})
+                        assert wrong.status_code == 401, (method, path)
+        process.send_signal(signal.SIGHUP)
+        returncode, _, stderr = process.finish(60)
+    assert returncode == 130
+    assert f"every path but /health asks for the key in {KEY_VARIABLE}" in stderr
+    assert "secret" not in stderr
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.mark.engine
+def test_the_server_ends_when_its_parent_is_killed(toy_cache: Path) -> None:
+    with serving("--cache", toy_cache, "--port", free_port()) as process:
+        assert "answers at" in wait_for(lambda: process.stdout, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        process.kill()
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+def test_other_machines_need_a_key_or_a_word(toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with pytest.raises(UserError, match=r"without a key: found --host 0\.0\.0\.0 and no VLLM_API_KEY.*--insecure"):
+        serve_teacher(ServeConfig(cache=toy_cache, host="0.0.0.0"))
+    # with either, the next thing that is wrong is found
+    with pytest.raises(UserError, match="the server cannot listen on this address"):
+        serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host", insecure=True))
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    with pytest.raises(UserError, match="the server cannot listen on this address"):
+        serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host"))
 
 
 @pytest.mark.engine
@@ -147,7 +205,7 @@ def test_a_taken_port_is_one_clear_line(toy_cache: Path) -> None:
         assert result.stderr.startswith(f"error: the port is in use: found 127.0.0.1:{port}")
         assert time.monotonic() - started_s < 60
     with pytest.raises(UserError, match=r"the server cannot listen on this address: .*found no.such.host:8000"):
-        serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host"))
+        serve_teacher(ServeConfig(cache=toy_cache, host="no.such.host", insecure=True))
 
 
 def test_what_cannot_be_served_is_refused(toy_cache: Path) -> None:

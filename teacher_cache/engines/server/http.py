@@ -154,12 +154,18 @@ class ServerHttp:
         await self._far.aclose()
 
 
-def _authorization() -> dict[str, str]:
+def server_key() -> str | None:
+    """The key in the environment, without white space around it; raises `UserError` for one that cannot be sent."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
         # httpx would refuse it with an error that shows the key
         raise UserError(f"the key in {KEY_VARIABLE} contains invalid characters", expected="printable ASCII")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return key or None
+
+
+def _authorization() -> dict[str, str]:
+    key = server_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _message(response: httpx.Response) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.teacher_cache.engines.top_k import MASS_RESOLUTION, from_top_k, log_tail
+from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult
+from dpkd.teacher_cache.engines.top_k import MASS_RESOLUTION, answer_problem, build_result, from_top_k, log_tail
 
 
 def tail(logprobs: np.ndarray, own: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -79,3 +82,41 @@ def test_top_mass_keeps_the_smallest_set_that_reaches_it(seed: int, scale: float
         assert abs(np.exp(float(top.log_tail_T[row])) - outside) < 3 * MASS_RESOLUTION
         start += count
     assert start == len(top.ids_E)
+
+
+def _result(**changes: Any) -> EngineResult:
+    ids, logprobs = np.array([5, 3], np.int32), np.log(np.array([0.5, 0.25], np.float32))
+    table = np.log(np.array([[0.5, 0.25], [0.5, 0.25]], np.float32))
+    values = {"response_ids": ids, "logprobs_T": logprobs, "ids_TK": np.array([[5, 2], [1, 3]]), "logprobs_TK": table}
+    values |= changes
+    return build_result(0, values["response_ids"], "stop", values["logprobs_T"], values["ids_TK"],
+                        values["logprobs_TK"], 600, EngineOptions(max_length=8, top_k=2, dtype="float32"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("logprobs_T", np.nan, "the model's log-probs are not finite"),
+        ("logprobs_T", np.inf, "the model's log-probs are not finite"),
+        ("logprobs_T", -np.inf, "the model's log-probs are not finite"),
+        ("logprobs_T", 0.1, "a log-prob of the response is above 0: 0.1"),
+        ("response_ids", -1, "a response id is below 0: -1"),
+        ("ids_TK", -7, "the id of an entry is below 0: -7"),
+        ("logprobs_TK", np.nan, "a log-prob of the distributions is not finite"),
+        ("logprobs_TK", np.inf, "a log-prob of the distributions is not finite"),
+        ("logprobs_TK", 0.5, "a log-prob of the distributions is above 0: 0.5"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_values_that_no_model_gives_are_a_problem(name: str, value: float, problem: str) -> None:
+    sound = _result()
+    assert answer_problem(sound) is None
+    shape = (2, 2) if name.endswith("TK") else (2,)
+    kinds = {"response_ids": np.array([5, 3], np.int32), "logprobs_T": sound.logprobs_T.copy(),
+             "ids_TK": np.array([[5, 2], [1, 3]]),
+             "logprobs_TK": np.log(np.array([[0.5, 0.25], [0.5, 0.25]], np.float32))}  # fmt: skip
+    for place in np.ndindex(shape):
+        changed = kinds[name].copy()
+        changed[place] = value
+        found = answer_problem(_result(**{name: changed}))
+        assert found == problem, (place, found)
