@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from dpkd.core.progress import Progress
 from dpkd.core.prompts.thinking import count_thinking
 from dpkd.teacher_cache.engines.engine import (
