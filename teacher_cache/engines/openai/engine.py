@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import threading
@@ -185,7 +186,8 @@ class OpenAIEngine(Engine):
             # answers that have arrived are kept, whatever ends the job
             for future, request in pending.items():
                 if future.done() and future.exception() is None:
-                    self._settled(future, request)
+                    with contextlib.suppress(UserError):  # what ends the job is raised already
+                        self._settled(future, request)
                 future.cancel()
 
     def _settled(self, future: Future[Any], request: GenerateRequest) -> Answer | RequestRefusedError:

@@ -106,6 +106,21 @@ def test_completions_may_have_the_log_probs_of_chat(toy_teacher: Path, toy_data:
         check_values(toy, rows_of(tmp_path / "cache"), 5)
 
 
+def test_a_top_mass_keeps_the_fewest_entries_that_reach_it(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+    with serving_toy(toy_teacher, most=9) as (toy, endpoint):
+        given = options(endpoint.url, toy_teacher, toy_data, tmp_path / "cache", top_mass=0.1)
+        manifest = build_cache(CacheConfig(**given))
+        assert manifest.identities["logprobs"] | {"top_k": 9, "top_mass": 0.1} == manifest.identities["logprobs"]
+        row = rows_of(tmp_path / "cache")[0]
+        full_TV = np.exp(toy.logprobs(row.prompt_ids.tolist(), row.response_ids.tolist()).double().numpy())
+    reached_TK = np.sort(full_TV, axis=1)[:, ::-1].cumsum(axis=1) >= 0.1
+    known = len(full_TV) - end_is_unknown(row)
+    assert row.distributions is not None
+    expected_T = np.minimum(reached_TK.argmax(axis=1) + 1, 9)
+    np.testing.assert_array_equal(row.distributions.counts_T[:known], expected_T[:known])
+    assert len(set(expected_T.tolist())) > 2
+
+
 def test_trouble_changes_no_byte(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
     with serving_toy(toy_teacher) as (_, endpoint):
         plain = build_cache(CacheConfig(**options(endpoint.url, toy_teacher, toy_data, tmp_path / "plain")))
