@@ -109,14 +109,14 @@ def verify(config: VerifyOptions) -> None:
 
 
 def merge_caches(config: CacheMergeConfig) -> None:
-    from dpkd.teacher_cache.build.merging import merge_caches
+    from dpkd.teacher_cache.build.derived.merging import merge_caches
 
     merge_caches(config)
     print(config.out)
 
 
 def filter_cache(config: CacheFilterConfig) -> None:
-    from dpkd.teacher_cache.build.filtering import filter_cache
+    from dpkd.teacher_cache.build.derived.filtering import filter_cache
 
     filter_cache(config)
     print(config.out)

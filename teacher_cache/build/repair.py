@@ -12,9 +12,9 @@ from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.cache import EarlierAnswers, cache_identities, fill_cache, open_inputs
-from dpkd.teacher_cache.build.derived import DerivedCache, fill_derived
-from dpkd.teacher_cache.build.filtering import plan_filter
-from dpkd.teacher_cache.build.merging import plan_merge
+from dpkd.teacher_cache.build.derived.filtering import plan_filter
+from dpkd.teacher_cache.build.derived.merging import plan_merge
+from dpkd.teacher_cache.build.derived.writing import DerivedCache, fill_derived
 from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
 from dpkd.teacher_cache.options.cache import CacheConfig

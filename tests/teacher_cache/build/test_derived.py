@@ -24,8 +24,8 @@ from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.info import describe_cache
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.filtering import filter_cache, mean_logprobs
-from dpkd.teacher_cache.build.merging import merge_caches
+from dpkd.teacher_cache.build.derived.filtering import filter_cache, mean_logprobs
+from dpkd.teacher_cache.build.derived.merging import merge_caches
 from dpkd.teacher_cache.build.repair import repair_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, fingerprint
-from dpkd.teacher_cache.build.derived import DerivedCache, Piece, Rewrite, lineage_of, write_derived
+from dpkd.teacher_cache.build.derived.writing import DerivedCache, Piece, Rewrite, lineage_of, write_derived
 from dpkd.teacher_cache.options.derive import CacheMergeConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.shards import read_table

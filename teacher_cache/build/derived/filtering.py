@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dpkd.core.errors import UserError
 from dpkd.core.option_errors import did_you_mean
 from dpkd.core.progress import Progress, say
-from dpkd.teacher_cache.build.derived import DerivedCache, Piece, lineage_of, refuse_no_row, write_derived
+from dpkd.teacher_cache.build.derived.writing import DerivedCache, Piece, lineage_of, refuse_no_row, write_derived
 from dpkd.teacher_cache.options.derive import CONDITION, CacheFilterConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.shards import read_table

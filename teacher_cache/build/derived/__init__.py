@@ -1,0 +1,1 @@
+"""Caches made from rows of other caches: merged and filtered ones."""
