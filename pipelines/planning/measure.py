@@ -152,6 +152,10 @@ class _Pilot:
         return type(step.config).parse(values, where=f"the pilot of {step.title}")
 
     def _cache(self, step: Step, config: CacheConfig) -> StepCost:
+        if config.engine == "openai":
+            return StepCost(
+                None, reason="answers of the endpoint cost money: dpkd cache-teacher --dry-run asks for a few"
+            )
         pilot = _changed(config, dry_run=True, pilot_rows=self.pilot_rows)
         if config.round is None:
             cost = in_child(estimate, pilot, None)

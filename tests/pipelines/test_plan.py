@@ -150,6 +150,20 @@ def test_several_caches_with_weights_are_timed(recipe: Path) -> None:
     assert [cost.reason for cost in costs] == ["", "", ""]
 
 
+def test_an_endpoint_is_asked_nothing(recipe: Path) -> None:
+    cache = (
+        recipe.read_text()
+        .split("[[steps]]")[1]
+        .replace(
+            'engine = "transformers"', 'engine = "openai"\nteacher_url = "http://127.0.0.1:9/v1"\nteacher_model = "m"'
+        )
+    )
+    recipe.write_text(f"[[steps]]{cache}")
+    _, (cost,) = plan_recipe(str(recipe), {}, pilot_rows=4)
+    assert cost.seconds is None
+    assert "cost money" in cost.reason
+
+
 def test_validations_are_counted_in_steps() -> None:
     config = TrainConfig(cache="c", student="s", out=Path("o"), validate_every=10, batch_size=4)
     # before training and after each ten of 100 steps, 24 rows at a third of the cost of training on them
