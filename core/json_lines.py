@@ -38,19 +38,26 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield line, value
 
 
+def loads(data: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for every text that it cannot read: for too deep nesting as well."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def parse_json(text: str, where: object, which: str) -> Any:
     """The value of a JSON text; `which` names the text.
 
     Raises `json.JSONDecodeError`, and `UserError` for JSON that Python cannot hold.
     """
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError:
         raise
-    except ValueError:
-        raise UserError(f"a number of {which} has too many digits", where=where) from None
-    except RecursionError:
-        raise UserError(f"{which} is nested too deeply", where=where) from None
+    except ValueError as error:
+        what = "is nested too deeply" if "nested" in str(error) else "has a number with too many digits"
+        raise UserError(f"{which} {what}", where=where) from None
 
 
 def complete_lines(path: Path) -> list[bytes]:
@@ -85,7 +92,7 @@ class AppendOnlyLines:
         self._num_bytes = 0
         for number, line in enumerate(complete_lines(self.path), start=1):
             try:
-                value = json.loads(line)
+                value = loads(line)
                 if number > 1:
                     parsed.append(parse(value))
             except (ValueError, TypeError, KeyError) as error:

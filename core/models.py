@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import fingerprint, tokenizer_probe, tokenizer_sha256, weights_sha256
+from dpkd.core.json_lines import loads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ class ModelSource:
         if not path.is_file():
             return None
         try:
-            template = json.loads(path.read_text(encoding="utf-8"))["template"]
+            template = loads(path.read_text(encoding="utf-8"))["template"]
             if template["name"] == "unknown":  # the cache was imported from texts without one
                 return None
             return {key: str(template[key]) for key in ("name", "sha256")}
@@ -210,8 +210,8 @@ def other_eos(model: ModelSource, eos_token_id: int, teacher: str, role: str, *,
 def _eos_of_generation(path: Path) -> Any:
     """The EOS ids of a generation_config.json: a number, a list of numbers, or None."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, RecursionError, AttributeError) as error:
+        value = loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"the generation config is not JSON: {first_line(error)}", where=path) from None
     if not all(isinstance(item, int) for item in (value if isinstance(value, list) else [value or 0])):
         raise UserError("the EOS of the generation config is no token id", found=repr(value), where=path)
@@ -255,8 +255,8 @@ def _check_readable(path: Path, role: str) -> None:
             ) from None
     for index in path.glob("*.safetensors.index.json"):
         try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            named = {str(name) for name in loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"the {role}'s index of weights cannot be read: {first_line(error)}", where=index) from None
         if missing := sorted(name for name in named if not (path / name).is_file()):
             raise UserError(

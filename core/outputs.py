@@ -12,6 +12,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import differences
+from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 
 ADVICE = "Choose another --out; nothing was overwritten"
@@ -56,7 +57,7 @@ def output_exists(
         return False
     try:
         text = path.read_text(encoding="utf-8")
-        existing = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        existing = tomllib.loads(text) if path.suffix == ".toml" else loads(text)
         record = {key: value for key, value in existing.items() if key not in ignore}
     except (ValueError, AttributeError) as error:
         raise UserError(f"the record of the output cannot be read: {error}", where=path, advice=advice) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from dpkd.core.errors import UserError
 from dpkd.core.files import replacing_directory, write_atomic
 from dpkd.core.identity import canonical_json, file_sha256, fingerprint
+from dpkd.core.json_lines import loads
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.distill.run.adapters import merge_adapters, save_adapters
@@ -127,7 +127,7 @@ def latest_checkpoint(run_dir: Path, choice: Literal["latest", "previous"] = "la
 
 def _verified(directory: Path) -> Checkpoint:
     try:
-        record = json.loads((directory / _STATE).read_bytes())
+        record = loads((directory / _STATE).read_bytes())
         step, files, state, digest = int(record["step"]), dict(record["files"]), record["state"], record.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError):
         raise _corrupt(directory, _STATE, "unreadable", "the record of a checkpoint") from None

@@ -16,7 +16,7 @@ from dpkd.core.bridges import load_bridge
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_text
 from dpkd.core.identity import fingerprint
-from dpkd.core.json_lines import AppendOnlyLines
+from dpkd.core.json_lines import AppendOnlyLines, loads
 from dpkd.core.progress import Progress, say
 from dpkd.evaluate.answers.generation import LazyEngine
 from dpkd.evaluate.inputs.eval_sets import EvalSet
@@ -147,7 +147,7 @@ def measure_to_teacher(config: EvalConfig, candidate: Candidate, cache: str) -> 
     path = config.generations_dir() / candidate.name / f"_teacher-{fingerprint(made_by)[:_SHORT]}.json"
     if path.exists():
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = loads(path.read_text(encoding="utf-8"))
             if kept["fingerprint"] == fingerprint(made_by):
                 return dict(kept["values"])
         except (ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
+from dpkd.core.json_lines import loads
 from dpkd.core.prompts.examples import Example, Message
 from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.evaluate.answers.answers import Answer
@@ -107,7 +107,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
             advice="Give the --out directory of a finished `dpkd eval`",
         )
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
         version = report["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the report cannot be read: {type(error).__name__} {error}", where=path) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
-from dpkd.core.json_lines import complete_lines
+from dpkd.core.json_lines import complete_lines, loads
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.provenance import redacted
 
@@ -70,7 +69,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, text in enumerate(complete_lines(path), start=1):
         try:
-            line = json.loads(text)
+            line = loads(text)
             line["step"] = int(line["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(

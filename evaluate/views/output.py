@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_json, write_text
 from dpkd.core.identity import differences, fingerprint
+from dpkd.core.json_lines import loads
 from dpkd.core.outputs import output_exists
 from dpkd.core.settings import Settings
 from dpkd.evaluate.answers.scoring import ScoredSet, write_per_example
@@ -59,7 +59,7 @@ def is_complete(path: Path, identity: dict[str, Any], advice: str = _ADVICE) -> 
     if not path.exists():
         return False
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = loads(path.read_text(encoding="utf-8"))
         theirs = {"format_version": report["format_version"], "settings": report["settings"], **report["identities"]}
         same = report["fingerprint"] == fingerprint(identity)
     except (ValueError, KeyError, TypeError) as error:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, file_sha256, software_versions
+from dpkd.core.json_lines import loads
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
@@ -200,7 +200,7 @@ class Job:
 def read_job(folder: Folder) -> dict[str, Any] | None:
     """What an unfinished folder will be: `kind`, `identities`, `num_rows` by origin. None if no job has started."""
     try:
-        job = json.loads(folder.read(JOB))
+        job = loads(folder.read(JOB))
         return {key: job[key] for key in ("kind", "identities", "num_rows")}
     except FileNotFoundError:
         return None

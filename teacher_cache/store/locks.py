@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.core.json_lines import loads
 from dpkd.core.outputs import another_writer, lock_directory
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder, LocalFolder
@@ -157,7 +158,7 @@ def _to_bytes(record: dict[str, Any]) -> bytes:
 
 def _read(folder: Folder) -> dict[str, Any] | None:
     try:
-        record = json.loads(folder.read(LOCK))
+        record = loads(folder.read(LOCK))
         return record if {"host", "pid", "token", "renewed"} <= record.keys() else None
     except (FileNotFoundError, ValueError, AttributeError):
         return None

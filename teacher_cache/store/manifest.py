@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, differences, fingerprint
+from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
@@ -147,7 +147,7 @@ def load_manifest(folder: Folder, kind: str) -> Manifest:
     except FileNotFoundError:
         raise _without_manifest(folder) from None
     try:
-        body = json.loads(data)
+        body = loads(data)
         version = body["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise newer_dpkd(f"format version {version}", f"at most {FORMAT_VERSION}", path)

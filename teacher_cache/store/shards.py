@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
+from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folders import Folder
 from dpkd.teacher_cache.store.schema import (
@@ -228,7 +229,7 @@ class Ledger:
         records = {}
         for name, content in contents.items():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = ShardRecord.from_json(json.loads(content), self._folder.where(name))
+                record = ShardRecord.from_json(loads(content), self._folder.where(name))
                 size = sizes.get(record.path)
                 if size == record.num_bytes:
                     records[record.path] = record

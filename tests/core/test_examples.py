@@ -155,7 +155,7 @@ def test_halves_of_surrogate_pairs_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("9" * 5000, "has too many digits"), ("[" * 100_000 + "]" * 100_000, "is nested too deeply")],
+    [("9" * 5000, "has a number with too many digits"), ("[" * 100_000 + "]" * 100_000, "is nested too deeply")],
 )
 def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, suffix: str, value: str, message: str) -> None:
     path = tmp_path / f"rows{suffix}"
