@@ -62,6 +62,10 @@ def explain(
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
     missing = [named(str(p["loc"][0]), True) for p in problems if p["type"] == "missing" and len(p["loc"]) == 1]
     invalid = [p for p in problems if p["type"] not in ("extra_forbidden", "missing") or len(p["loc"]) > 1]
+    # a value that may have several types has a problem with each; a refusal in our own words stands for them all, and
+    # does not repeat what may be a secret
+    refused = {p["loc"][0] for p in invalid if p["type"] == "value_error" and p["loc"]}
+    invalid = [p for p in invalid if p["type"] == "value_error" or not p["loc"] or p["loc"][0] not in refused]
     if missing or not problems[0]["loc"]:
         missing = [
             named(keys[0], True) + "".join(f" (or {named(key, True)})" for key in keys[1:])

@@ -11,6 +11,7 @@ MASS_RESOLUTION = 1e-6
 
 _HIGHEST_LOGPROB = 1e-5  # nats: rounding of a float32 log-softmax, the bound of `dpkd cache verify`
 _HIGHEST_TAIL = 1e-6
+_NO_ID = -1  # stands for ids outside the vocabulary
 
 #: Entries below this log-prob (nats) are not kept: their probability is 0 in every float type.
 LOWEST_KEPT_LOGPROB = -500.0
@@ -43,8 +44,8 @@ def from_top_k(
 ) -> Distributions:
     """A rectangular top-K table (rank order) as `Distributions`.
 
-    Entries with no mass are dropped. With `top_mass`, only the smallest set of entries that reaches that probability is
-    kept (all K if they do not reach it).
+    Entries with no mass are dropped. Ids outside the vocabulary become -1. With `top_mass`, only the smallest set of
+    entries that reaches that probability is kept (all K if they do not reach it).
     """
     outside_T = ~(ids_TK == response_ids_T[:, None]).any(axis=1)
     kept_TK = logprobs_TK > LOWEST_KEPT_LOGPROB
@@ -53,7 +54,8 @@ def from_top_k(
         kept_TK &= probs_TK.cumsum(axis=1) - probs_TK < top_mass
     return Distributions(
         counts_T=kept_TK.sum(axis=1).astype(np.int32),
-        ids_E=ids_TK[kept_TK].astype(np.int32),
+        # not wrapped around to an id that exists
+        ids_E=np.where((ids_TK >= 0) & (ids_TK < vocab_size), ids_TK, _NO_ID)[kept_TK].astype(np.int32),
         logprobs_E=logprobs_TK[kept_TK].astype(np.float32),
         log_tail_T=log_tail(logprobs_TK, kept_TK, response_logprobs_T, outside_T, vocab_size),
     )
@@ -108,7 +110,7 @@ def answer_problem(result: EngineResult) -> str | None:
     if top is None:
         return None
     if (top.ids_E < 0).any():
-        return f"the id of an entry is below 0: {top.ids_E.min()}"
+        return "the id of an entry is outside the vocabulary"
     if not np.isfinite(top.logprobs_E).all() or np.isnan(top.log_tail_T).any():
         return "a log-prob of the distributions is not finite"
     if (top.logprobs_E > _HIGHEST_LOGPROB).any() or (top.log_tail_T > _HIGHEST_TAIL).any():

@@ -14,7 +14,7 @@ from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.engines.server.http import NoAnswerError
 
 #: exceptions that a malformed answer raises
-MALFORMED = (ValueError, KeyError, TypeError, IndexError)
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 
