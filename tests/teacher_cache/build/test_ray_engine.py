@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import Command
 
 pytest.importorskip("ray")
 
@@ -152,12 +153,12 @@ def by_vllm(cluster: str, tmp_path_factory: pytest.TempPathFactory, options: dic
     return out
 
 
-def start(options: dict[str, object], out: Path, address: str, **more: object) -> Command:
-    """The command in a process of its own, on the running cluster."""
-    arguments = ["cache-teacher"]
+def start(options: dict[str, object], out: Path, address: str, **more: object) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, on the running cluster; not a forked one, which has Ray's settings of then."""
+    arguments = [sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher"]
     for key, value in (options | {"out": out, "engine": "ray", **more}).items():
         arguments += ["--set", f"{key}={value}"]
-    return Command(*arguments, environment={"RAY_ADDRESS": address})
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, env=os.environ | {"RAY_ADDRESS": address})
 
 
 def shards_committed(out: Path) -> dict[str, tuple[bytes, int]]:
@@ -167,10 +168,10 @@ def shards_committed(out: Path) -> dict[str, tuple[bytes, int]]:
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
-def wait_for(condition: Callable[[], bool], process: Command) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + 240
     while not condition():
-        assert process.poll() is None, process.stderr
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 
@@ -226,8 +227,8 @@ def test_a_killed_replica_costs_no_row_and_the_cache_is_that_of_vllm(
     kept = shards_committed(out)
     assert not (out / "manifest.json").exists()
     wait_for(lambda: len(set(replicas()) - set(before)) == 1, process)  # another takes its place
-    done = process.finish()
-    assert done.returncode == 0, done.stderr
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors.decode()
 
     for name, (content, written_ns) in kept.items():
         assert (out / "shards" / name).read_bytes() == content
@@ -262,9 +263,9 @@ def test_vllm_and_ray_resume_each_others_jobs(
     process = start(options, out, cluster)
     wait_for(lambda: len(shards_committed(out)) >= len(of_vllm) + 2, process)
     process.send_signal(signal.SIGINT)
-    done = process.finish(120)
-    assert done.returncode == 130, done.stderr
-    assert "run the same command again" in done.stderr
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors.decode()
+    assert b"run the same command again" in errors
     of_both = shards_committed(out)
     assert of_vllm.items() <= of_both.items()
     assert len(of_both) < 60
