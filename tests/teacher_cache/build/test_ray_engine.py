@@ -154,7 +154,7 @@ def by_vllm(cluster: str, tmp_path_factory: pytest.TempPathFactory, options: dic
 
 
 def start(options: dict[str, object], out: Path, address: str, **more: object) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, on the running cluster; not a forked one, which has Ray's settings of then."""
+    """The command in a process of its own, on the running cluster: a forked one would have Ray's earlier settings."""
     arguments = [sys.executable, "-m", "dpkd.pipelines.cli", "cache-teacher"]
     for key, value in (options | {"out": out, "engine": "ray", **more}).items():
         arguments += ["--set", f"{key}={value}"]
