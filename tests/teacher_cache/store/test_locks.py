@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpkd.core.errors import UserError
+from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
@@ -109,6 +111,7 @@ def test_clocks_of_other_machines_do_not_matter(s3: str, monkeypatch: pytest.Mon
 PARENT = """
 import multiprocessing, os, subprocess, sys, time
 from pathlib import Path
+from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folders import LocalFolder
 
@@ -193,6 +196,22 @@ def test_a_paused_job_that_lost_its_lock_cannot_overwrite_the_winners_shard(
         with pytest.raises(UserError, match="has taken over this directory"):
             loser.finish([])
         assert not folder.exists(MANIFEST)
+
+
+def test_a_replica_commits_under_the_lock_of_its_driver(s3: str, tmp_path: Path) -> None:
+    for location in (f"{s3}/replica", str(tmp_path / "replica")):
+        driver = Job(open_folder(location), "teacher-cache", {})
+        record = ShardRecord("shards/a.parquet", "teacher", "", 4, 1, 0, 0, 0.0, 0)
+        with driver.opened("", {"teacher": 2}):
+            assert driver.lock is not None
+            lock = locks.Lock(open_folder(location), driver.lock.token)
+            replica = _ReplicaJob(open_folder(location), "teacher-cache", lock)
+            replica.commit(b"data", record)
+            driver.folder.write(locks.LOCK, lock_of(host="elsewhere"))
+            with pytest.raises(UserError, match="has taken over this directory"):
+                replica.commit(b"late", replace(record, path="shards/b.parquet"))
+            assert list(driver.folder.sizes("shards")) == ["shards/a.parquet"]
+            assert len(driver.folder.sizes("ledger")) == 1
 
 
 def test_the_winner_replaces_what_a_paused_job_wrote_late(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
