@@ -37,7 +37,8 @@ from support.commands import PRELOAD, Command
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.audit.verify import verify_cache
-from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.locks import LOCK
 from dpkd.teacher_cache.store.manifest import MANIFEST
 

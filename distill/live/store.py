@@ -19,7 +19,7 @@ from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.models import ModelSource
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
 from dpkd.teacher_cache.engines.top_k import answer_problem
-from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow, to_table
 from dpkd.teacher_cache.store.shards import Ledger, encode_shard, read_shard
 

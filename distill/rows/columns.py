@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.store.folders import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.shards import ShardRecord, repair_advice
 
 #: columns that only some caches have

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from dpkd.core.errors import UserError
 from dpkd.distill.rows.columns import read_columns, read_example_ids, read_lengths
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard

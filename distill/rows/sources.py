@@ -21,7 +21,7 @@ from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
 from dpkd.teacher_cache.store.shards import ShardRecord

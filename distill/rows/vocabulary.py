@@ -16,7 +16,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.distill.rows.columns import read_columns
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import CacheReader
 from dpkd.teacher_cache.store.schema import CachedRow
 from dpkd.teacher_cache.store.shards import ShardRecord

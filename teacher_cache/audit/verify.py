@@ -10,7 +10,7 @@ import numpy as np
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.manifest import changed_files
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, ShardRows

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
     from dpkd.teacher_cache.engines.openai.engine import OpenAIEngine
     from dpkd.teacher_cache.options.cache import CacheConfig
-    from dpkd.teacher_cache.store.folders import Folder
+    from dpkd.teacher_cache.store.folder import Folder
 
 
 class Filler(Protocol):

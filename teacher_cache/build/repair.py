@@ -19,7 +19,8 @@ from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
-from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.store.repairing import RepairJob, bad_shards, has_leftovers

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import read_job
 from dpkd.teacher_cache.store.locks import Watch
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest

@@ -11,7 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, file_sha256, software_versions
 from dpkd.core.json_lines import loads
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, changed_identities, read_manifest
 from dpkd.teacher_cache.store.schema import Origin, format_of

@@ -23,7 +23,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.json_lines import loads
 from dpkd.core.outputs import another_writer, lock_directory
 from dpkd.core.progress import say
-from dpkd.teacher_cache.store.folders import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 
 LOCK, FLOCK = "job.lock", "job.flock"
 RENEW_S = 20.0

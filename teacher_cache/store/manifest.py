@@ -11,7 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, differences, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
 from dpkd.teacher_cache.store.shards import ShardRecord, newer_dpkd, refuse_newer_fields, repair_advice
 

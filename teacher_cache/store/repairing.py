@@ -14,7 +14,7 @@ from dataclasses import replace
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.job import JOB, Job
 from dpkd.teacher_cache.store.locks import LOCK
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, load_manifest

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from dpkd.core.errors import UserError
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
-from dpkd.teacher_cache.store.folders import Folder
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.schema import (
     DICTIONARY_COLUMNS,
     ROW_SCHEMA,

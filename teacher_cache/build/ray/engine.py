@@ -24,7 +24,7 @@ from dpkd.teacher_cache.build.ray.blocks import paths_of, split_blocks, to_block
 from dpkd.teacher_cache.build.ray.cluster import check_resources, connect, last_line
 from dpkd.teacher_cache.build.ray.replica import Assignment, Replica, counts_of, find_witness
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
-from dpkd.teacher_cache.store.folders import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.schema import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord

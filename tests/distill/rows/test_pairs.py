@@ -21,7 +21,7 @@ from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import EngineResult
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store import shards as shards_module
-from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.manifest import Manifest
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import Origin, PlannedRow, to_table

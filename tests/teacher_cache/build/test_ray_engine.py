@@ -33,7 +33,7 @@ from dpkd.teacher_cache.build.ray.replica import Assignment, Replica
 from dpkd.teacher_cache.build.request import engine_options
 from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow

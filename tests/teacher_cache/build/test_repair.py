@@ -20,7 +20,8 @@ from dpkd.teacher_cache.build import cache as cache_module
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.build.repair import repair_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.folders import Folder, open_folder
+from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import TeacherCache
 

@@ -20,7 +20,8 @@ from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
+from dpkd.teacher_cache.store.folder import LocalFolder
+from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 

@@ -21,7 +21,8 @@ import pytest
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import LocalFolder, RemoteFolder, open_folder
+from dpkd.teacher_cache.store.folder import LocalFolder
+from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.manifest import MANIFEST
 from dpkd.teacher_cache.store.schema import ShardRows
@@ -113,7 +114,7 @@ import multiprocessing, os, subprocess, sys, time
 from pathlib import Path
 from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folders import LocalFolder
+from dpkd.teacher_cache.store.folder import LocalFolder
 
 def work():
     print(os.getpid(), flush=True)
