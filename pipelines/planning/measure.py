@@ -145,7 +145,7 @@ class _Pilot:
             if not isinstance(value, str):
                 return value
             for out, copy in self.made.items():  # also in NAME:PATH=WEIGHT
-                value = re.sub(rf"((?:^|(?<=:)){re.escape(out)}(?=$|[/=]))", lambda _, copy=copy: copy, value)
+                value = copy.join(re.split(rf"(?:^|(?<=:)){re.escape(out)}(?=$|[/=])", value))
             return value
 
         values = move(step.config.model_dump(mode="json", exclude_unset=True))

@@ -53,6 +53,7 @@ def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
     survey_s = time.monotonic() - started_s
     phases, scored = [], []
     with contextlib.ExitStack() as stack:
+        start: Callable[[], AbstractContextManager[Filler]]
         start = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
         if inputs.engine == "openai":
             nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpkd-pilot-"))
