@@ -36,6 +36,7 @@ class ToyEndpoint:
         most: largest K that it accepts; more is refused, or with `clamps` answered with `most`.
         with_ids: whether it takes vLLM's fields and writes tokens as ids.
         shows_end: whether the log-prob of the EOS is returned.
+        empty_end: whether the EOS is written as an empty text, and the end of an answer is called `eos`.
         chat_form: whether completions have the log-probs of chat, as llama.cpp's do.
         processed: whether log-probs come after the temperature.
         change: last change of an answer's JSON before it is sent: how tests make it lie.
@@ -49,6 +50,7 @@ class ToyEndpoint:
     shows_end: bool = False
     processed: bool = False
     chat_form: bool = False
+    empty_end: bool = False
     accepts_ids: bool = True
     change: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     before: Callable[[dict[str, Any]], Answer | None] | None = None
@@ -122,7 +124,9 @@ class ToyEndpoint:
         plain = [token for token, _ in made if token not in self.tokenizer.all_special_ids]
         text = b"".join(self.bytes[token] for token in plain).decode("utf-8", "replace")
         as_ids = bool(body.get("return_tokens_as_token_ids"))
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ended else "length", "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
+        if ended:
+            choice["finish_reason"] = "eos" if self.empty_end else "stop"
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         if top_k and (chat or self.chat_form):
             choice["logprobs"] = {
@@ -155,13 +159,13 @@ class ToyEndpoint:
         }
 
     def _entry(self, token: int, logprobs: torch.Tensor, as_ids: bool) -> dict[str, Any]:
-        raw = self.bytes[token]
+        raw = b"" if self.empty_end and token == self.tokenizer.eos_token_id else self.bytes[token]
         return {"token": self._text(token, as_ids, chat=True), "logprob": float(logprobs[token]), "bytes": list(raw)}
 
     def _text(self, token: int, as_ids: bool, *, chat: bool = False) -> str:
         if as_ids:
             return f"token_id:{token}"
-        raw = self.bytes[token]
+        raw = b"" if self.empty_end and token == self.tokenizer.eos_token_id else self.bytes[token]
         try:
             return raw.decode()
         except UnicodeDecodeError:

@@ -77,7 +77,10 @@ class WrittenToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer as it was sent. `tokens` are the response's, `tops` the most likely ones at each; None without."""
+    """An answer as it was sent. `tokens` are the response's, `tops` the most likely ones at each; None without.
+
+    `problem` says why the log-probs cannot be read, if so: asking again would cost and give the same.
+    """
 
     api: EndpointApi
     text: str
@@ -87,6 +90,7 @@ class Answer:
     completion_tokens: int | None
     tokens: list[WrittenToken] | None
     tops: list[list[WrittenToken]]
+    problem: str | None = None
 
     @classmethod
     def of(cls, body: Any) -> Answer:
@@ -97,7 +101,11 @@ class Answer:
         text = choice["message"].get("content") if chat else choice["text"]
         if not isinstance(text or "", str):
             raise TypeError("the answer is not text")
-        tokens, tops = _logprobs_of(choice.get("logprobs"))
+        problem = None
+        try:
+            tokens, tops = _logprobs_of(choice.get("logprobs"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            tokens, tops, problem = None, [], f"the log-probs are malformed: {type(error).__name__}: {error}"
         reason, model = choice.get("finish_reason"), body.get("model")
         return cls(
             "chat" if chat else "completions",
@@ -108,6 +116,7 @@ class Answer:
             _count(usage.get("completion_tokens")),
             tokens,
             tops,
+            problem,
         )
 
 
@@ -135,7 +144,9 @@ def _logprobs_of(logprobs: Any) -> tuple[list[WrittenToken] | None, list[list[Wr
     pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
     tokens = [WrittenToken(str(text), None, float(logprob)) for text, logprob in pairs]
     rows = logprobs.get("top_logprobs") or []
-    return tokens, [[WrittenToken(str(text), None, float(value)) for text, value in row.items()] for row in rows]
+    return tokens, [
+        [WrittenToken(str(text), None, float(value)) for text, value in (row or {}).items()] for row in rows
+    ]
 
 
 def _written(entry: dict[str, Any]) -> WrittenToken:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dpkd.core.errors import UserError
+from dpkd.core.progress import say
 from dpkd.teacher_cache.engines.engine import EndpointOptions, GenerateRequest, Sampling
 from dpkd.teacher_cache.engines.openai.client import EndpointClient
 from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
@@ -134,6 +135,10 @@ class Probe:
                 where=self._endpoint.url,
                 advice="Give --teacher the tokenizer of the endpoint's model",
             )
+        say(
+            f"the endpoint's chat template makes {answer.prompt_tokens} tokens of a question, the tokenizer's "
+            f"{expected}: the teacher sees other prompts than the student will"
+        )
         return "others"
 
     async def _with_entries(self, dialect: Dialect, top_k: int) -> Dialect:

@@ -13,6 +13,10 @@ from dpkd.teacher_cache.engines.openai.tokens import REPLACEMENT, TokenTable
 from dpkd.teacher_cache.engines.top_k import build_result
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
+#: how endpoints say that an answer ended, and that it was cut
+_ENDS: dict[str | None, FinishReason] = {
+    "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "length": "length", "max_tokens": "length",
+}  # fmt: skip
 _MASS_TOLERANCE = 1e-3  # of a sum of probabilities whose logs an endpoint may round
 
 
@@ -43,9 +47,9 @@ class AnswerReader:
 
     def result(self, index: int, answer: Answer) -> EngineResult:
         """The result of request `index`; raises `UnusableAnswerError`."""
-        if answer.finish_reason not in ("stop", "length"):
+        if answer.finish_reason not in _ENDS:
             raise UnusableAnswerError(f"the endpoint ended the answer with {answer.finish_reason!r}")
-        reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+        reason = _ENDS[answer.finish_reason]
         return self._text_only(index, answer, reason) if self.table is None else self._scored(index, answer, reason)
 
     def _text_only(self, index: int, answer: Answer, reason: FinishReason) -> EngineResult:
@@ -65,7 +69,7 @@ class AnswerReader:
         logprobs = [token.logprob for token in answer.tokens or ()]
         if not all(np.isfinite(value) and value <= _MASS_TOLERANCE for value in logprobs):
             raise UnusableAnswerError("a token's log-prob is not a finite number <= 0")
-        rows = [self._entries(position, ids[position], row) for position, row in enumerate(answer.tops)]
+        rows = [self._entries(position, ids[position], row, answer) for position, row in enumerate(answer.tops)]
         if reason == "stop" and (not ids or ids[-1] not in self.sampling.stop_token_ids):
             # the endpoint does not say how likely the end was: no entries, and all the mass in the tail
             ids, logprobs, rows = [*ids, self.eos_token_id], [*logprobs, 0.0], [*rows, []]
@@ -82,14 +86,18 @@ class AnswerReader:
     def _ids(self, answer: Answer) -> list[int]:
         assert self.table is not None
         if answer.tokens is None:
-            raise UnusableAnswerError("the answer has no log-probs")
+            raise UnusableAnswerError(answer.problem or "the answer has no log-probs")
         found = [(token, self.table.find(token.text, token.data)) for token in answer.tokens]
+        if found and self._is_hidden_end(found[-1][0], answer):
+            found[-1] = found[-1][0], self.eos_token_id
         for token, token_id in found:
             if token_id is None:
                 raise UnusableAnswerError(f"{token.text!r} is not one token of the tokenizer")
         ids = [int(token_id) for _, token_id in found if token_id is not None]
-        text = self.table.text(ids)
-        if not any(_same(text, written, answer) for written in (answer.text, " " + answer.text)):
+        # some endpoints show special tokens inside of an answer; none shows its end
+        inner = ids[:-1] if ids and ids[-1] in self.sampling.stop_token_ids else ids
+        texts = self.table.text(ids), self.table.text(inner, with_special=True)
+        if not any(_same(text, written, answer) for text in texts for written in (answer.text, " " + answer.text)):
             raise UnusableAnswerError("the tokens do not give the answer's text back")
         if answer.completion_tokens is not None and answer.completion_tokens - len(ids) not in (0, 1):
             raise UnusableAnswerError(f"log-probs of {len(ids)} tokens, and the answer has {answer.completion_tokens}")
@@ -109,7 +117,11 @@ class AnswerReader:
         if self.limits_are_known and len(ids) + (reason == "stop" and not ended) > limit:
             raise UnusableAnswerError(f"the answer has more than {limit} tokens")
 
-    def _entries(self, position: int, own: int, row: list[WrittenToken]) -> list[tuple[int, float]]:
+    def _is_hidden_end(self, token: WrittenToken, answer: Answer) -> bool:
+        """Whether `token`, which is the last of an answer, is the EOS: some endpoints write it as an empty text."""
+        return not token.text and not token.data and _ENDS[answer.finish_reason] == "stop"
+
+    def _entries(self, position: int, own: int, row: list[WrittenToken], answer: Answer) -> list[tuple[int, float]]:
         """Ids and log-probs in rank order, up to the first token that cannot be identified.
 
         An own token that comes last is left out where it may not be among the most likely ones: completions add it to
@@ -131,6 +143,8 @@ class AnswerReader:
         entries: list[tuple[int, float]] = []
         for token in ranked:
             token_id = self.table.find(token.text, token.data)
+            if position == len(answer.tops) - 1 and own == self.eos_token_id and self._is_hidden_end(token, answer):
+                token_id = own
             if token_id is None:
                 break
             entries.append((token_id, min(token.logprob, 0.0)))
@@ -145,6 +159,6 @@ class AnswerReader:
 
 
 def _same(text: str, written: str, answer: Answer) -> bool:
-    if answer.finish_reason == "length":  # perhaps in the middle of a character
+    if _ENDS[answer.finish_reason] == "length":  # perhaps in the middle of a character
         return text.rstrip(REPLACEMENT) == written.rstrip(REPLACEMENT)
     return text == written

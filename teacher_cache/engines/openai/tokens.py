@@ -62,9 +62,10 @@ class TokenTable:
         ids = self._ids.get(raw, [])
         return ids[0] if len(ids) == 1 else None
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int], *, with_special: bool = False) -> str:
         """The text of `ids`, special tokens left out; characters that are cut off become replacement characters."""
-        return b"".join(self._bytes[token] for token in ids if token not in self._special).decode("utf-8", "replace")
+        shown = ids if with_special else [token for token in ids if token not in self._special]
+        return b"".join(self._bytes[token] for token in shown).decode("utf-8", "replace")
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:

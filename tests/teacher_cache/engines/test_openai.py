@@ -100,6 +100,42 @@ def test_an_endpoint_that_clamps_is_measured_too(toy_teacher: Path, toy_data: Pa
         assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_an_end_that_is_written_as_nothing_is_the_eos(
+    api: str, toy_teacher: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    with serving_toy(toy_teacher, most=8, shows_end=True, empty_end=True) as (toy, endpoint):
+        more = {"max_new_tokens": 60, "limit": 12, "teacher_api": api}
+        manifest = build_cache(CacheConfig(**options(endpoint.url, toy_teacher, toy_data, tmp_path / "cache", **more)))
+        found = rows_of(tmp_path / "cache")
+    assert not manifest.failed
+    stopped = [row for row in found if row.finish_reason == "stop"]
+    assert stopped, "no toy response ends: the test shows nothing"
+    for row in stopped:
+        assert row.response_ids[-1] == 0
+        full_TV = toy.logprobs(row.prompt_ids.tolist(), row.response_ids.tolist()).numpy()
+        assert row.response_logprobs[-1] == pytest.approx(full_TV[-1, 0], abs=2e-4)
+        assert row.distributions is not None
+        assert row.distributions.counts_T[-1] > 0
+
+
+def test_another_template_of_the_endpoint_is_recorded_and_said(
+    toy_teacher: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def longer(answer: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        answer["usage"]["prompt_tokens"] += 5  # a system prompt of its own
+        return answer
+
+    with serving_toy(toy_teacher, change=longer) as (_, endpoint):
+        given = options(endpoint.url, toy_teacher, toy_data, tmp_path / "cache", teacher_api="chat")
+        manifest = build_cache(CacheConfig(**given))
+        assert manifest.identities["generation"]["endpoint"]["prompt_tokens"] == "others"
+        assert "the teacher sees other prompts than the student will" in capsys.readouterr().err
+        given = options(endpoint.url, toy_teacher, toy_data, tmp_path / "other", teacher_api="completions")
+        with pytest.raises(UserError, match=r"reads prompts as other tokens than the tokenizer"):
+            build_cache(CacheConfig(**given))
+
+
 def test_completions_may_have_the_log_probs_of_chat(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
     with serving_toy(toy_teacher, chat_form=True) as (toy, endpoint):
         build_cache(CacheConfig(**options(endpoint.url, toy_teacher, toy_data, tmp_path / "cache")))
@@ -232,6 +268,10 @@ def cut(choice: dict[str, Any]) -> None:
     choice["text"] = "".join(choice["logprobs"]["tokens"])
 
 
+def malformed(choice: dict[str, Any]) -> None:
+    choice["logprobs"]["token_logprobs"][3] = None
+
+
 def filtered(choice: dict[str, Any]) -> None:
     choice["finish_reason"] = "content_filter"
 
@@ -245,6 +285,7 @@ def filtered(choice: dict[str, Any]) -> None:
         (other_text, r"the tokens do not give the answer's text back"),
         (foreign_token, r"'no-such-token' is not one token of the tokenizer"),
         (cut, r"log-probs of 6 tokens, and the answer has 12|the tokens do not give"),
+        (malformed, r"the log-probs are malformed: TypeError"),
         (filtered, r"the endpoint ended the answer with 'content_filter'"),
     ],
 )
