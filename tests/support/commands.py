@@ -6,6 +6,7 @@ interrupts a command starts a `Command`, which is forked from a server that has 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -59,8 +60,9 @@ def dpkd(*arguments: object) -> Result:
     return Result(returncode, stdout.getvalue(), stderr.getvalue())
 
 
+@functools.cache
 def start_forkserver() -> None:
-    """Start the process that imports `PRELOAD`, unless it runs; returns at once."""
+    """Start the process that imports `PRELOAD`; returns at once."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     # vLLM sets its log up while it is imported; `support` must be found, which 3.11 does not see to
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
