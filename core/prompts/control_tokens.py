@@ -101,7 +101,7 @@ class ControlTokens:
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
         )
         found = []
-        for text, encoding in zip(marked, batch.encodings, strict=True):
+        for text, encoding in zip(marked, batch.encodings or (), strict=True):
             # a normaliser may make a control token of other characters: then there is one too many
             if self._spelled.search(text) or self._num_given(encoding) != self._num_named(text):
                 encoding = self._private.encode(text, add_special_tokens=add_special_tokens)
