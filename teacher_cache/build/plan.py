@@ -68,10 +68,10 @@ class RowPlan:
         spans = prompts = turns = False
         drops = self._config.thinking == "drop"
         text, uses_references = TextCounts(), "reference" in self.origins
-        for item in with_progress(self._examples(references=uses_references)):
+        for item in with_progress(self._examples(references=False)):
             if isinstance(item, Example):
                 text.add(self._encoder, item, references=uses_references)
-            for entry in (item,) if isinstance(item, SkippedRow) else self._entries(item):
+            for entry in (item,) if isinstance(item, SkippedRow) else self._entries(item, counting=True):
                 if isinstance(entry, SkippedRow):
                     skipped.append(entry)
                     continue
@@ -169,8 +169,10 @@ class RowPlan:
             "teacher_prompt_ids": asked.ids if self.survey.has_teacher_prompts else None,
         }
 
-    def _entries(self, example: Example, only: Part | None = None) -> Iterator[_Entry | SkippedRow]:
-        """The rows of an example; with `only`, at least those of that part."""
+    def _entries(
+        self, example: Example, only: Part | None = None, *, counting: bool = False
+    ) -> Iterator[_Entry | SkippedRow]:
+        """The rows of an example; with `only`, at least those of that part. `counting`: references need no ids."""
         if self._config.turns == "all" and example.messages is not None and len(answer_places(example)) > 1:
             if example.for_teacher is not None:
                 yield SkippedRow(example.line, "`teacher_messages` are for one response: give --turns last")
@@ -197,6 +199,9 @@ class RowPlan:
                 continue
             if origin == "teacher":
                 yield _Entry(Part("teacher"), example.example_id, prompt, asked)
+            elif counting and example.references and not example.turns:
+                for sample in range(len(example.references)):
+                    yield _Entry(Part("reference"), example.example_id, prompt, asked, sample=sample)
             else:
                 yield from self._responses(example, prompt, asked)
 
