@@ -87,7 +87,7 @@ class ModelSource:
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # what does not fit is an error below, with its own words
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
@@ -99,6 +99,7 @@ class ModelSource:
             raise UserError(f"the model cannot be loaded: {first_line(error)}", where=self.path) from None
         finally:
             logging.set_verbosity(before)
+        model, info = loaded  # the annotation knows no loading info
         _check_fits_config(model, info, self.path)
         return cast("PreTrainedModel", model)
 
