@@ -20,7 +20,7 @@ class Folder(Protocol):
     """Files with names such as `shards/teacher-000000.parquet`. `str(folder)` is its path or URL."""
 
     #: whether `create` and `replace` are atomic
-    is_conditional = False
+    is_conditional: bool = False
 
     def __hash__(self) -> int:
         return id(self)

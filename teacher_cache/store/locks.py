@@ -104,7 +104,8 @@ class Watch:
 @contextlib.contextmanager
 def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
     """Keep `job.lock` fresh. `locked`: the kernel says that no other process of this machine is in the folder."""
-    ours = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex, "renewed": time.time()}
+    token = uuid.uuid4().hex
+    ours = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "renewed": time.time()}
     ours |= _place() | {"started": _started(os.getpid())}
     if isinstance(folder, LocalFolder) and (folder.path / LOCK).is_symlink():
         raise UserError(
@@ -121,7 +122,7 @@ def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
             say(f"the lock of {_name_of(existing)} on {folder} is stale ({reason}); taking it over")
             time.sleep(0 if locked or folder.is_conditional else _SETTLE_S)
             break
-    lock = Lock(folder, ours["token"], ours)
+    lock = Lock(folder, token, ours)
     lock.renew()
     lock.check()
     try:
@@ -129,7 +130,7 @@ def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
             yield lock
     finally:
         existing = _read(folder)
-        if existing is not None and existing["token"] == ours["token"]:
+        if existing is not None and existing["token"] == token:
             folder.delete(LOCK)
 
 
