@@ -10,10 +10,12 @@ import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -100,6 +102,7 @@ class Command:
 
     def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
         self._output = Path(tempfile.mkdtemp(prefix="dpkd-test-"))
+        weakref.finalize(self, shutil.rmtree, self._output, ignore_errors=True)
         words, environment = list(map(str, arguments)), dict(os.environ) | dict(environment or {})
         self._process = fork(_main, environment, words, self._output)
 
