@@ -25,8 +25,9 @@ from dpkd.teacher_cache.engines.top_k import from_top_k
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND, TeacherCache
-from dpkd.teacher_cache.store.schema import PlannedRow, to_table
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import encode_shard
+from dpkd.teacher_cache.store.tables import to_table
 
 _VOCAB, _TOP_K = 49152, 64
 

@@ -38,8 +38,9 @@ from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.engines.top_k import from_top_k
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
-from dpkd.teacher_cache.store.schema import PlannedRow, to_table
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import encode_shard
+from dpkd.teacher_cache.store.tables import to_table
 
 FIXED = (8, 16, 32, 64, 128, 256)
 MASSES = (0.80, 0.90, 0.95, 0.98)

@@ -33,8 +33,9 @@ from dpkd.teacher_cache.engines.engine import (
 )
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import PlannedRow, to_table, unscored_row
+from dpkd.teacher_cache.store.rows import PlannedRow, unscored_row
 from dpkd.teacher_cache.store.shards import encode_shard
+from dpkd.teacher_cache.store.tables import to_table
 
 _MEASURED = 8  # rows of a forward pass with full logits
 _ENCODED_ROWS = 128

@@ -259,7 +259,7 @@ def random_batch(rows: int, tokens: int, vocabulary: int) -> Batch:
     import numpy as np
 
     from dpkd.teacher_cache.engines.top_k import from_top_k
-    from dpkd.teacher_cache.store.schema import CachedRow
+    from dpkd.teacher_cache.store.rows import CachedRow
 
     random = np.random.default_rng(0)
     made = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 
 def collate(

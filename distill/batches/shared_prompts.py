@@ -16,7 +16,7 @@ from dpkd.core.errors import UserError, first_line
 from dpkd.distill.batches.batch import SharedPrompts
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.teacher_cache.store.schema import unscored_row
+from dpkd.teacher_cache.store.rows import unscored_row
 
 
 def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:

@@ -10,7 +10,7 @@ from dpkd.core.models import ModelSource
 from dpkd.distill.live.store import Drawn
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import RowIndex, RowSource
-from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow
+from dpkd.teacher_cache.store.rows import CachedRow, PlannedRow
 
 
 @dataclass

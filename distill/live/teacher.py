@@ -16,7 +16,7 @@ from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, Faile
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 #: the comparison takes the shortest responses: at least so many, with at least so many tokens in total
 _CHECK_ROWS, _CHECK_TOKENS = 4, 64

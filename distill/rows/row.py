@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 #: (group, index in the group) of a row in its source
 RowIndex = tuple[int, int]

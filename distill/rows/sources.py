@@ -23,7 +23,7 @@ from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow, unscored_row
+from dpkd.teacher_cache.store.rows import CachedRow, unscored_row
 from dpkd.teacher_cache.store.shards import ShardRecord
 
 

@@ -18,7 +18,7 @@ from dpkd.core.progress import say
 from dpkd.distill.rows.columns import read_columns
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import CacheReader
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
 
 

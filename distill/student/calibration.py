@@ -22,7 +22,7 @@ from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.student.measures import sample_rows
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import unscored_row
+from dpkd.teacher_cache.store.rows import unscored_row
 
 #: of --data: longest prompt (others are skipped) and longest response (others are cut), in tokens
 MAX_PROMPT_TOKENS = MAX_RESPONSE_TOKENS = 256

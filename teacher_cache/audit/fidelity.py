@@ -28,7 +28,7 @@ from dpkd.teacher_cache.engines.engine import (
 from dpkd.teacher_cache.engines.open import check_engine, open_engine, resolve_engine
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.options.audit import FidelityConfig

@@ -13,8 +13,9 @@ from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.manifest import changed_files
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow, ShardRows
+from dpkd.teacher_cache.store.rows import CachedRow
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shards
+from dpkd.teacher_cache.store.tables import ShardRows
 
 
 def verify_cache(location: str | Path) -> dict[str, int]:

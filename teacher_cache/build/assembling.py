@@ -23,8 +23,9 @@ from dpkd.teacher_cache.engines.engine import (
 )
 from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.schema import Origin, PlannedRow, select_positions, to_table
+from dpkd.teacher_cache.store.rows import Origin, PlannedRow
 from dpkd.teacher_cache.store.shards import encode_shard
+from dpkd.teacher_cache.store.tables import select_positions, to_table
 
 _SHARDS_IN_FLIGHT = 4  # being encoded or written; limits memory when the disk is slow
 

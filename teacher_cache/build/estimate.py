@@ -31,7 +31,7 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
-    from dpkd.teacher_cache.store.schema import PlannedRow
+    from dpkd.teacher_cache.store.rows import PlannedRow
 
 Measure = Callable[..., "tuple[Phase, PilotRun]"]
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}

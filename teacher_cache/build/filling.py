@@ -19,7 +19,7 @@ from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.store.job import ANSWERS, Job, read_job
 from dpkd.teacher_cache.store.manifest import MANIFEST, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource

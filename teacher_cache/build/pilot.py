@@ -23,7 +23,7 @@ from dpkd.teacher_cache.build.filling import Filler
 from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import read_shard
 
 _WARM_UP = 2  # rows that are run first and not timed: kernels are chosen and memory is taken

@@ -24,7 +24,7 @@ from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
 from dpkd.core.prompts.thinking import opens_thinking
 from dpkd.teacher_cache.build.survey import Part, Survey
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.schema import Origin, PlannedRow
+from dpkd.teacher_cache.store.rows import Origin, PlannedRow
 
 #: text of the teacher's answer to a row (example id, sample); None if it failed
 AnswerOf = Callable[[str, int], str | None]

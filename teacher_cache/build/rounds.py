@@ -35,7 +35,7 @@ from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import ROUND_KIND, TeacherCache, round_folder
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dpkd.core.prompts.examples import SkippedRow
 from dpkd.core.prompts.templates import TextCounts
-from dpkd.teacher_cache.store.schema import Origin
+from dpkd.teacher_cache.store.rows import Origin
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, changed_identities, read_manifest
-from dpkd.teacher_cache.store.schema import Origin, format_of
+from dpkd.teacher_cache.store.rows import Origin
+from dpkd.teacher_cache.store.schema import format_of
 from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
 
 JOB = "job.json"

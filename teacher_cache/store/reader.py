@@ -19,7 +19,7 @@ from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
-    from dpkd.teacher_cache.store.schema import ShardRows
+    from dpkd.teacher_cache.store.tables import ShardRows
 
 CACHE_KIND = "teacher-cache"
 ROUND_KIND = "round"

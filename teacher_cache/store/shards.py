@@ -22,13 +22,8 @@ from dpkd.core.errors import UserError
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folder import Folder
-from dpkd.teacher_cache.store.schema import (
-    DICTIONARY_COLUMNS,
-    ROW_SCHEMA,
-    ShardRows,
-    column_encodings,
-    is_row_schema,
-)
+from dpkd.teacher_cache.store.schema import DICTIONARY_COLUMNS, ROW_SCHEMA, column_encodings, is_row_schema
+from dpkd.teacher_cache.store.tables import ShardRows
 
 
 @dataclass(frozen=True, slots=True)

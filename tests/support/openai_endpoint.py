@@ -20,7 +20,7 @@ import torch
 from support.judge_endpoints import Answer, Endpoint, failure, serving
 
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 #: fields of OpenAI's own protocol; a strict endpoint refuses others
 _OWN_FIELDS = {

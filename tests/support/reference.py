@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 Entries = list[dict[int, float]]
 

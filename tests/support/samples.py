@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpkd.distill.live.store import SAMPLES
 from dpkd.teacher_cache.store.folder import LocalFolder
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 from dpkd.teacher_cache.store.shards import Ledger, read_shard
 
 

@@ -17,7 +17,7 @@ from dpkd.teacher_cache.build.request import say_complete
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND, TeacherCache
-from dpkd.teacher_cache.store.schema import Origin
+from dpkd.teacher_cache.store.rows import Origin
 from dpkd.teacher_cache.store.shards import ShardRecord, encode_shard, read_table
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dpkd.teacher_cache.store.codec import GRID_NATS
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest

@@ -13,7 +13,7 @@ import pyarrow as pa
 from dpkd.core.prompts.messages import Message
 from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 
 _BLOCKS_PER_REPLICA = 2  # at least, so that a fast replica can help a slow one
 

@@ -26,7 +26,7 @@ from dpkd.teacher_cache.build.ray.replica import Assignment, Replica, counts_of,
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
 from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
 
 if TYPE_CHECKING:

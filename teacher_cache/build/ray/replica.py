@@ -21,7 +21,7 @@ from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import JOB, Job
 from dpkd.teacher_cache.store.locks import Lock
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord
 
 # a committed shard, or the `refusal` that ends the job: Ray Data would wrap an exception in another and log it

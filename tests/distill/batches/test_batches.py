@@ -14,7 +14,7 @@ from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.losses.cached_distributions import cached_logprobs
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.engines.engine import Distributions
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 
 def row(name: str, prompt: list[int], response: list[int], counts: list[int] | None = None) -> CachedRow:

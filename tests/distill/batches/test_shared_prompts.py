@@ -31,7 +31,7 @@ from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.training import train
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -44,7 +44,7 @@ from dpkd.teacher_cache.engines.engine import (
 from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 pytestmark = pytest.mark.engine
 

@@ -19,7 +19,7 @@ from dpkd.distill.objectives.statistics import Outcomes
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.engines.engine import Distributions
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 VOCAB = 7
 

@@ -16,7 +16,7 @@ from dpkd.distill.rows.held_out import SubsetRows, cache_examples, choose_exampl
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 NONE = np.zeros(0, np.int32)
 

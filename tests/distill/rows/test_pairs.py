@@ -24,8 +24,9 @@ from dpkd.teacher_cache.store import shards as shards_module
 from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.manifest import Manifest
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
-from dpkd.teacher_cache.store.schema import Origin, PlannedRow, to_table
+from dpkd.teacher_cache.store.rows import Origin, PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord, encode_shard
+from dpkd.teacher_cache.store.tables import to_table
 
 #: example id, sample, log-prob of every token
 Response = tuple[str, int, list[float]]

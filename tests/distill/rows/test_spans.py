@@ -26,7 +26,7 @@ from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import Distributions
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 LENGTHS = {"max_prompt_tokens": 400, "max_new_tokens": 60}
 

@@ -26,7 +26,7 @@ from dpkd.distill.student.init import init_student
 from dpkd.distill.student.layers import keep_layers, layer_stack, named_layers
 from dpkd.distill.student.measures import batches_of
 from dpkd.distill.student.sizes import count_parameters, splits_within
-from dpkd.teacher_cache.store.schema import unscored_row
+from dpkd.teacher_cache.store.rows import unscored_row
 
 WriteRows = Callable[..., Path]
 SMALL = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 5, "intermediate_size": 24}

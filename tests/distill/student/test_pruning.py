@@ -27,7 +27,7 @@ from dpkd.distill.batches.collate import collate
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.student.layers import in_words, keep_layers, masked_inputs, named_layers, spread_layers
 from dpkd.distill.student.neurons import mlps_of, neuron_masks, neuron_sizes, prune_mlps
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
 GATED = SMALL | {"intermediate_size": 32, "num_key_value_heads": 1}

@@ -22,7 +22,8 @@ from dpkd.teacher_cache.options.audit import FidelityConfig
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import ROW_SCHEMA, CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
+from dpkd.teacher_cache.store.schema import ROW_SCHEMA
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from dpkd.teacher_cache.build.cost import CacheCost, Phase
 from dpkd.teacher_cache.build.estimate import estimate_cost
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, decoding_steps, fit_rates, pick_evenly
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.schema import PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 
 
 def row(index: int) -> PlannedRow:

@@ -36,7 +36,7 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow, PlannedRow
+from dpkd.teacher_cache.store.rows import CachedRow, PlannedRow
 from dpkd.teacher_cache.store.shards import read_shard
 
 LAYOUT = ShardLayout("teacher", 4, "teacher")

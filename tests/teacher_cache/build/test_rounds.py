@@ -26,7 +26,8 @@ from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sa
 from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import ROW_SCHEMA, CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
+from dpkd.teacher_cache.store.schema import ROW_SCHEMA
 from dpkd.teacher_cache.store.shards import encode_shard
 
 BuildRound = Callable[..., None]

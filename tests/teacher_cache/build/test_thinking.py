@@ -23,7 +23,7 @@ from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
-from dpkd.teacher_cache.store.schema import CachedRow
+from dpkd.teacher_cache.store.rows import CachedRow
 
 ANSWERS = {"cat": "red", "dog": "blue"}
 

@@ -25,8 +25,8 @@ from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.manifest import MANIFEST
-from dpkd.teacher_cache.store.schema import ShardRows
 from dpkd.teacher_cache.store.shards import ShardRecord
+from dpkd.teacher_cache.store.tables import ShardRows
 
 
 def test_a_job_that_lost_its_lock_writes_nothing_more(s3: str, tmp_path: Path) -> None:
