@@ -19,9 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the tests run in two processes: two engines must not wait for the same core while another is idle
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# a shell that starts the tests in the background has them ignore Ctrl-C, and every process of a test would inherit that
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# a shell that starts the tests in the background has them ignore Ctrl-C, and nohup a closed terminal: every process of
+# a test would inherit that
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_sessionstart() -> None:

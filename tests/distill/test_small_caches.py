@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.requirements import check_distributions
 from dpkd.distill.training import train
-from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.reader import CacheReader, TeacherCache
 
 COMMON: dict[str, Any] = {
     "batch_size": 16, "device": "cpu", "save_every": None, "tracker": "none", "best_metric": "last",
@@ -81,8 +81,8 @@ def test_a_cache_that_keeps_enough_is_not_mentioned(
     assert "the cached entries hold" not in capfd.readouterr().err  # this teacher is sure: one entry is enough
 
 
-def test_all_pairs_of_a_whole_vocabulary_are_refused() -> None:
-    cache: Any = SimpleNamespace(vocab_size=49_152, top_k=64, folder="here")
+def test_all_pairs_of_a_whole_vocabulary_are_refused(tmp_path: Path) -> None:
+    cache = CacheReader(open_folder(tmp_path), {"teacher": {"vocab_size": 49_152}, "logprobs": {"top_k": 64}})
     options = TrainConfig(cache="c", student="s", out=Path("o"), tail="uniform")
     with pytest.raises(UserError, match="all pairs of them are too many: found 49152 tokens, expected at most 4096"):
         check_distributions(cache, None, options)
