@@ -81,42 +81,47 @@ class NoiseConfig(Settings):
         }
 
 
-def named_inputs(value: Any) -> Any:
-    """Inputs of a recipe by name."""
-    return named_values(value, "NAME=VALUE", "teacher=DIR")
+class RecipeChoice(Settings):
+    """Which recipe, with which inputs."""
 
-
-class RunOptions(Settings):
-    """Which recipe to run, with which inputs."""
-
-    example: ClassVar[str] = "dpkd run quickstart --dry-run"
     from_files: ClassVar[bool] = False
 
     recipe: str = Field(
         description="a name that dpkd recipes lists, or a TOML file", json_schema_extra={"positional": "RECIPE"}
     )
     set: dict[str, str] = Field({}, description="NAME=VALUE: replace a value of the recipe's [inputs]; repeatable")
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _named_inputs(cls, value: Any) -> Any:
+        return named_values(value, "NAME=VALUE", "teacher=DIR")
+
+
+class DryRunOptions(Settings):
+    """Whether to run the recipe or to print it."""
+
     dry_run: bool = Field(False, description="print the steps with their options and stop")
 
-    _named_inputs = field_validator("set", mode="before")(named_inputs)
 
+class PilotOptions(Settings):
+    """How many rows to try, and the price of a machine."""
 
-class PlanOptions(Settings):
-    """Which recipe to plan, and how many rows to try."""
-
-    example: ClassVar[str] = "dpkd plan quickstart"
-    from_files: ClassVar[bool] = False
-
-    recipe: str = Field(
-        description="a name that dpkd recipes lists, or a TOML file", json_schema_extra={"positional": "RECIPE"}
-    )
-    set: dict[str, str] = Field({}, description="NAME=VALUE: replace a value of the recipe's [inputs]; repeatable")
     pilot_rows: int = Field(32, ge=4, description="rows of each pilot of a model that answers")
     price_per_hour: float | None = Field(
         None, ge=0, description="price of an hour of a GPU, or of this machine; none: unknown"
     )
 
-    _named_inputs = field_validator("set", mode="before")(named_inputs)
+
+class RunOptions(RecipeChoice, DryRunOptions):
+    """Which recipe to run, with which inputs."""
+
+    example: ClassVar[str] = "dpkd run quickstart --dry-run"
+
+
+class PlanOptions(RecipeChoice, PilotOptions):
+    """Which recipe to plan, and how many rows to try."""
+
+    example: ClassVar[str] = "dpkd plan quickstart"
 
 
 class RecipesOptions(Settings):
