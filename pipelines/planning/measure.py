@@ -165,7 +165,8 @@ class _Pilot:
             in_child(timed, step.command, _changed(config, data=str(rows), limit=None))
         else:
             cost = in_child(estimate, pilot, self.cached_rows.get(step.out))
-            in_child(timed, step.command, config)
+            if Path(config.out).is_relative_to(self.directory):  # nothing is written to a cache that is not a copy
+                in_child(timed, step.command, config)
         return StepCost(cost.seconds, cost.devices)
 
     def _train(self, config: TrainConfig, item: PlannedStep) -> StepCost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -111,14 +112,20 @@ def test_each_step_is_timed_and_nothing_is_left(recipe: Path) -> None:
         assert first == second
 
 
-def test_finished_steps_cost_nothing_and_a_step_that_cannot_run_says_why(recipe: Path, toy_cache: Path) -> None:
+def test_finished_steps_cost_nothing_and_a_step_that_cannot_run_says_why(recipe: Path, cache_copy: Path) -> None:
     done = recipe.parent / "runs" / "cache"
     done.parent.mkdir()
-    done.symlink_to(toy_cache)
+    shutil.move(cache_copy, done)
+    files = sorted(done.rglob("*"))
     recipe.write_text(recipe.read_text().replace("chat", "alpaca"))
     planned, costs = plan_recipe(str(recipe), {}, pilot_rows=6)
     assert planned[0].finished
     assert costs[0] == StepCost(0.0)
+    # the second round is estimated on the real cache, and nothing is written there
+    assert sorted(done.rglob("*")) == files
+    by_title = {item.step.title: cost for item, cost in zip(planned, costs, strict=True)}
+    assert by_title["cache-teacher, round 1"].seconds
+    assert by_title["train, round 1"] == by_title["train, round 0"]
     # its student was trained with the template of the cache
     assert costs[-2].seconds is None
     assert "another prompt template" in costs[-2].reason
