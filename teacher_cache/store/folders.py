@@ -147,7 +147,8 @@ class RemoteFolder(Folder):
         except FileNotFoundError:
             return {}
         start = len(self._filesystem._strip_protocol(self._root).rstrip("/")) + 1
-        return {key[start:]: int(info["size"]) for key, info in found.items()}
+        # while another job writes, the folder itself may be listed as a key
+        return {key[start:]: int(info["size"]) for key, info in found.items() if key[start:]}
 
     def exists(self, name: str) -> bool:
         with self._storage_errors(name):
