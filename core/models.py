@@ -197,7 +197,7 @@ class RemoteModel(ModelSource):
 
 
 def other_eos(model: ModelSource, eos_token_id: int, teacher: str, role: str, *, where: object = None) -> UserError:
-    """The error for a model whose tokenizer is the teacher's but for its EOS."""
+    """The error for a model whose tokenizer is the teacher's except for its EOS."""
     theirs = model.tokenizer.convert_ids_to_tokens(eos_token_id)
     return UserError(
         f"the {role}'s tokenizer is the teacher's except for its EOS",

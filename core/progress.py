@@ -14,7 +14,7 @@ _LINE_EVERY_S = 10.0
 def say(text: str) -> None:
     """One plain line for the person, on standard error; standard output is kept for results.
 
-    Work goes on where nobody reads it: a standard error that is closed or full is no error.
+    A standard error that is closed or full stops no work.
     """
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):

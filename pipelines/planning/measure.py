@@ -24,7 +24,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.pipelines.commands.options import NoiseConfig
-from dpkd.pipelines.planning.plan import PlannedStep, plan_steps
+from dpkd.pipelines.planning.plan import PlannedStep, StepCost, plan_steps
 from dpkd.pipelines.planning.processes import estimate, in_child, spread, timed, write_eval_rows
 from dpkd.pipelines.planning.text import plan_text
 from dpkd.pipelines.recipe.format import read_recipe
@@ -37,26 +37,17 @@ if TYPE_CHECKING:
 
 _STEPS = 5  # of a training, the first of which is not timed
 _CACHE_ROWS = 32  # of the small caches, at least
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Time of a step on `devices` devices; `seconds` None: it was not measured, for `reason`."""
-
-    seconds: float | None
-    devices: int = 1
-    reason: str = ""
-
-    @property
-    def device_hours(self) -> float | None:
-        """Hours of one device."""
-        return None if self.seconds is None else self.seconds * self.devices / 3600
+#: options that mean the same to `eval` as to `cache-teacher`
+_ALIKE = (
+    "template", "template_arg", "max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "engine", "device",
+    "dtype", "max_num_seqs",
+)  # fmt: skip
 
 
 def run(options: PlanOptions) -> None:
     """The command: print the plan of a recipe with the time of each step."""
     planned, costs = plan_recipe(options.recipe, options.set, options.pilot_rows)
-    print(plan_text(planned, [cost.seconds for cost in costs], [cost.reason for cost in costs]))
+    print(plan_text(planned, costs))
     hours = [cost.device_hours for cost in costs if cost.device_hours is not None]
     print(f"  device hours: {sum(hours):.2g}")
     if options.price_per_hour is not None:
@@ -71,7 +62,7 @@ def plan_recipe(recipe: str, inputs: dict[str, str], pilot_rows: int) -> tuple[l
     steps = read_recipe(recipe, inputs)
     planned = plan_steps(steps, {})
     with tempfile.TemporaryDirectory(prefix="dpkd-plan-") as directory:
-        pilot = _Pilot(steps, pilot_rows, Path(directory))
+        pilot = _Pilot(pilot_rows, Path(directory))
         costs = []
         for number, item in enumerate(planned):
             say(f"== pilot of step {number + 1} of {len(steps)}: dpkd {item.step.title}")
@@ -83,7 +74,6 @@ def plan_recipe(recipe: str, inputs: dict[str, str], pilot_rows: int) -> tuple[l
 class _Pilot:
     """The small copies that were made so far: `made` maps an output of the recipe to its copy."""
 
-    steps: list[Step]
     pilot_rows: int
     directory: Path
     made: dict[str, str] = field(default_factory=dict)
@@ -194,6 +184,7 @@ class _Pilot:
     def _evaluate(self, config: EvalConfig) -> StepCost:
         rows = self.directory / f"{config.out.name}.jsonl"
         in_child(write_eval_rows, config, rows)
+        alike = {key: getattr(config, key) for key in _ALIKE}
         seconds = 0.0
         for model in config.model.values():
             options = {
@@ -201,21 +192,12 @@ class _Pilot:
                 "data": str(rows),
                 "out": str(self.directory / "answers"),
                 "responses": "both" if config.perplexity else "teacher",
-                "template": config.template,
-                "max_prompt_tokens": config.max_prompt_tokens,
-                "max_new_tokens": config.max_new_tokens,
-                "temperature": config.temperature,
-                "top_p": config.top_p,
                 "num_samples": len(config.resolved_seeds()),
                 "top_k": 0,
-                "engine": config.engine,
-                "device": config.device,
-                "dtype": config.dtype,
-                "max_num_seqs": config.max_num_seqs,
                 "dry_run": True,
                 "pilot_rows": self.pilot_rows,
             }
-            as_cache = CacheConfig.parse(options, where="the pilot")
+            as_cache = CacheConfig.parse(options | alike, where="the pilot")
             seconds += in_child(estimate, as_cache, None).seconds
         return StepCost(seconds)
 

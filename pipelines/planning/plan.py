@@ -63,6 +63,20 @@ class PlannedStep:
         return Path(out, _LAST_FILES[self.step.command]).is_file()
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """Time of a step on `devices` devices; `seconds` None: it was not measured, for `reason`."""
+
+    seconds: float | None
+    devices: int = 1
+    reason: str = ""
+
+    @property
+    def device_hours(self) -> float | None:
+        """Hours of one device."""
+        return None if self.seconds is None else self.seconds * self.devices / 3600
+
+
 @dataclass
 class _Knowledge:
     """What earlier steps tell of later ones: rows of data files, rows of caches, sizes of models."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import time
 import traceback
@@ -13,14 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
-
 from dpkd.core.errors import UserError
 from dpkd.core.prompts.examples import Example, open_examples, raw_rows
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.recipe.run import PRELOAD
+from dpkd.pipelines.recipe.run import forking_context
+from dpkd.teacher_cache.build.pilot import even_indices
 from dpkd.teacher_cache.options.cache import CacheConfig
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ Result = TypeVar("Result")
 def spread(data: str, limit: int | None, path: Path, most: int) -> None:
     """Write at most `most` rows of `data`, spread evenly over the first `limit`, to `path`."""
     rows = [row for number, row in raw_rows(open_examples(data)) if limit is None or number <= limit]
-    wanted = sorted({int(i) for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()})
+    wanted = even_indices(len(rows), most)
     path.write_text("".join(json.dumps(rows[i]) + "\n" for i in wanted), encoding="utf-8")
 
 
@@ -77,8 +75,7 @@ def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
 
     Raises the `UserError` that it raises, or one that says that the process was killed. An interrupt ends it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forking_context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, dict(os.environ), function, arguments))
     process.start()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dpkd.core.progress import duration
-from dpkd.pipelines.planning.plan import PlannedStep
+from dpkd.pipelines.planning.plan import PlannedStep, StepCost
 
 _TFLOPS = 100  # of the time estimate: what a GPU of 2022 reaches in bfloat16 with large batches
 
 
-def plan_text(
-    planned: list[PlannedStep], seconds: list[float | None] | None = None, reasons: list[str] | None = None
-) -> str:
+def plan_text(planned: list[PlannedStep], costs: Sequence[StepCost] | None = None) -> str:
     """The plan with two lines per step, the total of what is left to do, and what the totals leave out.
 
-    `seconds` are the measured times of the steps (None: not measured, for the reason in `reasons`). Without them the
-    total time is that of an assumed speed.
+    `costs` are those of the steps, as measured. Without them the total time is that of an assumed speed.
     """
     lines, number = [], 0
     while number < len(planned):
@@ -25,9 +22,10 @@ def plan_text(
         number += 1
         lines.append(f"{number:>3}  {'done ' if item.finished else 'to do'}  {item.step.title} -> {item.step.out}")
         lines.append(f"            {item.words}")
-        if seconds is not None and reasons is not None and not item.finished:
-            taken = seconds[number - 1]
-            lines.append(f"            {f'not timed: {reasons[number - 1]}' if taken is None else duration(taken)}")
+        if costs is not None and not item.finished:
+            cost = costs[number - 1]
+            taken = f"not timed: {cost.reason}" if cost.seconds is None else duration(cost.seconds)
+            lines.append(f"            {taken}")
         if repeated := _repeated(planned, number):
             lines.append(f"     and the same in {repeated} more steps, up to {planned[number + repeated - 1].step.out}")
             number += repeated
@@ -42,12 +40,12 @@ def plan_text(
         f"  tokens generated, at most: {_total(item.generated for item in left)}",
         f"  disk, roughly: {_total((item.disk and item.disk / 1e9 for item in left), '{:.1f} GB')}",
     ]
-    if seconds is None:
+    if costs is None:
         hours = (item.flop and item.flop / (_TFLOPS * 1e12 * 3600) for item in left)
         lines.append(f"  time, roughly, at {_TFLOPS} TFLOP/s: {_total(hours, '{:.1f} hours')}")
     else:
-        known = [taken for taken in seconds if taken is not None]
-        missing = len(seconds) - len(known)
+        known = [cost.seconds for cost in costs if cost.seconds is not None]
+        missing = len(costs) - len(known)
         steps = "1 step that was" if missing == 1 else f"{missing} steps that were"
         without = f", without {steps} not timed" if missing else ""
         lines.append(f"  time: {duration(sum(known))}{without}")

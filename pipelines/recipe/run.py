@@ -11,6 +11,7 @@ twenty finished steps would spend twenty times. That process runs nothing, holds
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import sys
 import time
@@ -68,10 +69,15 @@ def _announce(step: Step, number: int, total: int) -> None:
     say(f"== step {number} of {total}: dpkd {step.title} -> {step.out}")
 
 
-def _run_step(step: Step) -> int:
+def forking_context() -> multiprocessing.context.ForkServerContext:
+    """What starts processes from one that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_in_child, args=(dict(os.environ), step))
+    return context
+
+
+def _run_step(step: Step) -> int:
+    process = forking_context().Process(target=_in_child, args=(dict(os.environ), step))
     process.start()
     return _wait(process)
 

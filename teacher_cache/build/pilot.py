@@ -140,7 +140,7 @@ def _answered(job: Job, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
 
 def pick_evenly(rows: Iterator[PlannedRow], num_rows: int, most: int) -> list[PlannedRow]:
     """At most `most` of `num_rows` rows, evenly spread: data files are often sorted by kind or by length."""
-    wanted = {int(index) for index in np.linspace(0, num_rows - 1, min(most, num_rows)).round()}
+    wanted = set(even_indices(num_rows, most))
     picked = []
     for index, row in enumerate(rows):
         if index in wanted:
@@ -148,6 +148,11 @@ def pick_evenly(rows: Iterator[PlannedRow], num_rows: int, most: int) -> list[Pl
     # neighbours of the whole job go to different groups, so that both groups are like the job
     order = np.random.default_rng(_SEED).permutation(len(picked))
     return [picked[i] for i in order]
+
+
+def even_indices(number: int, most: int) -> list[int]:
+    """At most `most` of the indices below `number`, the first and the last among them, evenly spread."""
+    return sorted({int(index) for index in np.linspace(0, number - 1, min(most, number)).round()})
 
 
 def decoding_steps(lengths: Sequence[int], slots: Slots) -> float:

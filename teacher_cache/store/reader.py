@@ -73,7 +73,7 @@ class CacheReader:
 
     @property
     def teachers(self) -> list[dict[str, Any]]:
-        """The identities of its teachers: one, but for a cache that was merged of caches of several."""
+        """The identities of its teachers: one, or several in a cache that was merged from others."""
         teacher = self.identities["teacher"]
         return list(teacher.get("several", [teacher]))
 

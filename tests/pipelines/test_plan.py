@@ -15,8 +15,8 @@ from support.commands import dpkd
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
-from dpkd.pipelines.planning.measure import StepCost, plan_recipe, validation_steps
-from dpkd.pipelines.planning.plan import PlannedStep
+from dpkd.pipelines.planning.measure import plan_recipe, validation_steps
+from dpkd.pipelines.planning.plan import PlannedStep, StepCost
 from dpkd.pipelines.planning.processes import in_child
 
 RECIPE = """

@@ -108,7 +108,7 @@ class AnswerReader:
     def _check_end(self, ids: list[int], answer: Answer, reason: FinishReason) -> None:
         stops, limit = self.sampling.stop_token_ids, self.sampling.max_new_tokens
         if any(token in stops for token in ids[:-1]):
-            raise UnusableAnswerError("the answer goes on after its end")
+            raise UnusableAnswerError("the answer continues after its end token")
         ended = bool(ids) and ids[-1] in stops
         if reason == "length" and (ended or (self.limits_are_known and len(ids) != limit)):
             raise UnusableAnswerError(f"the answer was cut after {len(ids)} tokens, not {limit}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpkd.core.errors import UserError
@@ -68,7 +68,7 @@ class TokenTable:
         return b"".join(self._bytes[token] for token in shown).decode("utf-8", "replace")
 
 
-def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
+def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     if tokenizer.is_fast:
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}, ensure_ascii=False)
         if '"ByteLevel"' in decoder:
@@ -84,12 +84,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
     )
 
 
-class _Reader:
-    def __call__(self, token: str) -> bytes:
-        raise NotImplementedError
-
-
-class _ByteLevel(_Reader):
+class _ByteLevel:
     """Each character of a token stands for a byte: printable ones for themselves, the others for 256 and up."""
 
     def __init__(self) -> None:
@@ -104,7 +99,7 @@ class _ByteLevel(_Reader):
         return token.encode()
 
 
-class _ByteFallback(_Reader):
+class _ByteFallback:
     """`▁` is a space and `<0xNN>` a byte."""
 
     def __call__(self, token: str) -> bytes:
