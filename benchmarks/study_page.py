@@ -103,12 +103,19 @@ def results_text(found: Found) -> str:
 
 def _setting(found: Found) -> str:
     options = found.facts["options"]
+    elsewhere = sum(_is_elsewhere(found, line) for line in found.runs)
+    marked = f" {elsewhere} runs, marked *, on the CPU: their seconds are longer." if elsewhere else ""
     return (
         f"{options['rows']} training rows, {options['select_rows']} selection rows, {options['eval_rows']} rows of "
         f"{', '.join(found.sets)}, {options['steps']} steps of 8 rows, answers of at most {options['max_new_tokens']} "
         f"tokens with seeds {', '.join(map(str, options['eval_seeds']))}; {len(found.runs)} runs, "
-        f"{options['jobs']} at once."
+        f"{options['jobs']} at once.{marked}"
     )
+
+
+def _is_elsewhere(found: Found, line: Line) -> bool:
+    """Whether a run was on the CPU in a study that ran on a GPU."""
+    return bool(line.get("device") == "cpu" and found.facts["options"]["device"] != "cpu")
 
 
 def _interval(interval: Interval, sign: str = "") -> str:
@@ -141,7 +148,8 @@ def _arms_table(found: Found, arms: Sequence[str]) -> str:
             continue
         (rouge,) = mean_intervals(np.array(line[f"{data}_rouge_rows"])[None, None], (0.0, 100.0))
         seconds = line["train_s"], line["round_s"] + _shared_round_s(found, arm)
-        row = [arm, f"{line['rate']:g}", *(f"{line[key]:.3f}" for key in _COLUMNS), _interval(rouge)]
+        name = f"{arm} *" if _is_elsewhere(found, line) else arm
+        row = [name, f"{line['rate']:g}", *(f"{line[key]:.3f}" for key in _COLUMNS), _interval(rouge)]
         row += [f"{line['selection_rouge_l']:.2f}", f"{line[f'{data}_num_words']:.0f}"]
         rows.append([*row, f"{line[f'{data}_self_repetition']:.1f}", *(f"{value:.0f}" for value in seconds)])
     rows.sort(key=lambda row: float(row[2]))

@@ -16,6 +16,7 @@ from study_arms import SIZE_RECIPE, Study
 from study_measures import cache_size, measure
 from study_page import START
 
+from dpkd.core.devices import choose_device
 from dpkd.core.json_lines import read_json_lines
 from dpkd.distill.training import train
 from dpkd.pipelines.commands.registry import COMMANDS
@@ -98,7 +99,8 @@ def measure_run(study: Study, arm: str, rate: float, seed: int, *, scored: bool)
     if arm == START:
         return prepare_rounds(study)
     out, seconds = train_arm(study, arm, rate, seed)
-    result = {"arm": arm, "rate": rate, "seed": seed, **seconds, **measure(study, str(out), scored=scored)}
+    result: dict[str, Any] = {"arm": arm, "rate": rate, "seed": seed, "device": choose_device(study.device).type}
+    result |= {**seconds, **measure(study, str(out), scored=scored)}
     if scored:
         drop_run(study, arm, rate, seed)
     return result | {"seconds": time.perf_counter() - started_s}
