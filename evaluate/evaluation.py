@@ -75,7 +75,9 @@ def evaluate(config: EvalConfig) -> Path:
         )
     leave_out_for_all([of_model.references for of_model in metrics.values()])
     answers |= {given.name: given.answers for given in predictions}
-    num_answers = sum(len(answers_N) for of_model in answers.values() for answers_N in of_model.values())
+    num_answers = sum(
+        len(answers_N) for of_model in answers.values() for of_set in of_model.values() for answers_N in of_set.values()
+    )
     with Progress("scoring", num_answers, "responses") as progress:
         scored_sets = score_sets(config, eval_sets, answers, progress, metrics)
     _warn_of_answers_without_end(config, scored_sets)

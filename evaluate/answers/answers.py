@@ -53,8 +53,8 @@ class Answer:
         return None if self.finish_reason is None else len(self.response_ids)
 
 
-#: the answers of one model by (data set, seed), in the order of the set's examples
-ModelAnswers = dict[tuple[str, int], list[Answer]]
+#: the answers of one model by data set and seed, in the order of the set's examples
+ModelAnswers = dict[str, dict[int, list[Answer]]]
 
 
 def answers_path(folder: Path, model: str, data: str, seed: int) -> Path:

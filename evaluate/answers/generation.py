@@ -125,7 +125,10 @@ def generate_answers(
                     file, row = missing[result.index]
                     _add(file, row, result, candidate)
                     progress.advance()
-    return {(file.eval_set.name, file.seed): _complete(file) for file in files}
+    answers: ModelAnswers = {}
+    for file in files:
+        answers.setdefault(file.eval_set.name, {})[file.seed] = _complete(file)
+    return answers
 
 
 def _open_files(

@@ -38,7 +38,22 @@ def read_predictions(config: EvalConfig, eval_sets: Sequence[EvalSet]) -> list[P
             where="--predictions",
             advice=f"Give --predictions {unclear[0]}:{names[0]}=FILE for each set",
         )
-    return [_read_name(name, files, eval_sets) for name, files in config.prediction_files().items()]
+    files = config.prediction_files()
+    if len(config.predictions) > sum(map(len, files.values())):
+        raise UserError(
+            "two files of predictions answer one set under one name",
+            found=", ".join(config.predictions),
+            where="--predictions",
+            advice="Give each NAME:SET one file",
+        )
+    if config.predictions and (config.bucket_by, config.bucket_of) == ("tokens", "prediction"):
+        raise UserError(
+            "buckets by the answers' tokens need answers with known tokens",
+            found="predictions, which are text only",
+            where="--bucket-by",
+            advice="Give --bucket-by words, or --bucket-of reference",
+        )
+    return [_read_name(name, of_name, eval_sets) for name, of_name in files.items()]
 
 
 def _read_name(name: str, files: dict[str, str], eval_sets: Sequence[EvalSet]) -> Predictions:
@@ -51,11 +66,7 @@ def _read_name(name: str, files: dict[str, str], eval_sets: Sequence[EvalSet]) -
             where="--predictions",
             advice=f"Give one --predictions {name}:SET=FILE for each --data; the difference is {', '.join(difference)}",
         )
-    answers = {
-        (eval_set.name, seed): found
-        for eval_set in eval_sets
-        for seed, found in _read_file(Path(files[eval_set.name]), eval_set).items()
-    }
+    answers = {eval_set.name: _read_file(Path(files[eval_set.name]), eval_set) for eval_set in eval_sets}
     identity = {data: file_sha256(Path(file)) for data, file in files.items()}
     return Predictions(name, identity, answers)
 
@@ -75,7 +86,7 @@ def _read_file(path: Path, eval_set: EvalSet) -> dict[int, list[Answer]]:
                 advice="Leave it out, or replace it with U+FFFD",
             )  # fmt: skip
         seed = row.get("seed", DEFAULT_SEED)
-        if not isinstance(seed, int) or seed < 0:
+        if type(seed) is not int or seed < 0:  # true and false are no seeds
             raise UserError(f"line {line} has a `seed` that is not an integer from 0", found=repr(seed), where=path)
         example_id = row.get("example_id")
         by_seed.setdefault(seed, []).append((None if example_id is None else str(example_id), row["prediction"]))
@@ -100,16 +111,18 @@ def _match(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set:
 def _by_order(given: list[tuple[str | None, str]], seed: int, path: Path, eval_set: EvalSet) -> list[str]:
     texts = [text for _, text in given]
     num_examples = len(eval_set.examples)
-    if len(texts) == eval_set.num_rows:
+    a_line_a_row = len({*eval_set.indices}) == num_examples  # else rows are conversations of several questions
+    if a_line_a_row and len(texts) == eval_set.num_rows:
         return [texts[index] for index in eval_set.indices]
     if len(texts) == num_examples:
         say(f"{path}: one prediction for each of the {num_examples} evaluated rows, none for the rows left out")
         return texts
     left_out = f" ({num_examples} without those left out)" if num_examples != eval_set.num_rows else ""
+    expected = f"{eval_set.num_rows}{left_out}" if a_line_a_row else f"{num_examples} with --turns all"
     raise UserError(
         f"the predictions do not have a line for each row of data {eval_set.name}",
         found=f"{len(texts)} of seed {seed}",
-        expected=f"{eval_set.num_rows}{left_out}",
+        expected=expected,
         where=path,
         advice="Write one line for each row in the set's order, or give each line its `example_id`",
     )

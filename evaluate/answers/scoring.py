@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpkd.core.errors import UserError
 from dpkd.core.files import replacing
 from dpkd.core.progress import Progress
 from dpkd.evaluate.answers.answers import Answer, ModelAnswers
 from dpkd.evaluate.answers.perplexity import ModelMetrics, References
 from dpkd.evaluate.inputs.eval_sets import EvalSet
-from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
+from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of, num_words
 from dpkd.evaluate.metrics.scores import Scores, score
 from dpkd.evaluate.options.eval import EvalConfig
 
@@ -47,13 +46,15 @@ _SCHEMA = pa.schema(
 class ScoredSet:
     """One model's answers to one data set: S seeds by N examples.
 
-    `scores` has the values [S, N] of each field of `Scores`, `bucket_SN` each answer's length bucket: its example's or
-    its own. `references` are the gold responses under the model; None if not measured.
+    `prompts_SN` are as the model got them: later turns follow its own answers, which differ by seed. `scores` has the
+    values [S, N] of each field of `Scores` (nothing before scoring), `bucket_SN` each answer's length bucket: its
+    example's or its own. `references` are the gold responses under the model; None if not measured.
     """
 
     model: str
     eval_set: EvalSet
     seeds: tuple[int, ...]
+    prompts_SN: list[list[str]]
     answers_SN: list[list[Answer]]
     scores: dict[str, np.ndarray]
     bucket_SN: np.ndarray
@@ -71,40 +72,45 @@ def score_sets(
     scored_sets = []
     for model, answers_of in answers.items():
         for eval_set in eval_sets:
-            by_seed = {seed: answers_N for (data, seed), answers_N in answers_of.items() if data == eval_set.name}
+            given = answered_set(config, eval_set, model, answers_of[eval_set.name])
             values = []
-            for answers_N in by_seed.values():
+            for answers_N in given.answers_SN:
                 pairs = zip(answers_N, eval_set.examples, strict=True)
-                values.append([score(given.answer, row.references, config.rouge_tokenizer) for given, row in pairs])
+                values.append([score(one.answer, row.references, config.rouge_tokenizer) for one, row in pairs])
                 progress.advance(len(answers_N))
             values_SNK = np.array(values, dtype=np.float64)
             scores = {name: values_SNK[:, :, index] for index, name in enumerate(Scores._fields)}
-            answers_SN = list(by_seed.values())
-            bucket_SN = bucket_indices(eval_set, answers_SN, scores["num_words"], config)
             references = metrics[model].references.get(eval_set.name) if model in metrics else None
-            scored_sets.append(ScoredSet(model, eval_set, tuple(by_seed), answers_SN, scores, bucket_SN, references))
+            scored_sets.append(replace(given, scores=scores, references=references))
     return scored_sets
 
 
-def bucket_indices(
-    eval_set: EvalSet, answers_SN: Sequence[Sequence[Answer]], num_words_SN: np.ndarray, config: EvalConfig
-) -> np.ndarray:
+def answered_set(config: EvalConfig, eval_set: EvalSet, model: str, by_seed: Mapping[int, list[Answer]]) -> ScoredSet:
+    """The answers of `model` to `eval_set`, without scores."""
+    answers_SN = list(by_seed.values())
+    texts_SN = [[answer.answer for answer in answers_N] for answers_N in answers_SN]
+    prompts_SN = [[eval_set.prompt_text(model, row, texts) for row in range(len(texts))] for texts in texts_SN]
+    bucket_SN = _bucket_indices(eval_set, answers_SN, config)
+    return ScoredSet(model, eval_set, tuple(by_seed), prompts_SN, answers_SN, {}, bucket_SN)
+
+
+def _bucket_indices(eval_set: EvalSet, answers_SN: Sequence[Sequence[Answer]], config: EvalConfig) -> np.ndarray:
     """The length bucket of each answer [S, N], as an index into `buckets_of(eval_set.edges)`."""
-    if config.bucket_of == "reference":
-        lengths_SN = np.tile(np.array(eval_set.lengths, dtype=int), (len(answers_SN), 1))
-    elif config.bucket_by == "words":
-        lengths_SN = num_words_SN.astype(int)
-    else:
-        counts = [[answer.num_tokens for answer in answers] for answers in answers_SN]
-        if any(count is None for row in counts for count in row):
-            raise UserError(
-                "buckets by the answers' tokens need answers with known tokens",
-                found="predictions, which are text only",
-                where="--bucket-by",
-                advice="Give --bucket-by words, or --bucket-of reference",
-            )
-        lengths_SN = np.array(counts, dtype=int)
-    return np.vectorize(lambda length: bucket_index(length, eval_set.edges), otypes=[int])(lengths_SN)
+
+    def length(answer: Answer, row: int) -> int:
+        if config.bucket_of == "reference":
+            return eval_set.lengths[row]
+        if config.bucket_by == "words":
+            return num_words([answer.answer])
+        assert answer.num_tokens is not None  # predictions are refused before
+        return answer.num_tokens
+
+    return np.array(
+        [
+            [bucket_index(length(answer, row), eval_set.edges) for row, answer in enumerate(answers_N)]
+            for answers_N in answers_SN
+        ]
+    )
 
 
 def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
@@ -118,7 +124,6 @@ def write_per_example(path: Path, scored_sets: Sequence[ScoredSet]) -> None:
 def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
     eval_set = scored.eval_set
     buckets = buckets_of(eval_set.edges)
-    texts = [answer.answer for answer in scored.answers_SN[seed_index]]
     return [
         {
             "model": scored.model,
@@ -129,7 +134,7 @@ def _rows(scored: ScoredSet, seed_index: int) -> list[dict[str, Any]]:
             "bucket": buckets[scored.bucket_SN[seed_index, row]].label,
             "question": eval_set.question(row),
             "messages": [{"role": turn.role, "content": turn.content} for turn in eval_set.messages(row)],
-            "prompt": eval_set.prompt_text(scored.model, row, texts),
+            "prompt": scored.prompts_SN[seed_index][row],
             "references": list(example.references),
             "response": answer.response,
             **{name: values_SN[seed_index, row] for name, values_SN in scored.scores.items()},

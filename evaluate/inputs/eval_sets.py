@@ -19,7 +19,8 @@ from dpkd.evaluate.options.eval import EvalConfig
 
 _NUM_PRINTED = 3
 _NOTHING_LOST = LostText(0, 0, 0)
-_NO_REFERENCE = "no reference to score against"
+#: why a row is left out that has none
+NO_REFERENCE = "no reference to score against"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class EvalSet:
     @property
     def num_without_reference(self) -> int:
         """Rows left out because they have no reference."""
-        return sum(row.reason == _NO_REFERENCE for row in self.skipped)
+        return sum(row.reason == NO_REFERENCE for row in self.skipped)
 
     def asked(self, index: int, texts: Sequence[str | None]) -> Example:
         """`examples[index]` as a model is asked it that answered `texts` to the examples before it."""
@@ -57,12 +58,12 @@ class EvalSet:
             return self.examples[index]
         return follow_up.asked([text or "" for text in texts[index - len(follow_up.places) : index]])
 
-    def prompt_text(self, model: str, index: int, texts: Sequence[str | None] | None = None) -> str:
+    def prompt_text(self, model: str, index: int, texts: Sequence[str]) -> str:
         """The prompt of `examples[index]` as `model`, with its answers `texts`, got it.
 
         The row's own words if the model got none.
         """
-        if texts is not None and index in self.follow_ups and model in self.encoders:
+        if index in self.follow_ups and model in self.encoders:
             return self.encoders[model].prompt(self.asked(index, texts)).text
         return self.prompts[model][index].text if model in self.prompts else self.question(index)
 
@@ -169,7 +170,7 @@ def _encode(
 ) -> list[EncodedPrompt] | SkippedRow:
     most = config.max_prompt_tokens
     if not example.references:
-        return SkippedRow(example.line, _NO_REFERENCE)
+        return SkippedRow(example.line, NO_REFERENCE)
     prompts = []
     for candidate in candidates:
         try:

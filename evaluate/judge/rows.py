@@ -4,97 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
-from dpkd.core.prompts.thinking import without_thinking
+from dpkd.core.prompts.examples import Example
+from dpkd.evaluate.answers.predictions import read_predictions
+from dpkd.evaluate.answers.scoring import ScoredSet, answered_set
+from dpkd.evaluate.inputs.eval_sets import EvalSet, read_eval_sets
+from dpkd.evaluate.inputs.named_sets import resolve_sets
 from dpkd.evaluate.judge.questions import JudgePrompt, question_key
-from dpkd.evaluate.merge.evaluations import open_evaluation
-from dpkd.evaluate.metrics.buckets import bucket_index, buckets_of
+from dpkd.evaluate.merge.evaluations import open_evaluation, read_set, scored_set
 from dpkd.evaluate.options.judge import JudgeConfig
 from dpkd.evaluate.report.provenance import about_models
 
-_COLUMNS = ["model", "data", "seed", "example_id", "bucket", "prompt", "references", "response"]
 _ABOUT = ("directory", "files", "fingerprint", "decoding")
 
 
 @dataclass(frozen=True)
-class JudgedRow:
-    """One example: its references and, by model, the prompt, and the answers and their length buckets by seed."""
-
-    example_id: str
-    references: tuple[str, ...]
-    prompts: dict[str, str]
-    answers: dict[str, dict[int, str]]
-    buckets: dict[str, dict[int, str]]
-
-
-@dataclass(frozen=True)
 class JudgedSet:
-    """One data set: the judged `rows` in file order, out of `num_rows`; `edges` of its length buckets."""
+    """One data set: the answers of each model, in the order of the evaluation, and the indices of the judged `rows`.
 
-    name: str
-    rows: list[JudgedRow]
-    edges: tuple[int, ...]
-    num_rows: int
+    `by_prediction`: length buckets go by the answers' own lengths.
+    """
+
+    eval_set: EvalSet
+    answers: dict[str, ScoredSet]
+    rows: list[int]
+    by_prediction: bool = False
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """The models in the order of the evaluation."""
-        return tuple(self.rows[0].answers)
+    def name(self) -> str:
+        """The name of the data set."""
+        return self.eval_set.name
 
-    def seeds(self, model: str) -> tuple[int, ...]:
-        """The seeds of a model's answers, in the order of the evaluation."""
-        return tuple(self.rows[0].answers[model])
+    @property
+    def examples(self) -> list[Example]:
+        """The judged rows."""
+        return [self.eval_set.examples[row] for row in self.rows]
+
+    def bucket_SN(self, model: str) -> np.ndarray:
+        """The length bucket of each judged answer of `model`."""
+        found = self.answers[model]
+        return found.bucket_SN[: len(found.seeds), self.rows]
 
 
 @dataclass(frozen=True)
 class Answers:
     """All answers that can be judged; `identity` is by content.
 
-    `about` has the origin of each model's answers: directory or files, fingerprint, decoding. `by_prediction`: buckets
-    go by the answers' own lengths.
+    `about` has the origin of each model's answers: directory or files, fingerprint, decoding.
     """
 
     sets: list[JudgedSet]
     identity: dict[str, Any]
     about: dict[str, Any]
-    by_prediction: bool = False
 
 
 @dataclass(frozen=True)
 class Question:
     """One question about the answer of `model` to `row`, or about it and that of `other`.
 
-    `swapped`: the answer of `model` comes second, as B. `key` identifies the question by content.
+    `parts` are the task and the texts to judge, by placeholder of `prompt`. `swapped`: the answer of `model` comes
+    second, as B. `key` identifies the question by content.
     """
 
     data: str
-    row: JudgedRow
+    row: Example
     model: str
     seed: int
     other: str | None
     other_seed: int | None
     swapped: bool
     prompt: JudgePrompt
+    parts: dict[str, str]
     key: str = ""
 
     def text(self) -> str:
         """The text that the judge reads."""
-        parts = {"instruction": self.row.prompts[self.model]}
-        ours = self.row.answers[self.model][self.seed]
-        if self.prompt.form == "score":
-            return self.prompt.render(parts | {"answer": ours}, self.row.references)
-        if self.other is None:
-            theirs = self.row.references[0]
-        else:
-            assert self.other_seed is not None
-            theirs = self.row.answers[self.other][self.other_seed]
-        first, second = (theirs, ours) if self.swapped else (ours, theirs)
-        return self.prompt.render(parts | {"answer_a": first, "answer_b": second}, self.row.references)
+        return self.prompt.render(self.parts, self.row.references)
 
 
 def read_answers(config: JudgeConfig) -> Answers:
@@ -104,7 +96,7 @@ def read_answers(config: JudgeConfig) -> Answers:
 
 def choose(answers: Answers, config: JudgeConfig) -> list[JudgedSet]:
     """The models, sets, rows and seeds to judge; raises `UserError` for an unknown name."""
-    names = list(dict.fromkeys(model for found in answers.sets for model in found.models))
+    names = list(dict.fromkeys(model for found in answers.sets for model in found.answers))
     _check_known(config.only, names, "model", "--only")
     _check_known(config.sets, [found.name for found in answers.sets], "data set", "--sets")
     models = [name for name in names if name in config.only or not config.only]
@@ -114,9 +106,42 @@ def choose(answers: Answers, config: JudgeConfig) -> list[JudgedSet]:
         raise UserError(
             "pairs need two models", found=", ".join(models), where="--mode", advice="Give --mode pointwise"
         )
-    return [
-        _choose_rows(found, models, config) for found in answers.sets if found.name in config.sets or not config.sets
-    ]
+    chosen = [_chosen(found, models, config) for found in answers.sets if found.name in config.sets or not config.sets]
+    chosen = [judged for judged in chosen if judged.answers]
+    if not chosen:
+        raise UserError(
+            "the chosen models have not answered the chosen data sets",
+            found=", ".join(config.sets),
+            where=f"--only {','.join(config.only)}",
+            advice="Leave out --only or --sets",
+        )
+    return chosen
+
+
+def _check_known(given: Sequence[str], known: Sequence[str], what: str, where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"there is no {what} of this name", found=repr(name), expected=", ".join(known), where=where
+            )
+
+
+def _chosen(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) -> JudgedSet:
+    rows = judged.rows[: config.limit]
+    if config.sample is not None:
+        # the smallest draws: a larger sample includes a smaller one
+        examples = judged.eval_set.examples
+        rows = sorted(rows, key=lambda row: _draw(config.seed, judged.name, examples[row].example_id))
+        rows = sorted(rows[: config.sample])
+    answers = {model: found for model, found in judged.answers.items() if model in models}
+    if config.answer_seeds == "first":
+        answers = {model: replace(found, seeds=found.seeds[:1]) for model, found in answers.items()}
+    return replace(judged, answers=answers, rows=rows)
+
+
+def _draw(seed: int, data: str, example_id: str) -> int:
+    """64 bits for one row, which do not depend on other rows or their order."""
+    return derive_seed(seed, data, example_id, bits=64)
 
 
 def compared(models: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
@@ -135,113 +160,39 @@ def make_questions(sets: Sequence[JudgedSet], config: JudgeConfig, prompt: Judge
     Raises `UserError` if two models of a pair have different numbers of answers.
     """
     for judged in sets:
-        pairs = compared(judged.models, config.baseline)
+        models = [*judged.answers]
+        pairs: Sequence[tuple[str, str | None]] = [(model, None) for model in models]
         if config.mode == "pairwise":
-            _check_seeds(judged, pairs)
+            pairs = _checked(judged, compared(models, config.baseline))
         for row in judged.rows:
-            bare: list[Question] = []
-            if config.mode == "pairwise":
-                for model, other in pairs:
-                    for seed, other_seed in zip(judged.seeds(model), judged.seeds(other), strict=True):
-                        for swapped in (False, True):
-                            bare.append(Question(judged.name, row, model, seed, other, other_seed, swapped, prompt))
-            else:
-                # one draw for all models, so that the reference comes first for all or for none
-                swapped = prompt.form == "scores" and _draw(config.seed, judged.name, row.example_id) % 2 == 1
-                for model in judged.models:
-                    for seed in judged.seeds(model):
-                        bare.append(Question(judged.name, row, model, seed, None, None, swapped, prompt))
-            for question in bare:
+            for question in _of_row(judged, row, pairs, config, prompt):
                 yield replace(question, key=question_key(prompt.form, question.text()))
 
 
-def _from_report(folder: Path) -> Answers:
-    evaluation = open_evaluation(str(folder))
-    report = evaluation.report
-    try:
-        edges = {data: tuple(about["edges"]) for data, about in report["data"].items()}
-        about = {name: {key: model[key] for key in _ABOUT} for name, model in report["models"].items()}
-        by_prediction = report["settings"]["bucket_of"] == "prediction"
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"the evaluation cannot be read: {type(error).__name__} {error}",
-            where=folder,
-            advice="Delete its report.json and run `dpkd eval` again: the answers are kept",
-        ) from None
-    by_set: dict[str, dict[str, JudgedRow]] = {data: {} for data in edges}
-    for row in evaluation.table.select(_COLUMNS).to_pylist():
-        fresh = JudgedRow(row["example_id"], tuple(row["references"]), {}, {}, {})
-        judged = by_set[row["data"]].setdefault(row["example_id"], fresh)
-        judged.prompts[row["model"]] = row["prompt"]
-        judged.answers.setdefault(row["model"], {})[row["seed"]] = without_thinking(row["response"])
-        judged.buckets.setdefault(row["model"], {})[row["seed"]] = row["bucket"]
-    sets = [JudgedSet(data, list(rows.values()), edges[data], len(rows)) for data, rows in by_set.items()]
-    return Answers(sets, {"per_example": evaluation.rows_sha256}, about, by_prediction)
-
-
-def _from_predictions(config: JudgeConfig) -> Answers:
-    from dpkd.evaluate.answers.predictions import read_predictions
-    from dpkd.evaluate.inputs.eval_sets import read_eval_sets
-    from dpkd.evaluate.inputs.named_sets import resolve_sets
-
-    options = config.eval_config()
-    options = options.model_copy(update={"data": resolve_sets(options)})
-    eval_sets = read_eval_sets(options, [])
-    predictions = read_predictions(options, eval_sets)
-    sets = []
-    for eval_set in eval_sets:
-        labels = [bucket.label for bucket in buckets_of(eval_set.edges)]
-        rows = []
-        for index, example in enumerate(eval_set.examples):
-            label = labels[bucket_index(eval_set.lengths[index], eval_set.edges)]
-            answers: dict[str, dict[int, str]] = {one.name: {} for one in predictions}
-            for one in predictions:
-                for (data, seed), answers_N in one.answers.items():
-                    if data == eval_set.name:
-                        answers[one.name][seed] = answers_N[index].answer
-            prompts = {name: eval_set.prompt_text(name, index) for name in answers}
-            buckets = {name: dict.fromkeys(by_seed, label) for name, by_seed in answers.items()}
-            rows.append(JudgedRow(example.example_id, tuple(example.references), prompts, answers, buckets))
-        sets.append(JudgedSet(eval_set.name, rows, eval_set.edges, len(rows)))
-    identity = {
-        "predictions": {one.name: one.identity for one in predictions},
-        "data": {eval_set.name: eval_set.identity for eval_set in eval_sets},
-    }
-    about = about_models(options, {"settings": {}, **identity})
-    return Answers(sets, identity, {name: {key: model[key] for key in _ABOUT} for name, model in about.items()})
-
-
-def _check_known(given: Sequence[str], known: Sequence[str], what: str, where: str) -> None:
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"there is no {what} of this name", found=repr(name), expected=", ".join(known), where=where
-            )
-
-
-def _choose_rows(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) -> JudgedSet:
-    rows = judged.rows[: config.limit]
-    if config.sample is not None and config.sample < len(rows):
-        # the smallest draws: a larger sample includes a smaller one
-        drawn = sorted(rows, key=lambda row: _draw(config.seed, judged.name, row.example_id))[: config.sample]
-        kept = {row.example_id for row in drawn}
-        rows = [row for row in rows if row.example_id in kept]
-    num_seeds = 1 if config.answer_seeds == "first" else None
-
-    def chosen(answers: dict[str, dict[int, str]]) -> dict[str, dict[int, str]]:
-        return {model: dict(islice(found.items(), num_seeds)) for model, found in answers.items() if model in models}
-
-    return replace(judged, rows=[replace(row, answers=chosen(row.answers)) for row in rows])
-
-
-def _draw(seed: int, data: str, example_id: str) -> int:
-    """64 bits for one row, which do not depend on other rows or their order."""
-    return derive_seed(seed, data, example_id, bits=64)
-
-
-def _check_seeds(judged: JudgedSet, pairs: Sequence[tuple[str, str]]) -> None:
+def _of_row(
+    judged: JudgedSet, row: int, pairs: Sequence[tuple[str, str | None]], config: JudgeConfig, prompt: JudgePrompt
+) -> Iterator[Question]:
+    example = judged.eval_set.examples[row]
+    # one draw for all models, so that the reference comes first for all or for none
+    reference_first = prompt.form == "scores" and _draw(config.seed, judged.name, example.example_id) % 2 == 1
     for model, other in pairs:
-        ours, theirs = len(judged.seeds(model)), len(judged.seeds(other))
+        ours, theirs = judged.answers[model], None if other is None else judged.answers[other]
+        for index, seed in enumerate(ours.seeds):
+            answer, other_seed = ours.answers_SN[index][row].answer, None
+            against, orders = example.references[0], (reference_first,)
+            if theirs is not None:
+                against, orders = theirs.answers_SN[index][row].answer, (False, True)
+                other_seed = theirs.seeds[index]
+            for swapped in orders:
+                first, second = (against, answer) if swapped else (answer, against)
+                texts = {"answer": answer} if prompt.form == "score" else {"answer_a": first, "answer_b": second}
+                parts = {"instruction": ours.prompts_SN[index][row], **texts}
+                yield Question(judged.name, example, model, seed, other, other_seed, swapped, prompt, parts)
+
+
+def _checked(judged: JudgedSet, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    for model, other in pairs:
+        ours, theirs = (len(judged.answers[name].seeds) for name in (model, other))
         if ours != theirs:
             raise UserError(
                 f"the models {model} and {other} have different numbers of answers to a row of data {judged.name}",
@@ -249,3 +200,43 @@ def _check_seeds(judged: JudgedSet, pairs: Sequence[tuple[str, str]]) -> None:
                 where="--answer-seeds all",
                 advice="Give --answer-seeds first",
             )
+    return pairs
+
+
+def _from_report(folder: Path) -> Answers:
+    evaluation = open_evaluation(str(folder))
+    report, sets = evaluation.report, []
+    try:
+        about = {name: {key: model[key] for key in _ABOUT} for name, model in report["models"].items()}
+        settings = report["settings"]
+        for data, about_data in report["data"].items():
+            models = {name: evaluation.rows(name, data) for name in about if data in report["models"][name]["data"]}
+            first = next(iter(models.values()))
+            ids = list(next(iter(first.values())))
+            eval_set = read_set(first, data, about_data, ids, settings["rouge_tokenizer"])
+            found = {name: scored_set(rows, name, eval_set) for name, rows in models.items()}
+            sets.append(JudgedSet(eval_set, found, list(range(len(ids))), settings["bucket_of"] == "prediction"))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the evaluation cannot be read: {type(error).__name__} {error}",
+            where=folder,
+            advice="Delete its report.json and run `dpkd eval` again: the answers are kept",
+        ) from None
+    return Answers(sets, {"per_example": evaluation.rows_sha256}, about)
+
+
+def _from_predictions(config: JudgeConfig) -> Answers:
+    options = config.eval_config()
+    options = options.model_copy(update={"data": resolve_sets(options)})
+    eval_sets = read_eval_sets(options, [])
+    predictions = read_predictions(options, eval_sets)
+    sets = []
+    for eval_set in eval_sets:
+        found = {one.name: answered_set(options, eval_set, one.name, one.answers[eval_set.name]) for one in predictions}
+        sets.append(JudgedSet(eval_set, found, list(range(len(eval_set.examples)))))
+    identity = {
+        "predictions": {one.name: one.identity for one in predictions},
+        "data": {eval_set.name: eval_set.identity for eval_set in eval_sets},
+    }
+    about = about_models(options, {"settings": {}, **identity})
+    return Answers(sets, identity, {name: {key: model[key] for key in _ABOUT} for name, model in about.items()})

@@ -19,7 +19,6 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
 from dpkd.core.json_lines import loads
 from dpkd.core.prompts.examples import Example, Message
-from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.evaluate.answers.answers import Answer
 from dpkd.evaluate.answers.perplexity import References
 from dpkd.evaluate.answers.scoring import ScoredSet
@@ -148,7 +147,6 @@ def read_set(
     rows: dict[int, dict[str, Row]],
     name: str,
     about: dict[str, Any],
-    identity: dict[str, str],
     ids: list[str],
     tokenizer: RougeTokenizer,
 ) -> EvalSet:
@@ -166,7 +164,7 @@ def read_set(
     ]
     return EvalSet(
         name,
-        identity,
+        {},
         examples,
         prompts={},
         skipped=[],
@@ -177,15 +175,15 @@ def read_set(
 
 
 def scored_set(rows: dict[int, dict[str, Row]], model: str, eval_set: EvalSet) -> ScoredSet:
-    """One model's answers to the examples of `eval_set`; the model's prompts are added to the set."""
+    """One model's answers to the examples of `eval_set`."""
     ids = [example.example_id for example in eval_set.examples]
     rows_SN = [[by_id[example_id] for example_id in ids] for by_id in rows.values()]
     labels = [bucket.label for bucket in buckets_of(eval_set.edges)]
-    eval_set.prompts[model] = [EncodedPrompt(row["prompt"], []) for row in rows_SN[0]]
     return ScoredSet(
         model,
         eval_set,
         tuple(rows),
+        [[row["prompt"] for row in rows_N] for rows_N in rows_SN],
         [[_answer(row) for row in rows_N] for rows_N in rows_SN],
         {name: np.array([[row[name] for row in rows_N] for rows_N in rows_SN]) for name in Scores._fields},
         np.array([[labels.index(row["bucket"]) for row in rows_N] for rows_N in rows_SN]),

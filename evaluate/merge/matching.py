@@ -39,6 +39,10 @@ class Part:
         """The rows by seed, then by example id."""
         return self.evaluation.rows(self.own_model, self.own_data)
 
+    def ids(self) -> list[str]:
+        """The ids of the examples, in the set's order."""
+        return list(next(iter(self.rows().values())))
+
 
 def check_scoring(evaluations: Sequence[Evaluation]) -> None:
     """Raise `UserError` if scores were computed in different ways."""
@@ -109,6 +113,14 @@ def match_models(evaluations: Sequence[Evaluation], sets: dict[tuple[Path, str],
                 continue
             parts[name, data] = part
     return list(parts.values())
+
+
+def by_set(parts: Sequence[Part]) -> dict[str, list[Part]]:
+    """The parts of each set of the merged report, in order."""
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.data, []).append(part)
+    return found
 
 
 def _difference(first: Part, part: Part) -> str | None:

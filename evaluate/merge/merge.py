@@ -14,7 +14,7 @@ from dpkd.evaluate.answers.perplexity import leave_out_for_all
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.merge.evaluations import open_evaluation, read_set, scored_set
 from dpkd.evaluate.merge.grades import read_grades
-from dpkd.evaluate.merge.matching import Part, check_decoding, check_scoring, match_models, match_sets
+from dpkd.evaluate.merge.matching import Part, by_set, check_decoding, check_scoring, match_models, match_sets
 from dpkd.evaluate.merge.merged_report import build_merged_report, merged_identity
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.views.output import REPORT, check_options, is_complete, save_options, write_all
@@ -40,51 +40,42 @@ def merge(config: MergeConfig) -> Path:
     if is_complete(config.out / REPORT, identity):
         say(f"the merged report in {config.out} is complete already")
         return config.out / REPORT
-    kept = {data: _kept_rows(config, data, found) for data, found in _by_set(parts).items()}
-    scored_sets = [scored for data, found in _by_set(parts).items() for scored in _scored(data, found, kept[data])]
+    scored_sets = [scored for data, of_set in by_set(parts).items() for scored in _scored(config, data, of_set)]
     grades = read_grades(config.judge, scored_sets)
     save_options(config, config.out)
     report = build_merged_report(config, identity, evaluations, parts, scored_sets)
     return write_all(config.out, report, scored_sets, grades)
 
 
-def _by_set(parts: Sequence[Part]) -> dict[str, list[Part]]:
-    found: dict[str, list[Part]] = {}
-    for part in parts:
-        found.setdefault(part.data, []).append(part)
-    return found
-
-
 def _kept_rows(config: MergeConfig, data: str, parts: Sequence[Part]) -> list[str]:
     """The ids of the examples to compare, in the set's order."""
-    first, *others = ((part, list(next(iter(part.rows().values())))) for part in parts)
-    kept = first[1]
-    for part, ids in others:
-        only_first, only_other = sorted({*first[1]} - {*ids}), sorted({*ids} - {*first[1]})
-        if (only_first or only_other) and not config.common_rows:
+    first, *others = parts
+    kept = first_ids = first.ids()
+    for part in others:
+        ids = {*part.ids()}
+        only_one = sorted({*first_ids} - ids) or sorted(ids - {*first_ids})
+        if only_one and not config.common_rows:
             raise UserError(
                 f"the evaluations of the set {data} have different rows",
                 found=f"{len(ids)} in {part.evaluation.directory}",
-                expected=f"{len(first[1])} as in {first[0].evaluation.directory}; only one has "
-                f"{(only_first or only_other)[0]!r}",
+                expected=f"{len(first_ids)} as in {first.evaluation.directory}; only one has {only_one[0]!r}",
                 advice="Evaluate again with the same --limit and --max-prompt-tokens, or give --common-rows",
             )
-        known = {*ids}
-        kept = [example_id for example_id in kept if example_id in known]
+        kept = [example_id for example_id in kept if example_id in ids]
     if not kept:
         raise UserError(
             f"the evaluations of the set {data} have no row in common",
-            where=first[0].evaluation.directory,
+            where=first.evaluation.directory,
             advice="Evaluate again with the same --limit",
         )
     return kept
 
 
-def _scored(data: str, parts: Sequence[Part], kept: list[str]) -> list[ScoredSet]:
-    first = parts[0]
+def _scored(config: MergeConfig, data: str, parts: Sequence[Part]) -> list[ScoredSet]:
+    first, kept = parts[0], _kept_rows(config, data, parts)
     report = first.evaluation.report
-    about, identity = report["data"][first.own_data], report["identities"]["data"][first.own_data]
-    eval_set = read_set(first.rows(), data, about, identity, kept, report["settings"]["rouge_tokenizer"])
+    about = report["data"][first.own_data]
+    eval_set = read_set(first.rows(), data, about, kept, report["settings"]["rouge_tokenizer"])
     scored_sets = [scored_set(part.rows(), part.model, eval_set) for part in parts]
     if report["settings"]["bucket_of"] == "reference":
         for part, scored in zip(parts, scored_sets, strict=True):

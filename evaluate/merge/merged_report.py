@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.evaluate.answers.scoring import ScoredSet
+from dpkd.evaluate.inputs.eval_sets import NO_REFERENCE, EvalSet
 from dpkd.evaluate.merge.evaluations import Evaluation
 from dpkd.evaluate.merge.grades import grades_identity
-from dpkd.evaluate.merge.matching import SCORING, Part
+from dpkd.evaluate.merge.matching import SCORING, Part, by_set
 from dpkd.evaluate.options.merge import MergeConfig
 from dpkd.evaluate.report.build import FORMAT_VERSION, about_set, compare, report_form
 from dpkd.evaluate.report.provenance import command_text, redacted
@@ -60,13 +61,14 @@ def build_merged_report(
     scored_sets: Sequence[ScoredSet],
 ) -> dict[str, Any]:
     """The `report.json` of all `evaluations`, with the keys of a single one."""
-    by_set: dict[str, list[ScoredSet]] = {}
     models = _models(parts, identity)
+    scored_by_set: dict[str, list[ScoredSet]] = {}
     for scored in scored_sets:
-        by_set.setdefault(scored.eval_set.name, []).append(scored)
+        scored_by_set.setdefault(scored.eval_set.name, []).append(scored)
         models[scored.model]["data"][scored.eval_set.name] = summarise(scored)
-    ids = {data: [example.example_id for example in of_set[0].eval_set.examples] for data, of_set in by_set.items()}
-    skipped = {data: _skipped(parts, data) for data in by_set}
+    eval_sets = {data: of_set[0].eval_set for data, of_set in scored_by_set.items()}
+    parts_by_set = by_set(parts)
+    skipped = {data: _skipped(of_set) for data, of_set in parts_by_set.items()}
     by_bucket = identity["settings"]["bucket_of"] == "reference"
     return report_form(
         identity,
@@ -81,11 +83,11 @@ def build_merged_report(
         ],
         roles=config.roles(list(models)),
         models=models,
-        data={data: _about_data(parts, data, of_set[0], len(skipped[data])) for data, of_set in by_set.items()},
-        comparisons={data: compare(of_set, config, by_bucket=by_bucket) for data, of_set in by_set.items()},
+        data={data: _about_data(of_set, eval_sets[data], skipped[data]) for data, of_set in parts_by_set.items()},
+        comparisons={data: compare(of_set, config, by_bucket=by_bucket) for data, of_set in scored_by_set.items()},
         runs={name: run for name, (run, _) in _runs(evaluations).items()},
-        overlap=_union(evaluations, parts, "overlap", "cache", ids),
-        duplicates=_union(evaluations, parts, "duplicates", "train_data", ids),
+        overlap=_union(evaluations, parts, "overlap", "cache", eval_sets),
+        duplicates=_union(evaluations, parts, "duplicates", "train_data", eval_sets),
         skipped=skipped,
     )
 
@@ -102,28 +104,27 @@ def _models(parts: Sequence[Part], identity: dict[str, Any]) -> dict[str, Any]:
     return models
 
 
-def _about_data(parts: Sequence[Part], data: str, scored: ScoredSet, num_skipped: int) -> dict[str, Any]:
-    found = [part.evaluation.report["data"][part.own_data] for part in parts if part.data == data]
-    about = about_set(scored.eval_set)
-    num_rows = max(about["num_rows"] for about in found)
+def _about_data(parts: Sequence[Part], eval_set: EvalSet, skipped: list[dict[str, Any]]) -> dict[str, Any]:
+    found = [part.evaluation.report["data"][part.own_data] for part in parts]
+    evaluated = set().union(*(part.ids() for part in parts))
     return {
         "file": found[0]["file"],
-        **about,
-        "num_rows": num_rows,
-        "num_without_reference": found[0]["num_without_reference"],
-        "num_not_common": num_rows - about["n"] - num_skipped,
+        **about_set(eval_set),
+        "num_rows": max(about["num_rows"] for about in found),
+        "num_without_reference": sum(row["reason"] == NO_REFERENCE for row in skipped),
+        "num_not_common": len(evaluated) - len(eval_set.examples),
     }
 
 
-def _skipped(parts: Sequence[Part], data: str) -> list[dict[str, Any]]:
+def _skipped(parts: Sequence[Part]) -> list[dict[str, Any]]:
     """The rows that every evaluation of the set left out."""
-    lists = [part.evaluation.report["skipped"][part.own_data] for part in parts if part.data == data]
+    lists = [part.evaluation.report["skipped"][part.own_data] for part in parts]
     everywhere = set.intersection(*({row["line"] for row in rows} for rows in lists))
     return [row for row in lists[0] if row["line"] in everywhere]
 
 
 def _union(
-    evaluations: Sequence[Evaluation], parts: Sequence[Part], key: str, inner: str, ids: dict[str, list[str]]
+    evaluations: Sequence[Evaluation], parts: Sequence[Part], key: str, inner: str, eval_sets: Mapping[str, EvalSet]
 ) -> dict[str, Any] | None:
     """`overlap` or `duplicates` of all evaluations that have it; several caches (or training data) become a list."""
     sources: list[Any] = []
@@ -137,7 +138,11 @@ def _union(
         given = part.evaluation.report[key]
         if given is not None:
             contaminated.setdefault(part.data, set()).update(given["rows"].get(part.own_data, []))
-    rows = {data: [row for row in ids.get(data, []) if row in found] for data, found in contaminated.items()}
+    rows = {
+        data: [example.example_id for example in eval_set.examples if example.example_id in contaminated[data]]
+        for data, eval_set in eval_sets.items()
+        if data in contaminated
+    }
     return {inner: sources[0] if len(sources) == 1 else sources, "rows": rows}
 
 

@@ -91,8 +91,8 @@ def ratio_interval(sums_N: np.ndarray, weights_N: np.ndarray) -> Interval:
     return _ratio(sums_N[counted_N].astype(np.float64), weights_N[counted_N].astype(np.float64), COUNTS, _skewed)
 
 
-def paired_differences(differences_KN: np.ndarray, num_flips: int, seed: int) -> list[Difference]:
-    """K comparisons of two models over the same N examples: one family of tests.
+def paired_differences(differences_KN: np.ndarray, num_flips: int, seed: int, family_size: int = 0) -> list[Difference]:
+    """K comparisons of two models over the same N examples: one family of tests, or a part of one of `family_size`.
 
     `differences_KN` is one model's score minus the other's, each averaged over its own seeds. If the models are equal,
     each difference is as likely as its negative: `p_value` is the share of all sign flips whose mean is at least as far
@@ -101,7 +101,7 @@ def paired_differences(differences_KN: np.ndarray, num_flips: int, seed: int) ->
     """
     # averages over seeds of equal scores may differ by rounding
     differences_KN = np.where(np.abs(differences_KN) < 1e-9, 0.0, differences_KN)
-    num_flips = max(num_flips, _FLIPS_OF_FAMILY * len(differences_KN))
+    num_flips = max(num_flips, _FLIPS_OF_FAMILY * max(len(differences_KN), family_size))
     p_values = _sign_flip_p_values(differences_KN, num_flips, seed)
     differences = []
     for differences_N, p_value in zip(differences_KN, p_values, strict=True):

@@ -13,10 +13,16 @@ import torch
 from support.conversations import conversations, make_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpkd.core.errors import UserError
 from dpkd.core.prompts.examples import Example, iter_examples, open_examples
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.inputs.turns import questions
+from dpkd.evaluate.judge.questions import defuse, read_prompt
+from dpkd.evaluate.judge.rows import choose, make_questions, read_answers
+from dpkd.evaluate.merge.merge import merge
 from dpkd.evaluate.options.eval import EvalConfig
+from dpkd.evaluate.options.judge import JudgeConfig
+from dpkd.evaluate.options.merge import MergeConfig
 
 MakeConfig = Callable[..., EvalConfig]
 BENCH = {
@@ -115,3 +121,40 @@ def test_a_follow_up_that_may_not_fit_is_left_out_for_all(
     skipped = json.loads((config.out / "report.json").read_text())["skipped"]["bench"]
     assert len(skipped) == 1
     assert "of them for its own answers, over 80" in skipped[0]["reason"]
+
+
+def test_a_merged_report_and_a_judge_show_each_seed_after_its_own_answers(
+    models: tuple[Path, Path], make_config: MakeConfig, write_rows: Any, tmp_path: Path
+) -> None:
+    config = make_config(
+        model=[f"a={models[0]}"], data=[f"bench={write_rows([BENCH])}"], template="chat", turns="all", seeds="1,2",
+        max_prompt_tokens=200, max_new_tokens=8,
+    )  # fmt: skip
+    evaluate(config)
+    asked = {
+        (row["seed"], row["example_id"]): row["prompt"]
+        for row in pq.read_table(config.out / "per_example.parquet").to_pylist()
+    }
+    assert asked[1, "7/turn-2"] != asked[2, "7/turn-2"]
+    merged = merge(MergeConfig(evaluations=(str(config.out),), out=tmp_path / "merged"))
+    rows = pq.read_table(merged.parent / "per_example.parquet").to_pylist()
+    assert {(row["seed"], row["example_id"]): row["prompt"] for row in rows} == asked
+    about = json.loads(merged.read_text())["data"]["bench"]
+    assert (about["n"], about["num_rows"], about["num_not_common"]) == (3, 1, 0)
+    options = {"report": config.out, "out": tmp_path, "judge_url": "http://h/v1", "judge_model": "j"}
+    for which, seeds in (("first", {1}), ("all", {1, 2})):
+        judged = JudgeConfig.parse(options | {"answer_seeds": which}, where="a test")
+        questions_of = list(make_questions(choose(read_answers(judged), judged), judged, read_prompt(None, "score")))
+        assert {question.seed for question in questions_of} == seeds
+        for question in questions_of:
+            assert defuse(asked[question.seed, question.row.example_id]) in question.text()
+
+
+def test_predictions_without_ids_answer_each_turn(write_rows: Any, make_config: MakeConfig) -> None:
+    given = {"data": f"d={write_rows([BENCH], 'd.jsonl')}", "turns": "all"}
+    one = write_rows([{"prediction": "4"}], "one.jsonl")
+    with pytest.raises(UserError, match=r"a line for each row of data d: found 1 of seed 0, expected 3 "):
+        evaluate(make_config(predictions=f"p={one}", **given))
+    three = write_rows([{"prediction": text} for text in ("4", "8", "4")], "three.jsonl")
+    report = json.loads(evaluate(make_config(predictions=f"p={three}", **given)).read_text())
+    assert report["models"]["p"]["data"]["d"]["exact_match"]["mean"] == 100.0

@@ -138,6 +138,7 @@ def test_predictions_with_a_model_and_for_several_sets(
         ([{"text": "a"}], r"line 1 has no text `prediction`: found keys text .*p\.jsonl.*Write \{\"prediction\""),
         (["a"], r"line 1 has no text `prediction`: found str"),
         ([{"prediction": 5}], r"line 1 has no text `prediction`"),
+        ([{"prediction": "a", "seed": True}], r"line 1 has a `seed` that is not an integer from 0: found True"),
         ([{"prediction": "a", "seed": "x"}], r"line 1 has a `seed` that is not an integer from 0: found 'x'"),
         ([], r"the file of predictions is empty"),
         ([{"prediction": "a", "example_id": "a"}, {"prediction": "b"}], r"some lines have an `example_id`.*1 of 2"),
@@ -173,6 +174,10 @@ def test_each_set_needs_its_predictions(data: Path, make_config: MakeConfig, wri
         UserError, match=r"unclear which set the predictions 'p' answer: found 2 sets.*--predictions p:d"
     ):
         evaluate(make_config(predictions=f"p={lines}", data=sets))
+    with pytest.raises(
+        UserError, match=r"two files of predictions answer one set .*: found p, p:d .*each NAME:SET one"
+    ):
+        evaluate(make_config(predictions=[f"p={lines}", f"p:d={lines}"], data=f"d={data}"))
     with pytest.raises(UserError, match=r"do not answer each set once: found d, expected d, e .*difference is e"):
         evaluate(make_config(predictions=f"p:d={lines}", data=sets))
 
@@ -202,6 +207,7 @@ def test_the_answers_own_tokens_need_a_model(
     )
     with pytest.raises(UserError, match=r"buckets by the answers' tokens need answers with known tokens"):
         evaluate(config)
+    assert not (config.out / "generations").exists()  # refused before the model answered anything
 
 
 def test_the_command_prints_the_tables(

@@ -91,7 +91,7 @@ def test_the_reference_of_chat_rows_is_the_last_assistant_turn(make_config: Make
     path = write_rows([{"chat": turns}, {"chat": turns[:3]}], "d.jsonl")
     (eval_set,) = read_eval_sets(make_config(**_GIVEN, data=f"d={path}", field="messages=chat"), [])
     assert [example.references for example in eval_set.examples] == [("assistant 3",)]
-    assert eval_set.prompt_text("p", 0) == "user 0\n\nassistant 1\n\nuser 2"
+    assert eval_set.prompt_text("p", 0, []) == "user 0\n\nassistant 1\n\nuser 2"
     assert eval_set.num_without_reference == 1
 
 

@@ -10,11 +10,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dpkd.core.prompts.examples import Example
+from dpkd.evaluate.answers.answers import Answer
+from dpkd.evaluate.answers.scoring import ScoredSet
+from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.judge.markdown import judge_markdown
 from dpkd.evaluate.judge.plot import plot_judge
 from dpkd.evaluate.judge.questions import JudgePrompt, read_prompt
-from dpkd.evaluate.judge.report import both_orders, build_judge_report, mean_over_seeds, write_per_verdict
-from dpkd.evaluate.judge.rows import Answers, JudgedRow, JudgedSet, Question, make_questions
+from dpkd.evaluate.judge.report import build_judge_report, write_per_verdict
+from dpkd.evaluate.judge.rows import Answers, JudgedSet, Question, make_questions
+from dpkd.evaluate.judge.scores import both_orders, mean_over_seeds
 from dpkd.evaluate.judge.tokens import estimate_tokens
 from dpkd.evaluate.judge.verdicts import Answered, Reply
 from dpkd.evaluate.options.judge import JudgeConfig
@@ -25,19 +30,22 @@ EDGES = (30, 70)
 
 def answers_of(models: Mapping[str, Sequence[int]], num_rows: int, by_prediction: bool = False) -> Answers:
     """Rows r0, r1, ... of set d, whose answers say which they are; even rows are short, odd ones long."""
-    rows = []
-    for n in range(num_rows):
-        label = "[70,inf)" if n % 2 else "[0,30)"
-        rows.append(
-            JudgedRow(
-                f"r{n}",
-                (f"gold {n}",),
-                dict.fromkeys(models, f"task {n}"),
-                {model: {seed: f"{model} {seed} {n}" for seed in seeds} for model, seeds in models.items()},
-                {model: dict.fromkeys(seeds, label) for model, seeds in models.items()},
-            )
+    examples = [Example(f"r{n}", n + 1, (f"gold {n}",), instruction=f"task {n}") for n in range(num_rows)]
+    eval_set = EvalSet("d", {}, examples, {}, [], edges=EDGES)
+    scored = {
+        model: ScoredSet(
+            model,
+            eval_set,
+            tuple(seeds),
+            [[f"task {n}" for n in range(num_rows)] for _ in seeds],
+            [[Answer(f"r{n}", f"{model} {seed} {n}", [], None) for n in range(num_rows)] for seed in seeds],
+            {},
+            np.array([[2 if n % 2 else 0 for n in range(num_rows)] for _ in seeds]),
         )
-    return Answers([JudgedSet("d", rows, EDGES, num_rows)], {}, dict.fromkeys(models, ABOUT), by_prediction)
+        for model, seeds in models.items()
+    }
+    judged = JudgedSet(eval_set, scored, list(range(num_rows)), by_prediction)
+    return Answers([judged], {}, dict.fromkeys(models, ABOUT))
 
 
 def config_for(**options: Any) -> JudgeConfig:
@@ -100,7 +108,7 @@ def test_the_reference_is_graded_in_both_orders() -> None:
     def say(question: Question) -> str:
         # 4 to the answer and 8 to the reference, in the order in which the question shows them
         text = question.text()
-        answer_first = text.index(question.row.answers["a"][1]) < text.index(question.row.references[0])
+        answer_first = text.index(f"a 1 {question.row.example_id[1:]}") < text.index(question.row.references[0])
         return "Scores: 4 8" if answer_first else "Scores: 8 4"
 
     judging = Judging(answers_of({"a": (1,)}, 12), say, read_prompt(None, "scores"), grade_reference=True)
@@ -210,6 +218,18 @@ def test_buckets_of_the_answers_themselves_are_compared_with_nothing() -> None:
     assert "buckets" not in pointwise["comparisons"]["d"][0]
     pairwise = Judging(answers, lambda _: "Verdict: A", read_prompt(None, "verdict"), mode="pairwise").report
     assert "buckets" not in pairwise["pairs"]["d"][0]
+
+
+def test_holm_can_reach_significance_with_many_pairs_and_few_sign_flips() -> None:
+    # 28 pairs: with 100 sign flips alone, Holm's smallest p-value would be 28 / 101
+    models = dict.fromkeys("abcdefgh", (1,))
+
+    def say(question: Question) -> str:
+        return f"Score: {1 + 'abcdefgh'.index(question.model)}"
+
+    report = Judging(answers_of(models, 30), say, read_prompt(None, "score"), num_sign_flips=100).report
+    assert len(report["comparisons"]["d"]) == 28
+    assert all(row["p_holm"] < 0.05 for row in report["comparisons"]["d"])
 
 
 def test_means_over_seeds_leave_out_what_is_missing() -> None:

@@ -13,8 +13,10 @@ from dpkd.core.errors import UserError
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.judge.questions import read_prompt
 from dpkd.evaluate.judge.rows import Question, choose, make_questions, read_answers
+from dpkd.evaluate.merge.merge import merge
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.options.judge import JudgeConfig
+from dpkd.evaluate.options.merge import MergeConfig
 
 PLACE = {"out": "o", "judge_url": "http://h/v1", "judge_model": "judge"}
 WriteRows = Callable[..., Path]
@@ -51,10 +53,15 @@ def test_a_report_and_the_same_predictions_give_the_same_questions(
 ) -> None:
     out = evaluate(make_config(**sources, seeds="none")).parent
     for options in ({}, {"mode": "pairwise"}, {"answer_seeds": "all"}, {"grade_reference": True}):
-        ours, theirs = asked(parse({"report": out}, **options)), asked(parse(sources, **options))
+        configs = parse({"report": out}, **options), parse(sources, **options)
+        ours, theirs = map(asked, configs)
         assert [question.key for question in ours] == [question.key for question in theirs]
         assert about(ours) == about(theirs)
-        assert [question.row.buckets for question in ours] == [question.row.buckets for question in theirs]
+        buckets = [
+            {(judged.name, model): judged.bucket_SN(model).tolist() for judged in sets for model in judged.answers}
+            for sets in (choose(read_answers(config), config) for config in configs)
+        ]
+        assert buckets[0] == buckets[1]
 
 
 def test_each_answer_once_row_by_row(sources: dict[str, list[str]]) -> None:
@@ -122,6 +129,23 @@ def test_names_that_are_not_there(sources: dict[str, list[str]]) -> None:
     ):
         with pytest.raises(UserError, match=message):
             asked(parse(sources, **options))
+
+
+def test_a_set_that_no_chosen_model_has_answered_is_left_out(
+    sources: dict[str, list[str]], make_config: Callable[..., EvalConfig], tmp_path: Path
+) -> None:
+    (_, a_e, b_d, _), (d, e) = sources["predictions"], sources["data"]
+    apart = [
+        evaluate(make_config(predictions=given, data=data, seeds="none", out=tmp_path / data[0])).parent
+        for given, data in ((b_d, d), (a_e, e))
+    ]
+    places = {"evaluations": tuple(map(str, apart)), "out": tmp_path / "merged"}
+    merged = merge(MergeConfig.parse(places | {"allow_different_decoding": True}, where="a test")).parent
+    config = parse({"report": merged}, only="a")
+    assert [judged.name for judged in choose(read_answers(config), config)] == ["e"]
+    assert {question.data for question in asked(config)} == {"e"}
+    with pytest.raises(UserError, match=r"chosen models have not answered the chosen data sets: found d .*--only a"):
+        asked(parse({"report": merged}, only="a", sets="d"))
 
 
 def test_a_directory_without_an_evaluation(

@@ -199,6 +199,19 @@ def test_common_rows_are_compared_when_asked(
     assert "4 rows, 2 more in only some of the evaluations" in (tmp_path / "merged" / "report.md").read_text()
 
 
+def test_rows_without_a_reference_are_counted_among_those_left_out(
+    folder: Path, run_eval: Evaluate, tmp_path: Path
+) -> None:
+    data = _write(folder / "gaps.jsonl", [*_ROWS[:2], {"instruction": "x", "id": "x"}, {"instruction": "y", "id": "y"}])
+    given = [_write(folder / f"gaps-{num}.jsonl", [{"prediction": "word"}] * num) for num in (4, 3)]
+    all_rows = run_eval("gaps", predictions=f"a={given[0]}", data=f"d={data}")
+    three = run_eval("gaps-3", predictions=f"b={given[1]}", data=f"d={data}", limit=3)
+    merged = _merge(tmp_path / "merged", all_rows, three, common_rows=True)
+    assert len(merged["skipped"]["d"]) == merged["data"]["d"]["num_without_reference"] == 1
+    text = (tmp_path / "merged" / "report.md").read_text()
+    assert "2 rows, 1 left out, 1 of them without a reference)" in text
+
+
 def test_answers_that_were_drawn_otherwise_compare_when_asked(
     toy_teacher: Path, toy_student: Path, data: Path, run_eval: Evaluate, single: Single, tmp_path: Path
 ) -> None:

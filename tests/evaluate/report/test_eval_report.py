@@ -76,10 +76,10 @@ def scored_sets(eval_set: EvalSet) -> list[ScoredSet]:
     a = np.array([[10.0, 20, 30, 40], [30, 40, 50, 60]])
     exact = np.array([[0.0, 100, 0, 0], [0, 100, 0, 0]])
     b = scores(np.full((2, 4), 50.0), np.zeros((2, 4)))
-    buckets = np.array([[0, 1, 1, 0]] * 2)
+    buckets, prompts = np.array([[0, 1, 1, 0]] * 2), [[f"say {i}" for i in range(4)]] * 2
     return [
-        ScoredSet("a", eval_set, (10, 20), [answers(0), answers(2)], scores(a, exact), buckets),
-        ScoredSet("b", eval_set, (10, 20), [answers(0)] * 2, b, buckets),
+        ScoredSet("a", eval_set, (10, 20), prompts, [answers(0), answers(2)], scores(a, exact), buckets),
+        ScoredSet("b", eval_set, (10, 20), prompts, [answers(0)] * 2, b, buckets),
     ]
 
 
@@ -252,13 +252,13 @@ def test_answers_are_scored_against_their_own_row_and_best_reference(config: Eva
     examples = [Example("x", 1, ("no", "the cat sat")), Example("y", 2, ("a dog",))]
     eval_set = EvalSet("d", {}, examples, {}, [], lengths=[1, 2], edges=(2,))
     by_seed = {
-        ("d", 1): [Answer("x", "The cat sat.", [1], "stop"), Answer("y", "a dog ran off", [1], "stop")],
-        ("d", 2): [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
+        1: [Answer("x", "The cat sat.", [1], "stop"), Answer("y", "a dog ran off", [1], "stop")],
+        2: [Answer("x", "a dog", [1], "stop"), Answer("y", "the cat sat", [1], "stop")],
     }
     with Progress("scoring", 4, "responses") as progress:
-        (scored,) = score_sets(config, [eval_set], {"m": by_seed}, progress, {})
+        (scored,) = score_sets(config, [eval_set], {"m": {"d": by_seed}}, progress, {})
         own = config.model_copy(update={"bucket_of": "prediction"})
-        (by_own_length,) = score_sets(own, [eval_set], {"m": by_seed}, progress, {})
+        (by_own_length,) = score_sets(own, [eval_set], {"m": {"d": by_seed}}, progress, {})
     assert progress.done == 8
     assert scored.seeds == (1, 2)
     assert scored.scores["rouge_l"] == pytest.approx(np.array([[100.0, 200 / 3], [0.0, 0.0]]))

@@ -248,7 +248,7 @@ def test_rows_and_seeds_are_left_out_when_they_do_not_fit(page: _Page, monkeypat
     assert page.unpacked()["sets"][0]["note"] == ""
     answers = [[Answer(f"r{n}", "x" * 10, [], None) for n in range(4)] for _ in range(3)]
     eval_set = EvalSet("d", {}, [Example(f"r{n}", n + 1, ("y",), prompt="p") for n in range(4)], {}, [])
-    scored = ScoredSet("m", eval_set, (1, 2, 3), answers, {}, np.zeros((3, 4), dtype=int))
+    scored = ScoredSet("m", eval_set, (1, 2, 3), [["p"] * 4] * 3, answers, {}, np.zeros((3, 4), dtype=int))
     for budget, shown, note in (
         (1000, (4, 3), ""),
         (90, (4, 2), "Here are 2 of 3 seeds; per_example.parquet has all."),
