@@ -26,8 +26,9 @@ from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import say
 from dpkd.core.urls import is_loopback
 from dpkd.teacher_cache.engines.engine import EngineOptions
+from dpkd.teacher_cache.engines.http import key_in
 from dpkd.teacher_cache.engines.open import check_fits, resolve_engine
-from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, server_key
+from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
 from dpkd.teacher_cache.engines.server.key_filter import KeyFilter
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
 from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu
@@ -60,7 +61,7 @@ def serve_teacher(config: ServeConfig) -> None:
     command = server_command(config, cache, teacher, max_length, on_cpu=on_cpu)
     environment = own_environment(teacher, max_length, _CPU_SEQUENCES, on_cpu=on_cpu) | os.environ
     environment.pop(KEY_VARIABLE, None)
-    if (key := server_key()) is not None:
+    if key := key_in(KEY_VARIABLE):
         environment[KEY_VARIABLE] = key
     _check_port(config.host, config.port)
     say(f"starting vLLM with the teacher {teacher.name}; {_guard(config)}")
@@ -78,7 +79,7 @@ def server_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(teacher.path), "--served-model-name", _name(cache)]
     command += ["--host", config.host, "--port", str(config.port)]
-    if server_key() is not None:
+    if key_in(KEY_VARIABLE):
         command += ["--middleware", f"{KeyFilter.__module__}.{KeyFilter.__name__}"]
     command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     dtype = cache.identities["teacher"]["dtype"]
@@ -94,7 +95,7 @@ def server_command(
 
 def _check_guard(config: ServeConfig) -> None:
     """Raise `UserError` if other machines could use the server without a key, and nobody said that they may."""
-    if server_key() is None and not is_loopback(config.host) and not config.insecure:
+    if not key_in(KEY_VARIABLE) and not is_loopback(config.host) and not config.insecure:
         raise UserError(
             "other machines could use the server without a key",
             found=f"--host {config.host} and no {KEY_VARIABLE}",
@@ -104,7 +105,7 @@ def _check_guard(config: ServeConfig) -> None:
 
 
 def _guard(config: ServeConfig) -> str:
-    if server_key() is not None:
+    if key_in(KEY_VARIABLE):
         return f"every path but /health asks for the key in {KEY_VARIABLE}"
     who = "programs on this machine" if is_loopback(config.host) else f"anyone who can reach {config.host}"
     return f"{who} can use it without a key ({KEY_VARIABLE} is not set)"

@@ -24,7 +24,7 @@ from dpkd.evaluate.judge.tokens import estimate_tokens
 from dpkd.evaluate.judge.verdicts import Answered, Reply, Verdicts
 from dpkd.evaluate.options.judge import FREE_OPTIONS, JudgeConfig
 from dpkd.evaluate.views.output import check_options, is_complete, save_options
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError
+from dpkd.teacher_cache.engines.http import RequestRefusedError
 
 _ADVICE = "Choose another --out (--verdicts reuses the verdicts of this one); nothing was overwritten"
 # this many refusals without a single reply cannot be due to the questions

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -87,11 +86,9 @@ class EndpointTeacher:
     def _open(self, known: dict[str, Any] | None, *, at_least: bool) -> OpenAIEngine:
         from dpkd.teacher_cache.engines.openai.engine import OpenAIEngine
 
-        options = engine_options(self.config)
-        assert options.endpoint is not None
-        endpoint = replace(options.endpoint, known=known, answers=self._folder.child(ANSWERS))
         drawn = sampling(self.config, self._model.stop_token_ids())
-        return OpenAIEngine(self._model, replace(options, endpoint=endpoint), drawn, at_least=at_least)
+        options, answers = engine_options(self.config), self._folder.child(ANSWERS)
+        return OpenAIEngine(self._model, options, drawn, at_least=at_least, known=known, answers=answers)
 
     def unknown_logprobs(self) -> dict[str, str]:
         """What is unknown of the cache's log-probs, as its identity records it."""
@@ -103,8 +100,6 @@ class EndpointTeacher:
         """What fills the cache's shards; closes the engine after the block."""
         if self._engine is None:
             self._engine = self._open(self.facts, at_least=True)
-        # the measured number of entries, not the one that was asked for
-        self._engine.limit_entries(self.config.most_entries)
         with engine_filler(self._engine, self._model) as filler:
             yield filler
 

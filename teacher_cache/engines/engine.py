@@ -28,22 +28,6 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
 
 
-class AnswerStore(Protocol):
-    """Where answers that cost money stay until their rows are committed: a folder of the cache."""
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file; raises `FileNotFoundError` if it does not exist."""
-        ...
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file atomically."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Remove a file, if it exists."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class EndpointOptions:
     """The endpoint of the engine `openai`, and what may be spent on it.
@@ -57,8 +41,6 @@ class EndpointOptions:
         max_cost: largest cost of this run; None: no limit.
         price_in: price of a million prompt tokens.
         price_out: price of a million answered tokens.
-        known: what an earlier run of the job measured of the endpoint. None: this is the first.
-        answers: where answers stay until their rows are committed. None: nowhere.
     """
 
     url: str
@@ -70,8 +52,6 @@ class EndpointOptions:
     max_cost: float | None = None
     price_in: float = 0.0
     price_out: float = 0.0
-    known: Mapping[str, Any] | None = None
-    answers: AnswerStore | None = None
 
 
 @dataclass(frozen=True, slots=True)

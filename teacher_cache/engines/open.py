@@ -61,8 +61,8 @@ def check_fits(model: ModelSource, options: EngineOptions) -> None:
 def open_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions) -> Engine:
     """Start the engine in this process, or connect to its servers.
 
-    The engine `ray` runs in several processes: `build/ray` starts it. Raises `UserError` when `model` does not fit
-    `options` or cannot be loaded.
+    Not the engine `ray`, which runs in several processes (`build/ray`), and not `openai`, which is measured first
+    (`build/filling.py`). Raises `UserError` when `model` does not fit `options` or cannot be loaded.
     """
     check_fits(model, options)
     if name == "vllm":
@@ -73,12 +73,8 @@ def open_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions
         from dpkd.teacher_cache.engines.server.engine import ServerEngine
 
         return ServerEngine(model, options)
-    if name == "openai":
-        from dpkd.teacher_cache.engines.openai.engine import OpenAIEngine
-
-        return OpenAIEngine(model, options)
     if name == "transformers":
         from dpkd.teacher_cache.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(model, options)
-    raise ValueError(f"the engine {name} does not run in one process")
+    raise ValueError(f"the engine {name} is not opened here")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,8 +12,8 @@ from dpkd.core.models import ModelSource
 from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples, raw_rows
 from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
 from dpkd.teacher_cache.build.importing.source import ImportedRow, SourceFacts
-from dpkd.teacher_cache.engines.engine import EndpointApi, EngineOptions, Sampling
-from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
+from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
+from dpkd.teacher_cache.engines.openai.messages import Answer, num_entries
 from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError
 from dpkd.teacher_cache.engines.openai.tokens import TokenTable
 from dpkd.teacher_cache.options.importing import ImportConfig
@@ -75,7 +74,14 @@ class JsonlSource:
             )
 
     def rows(self) -> Iterator[ImportedRow]:
-        readers = {api: self._reader(api) for api in ("completions", "chat")}
+        reader = AnswerReader(
+            tokenizer=self._model.tokenizer,
+            vocab_size=self._model.vocab_size,
+            options=EngineOptions(max_length=0, top_k=self._top_k, dtype="unknown"),
+            sampling=Sampling(1.0, 1.0, 0, tuple(self._model.stop_token_ids())),
+            table=TokenTable(self._model.tokenizer) if self._scored else None,
+            limits_are_known=False,
+        )
         for example, answer in self._answers():
             if isinstance(answer, str):
                 yield ImportedRow(_id(example), "", [], None, answer)
@@ -87,25 +93,11 @@ class JsonlSource:
                 yield ImportedRow(_id(example), "", [], None, str(error))
                 continue
             try:
-                result = readers[answer.api].result(0, answer)
+                result = reader.result(0, answer)
             except UnusableAnswerError as error:
                 yield ImportedRow(_id(example), prompt.text, prompt.ids, None, str(error))
             else:
                 yield ImportedRow(_id(example), prompt.text, prompt.ids, result)
-
-    def _reader(self, api: EndpointApi) -> AnswerReader:
-        tokenizer = self._model.tokenizer
-        return AnswerReader(
-            dialect=Dialect(api, "text", False, False, "max_tokens", self._top_k, None, "unknown"),
-            options=EngineOptions(max_length=0, top_k=self._top_k, dtype="unknown"),
-            sampling=Sampling(1.0, 1.0, 0, tuple(self._model.stop_token_ids())),
-            table=TokenTable(tokenizer) if self._scored else None,
-            encode=partial(tokenizer.encode, add_special_tokens=False),
-            decode=partial(tokenizer.decode, clean_up_tokenization_spaces=False),
-            eos_token_id=int(tokenizer.eos_token_id),
-            vocab_size=self._model.vocab_size,
-            limits_are_known=False,
-        )
 
     def _answers(self) -> Iterator[tuple[Example | SkippedRow, Answer | str]]:
         """Each row's prompt and answer, or why it cannot be used."""

@@ -7,7 +7,6 @@ from the environment, and is installed only where vLLM is, which a teacher behin
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ import httpx
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.urls import is_loopback
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError
+from dpkd.teacher_cache.engines.http import RequestRefusedError, cause_of, key_in, message_of, open_client, shortened
 
 _CONNECT_TIMEOUT_S = 10.0
 _LONGEST_DELAY_S = 60.0
@@ -74,14 +73,10 @@ def read_key(variable: str | None, default: str, url: str, url_flag: str, *, ove
     `over_http` may allow; it then says so in advice: None, nothing allows it.
     """
     name = variable or default
-    key = os.environ.get(name, "").strip()
-    if not key:
+    if not (key := key_in(name)):
         if variable is not None:
             raise UserError(f"the environment variable {name} is not set", where="--api-key-env", advice="Set it")
         return ""
-    if not (key.isascii() and key.isprintable()):
-        # httpx would refuse it with an error that shows the key
-        raise UserError(f"the key in {name} has invalid characters", expected="printable ASCII", where=name)
     parts = httpx.URL(url)
     if parts.scheme != "https" and not is_loopback(parts.host):
         raise UserError(
@@ -102,14 +97,8 @@ class EndpointClient:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {},
-            follow_redirects=False,  # a redirect could take the key elsewhere
-            trust_env=not is_loopback(httpx.URL(endpoint.url).host),  # no proxy for this machine
-            timeout=httpx.Timeout(endpoint.timeout_s, connect=_CONNECT_TIMEOUT_S),
-            # servers close idle connections: close them first, so that no request meets a closed one
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
-        )
+        self.http = open_client(endpoint.url, endpoint.key)
+        self._timeout = httpx.Timeout(endpoint.timeout_s, connect=_CONNECT_TIMEOUT_S)
         self._not_before_s = 0.0  # monotonic clock: the server asked all requests to wait until then
         self._printed_s = -_PRINT_EVERY_S
 
@@ -117,7 +106,7 @@ class EndpointClient:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aclose()
+        await self.http.aclose()
 
     async def post(
         self, path: str, body: Mapping[str, Any], parse: Callable[[Any], Answer], form: str = "completion"
@@ -165,21 +154,20 @@ class EndpointClient:
         try:
             # in all: a server that sends a byte now and then never ends a read
             async with asyncio.timeout(self.endpoint.timeout_s + _CONNECT_TIMEOUT_S):
-                response = await self._client.post(self.endpoint.url + path, json=body)
+                response = await self.http.post(self.endpoint.url + path, json=body, timeout=self._timeout)
         except TimeoutError:
             raise _TransientError(f"no whole answer in {self.endpoint.timeout_s:g} s") from None
         except httpx.RequestError as error:
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise _TransientError(self.clean(reason)) from None
+            raise _TransientError(self.clean(cause_of(error))) from None
         status = response.status_code
         if status == 200:
             try:
                 return parse(response.json())
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise _TransientError(
-                    f"the response is not a {form} ({type(error).__name__}): {_short(self.clean(response.text))}"
+                    f"the response is not a {form} ({type(error).__name__}): {shortened(self.clean(response.text))}"
                 ) from None
-        reason = f"HTTP {status}: {self._message(response)}"
+        reason = f"HTTP {status}: {shortened(self.clean(message_of(response)))}"
         if status in _TRANSIENT or status >= 500:
             raise _TransientError(reason, _retry_after_s(response.headers.get("retry-after")))
         if status in _REFUSALS:
@@ -204,15 +192,6 @@ class EndpointClient:
         what = f"the {endpoint.name} refuses every request"
         return UserError(what, found=reason, where=where, advice="Check its documentation")
 
-    def _message(self, response: httpx.Response) -> str:
-        """The server's error message, in one short line."""
-        try:
-            error = response.json()["error"]
-            text = error["message"] if isinstance(error, dict) else error
-        except (ValueError, KeyError, TypeError):
-            text = response.text
-        return _short(self.clean(str(text)))
-
     def clean(self, text: str) -> str:
         """`text` without the key, and without lone surrogates, which UTF-8 cannot encode."""
         text = text.replace(self.endpoint.key, "***") if self.endpoint.key else text
@@ -222,10 +201,6 @@ class EndpointClient:
         if time.monotonic() - self._printed_s >= _PRINT_EVERY_S:
             self._printed_s = time.monotonic()
             say(f"{self.endpoint.url}{path} does not answer ({reason}); trying again")
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:200]
 
 
 def _retry_after_s(value: str | None) -> float | None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gzip
 import json
-import threading
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpkd.core.errors import StoppedError, UserError
 from dpkd.core.identity import fingerprint
@@ -25,13 +23,12 @@ from dpkd.teacher_cache.engines.engine import (
     Sampling,
     ScoreRequest,
 )
-from dpkd.teacher_cache.engines.openai.budget import Budget
+from dpkd.teacher_cache.engines.http import LoopThread, RequestRefusedError
 from dpkd.teacher_cache.engines.openai.client import Endpoint, EndpointClient, read_key
 from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect
 from dpkd.teacher_cache.engines.openai.probe import Probe, same_endpoint
 from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError
 from dpkd.teacher_cache.engines.openai.tokens import TokenTable
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
@@ -43,38 +40,72 @@ _RETRY_DELAY_S = 1.0
 _MOST_UNUSABLE = 8
 _KEPT = "The answers so far are kept"
 
-_Result = TypeVar("_Result")
+
+class AnswerStore(Protocol):
+    """Where answers, which cost money, stay until their rows are committed: a folder of the cache."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; raises `FileNotFoundError` if it does not exist."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file atomically."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it exists."""
+        ...
 
 
 class OpenAIEngine(Engine):
     """Asks an endpoint for responses; it cannot score given ones, because no common request does.
 
-    It is measured when it opens (`dialect`). Answers stay in `EndpointOptions.answers` until their rows are committed:
-    a job that stops for any reason pays for none of them twice.
+    It is measured when it opens (`dialect`). A job that stops for any reason pays for no answer twice.
+
+    Args:
+        sampling: how responses will be drawn.
+        at_least: whether an endpoint that returns fewer than `options.top_k` entries is refused.
+        known: what an earlier run of the job measured of the endpoint. None: this is the first.
+        answers: where answers stay until their rows are committed.
     """
 
     name = "openai"
 
     def __init__(
-        self, model: ModelSource, options: EngineOptions, sampling: Sampling | None = None, *, at_least: bool = True
+        self,
+        model: ModelSource,
+        options: EngineOptions,
+        sampling: Sampling,
+        *,
+        at_least: bool,
+        known: Mapping[str, Any] | None,
+        answers: AnswerStore,
     ) -> None:
         endpoint = options.endpoint
         assert endpoint is not None  # checked by the config
         self.vocab_size = model.vocab_size
-        self._model, self._options, self._endpoint = model, options, endpoint
-        self.budget = Budget(endpoint)
+        self._tokenizer, self._endpoint, self._kept_answers = model.tokenizer, endpoint, answers
         self._table = TokenTable(model.tokenizer) if options.top_k else None
-        key = read_key(endpoint.key_variable, KEY_VARIABLE, endpoint.url, "--teacher-url")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
-        self._thread.start()
+        self._spent = 0.0
+        self._client = EndpointClient(
+            Endpoint(
+                name="endpoint",
+                url=endpoint.url,
+                key=read_key(endpoint.key_variable, KEY_VARIABLE, endpoint.url, "--teacher-url"),
+                key_variable=endpoint.key_variable or KEY_VARIABLE,
+                timeout_s=endpoint.timeout_s,
+                tries=endpoint.tries,
+                retry_delay_s=_RETRY_DELAY_S,
+                kept=_KEPT,
+                missing="Give --teacher-url with the path before /completions (often /v1) and a --teacher-model it has",
+            )
+        )
+        self._loop = LoopThread("endpoint")
         try:
-            self._client = self._wait(self._connected(key))
-            probe = Probe(self._client, endpoint, model, partial(self._pay, -1, 0))
-            plain = sampling or Sampling(1.0, 1.0, 1, ())
-            self.dialect: Dialect = self._wait(probe.run(plain, options.top_k, at_least=at_least))
-            if endpoint.known is not None:
-                same_endpoint(endpoint.known, self.dialect.facts(), endpoint.url)
+            probe = Probe(self._client, endpoint, model, partial(self._pay, 0))
+            self.dialect: Dialect = self._loop.start(probe.run(sampling, options.top_k, at_least=at_least)).result()
+            if known is not None:
+                same_endpoint(known, self.dialect.facts(), endpoint.url)
             if self._table is not None and not (self.dialect.token_ids or self._table.is_exact):
                 raise UserError(
                     "the endpoint writes tokens as texts, and several tokens of the tokenizer have the same text",
@@ -86,58 +117,32 @@ class OpenAIEngine(Engine):
         except BaseException:
             self.close()
             raise
-
-    def limit_entries(self, top_k: int) -> None:
-        """Ask for `top_k` entries per position from now on: what the endpoint returns."""
-        self._options = replace(self._options, top_k=top_k)
-
-    async def _connected(self, key: str) -> EndpointClient:
-        endpoint = self._endpoint
-        return EndpointClient(
-            Endpoint(
-                name="endpoint",
-                url=endpoint.url,
-                key=key,
-                key_variable=endpoint.key_variable or KEY_VARIABLE,
-                timeout_s=endpoint.timeout_s,
-                tries=endpoint.tries,
-                retry_delay_s=_RETRY_DELAY_S,
-                kept=_KEPT,
-                missing="Give --teacher-url with the path before /completions (often /v1) and a --teacher-model it has",
-            )
-        )
-
-    def _wait(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self._options = replace(options, top_k=self.dialect.top_k)
 
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        tokenizer = self._model.tokenizer
         reader = AnswerReader(
-            dialect=self.dialect,
+            tokenizer=self._tokenizer,
+            vocab_size=self.vocab_size,
             options=self._options,
             sampling=sampling,
             table=self._table,
-            encode=partial(tokenizer.encode, add_special_tokens=False),
-            decode=partial(tokenizer.decode, clean_up_tokenization_spaces=False),
-            eos_token_id=int(tokenizer.eos_token_id),
-            vocab_size=self.vocab_size,
+            shows_ends=self.dialect.token_ids,
         )
         self._unusable, self._used = 0, False
         #: name of the kept answer to each request: by its content, for indices are not unique over the parts of a job
         self._files: dict[int, str] = {}
         for index, answer in self._answers(iter(requests), sampling):
-            if isinstance(answer, Answer):
-                try:
-                    result = reader.result(index, answer)
-                except UnusableAnswerError as error:
-                    yield self._failed(index, str(error))
-                else:
-                    self._used = True
-                    yield result
+            try:
+                if isinstance(answer, RequestRefusedError):
+                    raise UnusableAnswerError(str(answer))
+                result = reader.result(index, answer)
+            except UnusableAnswerError as error:
+                yield self._failed(index, str(error))
             else:
-                yield self._failed(index, str(answer))
+                self._used = True
+                yield result
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         raise UserError(
@@ -151,40 +156,30 @@ class OpenAIEngine(Engine):
         self, source: Iterator[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Answer | RequestRefusedError]]:
         """Answers as they come, kept ones first; reads from `source` only as the endpoint has capacity."""
-        pending: dict[Future[Any], GenerateRequest] = {}
-        waiting: GenerateRequest | None = None
+        pending: dict[Future[Any], tuple[GenerateRequest, float]] = {}  # with what each may cost
+        waiting = next(source, None)
         try:
-            while True:
-                while len(pending) < self._options.max_num_seqs:
-                    waiting = waiting or next(source, None)
-                    if waiting is None:
-                        break
+            while pending or waiting is not None:
+                while waiting is not None and len(pending) < self._options.max_num_seqs:
                     body = self.dialect.body(self._endpoint.model, waiting, sampling, self._options.top_k)
                     self._files[waiting.index] = f"{fingerprint(body)[:32]}.json.gz"
                     if (kept := self._kept(waiting.index)) is not None:
                         yield waiting.index, kept
-                        waiting = None
-                        continue
-                    most = self.budget.cost(len(waiting.prompt_ids), sampling.max_new_tokens)
-                    if not self.budget.allows(most):
-                        break
-                    self.budget.reserve(waiting.index, most)
-                    future = asyncio.run_coroutine_threadsafe(
-                        self._client.post(self.dialect.path, body, _checked), self._loop
-                    )
-                    pending[future] = waiting
-                    waiting = None
-                if not pending and waiting is not None:
-                    raise self._budget_spent(most)
-                if not pending:
-                    return
+                    else:
+                        most = self._cost(len(waiting.prompt_ids), sampling.max_new_tokens)
+                        if not self._affords(most + sum(reserved for _, reserved in pending.values())):
+                            if not pending:
+                                raise self._budget_spent(most)
+                            break
+                        pending[self._loop.start(self._client.post(self.dialect.path, body, _checked))] = waiting, most
+                    waiting = next(source, None)
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    request = pending.pop(future)
+                    request, _ = pending.pop(future)
                     yield request.index, self._settled(future, request)
         finally:
             # answers that have arrived are kept, whatever ends the job
-            for future, request in pending.items():
+            for future, (request, _) in pending.items():
                 if future.done() and future.exception() is None:
                     with contextlib.suppress(UserError):  # what ends the job is raised already
                         self._settled(future, request)
@@ -194,31 +189,34 @@ class OpenAIEngine(Engine):
         try:
             body, answer = future.result()
         except RequestRefusedError as refusal:
-            self.budget.settle(request.index, 0.0)
             return refusal
-        self._pay(request.index, len(request.prompt_ids), answer)
+        self._pay(len(request.prompt_ids), answer)
         self._check_model(answer)
-        if self._endpoint.answers is not None:
-            self._endpoint.answers.write(
-                self._files[request.index], gzip.compress(json.dumps(body).encode(), 1, mtime=0)
-            )
+        packed = gzip.compress(json.dumps(body).encode(), 1, mtime=0)
+        self._kept_answers.write(self._files[request.index], packed)
         return answer
 
     def _kept(self, index: int) -> Answer | None:
-        if self._endpoint.answers is None:
-            return None
         try:
-            return Answer.of(json.loads(gzip.decompress(self._endpoint.answers.read(self._files[index]))))
+            return Answer.of(json.loads(gzip.decompress(self._kept_answers.read(self._files[index]))))
         except FileNotFoundError:
             return None
 
-    def _pay(self, index: int, prompt_tokens: int, answer: Answer) -> None:
+    def _cost(self, prompt_tokens: int, answered_tokens: int) -> float:
+        """Cost of a request, in the currency of the prices."""
+        return (prompt_tokens * self._endpoint.price_in + answered_tokens * self._endpoint.price_out) / 1e6
+
+    def _affords(self, cost: float) -> bool:
+        """Whether requests that cost `cost` in all may still be answered."""
+        return self._endpoint.max_cost is None or self._spent + cost <= self._endpoint.max_cost
+
+    def _pay(self, prompt_tokens: int, answer: Answer) -> None:
         """Count what `answer` cost, by the endpoint's own counts or by the tokenizer's where it sends none."""
         read = prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
         written = answer.completion_tokens
         if written is None:
-            written = len(self._model.tokenizer.encode(answer.text, add_special_tokens=False)) + 1
-        self.budget.settle(index, self.budget.cost(read, written))
+            written = len(self._tokenizer.encode(answer.text, add_special_tokens=False)) + 1
+        self._spent += self._cost(read, written)
 
     def _check_model(self, answer: Answer) -> None:
         if answer.model != self.dialect.model:
@@ -244,36 +242,21 @@ class OpenAIEngine(Engine):
     def _budget_spent(self, most: float) -> StoppedError:
         return StoppedError(
             "the budget does not cover another answer",
-            found=f"{self.budget.spent:.4f} spent, the next may cost {most:.4f}",
+            found=f"{self._spent:.4f} spent, the next may cost {most:.4f}",
             expected=f"--max-cost {self._endpoint.max_cost:g}",
             where=self._endpoint.url,
             advice=f"{_KEPT}: run the same command again to go on, with as much again to spend",
         )
 
     def forget(self, indices: Iterable[int]) -> None:
-        if self._endpoint.answers is not None:
-            for index in indices:
-                if index in self._files:  # a row may have failed before it was asked
-                    self._endpoint.answers.delete(self._files[index])
+        for index in indices:
+            if index in self._files:  # a row may have failed before it was asked
+                self._kept_answers.delete(self._files[index])
 
     def close(self) -> None:
         """End the requests in flight and the thread."""
-        if self._loop.is_closed():
-            return
-        if self.budget.spent:
-            say(f"the endpoint's answers cost {self.budget.spent:.4f}")
-        self._wait(self._closed())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _closed(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if hasattr(self, "_client"):
-            await self._client.__aexit__()
+        if self._loop.close(self._client.http) and self._spent:
+            say(f"the endpoint's answers cost {self._spent:.4f}")
 
 
 def _checked(body: Any) -> tuple[Any, Answer]:

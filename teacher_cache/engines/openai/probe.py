@@ -12,10 +12,10 @@ import numpy as np
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.engines.engine import EndpointOptions, GenerateRequest, Sampling
+from dpkd.teacher_cache.engines.http import RequestRefusedError
 from dpkd.teacher_cache.engines.openai.client import EndpointClient
 from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
 from dpkd.teacher_cache.engines.server.checks import AGREEMENT_NATS
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource

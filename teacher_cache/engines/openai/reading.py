@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FinishReason, Sampling
-from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, WrittenToken
+from dpkd.teacher_cache.engines.openai.messages import Answer, WrittenToken
 from dpkd.teacher_cache.engines.openai.tokens import REPLACEMENT, TokenTable
 from dpkd.teacher_cache.engines.top_k import build_result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 #: how endpoints say that an answer ended, and that it was cut
@@ -29,21 +33,23 @@ class AnswerReader:
     """From an answer to a result.
 
     Args:
+        tokenizer: of the teacher; its EOS is added where the endpoint leaves it out.
         table: the tokenizer's tokens; None in a cache of texts.
-        encode: ids of a text, for a cache of texts.
-        eos_token_id: the end that is added where the endpoint leaves it out.
+        shows_ends: whether answers must end with the token that stopped them.
         limits_are_known: whether the longest answer is `sampling`'s and each position has K entries.
     """
 
-    dialect: Dialect
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
     options: EngineOptions
     sampling: Sampling
     table: TokenTable | None
-    encode: Any
-    decode: Any
-    eos_token_id: int
-    vocab_size: int
+    shows_ends: bool = False
     limits_are_known: bool = True
+
+    @cached_property
+    def _eos_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
 
     def result(self, index: int, answer: Answer) -> EngineResult:
         """The result of request `index`; raises `UnusableAnswerError`."""
@@ -53,10 +59,10 @@ class AnswerReader:
         return self._text_only(index, answer, reason) if self.table is None else self._scored(index, answer, reason)
 
     def _text_only(self, index: int, answer: Answer, reason: FinishReason) -> EngineResult:
-        ids = list(self.encode(answer.text))
-        if self.decode(ids) != answer.text:
+        ids = self.tokenizer.encode(answer.text, add_special_tokens=False)
+        if self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != answer.text:
             raise UnusableAnswerError("the tokenizer does not give the answer's text back")
-        ids += [self.eos_token_id] if reason == "stop" else []
+        ids += [self._eos_token_id] if reason == "stop" else []
         if not ids:
             raise UnusableAnswerError("the answer is empty")
         if self.limits_are_known and len(ids) > self.sampling.max_new_tokens:
@@ -72,7 +78,7 @@ class AnswerReader:
         rows = [self._entries(position, ids[position], row, answer) for position, row in enumerate(answer.tops)]
         if reason == "stop" and (not ids or ids[-1] not in self.sampling.stop_token_ids):
             # the endpoint does not say how likely the end was: no entries, and all the mass in the tail
-            ids, logprobs, rows = [*ids, self.eos_token_id], [*logprobs, 0.0], [*rows, []]
+            ids, logprobs, rows = [*ids, self._eos_token_id], [*logprobs, 0.0], [*rows, []]
         width = max(self.options.top_k, 1)
         ids_TK = np.full((len(ids), width), -1, np.int64)
         logprobs_TK = np.full((len(ids), width), -np.inf, np.float32)
@@ -89,7 +95,7 @@ class AnswerReader:
             raise UnusableAnswerError(answer.problem or "the answer has no log-probs")
         found = [(token, self.table.find(token.text, token.data)) for token in answer.tokens]
         if found and self._is_hidden_end(found[-1][0], answer):
-            found[-1] = found[-1][0], self.eos_token_id
+            found[-1] = found[-1][0], self._eos_token_id
         for token, token_id in found:
             if token_id is None:
                 raise UnusableAnswerError(f"{token.text!r} is not one token of the tokenizer")
@@ -112,7 +118,7 @@ class AnswerReader:
         ended = bool(ids) and ids[-1] in stops
         if reason == "length" and (ended or (self.limits_are_known and len(ids) != limit)):
             raise UnusableAnswerError(f"the answer was cut after {len(ids)} tokens, not {limit}")
-        if reason == "stop" and not ended and self.dialect.token_ids:
+        if reason == "stop" and not ended and self.shows_ends:
             raise UnusableAnswerError("the answer stops without an EOS of the tokenizer")
         if self.limits_are_known and len(ids) + (reason == "stop" and not ended) > limit:
             raise UnusableAnswerError(f"the answer has more than {limit} tokens")
@@ -130,9 +136,8 @@ class AnswerReader:
         assert self.table is not None
         if self.options.top_k == 0:
             return []
-        unclear = not self.limits_are_known or any(
-            REPLACEMENT in token.text for token in row
-        )  # several of them may have become one
+        # several tokens that are no UTF-8 may have become one
+        unclear = not self.limits_are_known or any(REPLACEMENT in token.text for token in row)
         if len(row) < self.options.top_k and not unclear:
             raise UnusableAnswerError(f"position {position} has {len(row)} log-probs, not {self.options.top_k}")
         if any(np.isnan(token.logprob) or token.logprob > _MASS_TOLERANCE for token in row):
@@ -143,12 +148,12 @@ class AnswerReader:
         entries: list[tuple[int, float]] = []
         for token in ranked:
             token_id = self.table.find(token.text, token.data)
-            if position == len(answer.tops) - 1 and own == self.eos_token_id and self._is_hidden_end(token, answer):
+            if position == len(answer.tops) - 1 and own == self._eos_token_id and self._is_hidden_end(token, answer):
                 token_id = own
             if token_id is None:
                 break
             entries.append((token_id, min(token.logprob, 0.0)))
-        may_be_extra = len(row) > self.options.top_k or self.dialect.api == "chat"
+        may_be_extra = len(row) > self.options.top_k or answer.api == "chat"
         if may_be_extra and len(entries) > 1 and len(entries) == len(row) and entries[-1][0] == own:
             entries.pop()
         if not entries:

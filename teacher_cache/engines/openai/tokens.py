@@ -85,13 +85,12 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
 
 
 class _ByteLevel:
-    """Each character of a token stands for a byte: printable ones for themselves, the others for 256 and up."""
+    """Each character of a token stands for a byte."""
 
     def __init__(self) -> None:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in printable]
-        self._byte_of = {chr(byte): byte for byte in printable}
-        self._byte_of |= {chr(256 + rank): byte for rank, byte in enumerate(others)}
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self._byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
     def __call__(self, token: str) -> bytes:
         if all(character in self._byte_of for character in token):

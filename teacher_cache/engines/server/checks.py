@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError, Server, ServerHttp
+from dpkd.teacher_cache.engines.http import RequestRefusedError
+from dpkd.teacher_cache.engines.server.http import Server
 from dpkd.teacher_cache.engines.server.messages import MALFORMED, LogprobTable, generation_body, scoring_body
 from dpkd.teacher_cache.engines.vllm.environment import sequence_limit
 
@@ -36,18 +36,13 @@ class ServerChecks:
         self._sampling = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=num_new, stop_token_ids=())
         self._first: tuple[str, np.ndarray] | None = None
 
-    async def run(self, server: Server, http: ServerHttp) -> None:
+    async def run(self, server: Server) -> None:
         """Check one server and set its `model_id`."""
-
-        async def ask(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-            named = None if body is None else {"model": server.model_id, **body}
-            return json.loads(await http.ask(server, method, path, named))
-
         try:
-            self._check_model(server, (await ask("GET", "/v1/models"))["data"])
-            self._check_agreement(server.url, await self._probe(server, ask))
-            await self._check_tokenizer(server, ask)
-            await self._check_raw(server, ask)
+            self._check_model(server, json.loads(await server.ask("GET", "/v1/models"))["data"])
+            self._check_agreement(server.url, await self._probe(server))
+            await self._check_tokenizer(server)
+            await self._check_raw(server)
         except RequestRefusedError as refusal:
             raise UserError("the server refuses a request of the check", found=refusal, where=server.url) from None
         except MALFORMED as error:
@@ -77,15 +72,15 @@ class ServerChecks:
                 advice=f"Start it with --max-model-len {needed}, or lower --max-prompt-tokens or --max-new-tokens",
             )
 
-    async def _probe(self, server: Server, ask: Callable[..., Any]) -> np.ndarray:
+    async def _probe(self, server: Server) -> np.ndarray:
         """Log-prob (nats) of each check id except the first."""
         top_k = self._options.top_k
         try:
-            answer = await ask("POST", "/v1/completions", scoring_body(self._ids, top_k))
+            choice = await _completion(server, scoring_body(self._ids, top_k))
         except RequestRefusedError as refusal:
             if top_k == 0:
                 raise
-            await ask("POST", "/v1/completions", scoring_body(self._ids, 0))  # raises if K is not the reason
+            await _completion(server, scoring_body(self._ids, 0))  # raises if K is not the reason
             raise UserError(
                 "the server returns fewer log-probs per position than top-k",
                 found=refusal,
@@ -93,7 +88,7 @@ class ServerChecks:
                 where=server.url,
                 advice=f"Start it with --max-logprobs {top_k}, or lower --top-k",
             ) from None
-        table = LogprobTable.of_scoring(answer["choices"][0], 1, self._ids[1:])
+        table = LogprobTable.of_scoring(choice, 1, self._ids[1:])
         table.ranked(top_k)
         if (highest := int(table.ids_E.max())) >= self._model.vocab_size:
             raise UserError(
@@ -119,9 +114,9 @@ class ServerChecks:
             advice="Start every server with the teacher",
         )
 
-    async def _check_tokenizer(self, server: Server, ask: Callable[..., Any]) -> None:
+    async def _check_tokenizer(self, server: Server) -> None:
         body = {"prompt": _PROBE_TEXT, "add_special_tokens": False}
-        found = (await ask("POST", "/tokenize", body))["tokens"]
+        found = json.loads(await server.ask("POST", "/tokenize", body))["tokens"]
         expected = self._model.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)
         if found != expected:
             raise UserError(
@@ -132,12 +127,11 @@ class ServerChecks:
                 advice="Start it with the teacher given to this command",
             )
 
-    async def _check_raw(self, server: Server, ask: Callable[..., Any]) -> None:
-        body = generation_body(self._ids, 0, self._sampling, 0)
-        drawn = (await ask("POST", "/v1/completions", body))["choices"][0]
+    async def _check_raw(self, server: Server) -> None:
+        drawn = await _completion(server, generation_body(self._ids, 0, self._sampling, 0))
         new_ids = drawn["token_ids"]
-        answer = await ask("POST", "/v1/completions", scoring_body(self._ids + new_ids, 0))
-        scored = LogprobTable.of_scoring(answer["choices"][0], len(self._ids), new_ids)
+        choice = await _completion(server, scoring_body(self._ids + new_ids, 0))
+        scored = LogprobTable.of_scoring(choice, len(self._ids), new_ids)
         if apart := _disagreement(LogprobTable.of_generation(drawn).own_T, scored.own_T):
             raise UserError(
                 "the server returns log-probs after temperature",
@@ -145,6 +139,12 @@ class ServerChecks:
                 where=server.url,
                 advice="Start it with --logprobs-mode raw_logprobs",
             )
+
+
+async def _completion(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    """The one choice in the answer to `body`."""
+    choice: dict[str, Any] = json.loads(await server.ask("POST", "/v1/completions", body))["choices"][0]
+    return choice
 
 
 def _disagreement(one_T: np.ndarray, two_T: np.ndarray) -> str | None:

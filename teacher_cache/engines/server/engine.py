@@ -20,8 +20,9 @@ from dpkd.teacher_cache.engines.engine import (
     Sampling,
     ScoreRequest,
 )
+from dpkd.teacher_cache.engines.http import RequestRefusedError
 from dpkd.teacher_cache.engines.server.checks import ServerChecks
-from dpkd.teacher_cache.engines.server.http import REQUEST_TIMEOUT_S, RequestRefusedError, base_urls
+from dpkd.teacher_cache.engines.server.http import REQUEST_TIMEOUT_S, base_urls
 from dpkd.teacher_cache.engines.server.messages import (
     MALFORMED,
     LogprobTable,

@@ -1,4 +1,4 @@
-"""One HTTP request to one server, and what its failure means."""
+"""One HTTP request to one vLLM server, and what its failure means."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx
 
 from dpkd.core.errors import UserError
 from dpkd.core.urls import is_loopback
+from dpkd.teacher_cache.engines.http import RequestRefusedError, cause_of, key_in, message_of, open_client, shortened
 
 #: Longest wait for one answer, in seconds. Long, because a full queue is slow; health checks find a dead server.
 REQUEST_TIMEOUT_S = 1800.0
@@ -24,10 +25,6 @@ _HEALTH_TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 300.0  # the first request to a server may compile kernels: 25 s on two cores
 
 _Trouble = Literal["unreachable", "broken", "busy", "failed"]
-
-
-class RequestRefusedError(Exception):
-    """A server refused a request, and would again; the text is one line for the user."""
 
 
 class NoAnswerError(Exception):
@@ -44,9 +41,10 @@ class NoAnswerError(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """One server: its address without `/v1`, the id of its model, and its state."""
+    """One server: its address without `/v1`, the longest wait for an answer, the id of its model, and its state."""
 
     url: str
+    timeout_s: float = REQUEST_TIMEOUT_S
     model_id: str = ""
     up: bool = False
     tried: bool = False
@@ -56,6 +54,45 @@ class Server:
     heard_s: float = 0.0  # when it last answered, or got work while it had none (monotonic clock)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.client = open_client(self.url, key_in(KEY_VARIABLE))
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> bytes:
+        """The body of the answer, if its status is 200; `body` gets the name of the server's model.
+
+        Raises `NoAnswerError`, `RequestRefusedError` (4xx) or `UserError` (the key, a redirect).
+        """
+        longest_s = timeout_s or (_HEALTH_TIMEOUT_S if method == "GET" else _CHECK_TIMEOUT_S)
+        timeout = httpx.Timeout(min(longest_s, self.timeout_s), connect=_CONNECT_TIMEOUT_S)
+        named = None if body is None else {"model": self.model_id, **body}
+        try:
+            response = await self.client.request(method, self.url + path, json=named, timeout=timeout)
+        except httpx.RequestError as error:
+            unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            raise NoAnswerError("unreachable" if unreachable else "broken", cause_of(error)) from None
+        self.heard_s = time.monotonic()
+        status = response.status_code
+        if status == 200:
+            self.answers = True
+            return response.content
+        reason = f"HTTP {status}: {shortened(message_of(response))}"
+        if status in (401, 403):
+            raise UserError(
+                "the server does not accept the key",
+                found=f"HTTP {status}, {KEY_VARIABLE} is {'set' if KEY_VARIABLE in os.environ else 'not set'}",
+                where=self.url,
+                advice=f"Set {KEY_VARIABLE} to the server's key",
+            )
+        if 300 <= status < 400:
+            raise UserError("the server redirects", found=reason, where=self.url + path, advice="Give its own address")
+        if status in (429, 503):
+            raise NoAnswerError("busy", reason)
+        if status >= 500:
+            raise NoAnswerError("failed", reason)
+        raise RequestRefusedError(reason)
 
 
 def base_urls(urls: Sequence[str]) -> list[str]:
@@ -71,7 +108,7 @@ def base_urls(urls: Sequence[str]) -> list[str]:
         if url.userinfo:
             # addresses are printed and logged, so they must not contain a secret
             raise UserError(f"the address of the server {url.host} contains a password", advice=f"Set {KEY_VARIABLE}")
-        if url.scheme == "http" and _authorization() and not is_loopback(url.host):
+        if url.scheme == "http" and key_in(KEY_VARIABLE) and not is_loopback(url.host):
             raise UserError(
                 f"the key in {KEY_VARIABLE} would be sent in plain text",
                 found=f"http://{url.host}",
@@ -80,99 +117,3 @@ def base_urls(urls: Sequence[str]) -> list[str]:
             )
         bases.append(str(url).rstrip("/").removesuffix("/v1").rstrip("/"))
     return list(dict.fromkeys(bases))
-
-
-class ServerHttp:
-    """The connections to all servers, from one event loop.
-
-    Args:
-        timeout_s: longest wait for any answer, in seconds.
-    """
-
-    def __init__(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
-        # no proxy for servers on this machine, whatever the environment says
-        self._near, self._far = (
-            httpx.AsyncClient(
-                headers=_authorization(),
-                follow_redirects=False,
-                trust_env=may_use_proxy,
-                # vLLM closes idle connections after 5 s: close ours before, so that none is closed during a request
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
-            )
-            for may_use_proxy in (False, True)
-        )
-
-    async def ask(
-        self,
-        server: Server,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        timeout_s: float | None = None,
-    ) -> bytes:
-        """The body of the answer, if its status is 200.
-
-        Raises `NoAnswerError`, `RequestRefusedError` (4xx) or `UserError` (the key, a redirect).
-        """
-        longest_s = timeout_s or (_HEALTH_TIMEOUT_S if method == "GET" else _CHECK_TIMEOUT_S)
-        timeout = httpx.Timeout(min(longest_s, self._timeout_s), connect=_CONNECT_TIMEOUT_S)
-        try:
-            client = self._near if is_loopback(httpx.URL(server.url).host) else self._far
-            response = await client.request(method, server.url + path, json=body, timeout=timeout)
-        except httpx.RequestError as error:
-            unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise NoAnswerError("unreachable" if unreachable else "broken", reason) from None
-        server.heard_s = time.monotonic()
-        status = response.status_code
-        if status == 200:
-            server.answers = True
-            return response.content
-        reason = f"HTTP {status}: {_message(response)}"
-        if status in (401, 403):
-            raise UserError(
-                "the server does not accept the key",
-                found=f"HTTP {status}, {KEY_VARIABLE} is {'set' if KEY_VARIABLE in os.environ else 'not set'}",
-                where=server.url,
-                advice=f"Set {KEY_VARIABLE} to the server's key",
-            )
-        if 300 <= status < 400:
-            raise UserError(
-                "the server redirects", found=reason, where=server.url + path, advice="Give its own address"
-            )
-        if status in (429, 503):
-            raise NoAnswerError("busy", reason)
-        if status >= 500:
-            raise NoAnswerError("failed", reason)
-        raise RequestRefusedError(reason)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._near.aclose()
-        await self._far.aclose()
-
-
-def server_key() -> str | None:
-    """The key in the environment, without white space around it; raises `UserError` for one that cannot be sent."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        # httpx would refuse it with an error that shows the key
-        raise UserError(f"the key in {KEY_VARIABLE} contains invalid characters", expected="printable ASCII")
-    return key or None
-
-
-def _authorization() -> dict[str, str]:
-    key = server_key()
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-
-def _message(response: httpx.Response) -> str:
-    """The server's error message in one short line."""
-    try:
-        error = response.json()["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError):
-        text = response.text
-    return " ".join(str(text).split())[:200]

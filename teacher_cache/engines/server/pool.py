@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,13 +15,8 @@ from typing import Any, TypeVar
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.teacher_cache.engines.server.http import (
-    REQUEST_TIMEOUT_S,
-    NoAnswerError,
-    RequestRefusedError,
-    Server,
-    ServerHttp,
-)
+from dpkd.teacher_cache.engines.http import LoopThread, RequestRefusedError
+from dpkd.teacher_cache.engines.server.http import REQUEST_TIMEOUT_S, NoAnswerError, Server
 
 #: How long a job waits while no server answers, in seconds.
 PATIENCE_S = 300.0
@@ -57,24 +51,19 @@ class ServerPool:
         self,
         urls: Sequence[str],
         max_in_flight: int,
-        verify: Callable[[Server, ServerHttp], Awaitable[None]],
+        verify: Callable[[Server], Awaitable[None]],
         *,
         patience_s: float = PATIENCE_S,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
-        self.servers = [Server(url) for url in urls]
-        self._max_in_flight, self._verify = max_in_flight, verify
-        self._patience_s, self._timeout_s = patience_s, timeout_s
-        self._http = ServerHttp(timeout_s)
+        self.servers = [Server(url, timeout_s) for url in urls]
+        self._max_in_flight, self._verify, self._patience_s = max_in_flight, verify, patience_s
         self._changed = asyncio.Event()
         self._fatal: Exception | None = None
         self._last_reason = ""
         self._none_up_since_s: float | None = time.monotonic()
         self._completed_s = time.monotonic()
-        self._watchers: list[asyncio.Task[None]] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="server-pool", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("server-pool")
 
     @property
     def capacity(self) -> int:
@@ -83,34 +72,20 @@ class ServerPool:
 
     def open(self) -> None:
         """Return once every server has been tried and one can be used; raises `UserError` if none answers in time."""
-        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        self._watchers = [self._loop.start(self._look_after(server)) for server in self.servers]
+        tried = self._until(lambda: self._none_up_since_s is None and all(server.tried for server in self.servers))
+        self._loop.start(tried).result()
 
     def submit(self, body: Mapping[str, Any], parse: Callable[[bytes], _Answer]) -> Future[_Answer]:
         """Send a completion request; `parse` gets the answer's body and may raise `NoAnswerError` to try again.
 
         The future raises `RequestRefusedError` if only this request failed, `UserError` if no request can succeed.
         """
-        return asyncio.run_coroutine_threadsafe(self._answer(body, parse), self._loop)
+        return self._loop.start(self._answer(body, parse))
 
     def close(self) -> None:
         """Abort the requests in flight and end the thread."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _open(self) -> None:
-        self._watchers = [asyncio.create_task(self._look_after(server)) for server in self.servers]
-        await self._until(lambda: self._none_up_since_s is None and all(server.tried for server in self.servers))
-
-    async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._http.close()
+        self._loop.close(*(server.client for server in self.servers))
 
     async def _answer(self, body: Mapping[str, Any], parse: Callable[[bytes], _Answer]) -> _Answer:
         """Try a request until it is answered, or is itself the cause of the failures."""
@@ -134,10 +109,7 @@ class ServerPool:
 
     async def _complete(self, server: Server, body: Mapping[str, Any]) -> bytes:
         """One attempt. It ends when the server is lost: a server that hangs keeps its connections open."""
-        whole = {"model": server.model_id, **body}
-        post = asyncio.ensure_future(
-            self._http.ask(server, "POST", "/v1/completions", whole, timeout_s=self._timeout_s)
-        )
+        post = asyncio.ensure_future(server.ask("POST", "/v1/completions", body, timeout_s=server.timeout_s))
         lost = asyncio.ensure_future(server.lost.wait())
         try:
             await asyncio.wait({post, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -213,7 +185,7 @@ class ServerPool:
         for tries in itertools.count(1):
             server.answers = False
             try:
-                await self._verify(server, self._http)
+                await self._verify(server)
                 break
             except NoAnswerError as failure:
                 self._lose(server, failure.reason)
@@ -245,7 +217,7 @@ class ServerPool:
     async def _health(self, server: Server) -> NoAnswerError | None:
         """None if the server is healthy, else why not."""
         try:
-            await self._http.ask(server, "GET", "/health")
+            await server.ask("GET", "/health")
         except NoAnswerError as failure:
             return failure
         except RequestRefusedError:

@@ -17,7 +17,7 @@ from dpkd.core.errors import UserError
 from dpkd.evaluate.judge.client import JudgeClient, read_key
 from dpkd.evaluate.judge.verdicts import Reply
 from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
-from dpkd.teacher_cache.engines.server.http import RequestRefusedError
+from dpkd.teacher_cache.engines.http import RequestRefusedError
 
 KEY = "sk-a-key-of-some-length"
 GOOD = completion("Score: 7")

@@ -550,7 +550,7 @@ def test_another_key_is_an_error(odd: VllmServer, other_student: Path, monkeypat
         connect(model, odd.url)
     assert "wrong-key" not in str(error.value)
     monkeypatch.setenv(KEY_VARIABLE, "a\nkey")
-    with pytest.raises(UserError, match="the key in VLLM_API_KEY contains invalid characters"):
+    with pytest.raises(UserError, match="the key in VLLM_API_KEY has invalid characters"):
         connect(model, odd.url)
     monkeypatch.setenv(KEY_VARIABLE, KEY + "\n")  # as `cat` gives it from a file
     refused("log-probs after temperature", model, odd.url)

@@ -10,7 +10,7 @@ import pytest
 from support.commands import free_port
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, Server, ServerHttp, base_urls
+from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, Server, base_urls
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -38,11 +38,9 @@ def test_a_server_on_this_machine_is_asked_without_the_proxy(host: str, monkeypa
         (url,) = base_urls([f"http://{host}:{server.server_port}"])
 
         async def ask() -> bytes:
-            client = ServerHttp()
-            try:
-                return await client.ask(Server(url), "GET", "/health")
-            finally:
-                await client.close()
+            asked = Server(url)
+            async with asked.client:
+                return await asked.ask("GET", "/health")
 
         try:
             assert asyncio.run(ask()) == b"Bearer a-key"
