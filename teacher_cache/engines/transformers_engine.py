@@ -92,10 +92,12 @@ class TransformersEngine(Engine):
         yield from results
 
     def _generate_batch(self, batch: list[GenerateRequest], sampling: Sampling) -> list[EngineResult]:
-        steps: list[tuple[list[int], _Table]] = []
+        tables: list[list[Any]] = [[] for _ in batch]
 
         def keep(logprobs_BV: torch.Tensor, token_B: torch.Tensor, rows: list[int]) -> None:
-            steps.append((rows, _Table.take(logprobs_BV, token_B, self._options.top_k)))
+            table_B = _Table.take(logprobs_BV, token_B, self._options.top_k)
+            for row, *position in zip(rows, *table_B, strict=True):
+                tables[row].append(position)
 
         responses = decode(
             self._next_logprobs,
@@ -104,18 +106,14 @@ class TransformersEngine(Engine):
             sampling,
             keep,
         )
-        of_row: list[list[_Table]] = [[] for _ in batch]
-        for rows, table_B in steps:
-            for position, row in enumerate(rows):
-                of_row[row].append(_Table(*(array[position] for array in table_B)))
         return [
             self._result(
                 request.index,
                 np.array(drawn.ids, np.int32),
                 drawn.finish_reason,
-                _Table(*(np.stack(arrays[: len(drawn.ids)]) for arrays in zip(*tables, strict=True))),
+                _Table(*map(np.stack, zip(*positions[: len(drawn.ids)], strict=True))),
             )
-            for request, tables, drawn in zip(batch, of_row, responses, strict=True)
+            for request, positions, drawn in zip(batch, tables, responses, strict=True)
         ]
 
     def _next_logprobs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:

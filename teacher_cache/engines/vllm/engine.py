@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,36 +46,23 @@ class _Prepared:
     to_result: Callable[[RequestOutput], EngineResult]
 
 
-@dataclass(frozen=True)
-class _Broken:
-    """An error of the engine, and the requests that were running."""
-
-    error: Exception
-    requests: list[_Prepared]
-
-
-class _FailureGuard:
-    """Stops a job whose engine fails on one request after the other: then the requests are not to blame."""
-
-    _MAX_IN_A_ROW = 5
-
-    def __init__(self) -> None:
-        self._in_a_row = 0
-
-    def answered(self) -> None:
-        self._in_a_row = 0
-
-    def failed(self, error: Exception) -> None:
-        self._in_a_row += 1
-        if self._in_a_row >= self._MAX_IN_A_ROW:
-            raise UserError(
-                f"vLLM fails on every request: {_first_line(error)}",
-                advice="Committed shards are kept. Look at the error, then run the same command again",
-            ) from error
+#: requests in a row that fail alone: then they are not to blame
+_MOST_FAILURES = 5
 
 
 def _first_line(error: Exception) -> str:
     return first_line(error)[:200]
+
+
+#: an error of the engine, and the requests that were running
+_Failure = tuple[Exception, list[_Prepared]]
+
+
+def _params(**values: Any) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **values)
 
 
 class VllmEngine(Engine):
@@ -89,7 +76,10 @@ class VllmEngine(Engine):
     allowed_token_ids: list[int] | None = None
 
     def __init__(self, model: ModelSource, options: EngineOptions) -> None:
-        on_cpu = _prepare_environment(model, options)
+        on_cpu = runs_on_cpu(options.device)
+        for name, value in own_environment(model, options.max_length, options.max_num_seqs, on_cpu=on_cpu).items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
         self._settings = own_settings(
             model, dtype=options.dtype, max_length=options.max_length, top_k=options.top_k, on_cpu=on_cpu
         )
@@ -104,7 +94,7 @@ class VllmEngine(Engine):
         self._max_model_len = sequence_limit(model, options.max_length)
         self._window = 2 * options.max_num_seqs
         self.vocab_size = model.vocab_size
-        self._failed = False
+        self._broken = False
         self._start()
 
     def _start(self) -> None:
@@ -131,21 +121,16 @@ class VllmEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         def prepare(request: GenerateRequest) -> _Prepared:
-            params = SamplingParams(
+            params = _params(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,  # it is one of the stop ids, or not meant to end a response
                 allowed_token_ids=self.allowed_token_ids,
                 seed=request.seed if sampling.temperature > 0 else None,
                 logprobs=self._options.top_k,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             return _Prepared(request.index, list(request.prompt_ids), params, partial(self._generated, request.index))
 
@@ -160,17 +145,7 @@ class VllmEngine(Engine):
         return self._result(index, ids, reason, completion.logprobs, first_position=0)  # type: ignore[arg-type]
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,  # vLLM refuses 0
-            prompt_logprobs=self._options.top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = _params(temperature=0.0, max_tokens=1, prompt_logprobs=self._options.top_k)  # vLLM refuses 0 tokens
 
         def prepare(request: ScoreRequest) -> _Prepared:
             ids = [*map(int, request.prompt_ids), *map(int, request.response_ids)]
@@ -191,11 +166,11 @@ class VllmEngine(Engine):
 
     def _run(self, source: Iterator[_Prepared]) -> Iterator[EngineResult | FailedRequest]:
         """Answers to all requests. If the engine fails, those that were running are tried again in smaller groups."""
-        guard = _FailureGuard()
-        while (broken := (yield from self._stream(source))) is not None:
-            yield from self._isolate(broken, guard)
+        self._failed_in_a_row = 0
+        while (failure := (yield from self._stream(source))) is not None:
+            yield from self._isolate(*failure)
 
-    def _stream(self, source: Iterator[_Prepared]) -> Generator[EngineResult | FailedRequest, None, _Broken | None]:
+    def _stream(self, source: Iterator[_Prepared]) -> Generator[EngineResult | FailedRequest, None, _Failure | None]:
         """Keep the engine full, reading from `source` only as it has capacity.
 
         Returns None when all requests are answered; otherwise the engine's error and the requests that were running.
@@ -203,7 +178,7 @@ class VllmEngine(Engine):
         from vllm import TokensPrompt
         from vllm.exceptions import VLLMClientError
 
-        if self._failed:
+        if self._broken:
             self._restart()
         engine = self._llm.llm_engine
         running: dict[str, tuple[str, _Prepared]] = {}
@@ -225,10 +200,10 @@ class VllmEngine(Engine):
                 try:
                     outputs = engine.step()
                 except Exception as error:
-                    broken = _Broken(error, [request for _, request in running.values()])
+                    requests = [request for _, request in running.values()]
                     running.clear()
-                    self._failed = True
-                    return broken
+                    self._broken = True
+                    return error, requests
                 for output in outputs:
                     if output.finished:
                         yield running.pop(output.request_id)[1].to_result(output)  # type: ignore[arg-type]
@@ -236,21 +211,26 @@ class VllmEngine(Engine):
             if running:  # the caller has closed this generator
                 engine.abort_request([internal_id for internal_id, _ in running.values()], internal=True)
 
-    def _isolate(self, broken: _Broken, guard: _FailureGuard) -> Iterator[EngineResult | FailedRequest]:
+    def _isolate(self, error: Exception, requests: list[_Prepared]) -> Iterator[EngineResult | FailedRequest]:
         """Answer the requests of a failed batch in halves, each with a new engine, to find the one that fails alone."""
-        if is_out_of_memory(broken.error):
-            raise self._out_of_memory(broken.error) from broken.error
-        say(f"vLLM failed ({_first_line(broken.error)}); restarting it for {len(broken.requests)} requests")
-        half = len(broken.requests) // 2
-        for group in filter(None, (broken.requests[:half], broken.requests[half:])):
-            again = yield from self._stream(iter(group))
-            if again is not None and len(group) == 1:
-                guard.failed(again.error)
-                yield FailedRequest(group[0].index, f"vLLM fails on it: {_first_line(again.error)}")
-            elif again is not None:
-                yield from self._isolate(again, guard)
+        if is_out_of_memory(error):
+            raise self._out_of_memory(error) from error
+        say(f"vLLM failed ({_first_line(error)}); restarting it for {len(requests)} requests")
+        half = len(requests) // 2
+        for group in filter(None, (requests[:half], requests[half:])):
+            failure = yield from self._stream(iter(group))
+            if failure is None:
+                self._failed_in_a_row = 0
+            elif len(group) > 1:
+                yield from self._isolate(*failure)
             else:
-                guard.answered()
+                self._failed_in_a_row += 1
+                if self._failed_in_a_row >= _MOST_FAILURES:
+                    raise UserError(
+                        f"vLLM fails on every request: {_first_line(failure[0])}",
+                        advice="Committed shards are kept. Look at the error, then run the same command again",
+                    ) from failure[0]
+                yield FailedRequest(group[0].index, f"vLLM fails on it: {_first_line(failure[0])}")
 
     def _restart(self) -> None:
         try:
@@ -258,7 +238,7 @@ class VllmEngine(Engine):
         except Exception as error:  # only the start of the new one matters
             say(f"the failed engine did not close cleanly: {_first_line(error)}")
         self._start()
-        self._failed = False
+        self._broken = False
 
     def _result(
         self, index: int, response_ids: np.ndarray, reason: FinishReason, flat: FlatLogprobs, first_position: int
@@ -285,13 +265,3 @@ class VllmEngine(Engine):
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _prepare_environment(model: ModelSource, options: EngineOptions) -> bool:
-    """Set vLLM's environment variables unless the user has; returns whether it runs on the CPU."""
-    on_cpu = runs_on_cpu(options.device)
-    variables = own_environment(model, options.max_length, options.max_num_seqs, on_cpu=on_cpu)
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
-    return on_cpu

@@ -104,6 +104,16 @@ def test_stop_tokens_end_a_response_and_are_kept(vllm: Engine, transformers: Eng
         assert cut.response_ids.tolist() == first[: first.index(stop) + 1]
 
 
+def test_only_the_given_stop_tokens_end_a_response(vllm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "allowed_token_ids", [0, 5, 9])  # 0 is the EOS of the model's config
+    drawn = generate(vllm, temperature=4.0, stop_token_ids=(9,)).values()
+    assert any(0 in result.response_ids for result in drawn)
+    for result in drawn:
+        ended = result.response_ids[-1] == 9
+        assert (result.finish_reason, 9 in result.response_ids[:-1]) == ("stop" if ended else "length", False)
+        assert ended or len(result.response_ids) == 20
+
+
 def test_an_abandoned_generation_leaves_the_engine_usable(vllm: Engine) -> None:
     requests = (GenerateRequest(i, PROMPTS[i % 4], seed=i) for i in range(12))
     results = vllm.generate(requests, Sampling(1.0, 1.0, 20, (0,)))
