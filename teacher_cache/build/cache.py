@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections import Counter
 from dataclasses import asdict
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpkd.core.models import ModelSource, locate_model, locate_remote_model
@@ -15,7 +14,7 @@ from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import EndpointTeacher, Filler, open_filler
-from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.build.plan import AnswerOf, RowPlan
 from dpkd.teacher_cache.build.request import (
     check_shard_size,
     engine_identity,
@@ -24,7 +23,7 @@ from dpkd.teacher_cache.build.request import (
     sampling,
     say_complete,
 )
-from dpkd.teacher_cache.build.survey import Part, Survey
+from dpkd.teacher_cache.build.survey import Part
 from dpkd.teacher_cache.engines.engine import ResolvedEngine
 from dpkd.teacher_cache.engines.open import check_engine, resolve_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -34,6 +33,7 @@ from dpkd.teacher_cache.store.reader import CACHE_KIND
 from dpkd.teacher_cache.store.shards import read_shard
 
 if TYPE_CHECKING:
+    from dpkd.teacher_cache.store.folder import Folder
     from dpkd.teacher_cache.store.manifest import Manifest
 
 
@@ -48,54 +48,47 @@ def build_cache(config: CacheConfig) -> Manifest:
         from dpkd.teacher_cache.build.rounds import build_round
 
         return build_round(config)
-    inputs = open_inputs(config)
+    folder = open_folder(config.out)
+    inputs = open_inputs(config, folder)
     survey = inputs.plan.survey
     _say_skipped(survey.skipped)
     survey.text.say()
-    check_shard_size(config, max(survey.num_rows.values()))
-    folder = open_folder(config.out)
     with contextlib.ExitStack() as stack:
-        if config.engine == "openai":
-            endpoint = stack.enter_context(EndpointTeacher(config, inputs.teacher, folder))
-            config, inputs = endpoint.config, inputs._replace(endpoint=endpoint)
-        job = Job(folder, CACHE_KIND, cache_identities(config, inputs))
+        if inputs.endpoint is not None:
+            stack.callback(inputs.endpoint.close)
+        job = Job(folder, CACHE_KIND, cache_identities(inputs))
         job.check_source = inputs.source.check_unchanged
-        manifest = stack.enter_context(job.opened(config.to_toml(), survey.by_origin()))
+        manifest = stack.enter_context(job.opened(inputs.config.to_toml(), survey.by_origin()))
         if manifest is None:
-            fill_cache(config, inputs, survey, job)
+            fill_cache(inputs, job)
             manifest = job.finish([asdict(row) for row in survey.skipped], survey.text.to_dict())
     say_complete(f"the cache {config.out}", manifest)
     return manifest
 
 
-def fill_cache(config: CacheConfig, inputs: CacheInputs, survey: Survey, job: Job) -> None:
-    """Commit every shard that is missing in `job`; raises `UserError` if the data changed meanwhile."""
-    if job.num_done() < sum(survey.num_rows.values()):
-        say(f"starting {inputs.engine} with the teacher {config.teacher_model or config.teacher}")
-        if inputs.engine == "openai":
-            endpoint = inputs.endpoint or EndpointTeacher(config, inputs.teacher, job.folder)
-            opened = endpoint.filler()
-        else:
-            opened = open_filler(inputs.engine, inputs.teacher, engine_options(config), config)
-        with opened as filler:
-            for part, num_rows in survey.in_order():
-                _fill(job, inputs.plan, part, filler, config, num_rows)
-    inputs.source.check_unchanged(content=True)
-
-
 class CacheInputs(NamedTuple):
-    """What a cache is made of."""
+    """What a cache is made of; `config` asks an endpoint for as many entries as it returns."""
 
+    config: CacheConfig
     engine: ResolvedEngine
     source: ExampleSource
     teacher: ModelSource
     encoder: PromptEncoder
     plan: RowPlan
-    endpoint: EndpointTeacher | None = None
+    endpoint: EndpointTeacher | None
+
+    def open_teacher(self) -> contextlib.AbstractContextManager[Filler]:
+        """The filler with the teacher loaded, or connected to its endpoint."""
+        if self.endpoint is not None:
+            return self.endpoint.filler()
+        return open_filler(self.engine, self.teacher, engine_options(self.config), self.config)
 
 
-def open_inputs(config: CacheConfig) -> CacheInputs:
-    """Find and check the data, the teacher and the engine; raises `UserError` for those that cannot be used."""
+def open_inputs(config: CacheConfig, folder: Folder) -> CacheInputs:
+    """Find and check the data, the teacher and the engine; raises `UserError` for those that cannot be used.
+
+    An endpoint is asked last, because its answers cost money. `folder` may know what it returns.
+    """
     assert config.data is not None  # checked by the config
     engine = resolve_engine(config.engine)
     source = open_examples(config.data)
@@ -105,7 +98,24 @@ def open_inputs(config: CacheConfig) -> CacheInputs:
         teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
     check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
     encoder = PromptEncoder(teacher.tokenizer, config.template, config.template_arg)
-    return CacheInputs(engine, source, teacher, encoder, RowPlan(source, encoder, config))
+    plan = RowPlan(source, encoder, config)
+    check_shard_size(config, max(plan.survey.num_rows.values()))
+    endpoint = None
+    if engine == "openai":
+        endpoint = EndpointTeacher(config, teacher, folder)
+        config = endpoint.config
+    return CacheInputs(config, engine, source, teacher, encoder, plan, endpoint)
+
+
+def fill_cache(inputs: CacheInputs, job: Job) -> None:
+    """Commit every shard that is missing in `job`; raises `UserError` if the data changed meanwhile."""
+    config, survey = inputs.config, inputs.plan.survey
+    if job.num_done() < sum(survey.num_rows.values()):
+        say(f"starting {inputs.engine} with the teacher {config.teacher_model or config.teacher}")
+        with inputs.open_teacher() as filler:
+            for part, num_rows in survey.in_order():
+                _fill(job, inputs.plan, part, filler, config, num_rows)
+    inputs.source.check_unchanged(content=True)
 
 
 def _fill(job: Job, plan: RowPlan, part: Part, filler: Filler, config: CacheConfig, num_rows: int) -> None:
@@ -116,35 +126,24 @@ def _fill(job: Job, plan: RowPlan, part: Part, filler: Filler, config: CacheConf
     asks = part.origin == "teacher"
     drawn = sampling(config, job.identities["generation"]["stop_token_ids"]) if asks else None
     label = ("teacher responses" if asks else "teacher scores of references") + part.note
-    rows = plan.rows(part, EarlierAnswers(job)) if part.turn > 1 else plan.rows(part)
+    rows = plan.rows(part, earlier_answers(job)) if part.turn > 1 else plan.rows(part)
     with Progress(label, num_rows, "rows", done) as progress:
         filler(job, layout, rows, drawn, progress)
 
 
-class EarlierAnswers:
+def earlier_answers(job: Job) -> AnswerOf:
     """The teacher's answers to earlier turns, from the shards that the job has committed."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-
-    @cached_property
-    def _texts(self) -> dict[tuple[str, int], str]:
-        texts: dict[tuple[str, int], str] = {}
-        for record in list(self._job.committed.values()):
-            if record.origin == "teacher":
-                shard = read_shard(self._job.folder, record)
-                texts |= {shard.key(index): shard.texts(index)[1] for index in range(len(shard))}
-        return texts
-
-    def __call__(self, name: str, sample: int) -> str | None:
-        return self._texts.get((name, sample))
+    texts: dict[tuple[str, int], str] = {}
+    for record in list(job.committed.values()):
+        if record.origin == "teacher":
+            shard = read_shard(job.folder, record)
+            texts |= {shard.key(index): shard.texts(index)[1] for index in range(len(shard))}
+    return lambda name, sample: texts.get((name, sample))
 
 
-def cache_identities(config: CacheConfig, inputs: CacheInputs) -> dict[str, Any]:
+def cache_identities(inputs: CacheInputs) -> dict[str, Any]:
     """What the cache's manifest says that it is."""
-    engine, source, teacher, encoder, plan, endpoint = inputs
-    if engine == "openai" and endpoint is None:
-        endpoint = EndpointTeacher(config, teacher, open_folder(config.out))  # of a folder that knows it
+    config, engine, source, teacher, encoder, plan, endpoint = inputs
     return {
         "teacher": teacher.identity(config.dtype),
         "tokenizer": teacher.tokenizer_identity() | {"probe": teacher.tokenizer_probe()},

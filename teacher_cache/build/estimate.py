@@ -9,20 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
 from dpkd.core.progress import say
-from dpkd.teacher_cache.build.cache import open_inputs
+from dpkd.teacher_cache.build.cache import CacheInputs, open_inputs
 from dpkd.teacher_cache.build.cost import CacheCost, Phase
-from dpkd.teacher_cache.build.filling import EndpointTeacher, Filler, open_filler
+from dpkd.teacher_cache.build.filling import Filler
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
 from dpkd.teacher_cache.build.request import engine_options, sampling
-from dpkd.teacher_cache.build.rounds import open_round, open_student, planned_rows
-from dpkd.teacher_cache.engines.engine import ResolvedEngine, Sampling, ScoreRequest, results_only
+from dpkd.teacher_cache.build.rounds import RoundInputs, open_round, planned_rows
+from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, results_only
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
 from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -30,7 +29,6 @@ from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
-    from dpkd.core.models import ModelSource
     from dpkd.teacher_cache.store.rows import PlannedRow
 
 Measure = Callable[..., "tuple[Phase, PilotRun]"]
@@ -48,21 +46,16 @@ def estimate_cost(config: CacheConfig, *, num_rows: int | None = None, live: boo
 
 def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
     started_s = time.monotonic()
-    inputs = open_inputs(config)
-    survey = inputs.plan.survey
-    survey_s = time.monotonic() - started_s
     phases, scored = [], []
     with contextlib.ExitStack() as stack:
-        start: Callable[[], AbstractContextManager[Filler]]
-        start = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
-        if inputs.engine == "openai":
-            nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpkd-pilot-"))
-            endpoint = stack.enter_context(EndpointTeacher(config, inputs.teacher, open_folder(nowhere)))
-            config, start = endpoint.config, endpoint.filler
-        measure = stack.enter_context(_opened(config, start))
+        nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpkd-pilot-"))
+        inputs = open_inputs(config, open_folder(nowhere))
+        survey = inputs.plan.survey
+        survey_s = time.monotonic() - started_s
+        measure = stack.enter_context(_opened(inputs.config, inputs.open_teacher))
         parts = [part for part, _ in survey.in_order()]
         for origin, num_rows in survey.by_origin().items():
-            drawn = sampling(config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
+            drawn = sampling(inputs.config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
             label = "teacher responses" if drawn else "teacher scores of references"
             # answers to earlier turns are not known yet: their places are empty in the pilot's prompts
             rows = chain.from_iterable(
@@ -71,8 +64,8 @@ def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
             phase, run = measure(label, rows, num_rows, drawn)
             phases.append(phase)
             scored.append((run, num_rows))
-    live_s, reason = _live_epoch(config, inputs.engine, inputs.teacher, scored) if live else (None, "as asked")
-    return _cost(config, inputs.engine, inputs.teacher, len(survey.skipped), survey_s, phases, live_s, reason)
+    live_s, reason = _live_epoch(inputs, scored) if live else (None, "as asked")
+    return _cost(inputs, survey_s, phases, live_s, reason, num_skipped=len(survey.skipped))
 
 
 def _of_round(config: CacheConfig, num_rows: int | None) -> CacheCost:
@@ -84,14 +77,13 @@ def _of_round(config: CacheConfig, num_rows: int | None) -> CacheCost:
     survey_s = time.monotonic() - started_s
     rows = planned_rows(cache, cache.shards(), config.seed)
     drawn = sampling(config, inputs.student.stop_token_ids())
-    with _opened(config, partial(open_student, inputs)) as measure:
+    with _opened(config, inputs.open_student) as measure:
         phase, run = measure("student responses", rows, num_cached, drawn, num_rows)
     phases = [replace(phase, num_bytes=0)]  # deleted at the end
-    teacher = partial(open_filler, inputs.engine, inputs.teacher, engine_options(config), config)
-    with _opened(config, teacher) as measure:
+    with _opened(config, inputs.open_teacher) as measure:
         phase, _ = measure("teacher scores", iter(run.rows), len(run.rows), None, num_rows)
     reason = "because it would answer for responses that the student draws in every step"
-    return _cost(config, inputs.engine, inputs.teacher, 0, survey_s, [*phases, phase], None, reason)
+    return _cost(inputs, survey_s, [*phases, phase], None, reason)
 
 
 @contextlib.contextmanager
@@ -132,17 +124,15 @@ def _slots(config: CacheConfig) -> Slots:
     return Slots(config.max_num_seqs * max(len(config.server_url), config.ray_replicas))
 
 
-def _live_epoch(
-    config: CacheConfig, engine: ResolvedEngine, teacher: ModelSource, scored: list[tuple[PilotRun, int]]
-) -> tuple[float | None, str]:
+def _live_epoch(inputs: CacheInputs, scored: list[tuple[PilotRun, int]]) -> tuple[float | None, str]:
     """Seconds of a live teacher for an epoch on these rows: a forward pass of each by transformers. None: why not."""
-    if engine in ("server", "openai"):
+    if inputs.engine in ("server", "openai"):
         return None, "because the teacher is on a server"
-    if _num_devices(config) > 1:
+    if _num_devices(inputs.config) > 1:
         return None, "because the teacher takes more than one device"
     say("pilot: timing a live teacher on the same rows")
     seconds = 0.0
-    with open_engine("transformers", teacher, engine_options(config, top_k=0)) as live:
+    with open_engine("transformers", inputs.teacher, engine_options(inputs.config, top_k=0)) as live:
         for run, num_rows in scored:
             requests = [
                 ScoreRequest(index, row.prompt_ids, row.response_ids or ()) for index, row in enumerate(run.rows)
@@ -163,20 +153,19 @@ def _num_devices(config: CacheConfig) -> int:
 
 
 def _cost(
-    config: CacheConfig,
-    engine: ResolvedEngine,
-    teacher: ModelSource,
-    num_skipped: int,
+    inputs: CacheInputs | RoundInputs,
     survey_s: float,
     phases: list[Phase],
     live_epoch_s: float | None,
     no_live_reason: str,
+    num_skipped: int = 0,
 ) -> CacheCost:
-    parameters = teacher.num_parameters
+    config, parameters = inputs.config, inputs.teacher.num_parameters
+    at = {"server": "server", "openai": "endpoint"}
     return CacheCost(
         out=config.out if config.round is None else f"the round {config.round} of {config.out}",
-        engine=engine,
-        device={"server": "server", "openai": "endpoint"}.get(engine) or choose_device(config.device).type,
+        engine=inputs.engine,
+        device=at.get(inputs.engine) or choose_device(config.device).type,
         devices=_num_devices(config),
         num_skipped=num_skipped,
         survey_s=survey_s,

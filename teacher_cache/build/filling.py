@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.assembling import ShardLayout, fill
@@ -58,7 +58,7 @@ def engine_filler(engine: Engine, model: ModelSource) -> Iterator[Filler]:
 
 
 class EndpointTeacher:
-    """The endpoint of `config`; a context manager.
+    """The endpoint of `config`.
 
     The folder of an earlier run says what the endpoint returns, so a finished cache is found without asking it, and a
     job that resumes refuses an endpoint that has changed. For a new folder the endpoint is measured at once.
@@ -97,16 +97,13 @@ class EndpointTeacher:
 
     @contextlib.contextmanager
     def filler(self) -> Iterator[Filler]:
-        """What fills the cache's shards; closes the engine after the block."""
-        if self._engine is None:
-            self._engine = self._open(self.facts, at_least=True)
-        with engine_filler(self._engine, self._model) as filler:
+        """What fills the cache's shards; closes the connection after the block."""
+        engine, self._engine = self._engine or self._open(self.facts, at_least=True), None
+        with engine_filler(engine, self._model) as filler:
             yield filler
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
+        """Close the connection of an endpoint that was measured, and perhaps not used."""
         if self._engine is not None:
             self._engine.close()
 

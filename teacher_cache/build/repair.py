@@ -11,7 +11,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.build.assembling import ShardLayout
-from dpkd.teacher_cache.build.cache import EarlierAnswers, cache_identities, fill_cache, open_inputs
+from dpkd.teacher_cache.build.cache import cache_identities, earlier_answers, fill_cache, open_inputs
 from dpkd.teacher_cache.build.derived.filtering import plan_filter
 from dpkd.teacher_cache.build.derived.merging import plan_merge
 from dpkd.teacher_cache.build.derived.writing import DerivedCache, fill_derived
@@ -111,15 +111,15 @@ def _filler(cache: _Part, job: RepairJob, location: str) -> Callable[[], None]:
         _refuse_other(cache, derived.identities)
         return lambda: fill_derived(job, derived)
     config = _saved_options(cache.folder, location)
-    inputs = open_inputs(config)
-    _refuse_other(cache, cache_identities(config, inputs))
+    inputs = open_inputs(config, cache.folder)
+    _refuse_other(cache, cache_identities(inputs))
     job.check_source = inputs.source.check_unchanged
 
     def fill() -> None:
-        fill_cache(config, inputs, inputs.plan.survey, job)
+        fill_cache(inputs, job)
         while job.changed() and (stale := _stale_turns(config, inputs.plan, job)):
             job.also_remake(stale)
-            fill_cache(config, inputs, inputs.plan.survey, job)
+            fill_cache(inputs, job)
 
     return fill
 
@@ -131,7 +131,7 @@ def _stale_turns(config: CacheConfig, plan: RowPlan, job: RepairJob) -> list[str
         if part.turn == 1:
             continue
         layout = ShardLayout(part.origin, config.rows_per_shard, part.stem)
-        rows = plan.rows(part, EarlierAnswers(job))
+        rows = plan.rows(part, earlier_answers(job))
         for number, members in itertools.groupby(rows, lambda row: row.index // config.rows_per_shard):
             record = job.committed[layout.path(number)]
             shard = read_shard(job.folder, record)

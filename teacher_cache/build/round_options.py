@@ -33,7 +33,11 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
         "max_prompt_tokens": generation["max_prompt_tokens"],
         "rows_per_shard": cache.rows_per_shard,
     }
-    for key, value in shared.items():
+    of_prompts = {
+        "thinking": generation.get("thinking") or "keep",
+        "template_arg": identities["template"].get("args", {}),
+    }
+    for key, value in (shared | of_prompts).items():
         given = getattr(config, key)
         if given not in (value, CacheConfig.model_fields[key].default):
             raise UserError(
@@ -41,7 +45,7 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
                 found=given,
                 expected=value,
                 where=cache.folder,
-                advice=f"Leave --{key.replace('_', '-')} out",
+                advice=f"Leave {config.flag(key)} out",
             )
     # responses of other lengths or another temperature are not what training compares: only if someone asks for them
     drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
@@ -50,15 +54,12 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
         raise UserError(
             f"the cache was merged from caches that differ in their {unknown[0]}, so a round does not know its own",
             where=cache.folder,
-            advice=f"Give --{unknown[0].replace('_', '-')}",
+            advice=f"Give {config.flag(unknown[0])}",
         )
     if differing := [key for key, value in given.items() if drawn[key] not in (None, value)]:
         ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
         say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
-    return _checked(config.model_copy(update=shared | drawn | given))
-
-
-def _checked(config: CacheConfig) -> CacheConfig:
+    config = config.model_copy(update=shared | drawn | given)
     if config.teacher_mix is not None and (config.temperature, config.top_p) != (1, 1):
         raise UserError(
             "a mixture with the teacher is one of the models' own distributions",

@@ -89,6 +89,19 @@ class RoundInputs(NamedTuple):
     student: ModelSource
     teacher: ModelSource
 
+    def open_student(self) -> contextlib.AbstractContextManager[Filler]:
+        """The filler with the student loaded, and with the teacher beside it for a mixture of both."""
+        config, options = self.config, engine_options(self.config, top_k=0)
+        if config.teacher_mix is None:
+            return open_filler(self.engine, self.student, options, config)
+        from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
+
+        return engine_filler(MixedEngine(self.student, self.teacher, options, config.teacher_mix), self.student)
+
+    def open_teacher(self) -> contextlib.AbstractContextManager[Filler]:
+        """The filler with the teacher loaded."""
+        return open_filler(self.engine, self.teacher, engine_options(self.config), self.config)
+
 
 def open_round(cache: TeacherCache, config: CacheConfig) -> RoundInputs:
     """Find and check the models of a round of `cache`; raises `UserError` for those that it cannot use."""
@@ -116,17 +129,6 @@ def open_round(cache: TeacherCache, config: CacheConfig) -> RoundInputs:
     return RoundInputs(config, engine, student, teacher)
 
 
-def open_student(inputs: RoundInputs) -> contextlib.AbstractContextManager[Filler]:
-    """The filler with the student loaded, and with the teacher beside it for a mixture of both."""
-    config, engine, student, teacher = inputs
-    options = engine_options(config, top_k=0)
-    if config.teacher_mix is None:
-        return open_filler(engine, student, options, config)
-    from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
-
-    return engine_filler(MixedEngine(student, teacher, options, config.teacher_mix), student)
-
-
 def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundInputs) -> None:
     config, engine, student, _ = inputs
     num_rows = cache.manifest.counts["rows"]
@@ -136,7 +138,7 @@ def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundIn
         return
     say(f"starting {engine} with the student {config.student}" + (" and the teacher" if config.teacher_mix else ""))
     drawn = sampling(config, student.stop_token_ids())
-    with open_student(inputs) as filler:
+    with inputs.open_student() as filler:
         with Progress("student responses", num_rows, "rows", sampled.num_done()) as progress:
             for stem in cache.stems:
                 rows = planned_rows(cache, _missing(cache, stem, sampled), config.seed)
@@ -149,10 +151,10 @@ def _run_student(cache: TeacherCache, sampled: Job, scored: Job, inputs: RoundIn
 
 
 def _run_teacher(cache: TeacherCache, sampled: Job, scored: Job, job: Job, inputs: RoundInputs) -> None:
-    config, engine, _, teacher = inputs
-    say(f"starting {engine} with the teacher {config.teacher}")
+    config = inputs.config
+    say(f"starting {inputs.engine} with the teacher {config.teacher}")
     with (
-        open_filler(engine, teacher, engine_options(config), config) as filler,
+        inputs.open_teacher() as filler,
         Progress("teacher scores", cache.manifest.counts["rows"], "rows", job.num_done()) as progress,
     ):
         for stem in cache.stems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,10 @@ from dpkd.teacher_cache.engines.engine import EndpointApi, EngineName
 #: entries kept per position by default
 DEFAULT_TOP_K = 64
 DEFAULT_MAX_TOP_K = 128
+
+_OF_RAY = ("ray_replicas", "ray_cpus", "ray_gpus")
+#: options of models on this machine, by the engines that have none here. A server's dtype is what the cache records
+_LOCAL_ON = {"server": ("device",), "openai": ("device", "dtype")}
 
 
 class SourceOptions(Settings):
@@ -207,25 +212,24 @@ class CacheConfig(
         for key in ("pilot_rows", "price_per_hour"):
             if key in self.model_fields_set and not self.dry_run:
                 raise ValueError(f"{self.flag(key)} goes with --dry-run")
-        if problem := self._problem_of_the_endpoint():
+        for engine, keys in (("ray", _OF_RAY), ("openai", EndpointChoiceOptions.model_fields)):
+            if self.engine != engine and (given := self._changed(keys)):
+                raise ValueError(f"{self.flag(given[0])} goes with --engine {engine}")
+        if self.engine in _LOCAL_ON and (given := self._changed(_LOCAL_ON[self.engine])):
+            raise ValueError(f"{self.flag(given[0])} is for models on this machine; --engine {self.engine} takes none")
+        if self.engine == "openai" and (problem := self._problem_of_the_endpoint()):
             raise ValueError(problem)
         if self.engine_arg and self.engine in ("server", "transformers", "openai"):
             raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
         return self
 
     def _problem_of_the_endpoint(self) -> str | None:
-        own = ("teacher_url", "teacher_model")
-        given = [key for key in EndpointChoiceOptions.model_fields if getattr(self, key) != _default(key)]
-        if self.engine != "openai":
-            return f"{self.flag(given[0])} goes with --engine openai" if given else None
-        if missing := [self.flag(key) for key in own if getattr(self, key) is None]:
+        if missing := [self.flag(key) for key in ("teacher_url", "teacher_model") if getattr(self, key) is None]:
             return f"--engine openai needs {' and '.join(missing)}"
         if self.responses != "teacher" or self.round is not None:
             return "--engine openai answers prompts and scores nothing: --responses teacher, and no --round"
         if self.teacher_api == "chat" and self.template != "chat":
             return f"--teacher-api chat uses the endpoint's chat template: give --template chat, not {self.template}"
-        if local := [key for key in ("device", "dtype") if getattr(self, key) != _default(key)]:
-            return f"{self.flag(local[0])} is for models on this machine; --engine openai takes none"
         if self.template_arg and self.teacher_api == "chat":
             return "--template-arg is for a template on this machine: --teacher-api chat uses the endpoint's own"
         if self.max_cost is not None and not (self.price_in or self.price_out):
@@ -234,13 +238,14 @@ class CacheConfig(
             return "--price-per-hour is for models on this machine: give --price-in and --price-out"
         return None
 
+    def _changed(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that do not have their default."""
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].default]
+
     @property
     def most_entries(self) -> int:
         """Number of entries to request at every position."""
         if self.top_mass is not None:
             return self.max_top_k or DEFAULT_MAX_TOP_K
         return DEFAULT_TOP_K if self.top_k is None else self.top_k
-
-
-def _default(key: str) -> object:
-    return CacheConfig.model_fields[key].default

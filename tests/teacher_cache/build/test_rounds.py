@@ -124,6 +124,16 @@ def test_other_generation_settings_are_taken_if_they_are_given_and_said_in_one_l
     build_round("other", top_k=0, max_new_tokens=5, temperature=0.5)  # finished: nothing to do
 
 
+@pytest.mark.parametrize(("option", "value"), [("thinking", "drop"), ("template_arg", {"enable_thinking": "false"})])
+def test_a_round_refuses_options_of_prompts_that_it_would_not_use(
+    option: str, value: object, build_round: BuildRound
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"a round uses the {option} of its cache: .*Leave --{option.replace('_', '-')}"
+    ):
+        build_round("other", **{option: value})
+
+
 def test_minillm_refuses_a_round_of_another_distribution(
     build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
 ) -> None:

@@ -457,6 +457,17 @@ def test_a_directory_with_a_tokenizer_alone_is_enough(
             {"engine": "transformers", "teacher_model": None, "teacher_url": None, "tries": 3},
             "goes with --engine openai",
         ),
+        ({"ray_replicas": 2}, "--ray-replicas goes with --engine ray"),
+        (
+            {
+                "engine": "server",
+                "server_url": "http://host",
+                "teacher_model": None,
+                "teacher_url": None,
+                "device": "cpu",
+            },
+            "--device is for models on this machine; --engine server takes none",
+        ),
         ({"teacher_url": "http://user:pw@host/v1"}, "holds a user name or password"),
         ({"teacher_url": "ftp://host"}, "not an address of the form"),
     ],
