@@ -222,7 +222,7 @@ def _wait_until_up(process: subprocess.Popen[bytes], config: ServeConfig) -> Non
             raise UserError(
                 f"the server did not answer within {config.start_timeout_s:g} s",
                 where=config.log,
-                advice="Look at its output, or allow more time with --set start_timeout_s",
+                advice="Look at its output, or allow more time with --start-timeout-s",
             )
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:

@@ -82,7 +82,8 @@ def judge_answers(config: JudgeConfig) -> int:
 
 
 def compare_with_teacher(config: FidelityConfig) -> None:
-    from dpkd.teacher_cache.audit.fidelity import fidelity_table, measure_fidelity
+    from dpkd.teacher_cache.audit.fidelity import measure_fidelity
+    from dpkd.teacher_cache.audit.fidelity_table import fidelity_table
 
     if config.pilot:
         from dpkd.pipelines.bridges import pilot_of_k

@@ -7,13 +7,11 @@ that is no larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError, first_line
-from dpkd.core.markdown import markdown_table
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.audit.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from dpkd.teacher_cache.options.audit import FidelityConfig
 
 _SHORT = 12  # digits shown of a sha256
-_VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "unknown, the controls are larger than the grid"}
 
 
 def spread_rows(cache: TeacherCache, limit: int) -> list[CachedRow]:
@@ -74,7 +71,11 @@ def measure_fidelity(
     cache.check_teacher(teacher, advice="Give the teacher that the cache was built with")
     cache.check_tokenizer(teacher, "teacher")
     rows = [part for row in spread_rows(cache, config.limit) for part in row.by_span()]
-    engine = _live_engine(cache, config)
+    built_with = cache.identities["generation"]["engine"]
+    # a server runs vLLM
+    engine = resolve_engine(
+        "transformers" if (config.engine, built_with) == ("auto", "transformers") else config.engine
+    )
     options = _engine_options(cache, config, engine, rows)
     check_engine(engine, teacher, options, scores=True)
 
@@ -84,8 +85,16 @@ def measure_fidelity(
         live = _score(running, rows, sorted_order, "live scores")
         again = _score(running, rows, mixed_order, "live scores again")
     cached = Scores.joined([Scores(row.response_logprobs, row.distributions) for row in rows])
-    with _memory_explained(teacher):
+    try:
         full, loss = _score_fully(teacher, rows, options)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"transformers ran out of memory: {first_line(error)}",
+            where=teacher.path,
+            advice="Full distributions need the teacher in transformers: choose --device cpu",
+        ) from error
     passes = {
         "cached_vs_live": (cached, live),
         "cached_vs_transformers": (cached, full),
@@ -93,6 +102,7 @@ def measure_fidelity(
         "live_vs_transformers": (live, full),
     }
     compared = {name: compare(ours, theirs, cache.vocab_size) for name, (ours, theirs) in passes.items()}
+    counts = cache.manifest.counts
     return {
         "cache": _cache_facts(cache),
         "live": {"engine": engine, "dtype": options.dtype},
@@ -102,21 +112,15 @@ def measure_fidelity(
         **compared,
         "distributions": loss and _loss_facts(loss),
         "bound": _bound(compared),
-        "size": _size(cache),
+        "size": {key: counts[key] for key in ("bytes", "positions", "entries")} | cache.manifest.densities,
         "pilot": None if pilot is None else pilot(config, cache),
     }
-
-
-def _live_engine(cache: TeacherCache, config: FidelityConfig) -> ResolvedEngine:
-    if config.engine == "auto" and cache.manifest.identities["generation"]["engine"] == "transformers":
-        return "transformers"
-    return resolve_engine(config.engine)  # a server runs vLLM
 
 
 def _engine_options(
     cache: TeacherCache, config: FidelityConfig, engine: ResolvedEngine, rows: Sequence[CachedRow]
 ) -> EngineOptions:
-    identities = cache.manifest.identities
+    identities = cache.identities
     return EngineOptions(
         max_length=max(len(row.asked_ids) + len(row.response_ids) for row in rows),
         top_k=cache.top_k,
@@ -147,20 +151,6 @@ def _score(engine: Engine, rows: Sequence[CachedRow], order: Iterable[int], labe
     return Scores.joined([found[i] for i in range(len(rows))])
 
 
-@contextmanager
-def _memory_explained(teacher: ModelSource) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"transformers ran out of memory: {first_line(error)}",
-            where=teacher.path,
-            advice="Full distributions need the teacher in transformers: choose --device cpu",
-        ) from error
-
-
 def _score_fully(
     teacher: ModelSource, rows: Sequence[CachedRow], options: EngineOptions
 ) -> tuple[Scores, CutLoss | None]:
@@ -179,7 +169,7 @@ def _score_fully(
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
-    identities = cache.manifest.identities
+    identities = cache.identities
     teacher, logprobs = identities["teacher"], identities["logprobs"]
     return {
         "location": str(cache.folder),
@@ -226,92 +216,3 @@ def _bound(compared: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         "max_error_nats": error,
         "holds": None if within and noise > MAX_ERROR_NATS else within,
     }
-
-
-def _size(cache: TeacherCache) -> dict[str, Any]:
-    counts = cache.manifest.counts
-    return {key: counts[key] for key in ("bytes", "positions", "entries")} | cache.manifest.densities
-
-
-def fidelity_table(report: dict[str, Any]) -> str:
-    """The report as Markdown. Ends with a line break."""
-    cache, live, size, kept = report["cache"], report["live"], report["size"], report["distributions"]
-    entries = f"top {cache['top_k']}" if cache["top_mass"] is None else f"top mass {cache['top_mass']:g}"
-    if cache["top_mass"] is not None:
-        entries += f", at most {cache['top_k']}"
-    lines = [
-        f"{report['rows']} of {cache['rows']} rows of `{cache['location']}` ({cache['fingerprint']}; {entries}), "
-        f"{report['positions']} positions, {report['entries']} entries. Teacher {cache['teacher']} "
-        f"({cache['weights'] or 'weights unknown'}), {cache['dtype']} by {cache['engine']}; "
-        f"live in {live['dtype']} by {live['engine']}.",
-        "",
-    ]
-    header = (
-        "log-prob distance (nats)",
-        "sampled max",
-        "mean",
-        "entries max",
-        "mean",
-        "by probability",
-        "other ids at",
-    )
-    names = {
-        "cached_vs_live": f"cache against live {live['engine']}",
-        "cached_vs_transformers": "cache against transformers' full logits",
-        "live_vs_itself": f"control: live {live['engine']} against itself",
-        "live_vs_transformers": f"control: live {live['engine']} against transformers' full logits",
-    }
-    lines.append(markdown_table(header, [(name, *_comparison_cells(report[key])) for key, name in names.items()]))
-    facts = {"bytes per position": f"{size['bytes_per_position']:.2f}"}
-    if kept is not None:
-        facts |= {
-            "bytes per kept entry": f"{size['bytes_per_entry']:.3f}",
-            "entries per position": f"{size['entries_per_position']:.2f}",
-            "KL(teacher to cached), nats": f"{kept['kl']:.5f}",
-            "of it from the cut": f"{kept['kl_cut']:.5f}",
-            "of it from the grid": f"{kept['kl_grid']:.2e}",
-            "probability kept": f"{kept['mass_kept']:.4f}",
-            "error of the stored tail mass, max and mean": f"{_pair(kept['remainder_error'])}",
-            "error of the stored total, max and mean": f"{_pair(kept['total_error'])}",
-        }
-    lines.append(markdown_table(("measure", "value"), facts.items()))
-    if report["bound"] is not None:
-        bound = report["bound"]
-        lines.append(
-            f"Largest error of a kept entry: {bound['max_error_nats']:.6f} nats. Bound: {bound['grid_nats']:.6f} (grid)"
-            f" + {bound['noise_nats']:.6f} (controls): {_VERDICTS[bound['holds']]}.\n"
-        )
-    if report["pilot"] is not None:
-        lines.append(_pilot_table(report["pilot"]))
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _pilot_table(pilot: dict[str, Any]) -> str:
-    most = pilot["runs"][-1]["top_k"]
-    header = ("K in training", "held-out KL (nats), mean and spread", f"over K = {most}, same seeds")
-    rows = [
-        (
-            str(run["top_k"]),
-            f"{run['kl_mean']:.4f} ± {run['kl_spread']:.4f}",
-            "-" if run["top_k"] == most else f"{run['over_mean']:+.4f} ± {run['over_spread']:.4f}",
-        )
-        for run in pilot["runs"]
-    ]
-    return (
-        f"Copies of `{pilot['student']}`, {pilot['steps']} steps, {pilot['seeds']} seeds each, on {pilot['held_out']} "
-        f"held-out examples with all entries of the cache; before training {pilot['kl_before']:.4f}. The spread is the "
-        f"standard deviation over seeds.\n\n{markdown_table(header, rows)}"
-    )
-
-
-def _comparison_cells(comparison: dict[str, Any]) -> list[str]:
-    sampled, entries = comparison["sampled"], comparison["entries"]
-    cells = [f"{sampled['max']:.2e}", f"{sampled['mean']:.2e}"]
-    if entries is None:
-        return cells + ["-"] * 4
-    cells += [f"{entries[key]:.2e}" for key in ("max", "mean", "weighted_mean")]
-    return [*cells, str(entries["positions_with_other_ids"])]
-
-
-def _pair(values: dict[str, float]) -> str:
-    return f"{values['max']:.2e}, {values['mean']:.2e}"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
 from dpkd.pipelines.bridges import pilot_of_k
-from dpkd.teacher_cache.audit.fidelity import fidelity_table
+from dpkd.teacher_cache.audit.fidelity_table import fidelity_table
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.audit import FidelityConfig
 from dpkd.teacher_cache.options.cache import CacheConfig

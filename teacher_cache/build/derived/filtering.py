@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dpkd.core.errors import UserError
 from dpkd.core.option_errors import did_you_mean
 from dpkd.core.progress import Progress, say
-from dpkd.teacher_cache.build.derived.writing import DerivedCache, Piece, lineage_of, refuse_no_row, write_derived
+from dpkd.teacher_cache.build.derived.writing import DerivedCache, Piece, lineage_of, write_derived
 from dpkd.teacher_cache.options.derive import CONDITION, CacheFilterConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.shards import read_table
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal,
 }  # fmt: skip
 
 
@@ -47,7 +47,9 @@ def filter_cache(config: CacheFilterConfig) -> Manifest:
     say(f"{kept} of {total} rows of {config.cache} remain ({kept / total:.1%})")
     for text, number in removed.items():
         say(f"  {number} removed by {text}")
-    refuse_no_row(kept, config.cache, "Loosen the conditions; nothing was written")
+    if not kept:
+        advice = "Loosen the conditions; nothing was written"
+        raise UserError("no row is left for the new cache", found="0 rows", where=config.cache, advice=advice)
     return write_derived(derived, config.out, config.to_toml())
 
 
@@ -130,7 +132,7 @@ def _check_logprobs(cache: TeacherCache) -> None:
 
 
 def _condition(text: str, cache: TeacherCache, option: str) -> Rule:
-    """The rule of `column op value`, by an expression of Arrow's; raises `UserError` for what cannot be compared."""
+    """The rule of `column op value`, compared by Arrow; raises `UserError` for what cannot be compared."""
     match = CONDITION.fullmatch(text)
     assert match is not None  # checked by the config
     column, compare, value = match.groups()
@@ -147,25 +149,20 @@ def _condition(text: str, cache: TeacherCache, option: str) -> Rule:
             where=cache.folder,
             advice="Use --min-tokens, --max-tokens or --min-logprob" if is_list else did_you_mean(column, known),
         )
-    field, kind = pc.field(column), schema.field(column).type
+    kind = schema.field(column).type
     if compare == "contains":
         if not pa.types.is_string(kind):
             raise UserError(
                 f"{option}: only text contains something", found=f"{column} of type {kind}", where=cache.folder
             )
-        expression = pc.match_substring(field, _unquoted(value))
+        holds = partial(pc.match_substring, pattern=_unquoted(value))
     elif compare == "in":
-        expression = field.isin([_scalar(part, kind, option) for part in value.split(",")])
+        values = [_scalar(part, kind, option) for part in value.split(",")]
+        holds = partial(pc.is_in, value_set=pa.array([scalar.as_py() for scalar in values], kind))
     else:
-        expression = _COMPARE[compare](field, _scalar(value, kind, option))
-    return Rule(option, (column,), lambda table: _matches(table, expression))
-
-
-def _matches(table: pa.Table, expression: pc.Expression) -> np.ndarray:
-    holds = np.zeros(table.num_rows, bool)
-    numbered = table.append_column("row of the shard", pa.array(np.arange(table.num_rows)))
-    holds[numbered.filter(expression)["row of the shard"].to_numpy()] = True
-    return holds
+        scalar = _scalar(value, kind, option)
+        holds = lambda values: _COMPARE[compare](values, scalar)  # noqa: E731
+    return Rule(option, (column,), lambda table: pc.fill_null(holds(table[column]), False).to_numpy())
 
 
 def _scalar(text: str, kind: pa.DataType, option: str) -> pa.Scalar:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.core.progress import Progress, say
+from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.request import say_complete
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
@@ -71,9 +73,9 @@ def write_derived(derived: DerivedCache, out: str, config_toml: str) -> Manifest
             manifest = job.finish([row for cache in derived.parents for row in cache.manifest.skipped])
     say_complete(f"the cache {out}", manifest)
     for cache in derived.parents:
-        left = [text for text, number in (("rounds", len(cache.round_names)),) if number]
-        failed = len(cache.manifest.failed)
-        left += [f"{failed} failed rows"] if failed else []
+        left = ["rounds"] if cache.round_names else []
+        if failed := cache.manifest.failed:
+            left.append(f"{len(failed)} failed rows")
         if left:
             say(f"not in the new cache: {' and '.join(left)} of {cache.folder}")
     return manifest
@@ -85,31 +87,28 @@ def fill_derived(job: Job, derived: DerivedCache) -> None:
     with Progress("copy", sum(derived.num_rows.values()), "rows", job.num_done()) as progress:
         for stem in dict.fromkeys(piece.record.stem for piece in derived.pieces):
             pieces = [piece for piece in derived.pieces if piece.record.stem == stem and len(piece.indices)]
-            for path, table in _missing_shards(pieces, stem, rows_per_shard, job):
-                data, record = encode_shard(table, path, pieces[0].record.origin)
+            if not pieces:
+                continue
+            layout = ShardLayout(pieces[0].record.origin, rows_per_shard, stem)
+            for path, table in _missing_shards(pieces, layout, job):
+                data, record = encode_shard(table, path, layout.origin)
                 job.commit(data, record)
                 progress.advance(table.num_rows)
 
 
-def _missing_shards(
-    pieces: Sequence[Piece], stem: str, rows_per_shard: int, job: Job
-) -> Iterator[tuple[str, pa.Table]]:
-    """Path and rows of the shards of `stem` that are not committed. Reads only the parents' shards that they need."""
-    starts = np.cumsum([0, *(len(piece.indices) for piece in pieces)])
-    read: tuple[int, pa.Table | None] = (-1, None)
-    for number in range(-(-int(starts[-1]) // rows_per_shard)):
-        path = f"shards/{stem}-{number:06d}.parquet"
+def _missing_shards(pieces: Sequence[Piece], layout: ShardLayout, job: Job) -> Iterator[tuple[str, pa.Table]]:
+    """Path and rows of the shards that are not committed. Reads only the parents' shards that they need, once."""
+    starts = np.cumsum([0, *(len(piece.indices) for piece in pieces)]).tolist()
+    read = lru_cache(maxsize=1)(lambda index: pieces[index].table())
+    for number, first in enumerate(range(0, starts[-1], layout.rows_per_shard)):
+        path = layout.path(number)
         if path in job.committed:
             continue
-        first, end = number * rows_per_shard, min((number + 1) * rows_per_shard, int(starts[-1]))
+        end = min(first + layout.rows_per_shard, starts[-1])
         parts = []
-        for index in range(int(np.searchsorted(starts, first, side="right")) - 1, len(pieces)):
-            if starts[index] >= end:
-                break
-            if read[0] != index:
-                read = index, pieces[index].table()
-            begin = max(first - int(starts[index]), 0)
-            parts.append(read[1].slice(begin, min(end - int(starts[index]), read[1].num_rows) - begin))  # type: ignore[union-attr]
+        for index in range(bisect_right(starts, first) - 1, bisect_left(starts, end)):
+            begin = max(first, starts[index])
+            parts.append(read(index).slice(begin - starts[index], min(end, starts[index + 1]) - begin))
         yield path, pa.concat_tables(parts).combine_chunks()
 
 
@@ -125,9 +124,3 @@ def lineage_of(cache: TeacherCache) -> dict[str, Any]:
         "failed": len(cache.manifest.failed),
         "identities": cache.identities,
     }
-
-
-def refuse_no_row(num_rows: int, where: object, advice: str) -> None:
-    """Raise `UserError` where nothing is left for the new cache."""
-    if num_rows == 0:
-        raise UserError("no row is left for the new cache", found="0 rows", where=where, advice=advice)

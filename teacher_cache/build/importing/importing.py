@@ -7,6 +7,7 @@ What the source does not say is recorded as unknown, and refused by the objectiv
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,7 @@ def _fill(job: Job, source: ImportSource, model: ModelSource, num_rows: int, con
                 results.pop(index, None)  # of a shard that is committed already
 
         for plan in assembler.pending(planned()):
-            found = results[plan.index]
-            assembler.add(
-                EngineResult(plan.index, found.response_ids, found.finish_reason, found.logprobs_T, found.distributions)
-            )
+            assembler.add(replace(results[plan.index], index=plan.index))
             progress.advance()
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 
-from dpkd.core.prompts.messages import Message
-from dpkd.core.prompts.templates import EncodedPrompt
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.store.rows import PlannedRow
 
@@ -19,24 +16,16 @@ _BLOCKS_PER_REPLICA = 2  # at least, so that a fast replica can help a slow one
 
 
 def to_block(rows: list[PlannedRow]) -> pa.Table:
-    """Planned rows as an Arrow table of one row: Ray Data gives replicas with a GPU rows, never a whole block."""
-    return pa.table({"rows": [json.dumps(list(map(asdict, rows)))]})
+    """Planned rows as an Arrow table of one row: Ray Data gives replicas with a GPU rows, never a whole block.
+
+    Without their questions as text, which only endpoints are asked.
+    """
+    return pa.table({"rows": [json.dumps([asdict(replace(row, question=None)) for row in rows])]})
 
 
 def from_block(block: pa.Table) -> list[PlannedRow]:
     """Inverse of `to_block`."""
-    rows = json.loads(block["rows"][0].as_py())
-    for values in rows:
-        if question := values["question"]:
-            turns = tuple(map(_turn, question["turns"]))
-            values["question"] = EncodedPrompt(**question | {"turns": turns})
-    return [PlannedRow(**values) for values in rows]
-
-
-def _turn(values: dict[str, Any]) -> Message:
-    """JSON has lists where a turn has tuples."""
-    fields = tuple((name, value) for name, value in values["fields"])
-    return Message(**values | {"tool_calls": tuple(values["tool_calls"]), "fields": fields})
+    return [PlannedRow(**values) for values in json.loads(block["rows"][0].as_py())]
 
 
 def split_blocks(

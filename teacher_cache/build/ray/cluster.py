@@ -66,7 +66,7 @@ def check_resources(config: CacheConfig) -> None:
     import ray
 
     if config.device == "cuda" and not config.ray_gpus:
-        raise UserError("--device cuda needs replicas with a GPU", found="ray_gpus 0", advice="Add --set ray_gpus=1")
+        raise UserError("--device cuda needs replicas with a GPU", found="ray_gpus 0", advice="Add --ray-gpus 1")
     reserved = {"CPU": config.ray_cpus, "GPU": config.ray_gpus}
     available = sum(
         min(
@@ -84,6 +84,6 @@ def check_resources(config: CacheConfig) -> None:
             "this machine has too few resources for the replicas",
             found=found,
             expected=f"for {config.ray_replicas}",
-            advice="Lower --set ray_replicas, ray_cpus or ray_gpus, or set RAY_ADDRESS",
+            advice="Lower --ray-replicas, --ray-cpus or --ray-gpus, or set RAY_ADDRESS",
         )
     say(f"the Ray cluster has {found}; the rest of the {config.ray_replicas} start when it grows")

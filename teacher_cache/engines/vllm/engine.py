@@ -113,7 +113,7 @@ class VllmEngine(Engine):
         return UserError(
             f"vLLM ran out of memory: {_first_line(error)}",
             where=self._model.path,
-            advice=f"Lower --set max_num_seqs (now {self._options.max_num_seqs}), --max-new-tokens or --top-k, or give "
+            advice=f"Lower --max-num-seqs (now {self._options.max_num_seqs}), --max-new-tokens or --top-k, or give "
             "--engine-arg gpu_memory_utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB), then run the same command "
             "again: it resumes",
         )

@@ -14,9 +14,9 @@ from dpkd.core.errors import UserError
 _OURS = {
     "model": "--teacher",
     "tokenizer": "--teacher",
-    "dtype": "--set dtype",
+    "dtype": "--dtype",
     "max_model_len": "--max-prompt-tokens and --max-new-tokens",
-    "max_num_seqs": "--set max_num_seqs",
+    "max_num_seqs": "--max-num-seqs",
     "max_logprobs": "--top-k",
     "seed": "--seed",
     "logprobs_mode": None,

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.audit import fidelity, fidelity_measures
-from dpkd.teacher_cache.audit.fidelity import fidelity_table, measure_fidelity, spread_rows
+from dpkd.teacher_cache.audit.fidelity import measure_fidelity, spread_rows
 from dpkd.teacher_cache.audit.fidelity_measures import FullDistributions, Scores, compare, full_distributions
+from dpkd.teacher_cache.audit.fidelity_table import fidelity_table
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import Distributions
 from dpkd.teacher_cache.options.audit import FidelityConfig

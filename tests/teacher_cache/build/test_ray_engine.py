@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_rows_go_through_arrow_and_come_back() -> None:
     ]
     block = to_block(rows)
     assert block.num_rows == 1  # what Ray Data hands out
-    assert from_block(block) == rows
+    assert from_block(block) == [replace(row, question=None) for row in rows]  # only endpoints are asked with texts
 
 
 def refusal(replica: Replica, rows: list[PlannedRow]) -> str:

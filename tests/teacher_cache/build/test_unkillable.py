@@ -362,7 +362,7 @@ def test_a_failing_vllm_is_restarted_and_the_failing_row_found(
             answers(engine)
         # out of memory: nothing to isolate, the option is named
         fault |= {"error": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "times": 1}
-        with pytest.raises(UserError, match=r"vLLM ran out of memory: CUDA out of memory.*Lower --set max_num_seqs"):
+        with pytest.raises(UserError, match=r"vLLM ran out of memory: CUDA out of memory.*Lower --max-num-seqs"):
             answers(engine)
         fault |= {"times": 0}
         assert answers(engine).keys() == sound.keys()
