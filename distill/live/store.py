@@ -20,8 +20,9 @@ from dpkd.core.models import ModelSource
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
 from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.folder import LocalFolder
+from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.rows import CachedRow, PlannedRow
-from dpkd.teacher_cache.store.shards import Ledger, encode_shard, read_shard
+from dpkd.teacher_cache.store.shards import encode_shard, read_shard
 from dpkd.teacher_cache.store.tables import to_table
 
 SAMPLES = "samples"

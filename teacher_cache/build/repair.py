@@ -21,9 +21,10 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.ledger import bad_shards
 from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
-from dpkd.teacher_cache.store.repairing import RepairJob, bad_shards, has_leftovers
+from dpkd.teacher_cache.store.repairing import RepairJob, has_leftovers
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, refuse_newer_fields
 
 _OPTIONS = "dpkd.toml"

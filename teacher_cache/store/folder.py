@@ -10,10 +10,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import is_temporary, write_atomic
+
+
+class StoredFile(NamedTuple):
+    """A file in a listing: its size in bytes, and its `Folder.version` where the listing has it."""
+
+    size: int
+    version: str | None
 
 
 class Folder(Protocol):
@@ -62,9 +69,13 @@ class Folder(Protocol):
         check()
         self.write(name, data)
 
+    def files(self, prefix: str = "") -> dict[str, StoredFile]:
+        """Every file under the folder `prefix`, by name, without temporary files."""
+        ...
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Size in bytes of every file under the folder `prefix`, by name, without temporary files."""
-        ...
+        return {name: file.size for name, file in self.files(prefix).items()}
 
     def exists(self, name: str) -> bool:
         """Whether the file exists."""
@@ -75,7 +86,7 @@ class Folder(Protocol):
         ...
 
     def clean_up(self) -> None:
-        """Remove the temporary files of interrupted writes. An object store has none."""
+        """Remove the temporary files of interrupted writes, here and in `shards/`. An object store has none."""
         return
 
     def child(self, name: str) -> Folder:
@@ -120,10 +131,9 @@ class LocalFolder(Folder):
 
     def version(self, name: str) -> str | None:
         try:
-            status = (self.path / name).stat()
-        except OSError:
+            return _version_of((self.path / name).stat())
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         if self.version(name) != version:
@@ -131,8 +141,8 @@ class LocalFolder(Folder):
         self.write(name, data)
         return True
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        sizes: dict[str, int] = {}
+    def files(self, prefix: str = "") -> dict[str, StoredFile]:
+        files: dict[str, StoredFile] = {}
         folders = [prefix]
         while folders:
             folder = folders.pop()
@@ -148,8 +158,9 @@ class LocalFolder(Folder):
                     folders += [] if entry.is_symlink() else [name]
                 elif not is_temporary(entry.name):
                     with contextlib.suppress(FileNotFoundError):  # a job that finishes removes its ledger meanwhile
-                        sizes[name] = entry.stat().st_size
-        return sizes
+                        status = entry.stat()
+                        files[name] = StoredFile(status.st_size, _version_of(status))
+        return files
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -162,9 +173,14 @@ class LocalFolder(Folder):
             path.unlink(missing_ok=True)
 
     def clean_up(self) -> None:
-        for path in self.path.rglob(".*.tmp*"):
-            if is_temporary(path.name):
+        # not in `rounds/`, where other jobs may be writing
+        for folder in (self.path, self.path / "shards"):
+            for path in folder.glob(".*.tmp*"):
                 path.unlink(missing_ok=True)
 
     def child(self, name: str) -> LocalFolder:
         return LocalFolder(self.path / name)
+
+
+def _version_of(status: os.stat_result) -> str:
+    return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.urls import url_problem
-from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder, StoredFile
 
 _TRIES = 5  # to write a file that others write too
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412")  # S3's errors for a condition that fails
+_VERSION_KEYS = ("ETag", "etag")  # of S3; of Google Cloud Storage and Azure. They are in listings too
 
 
 def open_folder(location: str | Path) -> Folder:
@@ -21,12 +23,19 @@ def open_folder(location: str | Path) -> Folder:
     `AWS_ENDPOINT_URL`, ...). Raises `UserError` if no driver for the URL is installed.
     """
     text = str(location)
-    if text.startswith("file://"):
-        return LocalFolder(Path(text.removeprefix("file://")))
+    for protocol in ("file://", "local://"):
+        if text.startswith(protocol):
+            return LocalFolder(Path(text.removeprefix(protocol)))
     if "://" not in text:
         return LocalFolder(Path(text))
     if problem := url_problem(text):
         raise UserError(problem)
+    if "::" in text:
+        raise UserError(
+            "the URL is a chain of drivers, which can show an old copy of a lock or a listing",
+            where=text,
+            advice="Give the URL of the store alone",
+        )
     import fsspec
 
     try:
@@ -98,13 +107,18 @@ class RemoteFolder(Folder):
         """See `Folder.create`. Atomic only if the store has conditional writes."""
         return not self.exists(name) and self._write_if(name, data, {"mode": "create"})
 
-    def version(self, name: str) -> str | None:
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the driver says of a file; None if it does not exist. A store that does not answer is an error."""
         try:
             with self._storage_errors(name, may_be_absent=True):
-                info = self._filesystem.info(self._key(name))
+                info: dict[str, Any] = self._filesystem.info(self._key(name))
         except FileNotFoundError:
             return None
-        return str(info["ETag"]) if "ETag" in info else str(sorted(info.items()))
+        return None if info["type"] == "directory" else info
+
+    def version(self, name: str) -> str | None:
+        info = self._info(name)
+        return None if info is None else _version_of(info) or str(sorted(info.items()))
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         """See `Folder.replace`. Atomic only in S3 and stores with its interface."""
@@ -119,13 +133,13 @@ class RemoteFolder(Folder):
         one_request = {"chunksize": len(data) + 1} if self.is_conditional else {}
         try:
             self._filesystem.pipe_file(self._key(name), data, **condition, **one_request)
-        except (FileExistsError, FileNotFoundError):
+        except FileExistsError:
             return False
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and "IfMatch" in condition:
+                return False  # it has just been removed; without a bucket, nothing can be created either
             response = getattr(error.__cause__, "response", None) or {}
-            if response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
-                return False
-            if "PreconditionFailed" in str(error) or "412" in str(error):
+            if response.get("Error", {}).get("Code") in _CONFLICTS:
                 return False
             raise self._storage_error(error, name) from error
         return True
@@ -140,19 +154,22 @@ class RemoteFolder(Folder):
             "another process keeps writing the same file", where=self.where(name), advice="Find out what writes to it"
         )
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
+    def files(self, prefix: str = "") -> dict[str, StoredFile]:
         try:
             with self._storage_errors(prefix, may_be_absent=True):
                 found = self._filesystem.find(self._key(prefix).rstrip("/"), detail=True)
         except FileNotFoundError:
             return {}
         start = len(self._filesystem._strip_protocol(self._root).rstrip("/")) + 1
-        # while another job writes, the folder itself may be listed as a key
-        return {key[start:]: int(info["size"]) for key, info in found.items() if key[start:]}
+        # a folder is listed too if it is empty at first and another job writes into it meanwhile
+        return {
+            key[start:]: StoredFile(int(info["size"]), _version_of(info))
+            for key, info in found.items()
+            if info["type"] != "directory"
+        }
 
     def exists(self, name: str) -> bool:
-        with self._storage_errors(name):
-            return bool(self._filesystem.isfile(self._key(name)))
+        return self._info(name) is not None
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._storage_errors(name, may_be_absent=True):
@@ -160,3 +177,7 @@ class RemoteFolder(Folder):
 
     def child(self, name: str) -> RemoteFolder:
         return RemoteFolder(self._filesystem, self._key(name), f"{self._url}/{name}")
+
+
+def _version_of(info: Mapping[str, Any]) -> str | None:
+    return next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), None)

@@ -9,10 +9,11 @@ from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import read_job
+from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.locks import Watch
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, CacheReader
-from dpkd.teacher_cache.store.shards import Ledger, ShardRecord
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 
 class GrowingCache(CacheReader):

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, file_sha256, software_versions
+from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.json_lines import loads
+from dpkd.core.progress import say
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, changed_identities, read_manifest
 from dpkd.teacher_cache.store.rows import Origin
 from dpkd.teacher_cache.store.schema import format_of
-from dpkd.teacher_cache.store.shards import Ledger, ShardRecord, say_damaged
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 JOB = "job.json"
 #: answers of an endpoint whose rows are not committed yet
@@ -47,7 +49,7 @@ class Job:
         something else, or another process writes to it.
         """
         manifest = self._finished()
-        if manifest is not None:
+        if manifest is not None and not (self.folder.exists(JOB) or self.folder.exists(LOCK)):
             yield manifest
             return
         self._refuse_foreign_files()
@@ -56,6 +58,8 @@ class Job:
             manifest = self._finished()
             if manifest is None:
                 self._start(config_toml, num_rows)
+            else:  # it may have been killed between writing the manifest and cleaning up
+                self._clean_up()
             yield manifest
 
     def _finished(self) -> Manifest | None:
@@ -63,8 +67,6 @@ class Job:
             return None
         manifest = read_manifest(self.folder, self.kind)
         self._refuse_other(manifest.identities, "a finished cache with other options")
-        if self.folder.exists(JOB):  # killed between writing the manifest and cleaning up
-            self._clean_up()
         return manifest
 
     def _start(self, config_toml: str, num_rows: Mapping[Origin, int]) -> None:
@@ -79,15 +81,14 @@ class Job:
         self.committed = self._sound_shards()
 
     def _sound_shards(self) -> dict[str, ShardRecord]:
-        """The committed shards that are as they were committed, by path."""
-        committed = self.ledger.committed()
-        if isinstance(self.folder, LocalFolder):
-            # an object store checks what it keeps; on a disk, a shard can change while no job runs
-            for path, record in list(committed.items()):
-                if file_sha256(self.folder.path / path) != record.sha256:
-                    say_damaged(record, "checksum mismatch")
-                    del committed[path]
-        return committed
+        """The shards that are as they were committed, by path; others are said, and are not committed any more."""
+        # an object store checks the bytes that it keeps; on a disk they can change behind the same version
+        sound, changed = self.ledger.examine(read_all=isinstance(self.folder, LocalFolder))
+        for path, how in sorted(changed.items()):
+            say(f"{path} has changed since it was committed ({how}): its rows are made again")
+            self._check_hold()
+            self.ledger.withdraw(path)
+        return sound
 
     def part(self, name: str, done: Mapping[str, ShardRecord]) -> Job:
         """An earlier stage of this job, in a folder of its own under the same lock.
@@ -110,13 +111,12 @@ class Job:
     def _refuse_foreign_files(self) -> None:
         if isinstance(self.folder, LocalFolder) and self.folder.path.is_file():
             raise UserError("the output is a file, not a directory", where=self.folder)
-        if self.folder.exists(JOB):
-            return
-        names = sorted({name.split("/")[0] for name in self.folder.sizes()} - {LOCK, FLOCK})
-        if names:
+        names = {name.split("/")[0] for name in self.folder.sizes()} - {LOCK, FLOCK}
+        # one listing: another job may start or finish the cache at any moment
+        if names and not names & {JOB, MANIFEST}:
             raise UserError(
                 "the output directory contains other files",
-                found=", ".join(names[:4]),
+                found=", ".join(sorted(names)[:4]),
                 expected="an empty or missing directory",
                 where=self.folder,
                 advice="Choose another --out",
@@ -172,24 +172,23 @@ class Job:
 
     def _check_stored(self) -> None:
         """Raise `UserError` unless shards and records are in the folder as this process knows them."""
-        sizes = self.folder.sizes("shards")
+        stored, changed = self.ledger.examine()
         for path, record in sorted(self.committed.items()):
-            if sizes.get(path) != record.num_bytes:
+            if path in changed:
                 raise UserError(
                     "a shard changed while the job ran",
-                    found=f"{sizes[path]} bytes" if path in sizes else "no file",
-                    expected=f"{record.num_bytes} bytes",
+                    found=changed[path],
+                    expected=f"{record.num_bytes} bytes with sha256 {record.sha256[:16]}…",
                     where=self.folder.where(path),
                     advice="Run the same command again: it makes the shard again",
                 )
-        stored = self.ledger.committed(sizes=sizes)
-        if changed := [path for path, record in sorted(self.committed.items()) if stored.get(path) != record]:
-            raise UserError(
-                "the record of a shard changed while the job ran",
-                found=changed[0],
-                where=self.folder,
-                advice="Find out what else writes to the directory, then run the same command again",
-            )
+            if stored.get(path) != record:
+                raise UserError(
+                    "the record of a shard changed while the job ran",
+                    found=path,
+                    where=self.folder,
+                    advice="Find out what else writes to the directory, then run the same command again",
+                )
 
     def _clean_up(self) -> None:
         self.ledger.discard()

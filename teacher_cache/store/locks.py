@@ -115,11 +115,19 @@ def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
         version, existing = folder.version(LOCK), _read(folder)
         if version is None:
             continue  # it has just been removed
+        if existing is None and not locked:
+            if folder.version(LOCK) != version:
+                continue
+            raise UserError(
+                "the lock cannot be read, so nobody knows whether another dpkd job is writing to this directory",
+                where=folder.where(LOCK),
+                advice="Delete it if no job is",
+            )
         reason = _why_stale(folder, existing, locked)
         if reason is None:
             raise another_writer(folder, _name_of(existing))
         if folder.replace(LOCK, _to_bytes(ours), version):
-            say(f"the lock of {_name_of(existing)} on {folder} is stale ({reason}); taking it over")
+            say(f"the lock of {_name_of(existing) or 'nobody'} on {folder} is stale ({reason}); taking it over")
             time.sleep(0 if locked or folder.is_conditional else _SETTLE_S)
             break
     lock = Lock(folder, token, ours)
@@ -129,9 +137,10 @@ def _heartbeat(folder: Folder, locked: bool) -> Iterator[Lock]:
         with _repeating(lock.renew):
             yield lock
     finally:
-        existing = _read(folder)
-        if existing is not None and existing["token"] == token:
-            folder.delete(LOCK)
+        with contextlib.suppress(UserError):  # a store that does not answer: the lock will be stale
+            existing = _read(folder)
+            if existing is not None and existing["token"] == token:
+                folder.delete(LOCK)
 
 
 @contextlib.contextmanager
@@ -207,7 +216,7 @@ def _runs(record: dict[str, Any]) -> bool | None:
 def _why_stale(folder: Folder, record: dict[str, Any] | None, locked: bool) -> str | None:
     """Why the lock may be taken over; None if it may not. `locked`: as in `_heartbeat`."""
     if record is None:
-        return "it names no process" if locked else None
+        return "it names no process"
     # the same kernel would not have given us the flock
     same_kernel = locked and (_is_here(record) or record.get("boot", "") == _place().get("boot"))
     if same_kernel or _runs(record) is False:

@@ -12,33 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from dpkd.core.errors import UserError
-from dpkd.core.progress import Progress
 from dpkd.teacher_cache.store import locks
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.job import JOB, Job
+from dpkd.teacher_cache.store.ledger import LEDGER, is_sound
 from dpkd.teacher_cache.store.locks import LOCK
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, load_manifest
-from dpkd.teacher_cache.store.shards import LEDGER, ShardRecord, check_shard
-
-
-def bad_shards(folder: Folder, records: Iterable[ShardRecord], progress: Progress | None = None) -> list[ShardRecord]:
-    """Those of `records` whose file is missing or has another checksum; reads every file."""
-    bad = []
-    for record in records:
-        if not is_sound(folder, record):
-            bad.append(record)
-        if progress is not None:
-            progress.advance()
-    return bad
-
-
-def is_sound(folder: Folder, record: ShardRecord) -> bool:
-    """Whether the shard has the bytes of its record."""
-    try:
-        check_shard(folder, record)
-    except UserError:
-        return False
-    return True
+from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
 
 class RepairJob(Job):

@@ -1,16 +1,14 @@
-"""Shards on disk: written atomically, and committed by a record with their checksum."""
+"""Shards: their records, their bytes, and their rows, which are checked when they are read."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import json
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
-from dpkd.core.json_lines import loads
-from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.schema import DICTIONARY_COLUMNS, ROW_SCHEMA, column_encodings, is_row_schema
 from dpkd.teacher_cache.store.tables import ShardRows
@@ -160,11 +156,10 @@ def read_shards(folder: Folder, records: Iterable[ShardRecord]) -> Iterator[tupl
 def check_shard(folder: Folder, record: ShardRecord) -> bytes:
     """The bytes of a shard; raises `UserError` if they are missing or not those that were committed."""
     path = folder.where(record.path)
-    advice = repair_advice(folder, of_round=record.origin == "student")
     try:
         data = folder.read(record.path)
     except FileNotFoundError:
-        raise UserError("a shard of the cache is missing", where=path, advice=advice) from None
+        raise UserError("a shard of the cache is missing", where=path, advice=_advice(folder, record)) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != record.sha256:
         raise UserError(
@@ -172,12 +167,15 @@ def check_shard(folder: Folder, record: ShardRecord) -> bytes:
             found=f"sha256 {digest[:16]}… of {len(data)} bytes",
             expected=f"{record.sha256[:16]}… of {record.num_bytes} bytes",
             where=path,
-            advice=advice,
+            advice=_advice(folder, record),
         )
     return data
 
 
-LEDGER = "ledger"
+def _advice(folder: Folder, record: ShardRecord) -> str:
+    if folder.exists("manifest.json"):
+        return repair_advice(folder, of_round=record.origin == "student")
+    return "Delete the file, then run the command that wrote it again: it makes the shard again"
 
 
 def _parse(data: bytes, path: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -191,52 +189,3 @@ def _parse(data: bytes, path: str, columns: Sequence[str] | None = None) -> pa.T
             "the shard has the wrong schema", found=parquet.schema_arrow.names, expected=ROW_SCHEMA.names, where=path
         )
     return table
-
-
-def say_damaged(record: ShardRecord, how: str) -> None:
-    """Tell the user that a committed shard has changed."""
-    say(f"{record.path} is damaged ({how}): its rows are made again")
-
-
-def _record_name(shard_path: str) -> str:
-    return f"{LEDGER}/{shard_path.replace('/', '--').removesuffix('.parquet')}.json"
-
-
-class Ledger:
-    """The committed shards of an unfinished directory: one small record file each, written after the shard.
-
-    A shard without a record was interrupted and is written again. Each record is a file, not a line of a common file:
-    several writers then need no lock, and an interrupted write affects only its own shard.
-    """
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-
-    def committed(self, known: Collection[str] = (), sizes: Mapping[str, int] | None = None) -> dict[str, ShardRecord]:
-        """Records by shard path, without those of the `known` paths, which are not read again.
-
-        A record that cannot be read, or whose shard has another size, is ignored: the shard is written again. `sizes`
-        are those of the shards' files; None: the folder is listed.
-        """
-        contents = self._folder.read_many(sorted(self._folder.sizes(LEDGER).keys() - set(map(_record_name, known))))
-        if sizes is None:
-            sizes = self._folder.sizes("shards") if contents else {}
-        records = {}
-        for name, content in contents.items():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = ShardRecord.from_json(loads(content), self._folder.where(name))
-                size = sizes.get(record.path)
-                if size == record.num_bytes:
-                    records[record.path] = record
-                elif size is not None:
-                    say_damaged(record, f"{size} bytes instead of {record.num_bytes}")
-        return records
-
-    def commit(self, data: bytes, record: ShardRecord, check: Callable[[], None] = lambda: None) -> None:
-        """Write the shard, then its record, each if `check` allows it (`Folder.write_checked`)."""
-        self._folder.write_checked(record.path, data, check)
-        self._folder.write_checked(_record_name(record.path), json.dumps(asdict(record)).encode(), check)
-
-    def discard(self) -> None:
-        """Remove the records once they are in the manifest."""
-        self._folder.delete(LEDGER)

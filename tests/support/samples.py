@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dpkd.distill.live.store import SAMPLES
 from dpkd.teacher_cache.store.folder import LocalFolder
+from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.rows import CachedRow
-from dpkd.teacher_cache.store.shards import Ledger, read_shard
+from dpkd.teacher_cache.store.shards import read_shard
 
 
 def stored_rows(run_dir: Path) -> Iterator[CachedRow]:
