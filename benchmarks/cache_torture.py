@@ -108,14 +108,14 @@ class Torture:
         process = Command(*self.words)
         self.wait_for_lock(process)
         self.wait_for_commits(process, self.draw.randrange(0, 3))
-        process.send_signal(signal.SIGSTOP)
+        signal_to(process, signal.SIGSTOP)
         self.wait_until(lambda: process.poll() is not None or is_stopped(process.pid))
         before = self.folder.sizes("shards")
         if process.poll() is None:
             self.expect_refusal(Command(*self.words), "another dpkd job is writing", "a stopped job")
             if self.folder.sizes("shards") != before:
                 self.findings.append("a second job wrote beside a stopped one")
-        process.send_signal(signal.SIGCONT)
+        signal_to(process, signal.SIGCONT)
         self.wait_for_commits(process, 1)
         process.kill()
 
@@ -139,13 +139,13 @@ class Torture:
         process = Command(*self.words)
         self.wait_for_lock(process)
         self.wait_for_commits(process, self.draw.randrange(0, 3))
-        process.send_signal(signal.SIGSTOP)
+        signal_to(process, signal.SIGSTOP)
         self.wait_until(lambda: process.poll() is not None or is_stopped(process.pid))
         if is_damaged := not self.folder.exists(MANIFEST):
             self.look("a stopped job")
             if is_damaged := bool(self.kept):
                 self.damage(self.draw.choice(sorted(self.kept)))
-        process.send_signal(signal.SIGCONT)
+        signal_to(process, signal.SIGCONT)
         if process.finish(TIMEOUT_S).returncode != 0 or is_damaged:
             self.expect_refusal(process, "a shard changed while the job ran", "a shard that changed during the job")
 
@@ -322,6 +322,11 @@ class Torture:
                 self.findings.append(f"no progress in {TIMEOUT_S:.0f} s")
                 return
             time.sleep(0.01)
+
+
+def signal_to(process: Command, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        process.send_signal(number)
 
 
 def is_stopped(pid: int) -> bool:
