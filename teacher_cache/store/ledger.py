@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+from dpkd.core.identity import canonical_json, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import Progress
 from dpkd.teacher_cache.store.folder import Folder
@@ -23,8 +23,8 @@ class Ledger:
 
     A shard without a record was interrupted and is written again. Each record is a file, not a line of a common file:
     several writers then need no lock, and an interrupted write affects only its own shard. A record has the fields of
-    `ShardRecord` and `version`, which the shard's file had when it was committed (`Folder.version`). Records of 0.1.0
-    have no version.
+    `ShardRecord`, the `version` that the shard's file had when it was committed (`Folder.version`), and a `checksum` of
+    all of this. Records of 0.1.0 have neither.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -34,7 +34,8 @@ class Ledger:
     def committed(self, known: Collection[str] = ()) -> dict[str, ShardRecord]:
         """Records by shard path, without those of the `known` paths, which are not read again.
 
-        A record that cannot be read, or whose shard is missing or has another size, is left out.
+        A record that cannot be read or has another checksum is left out, and so is one whose shard is missing or has
+        another size.
         """
         commits = self._commits(known)
         sizes = self._folder.sizes("shards") if commits else {}
@@ -70,6 +71,9 @@ class Ledger:
         for name, content in self._folder.read_many(sorted(names)).items():
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 values = loads(content)
+                checksum = values.pop("checksum", None)
+                if (checksum is not None or "version" in values) and checksum != fingerprint(values):
+                    continue  # it is as if the shard had not been committed
                 version = values.pop("version", None)
                 record = ShardRecord.from_json(values, self._folder.where(name))
                 commits[record.path] = record, version
@@ -79,7 +83,8 @@ class Ledger:
         """Write the shard, then its record, each if `check` allows it (`Folder.write_checked`)."""
         self._folder.write_checked(record.path, data, check)
         values = asdict(record) | {"version": self._folder.version(record.path)}
-        self._folder.write_checked(_record_name(record.path), json.dumps(values).encode(), check)
+        content = canonical_json(values | {"checksum": fingerprint(values)})
+        self._folder.write_checked(_record_name(record.path), content, check)
 
     def withdraw(self, path: str) -> None:
         """Remove the record of a shard, which every process then takes as not committed."""
