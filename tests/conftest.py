@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,23 @@ def pytest_sessionstart() -> None:
     """One of several processes will need its forkserver, and the recipes of its tests use the same one."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         start_forkserver()
+
+
+def pytest_collection_finish() -> None:
+    """The tests have imported torch and transformers."""
+    import support.frozen  # noqa: F401
+
+
+_HAS_VLLM = pytest.StashKey[bool]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The first test with an engine in this process has imported vLLM."""
+    if "vllm.v1.worker.cpu_worker" in sys.modules and _HAS_VLLM not in item.config.stash:
+        from support.frozen import freeze_libraries
+
+        freeze_libraries()
+        item.config.stash[_HAS_VLLM] = True
 
 
 #: files that take longest, longest first: half a minute and more alone on a core

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from support.commands import Command, dpkd, free_port
+from support.vllm_servers import fork_servers
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
@@ -33,8 +34,10 @@ def settings_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: object, key: str | None = None) -> Iterator[Command]:
-    process = Command("serve-teacher", *arguments, environment={} if key is None else {KEY_VARIABLE: key})
+def serving(*arguments: object, key: str | None = None, forked: bool = True) -> Iterator[Command]:
+    """The command; `forked=False` starts its server as users do, in new processes that import vLLM, one by one."""
+    environment = {} if key is None else {KEY_VARIABLE: key}
+    process = Command("serve-teacher", *arguments, environment=environment, prepare=fork_servers if forked else None)
     try:
         yield process
     finally:
@@ -58,7 +61,7 @@ def option(command: list[str], name: str) -> str:
 @pytest.mark.engine
 def test_the_teacher_is_served_until_it_is_stopped(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     port, log = free_port(), tmp_path / "log" / "server.log"
-    with serving("--cache", toy_cache, "--port", port, "--log", log) as process:
+    with serving("--cache", toy_cache, "--port", port, "--log", log, forked=False) as process:
         answers = f"toy-teacher answers at http://127.0.0.1:{port}; Ctrl-C stops it\n"
         assert wait_for(lambda: process.stdout, process) == answers
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

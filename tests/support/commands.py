@@ -89,8 +89,10 @@ def enter(environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
             os.dup2(file.fileno(), number)
 
 
-def _main(environment: Mapping[str, str], words: list[str], output: Path) -> None:
+def _main(environment: Mapping[str, str], words: list[str], output: Path, prepare: Callable[[], None] | None) -> None:
     enter(environment, output / "stdout", output / "stderr")
+    if prepare is not None:
+        prepare()
     sys.argv = ["dpkd", *words]
     from dpkd.pipelines.cli import main
 
@@ -98,13 +100,21 @@ def _main(environment: Mapping[str, str], words: list[str], output: Path) -> Non
 
 
 class Command:
-    """`dpkd ARGUMENTS` in a process of its own. `environment` is added to that of the tests."""
+    """`dpkd ARGUMENTS` in a process of its own, which calls `prepare` before it begins.
 
-    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+    `environment` is added to that of the tests.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self._output = Path(tempfile.mkdtemp(prefix="dpkd-test-"))
         weakref.finalize(self, shutil.rmtree, self._output, ignore_errors=True)
         words, environment = list(map(str, arguments)), dict(os.environ) | dict(environment or {})
-        self._process = fork(_main, environment, words, self._output)
+        self._process = fork(_main, environment, words, self._output, prepare)
 
     @property
     def pid(self) -> int:

@@ -8,6 +8,7 @@ the engine computes in its own; `forked=False` gives a server as users start it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from support.commands import enter, fork, free_port
 
@@ -49,6 +51,7 @@ ENVIRONMENT = {
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
 }
 
+_MODULE = ["-m", "vllm.entrypoints.openai.api_server"]
 _ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # of the engine and its worker
 
 
@@ -56,6 +59,10 @@ def _serve(environment: dict[str, str], arguments: list[str], log: Path) -> None
     """What `python -m vllm.entrypoints.openai.api_server` does, in a forked process whose children are forked too."""
     os.setsid()
     enter(environment, log, log)
+    _run_server(arguments)
+
+
+def _run_server(arguments: list[str]) -> None:
     from vllm.entrypoints.launchers.api_server.entry import main
     from vllm.v1.engine import utils
 
@@ -63,6 +70,58 @@ def _serve(environment: dict[str, str], arguments: list[str], log: Path) -> None
     utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     sys.argv = ["api_server", *arguments]
     main()
+
+
+class _ForkedServer(subprocess.Popen[bytes]):
+    """A `Popen` whose server runs in the fork itself, in place of a new Python: pipes, signals and ends are its own."""
+
+    def __init__(self, command: list[str], *arguments: Any, **options: Any) -> None:
+        if command[1:3] == _MODULE:
+            before = _open_files()
+            options["preexec_fn"] = functools.partial(
+                _serve_in_fork, command[3:], options["env"], options.get("preexec_fn"), before
+            )
+        super().__init__(command, *arguments, **options)
+
+
+def fork_servers() -> None:
+    """From now on, a server that this process starts is a fork of it, which has imported vLLM."""
+    subprocess.Popen = _ForkedServer  # type: ignore[misc]
+
+
+def _open_files() -> set[int]:
+    found = set()
+    for number in (int(path.name) for path in Path("/dev/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            found.add(number)
+    return found
+
+
+def _serve_in_fork(
+    arguments: list[str], environment: dict[str, str], prepare: Callable[[], None] | None, before: set[int]
+) -> None:
+    """What follows the fork in `Popen`, to the end of the process."""
+    status = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        if prepare is not None:
+            prepare()
+        for number in _open_files() - before - {0, 1, 2}:
+            os.close(number)  # `Popen` waits until its pipe is closed, as a new program does it
+        os.environ.clear()
+        os.environ.update(environment | _ONE_PROCESS)
+        _run_server(arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _has_ended(process: subprocess.Popen[bytes] | BaseProcess) -> bool:
@@ -111,7 +170,7 @@ class VllmServer:
         if self._forked:
             self._process = fork(_serve, self._environment, arguments, self.log)
             return
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+        command = [sys.executable, *_MODULE, *arguments]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=self._environment, start_new_session=True
