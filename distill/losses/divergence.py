@@ -78,7 +78,7 @@ def jsd(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], beta: fl
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta is {beta}, must be between 0 and 1; forward_kl and reverse_kl are its scaled limits")
-    log_m_TN = _log_mixture(log_p_TN, log_q_TN, beta)
+    log_m_TN = log_mixture(log_p_TN, log_q_TN, beta)
     return beta * forward_kl(log_p_TN, log_m_TN) + (1 - beta) * forward_kl(log_q_TN, log_m_TN)
 
 
@@ -118,14 +118,14 @@ def skewed_forward_kl(
     log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float | Float[Tensor, " T"] = 0.1
 ) -> Float[Tensor, " T"]:
     """KL(p || alpha p + (1 - alpha) q) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
-    return forward_kl(log_p_TN, _log_mixture(log_p_TN, log_q_TN, _skew(alpha)))
+    return forward_kl(log_p_TN, log_mixture(log_p_TN, log_q_TN, _skew(alpha)))
 
 
 def skewed_reverse_kl(
     log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T N"], alpha: float | Float[Tensor, " T"] = 0.1
 ) -> Float[Tensor, " T"]:
     """KL(q || alpha q + (1 - alpha) p) of DistiLLM (arXiv 2402.03898), 0 <= alpha < 1; at most -log alpha."""
-    return forward_kl(log_q_TN, _log_mixture(log_q_TN, log_p_TN, _skew(alpha)))
+    return forward_kl(log_q_TN, log_mixture(log_q_TN, log_p_TN, _skew(alpha)))
 
 
 def skew_by_gap(gap_B: Float[Tensor, " B"], anchor: float, alpha: float) -> Float[Tensor, " B"]:
@@ -156,7 +156,7 @@ def _expectation(log_p_TN: Tensor, values_TN: Tensor) -> Tensor:
     return (p_TN * torch.where(p_TN > 0, values_TN, 0)).sum(dim=1)
 
 
-def _log_mixture(log_a_TN: Tensor, log_b_TN: Tensor, share: float | Tensor) -> Tensor:
+def log_mixture(log_a_TN: Tensor, log_b_TN: Tensor, share: float | Tensor) -> Tensor:
     """log(share a + (1 - share) b), the share one number or one a row; -inf without gradient where neither has mass."""
     log_a_TN, log_b_TN = full_precision(log_a_TN), full_precision(log_b_TN)
     share_T = torch.as_tensor(share, dtype=log_a_TN.dtype, device=log_a_TN.device)
@@ -208,6 +208,6 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": Divergence(jsd, {"beta": "jsd_beta"}),
     "tvd": Divergence(tvd),
     "akl": Divergence(akl, {"mu": "akl_mu", "tail": "tail"}),
-    "skewed-forward-kl": Divergence(skewed_forward_kl, {"alpha": "skew_alpha"}),
-    "skewed-reverse-kl": Divergence(skewed_reverse_kl, {"alpha": "skew_alpha"}),
+    "skewed-forward-kl": Divergence(skewed_forward_kl, {"alpha": "skew"}),
+    "skewed-reverse-kl": Divergence(skewed_reverse_kl, {"alpha": "skew"}),
 }

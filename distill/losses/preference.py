@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpkd.core.lazy import LazyModule
 from dpkd.distill.losses.cached_distributions import full_precision
+from dpkd.distill.losses.divergence import log_mixture
 
 if TYPE_CHECKING:
     import torch
@@ -168,18 +169,22 @@ def all_pairs_preference_loss(
     *,
     beta: float = 1.0,
     label_smoothing: float = 0.0,
+    skew: float = 0.0,
 ) -> Float[Tensor, " T"]:
     """DPKD at one position in expectation over all pairs of outcomes, in closed form (nats).
 
     sum_ij p_i q_j S(beta (r_i - r_j)) with r = log q/p and S as in `sequence_preference_loss`: the expected loss of y_t
     drawn from the teacher and y_s drawn from the student, differentiated through r and through q_j. It is log 2 plus
     the f-divergence of q(x)p from p(x)q with f(t) = log((1 + t^-beta)/2), so q = p is its only minimum for every beta.
-    Merging outcomes never raises it.
+    Merging outcomes never raises it. With `skew` a, the mixture a p + (1 - a) q takes the place of q, as in DistiLLM's
+    skewed KL (arXiv 2402.03898): it equals p only where q does.
 
     # differs from the paper: the paper and its code compare one drawn or arg-max pair (docs/decisions/0018)
 
     Both sides are normalised, and -inf for an outcome that does not exist; log q is differentiable.
     """
+    if skew:
+        log_q_TN = log_mixture(log_p_TN, log_q_TN, skew)
     at_once = _PAIRS_AT_ONCE_ON_CPU if log_p_TN.device.type == "cpu" else _PAIRS_AT_ONCE
     pieces = max(1, at_once // log_p_TN.shape[1] ** 2)
     parts = [

@@ -28,11 +28,13 @@ class AllPairs(Term):
     """DPKD at each position of the chosen responses, in expectation over all pairs of outcomes."""
 
     options: PreferenceOptions
+    skew: float
     outcomes: Outcomes
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        loss = partial(all_pairs_preference_loss, beta=self.options.beta, label_smoothing=self.options.label_smoothing)
+        beta, smoothing = self.options.beta, self.options.label_smoothing
+        loss = partial(all_pairs_preference_loss, beta=beta, label_smoothing=smoothing, skew=self.skew)
         return (FunctionOfOutcomes("all_pairs", loss, self.outcomes),)
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> TermValues:

@@ -35,7 +35,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
         if config.needs_pairs:
             return SequencePreference(form=config.objective, options=options, offset=config.offset)
         if config.token_pairs == "all":
-            return AllPairs(options=options, outcomes=outcomes)
+            return AllPairs(options=options, skew=config.skew, outcomes=outcomes)
         if config.token_pairs == "drawn":
             return DrawnPairs(form=config.objective, options=options, outcomes=outcomes)
         return ArgmaxPairs(form=config.objective, options=options, vocab_size=vocab_size)
@@ -44,7 +44,7 @@ def make_terms(config: TrainConfig, vocab_size: int) -> dict[str, Term]:
         if config.objective == "distillm2":
             return Contrast(
                 outcomes=outcomes,
-                alpha=config.skew_alpha,
+                alpha=config.skew,
                 anchors=(config.skew_anchor_chosen, config.skew_anchor_rejected),
                 schedule=config.skew_schedule,
             )

@@ -146,8 +146,12 @@ class ObjectiveOptions(Settings):
     )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
     akl_mu: float = Field(0.5, gt=0, le=1, description="akl: cumulative probability of the head")
-    skew_alpha: float = Field(
-        0.1, ge=0, lt=1, description="skewed divergences and distillm2: weight of the other distribution"
+    skew_alpha: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="skewed divergences, distillm2, and dpkd over all pairs: weight of the other distribution in the "
+        "mixture that is compared; none: 0.1, and 0 for dpkd",
     )
     skew_anchor_chosen: float | None = Field(
         None,

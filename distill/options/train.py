@@ -134,8 +134,11 @@ class TrainConfig(
         if self.label_smoothing and self.objective == "ipo":
             return "--label-smoothing does not go with --objective ipo"
         by_token = self.objective in PREFERENCES and self.level == "token"
-        if by_token and self.token_pairs == "all" and self.objective != "dpkd":
+        all_pairs = by_token and self.token_pairs == "all"
+        if all_pairs and self.objective != "dpkd":
             return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
+        if self.skew_alpha and not (self.objective.startswith("skewed") or self.contrasts or all_pairs):
+            return "--skew-alpha goes with a skewed divergence, distillm2, or dpkd with --token-pairs all"
         if self.offset and (problem := self._problem_of_the_offset()) is not None:
             return problem
         if self.contrasts and self.tail == "uniform":
@@ -192,6 +195,13 @@ class TrainConfig(
             return self.label_smoothing or 0.0
         # on the pairs of a fixed round only the balanced loss has the teacher as its optimum
         return 0.5 if self.needs_pairs and self.objective == "dpkd" and self.student_samples != "live" else 0.0
+
+    @property
+    def skew(self) -> float:
+        """`skew_alpha`, or its default for the objective."""
+        if self.skew_alpha is None:
+            return 0.0 if self.objective in PREFERENCES else 0.1
+        return self.skew_alpha
 
     @property
     def origin(self) -> str | None:

@@ -163,7 +163,7 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "tail": ({"objective": "forward-kl"}, "renormalise"),
         "jsd_beta": ({"objective": "jsd"}, 0.2),
         "akl_mu": ({"objective": "akl"}, 0.2),
-        "skew_alpha": ({"objective": "skewed-forward-kl"}, 0.5),
+        "skew_alpha": ({}, 0.5),
         "skew_anchor_chosen": (CONTRASTED, 0.3),
         "skew_anchor_rejected": (CONTRASTED, 0.3),
         "skew_schedule": (CONTRASTED, False),

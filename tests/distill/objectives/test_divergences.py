@@ -37,7 +37,7 @@ quick = settings(deadline=None, max_examples=40)
 
 def divergence(name: str, p: Tensor, q: Tensor, **options: Any) -> Tensor:
     """The divergence of the table, with the options of `dpkd train` that it takes."""
-    defaults: dict[str, Any] = {"jsd_beta": 0.5, "akl_mu": 0.5, "skew_alpha": 0.1, "tail": "uniform"}
+    defaults: dict[str, Any] = {"jsd_beta": 0.5, "akl_mu": 0.5, "skew": 0.1, "tail": "uniform"}
     defaults |= {"ab_alpha": 0.2, "ab_beta": 0.7}
     return DIVERGENCES[name].bind(SimpleNamespace(**(defaults | options)))(p, q)
 
@@ -135,7 +135,7 @@ def test_akl_ranks_the_merged_tail_last() -> None:
 
 def test_options_reach_the_divergence_of_their_name() -> None:
     p, q = logits(0).log_softmax(1), logits(1).log_softmax(1)
-    options: dict[str, Any] = {"jsd_beta": 0.2, "akl_mu": 0.7, "skew_alpha": 0.3}
+    options: dict[str, Any] = {"jsd_beta": 0.2, "akl_mu": 0.7, "skew": 0.3}
     for name, expected in [
         ("forward-kl", forward_kl(p, q)),
         ("reverse-kl", reverse_kl(p, q)),
@@ -161,8 +161,8 @@ def test_without_skew_the_skewed_divergences_are_kl() -> None:
         ("jsd", {"jsd_beta": 1.0}, "beta is 1.0"),
         ("akl", {"akl_mu": 0.0}, "mu is 0.0"),
         ("akl", {"akl_mu": 1.1}, "mu is 1.1"),
-        ("skewed-forward-kl", {"skew_alpha": 1.0}, "alpha is 1.0"),
-        ("skewed-reverse-kl", {"skew_alpha": -0.1}, "alpha is -0.1"),
+        ("skewed-forward-kl", {"skew": 1.0}, "alpha is 1.0"),
+        ("skewed-reverse-kl", {"skew": -0.1}, "alpha is -0.1"),
     ],
 )
 def test_what_has_no_meaning_is_refused(name: Any, options: dict[str, float], message: str) -> None:

@@ -64,13 +64,13 @@ def start(seed: int, vocab: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("seed", STARTS)
 @pytest.mark.parametrize("beta", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_all_pairs_end_at_the_teacher(seed: int, beta: float, smoothing: float) -> None:
+@pytest.mark.parametrize(("smoothing", "skew"), [(0.0, 0.0), (0.1, 0.0), (0.5, 0.0), (0.0, 0.1), (0.0, 0.5)])
+def test_all_pairs_end_at_the_teacher(seed: int, beta: float, smoothing: float, skew: float) -> None:
     log_p = teacher(seed)
 
     def loss(logits: Tensor) -> Tensor:
         log_q = logits.log_softmax(1)
-        return all_pairs_preference_loss(log_p, log_q, beta=beta, label_smoothing=smoothing).sum()
+        return all_pairs_preference_loss(log_p, log_q, beta=beta, label_smoothing=smoothing, skew=skew).sum()
 
     log_q = minimise(loss, start(seed)).log_softmax(1)
     assert float(forward_kl(log_p, log_q)) < 1e-3
@@ -79,7 +79,7 @@ def test_all_pairs_end_at_the_teacher(seed: int, beta: float, smoothing: float) 
 @pytest.mark.parametrize("seed", STARTS)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences_end_at_the_teacher(seed: int, name: str) -> None:
-    options = {"jsd_beta": 0.5, "akl_mu": 0.5, "skew_alpha": 0.1, "ab_alpha": 0.2, "ab_beta": 0.7, "tail": "uniform"}
+    options = {"jsd_beta": 0.5, "akl_mu": 0.5, "skew": 0.1, "ab_alpha": 0.2, "ab_beta": 0.7, "tail": "uniform"}
     function, log_p = DIVERGENCES[name].bind(SimpleNamespace(**options)), teacher(seed)
     log_q = minimise(lambda logits: function(log_p, logits.log_softmax(1)).sum(), start(seed)).log_softmax(1)
     assert float(forward_kl(log_p, log_q)) < 1e-3
@@ -136,14 +136,22 @@ def test_all_pairs_by_enumeration(seed: int, beta: float, smoothing: float) -> N
         assert value >= math.log1p(math.exp(beta * jeffreys)) - 1e-9
 
 
+def test_skewed_all_pairs_compare_the_mixture() -> None:
+    log_p, log_q = teacher(0), start(0).log_softmax(1)
+    mixture = (0.3 * log_p.exp() + 0.7 * log_q.exp()).log()
+    skewed = all_pairs_preference_loss(log_p, log_q, skew=0.3)
+    torch.testing.assert_close(skewed, all_pairs_preference_loss(log_p, mixture))
+
+
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 10_000), st.floats(0.05, 5), st.floats(0, 0.5))
-def test_the_gradient_of_all_pairs_is_exact(seed: int, beta: float, smoothing: float) -> None:
+@given(st.integers(0, 10_000), st.floats(0.05, 5), st.floats(0, 0.5), st.sampled_from([0.0, 0.1, 0.5]))
+def test_the_gradient_of_all_pairs_is_exact(seed: int, beta: float, smoothing: float, skew: float) -> None:
     log_p = torch.cat([teacher(seed), teacher(seed + 1)])
     logits = torch.cat([start(seed), start(seed + 1)]).requires_grad_()
 
     def loss(logits: Tensor) -> Tensor:
-        return all_pairs_preference_loss(log_p, logits.log_softmax(1), beta=beta, label_smoothing=smoothing)
+        log_q = logits.log_softmax(1)
+        return all_pairs_preference_loss(log_p, log_q, beta=beta, label_smoothing=smoothing, skew=skew)
 
     assert torch.autograd.gradcheck(loss, (logits,))
 
