@@ -60,6 +60,8 @@ def test_presets_pin_what_they_mean() -> None:
             {"level": "sequence", "round": "r0", "best_metric": "loss", "validation_examples": 2},
             "--best-metric loss is best where a fixed round is overshot",
         ),
+        ({"objective": "forward-kl", "skew_alpha": 0.2}, "--skew-alpha goes with a skewed divergence"),
+        ({"token_pairs": "argmax", "skew_alpha": 0.2}, "--skew-alpha goes with a skewed divergence"),
         ({"teacher_floor": True}, "--teacher-floor needs --objective dpkd or dpop with --level sequence"),
         ({"objective": "seqkd", "responses": "all"}, "--objective seqkd learns from the teacher's responses"),
     ],
