@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from dpkd.evaluate.judge.verdicts import Reply
 from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
@@ -18,15 +18,12 @@ def read_key(config: JudgeConfig) -> str:
     return client.read_key(config.api_key_env, KEY_VARIABLE, url, "--judge-url", over_http="give --allow-plain-http")
 
 
-class JudgeClient:
-    """Asks the judge of `config`; an asynchronous context manager for one event loop.
-
-    Texts from the server are returned without the key, even if the server repeats it.
-    """
+class JudgeClient(client.EndpointClient):
+    """Asks the judge of `config`, as `EndpointClient` posts."""
 
     def __init__(self, config: JudgeConfig, key: str) -> None:
         self._config = config
-        self._client = client.EndpointClient(
+        super().__init__(
             client.Endpoint(
                 name="judge",
                 url=config.judge_url,
@@ -41,16 +38,10 @@ class JudgeClient:
             )
         )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._client.__aexit__(*exc)
-
     async def ask(self, messages: Messages) -> Reply:
-        """The judge's reply; raises as `EndpointClient.post` does."""
+        """The judge's reply; raises as `post` does."""
         body = self._config.request_body() | {"messages": list(messages)}
-        return await self._client.post("/chat/completions", body, self._reply, "chat completion")
+        return await self.post("/chat/completions", body, self._reply, "chat completion")
 
     def _reply(self, body: Any) -> Reply:
         choice = body["choices"][0]
@@ -60,7 +51,7 @@ class JudgeClient:
         usage = body.get("usage") or {}
         return Reply(
             # a reply may be empty if all tokens went into reasoning
-            self._client.clean(content or ""),
+            self.clean(content or ""),
             self._text(choice.get("finish_reason")),
             self._text(body.get("model")),
             _count(usage.get("prompt_tokens")),
@@ -68,7 +59,7 @@ class JudgeClient:
         )
 
     def _text(self, value: object) -> str | None:
-        return self._client.clean(value) if isinstance(value, str) else None
+        return self.clean(value) if isinstance(value, str) else None
 
 
 def _count(value: object) -> int | None:

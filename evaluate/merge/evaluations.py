@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
@@ -56,24 +55,15 @@ class Evaluation:
     @cached_property
     def _by_part(self) -> dict[tuple[str, str], dict[int, dict[str, Row]]]:
         found: dict[tuple[str, str], dict[int, dict[str, Row]]] = {}
-        for row in self.table.to_pylist():
+        for row in pq.read_table(self.directory / ROWS).to_pylist():
             found.setdefault((row["model"], row["data"]), {}).setdefault(row["seed"], {})[row["example_id"]] = row
         return found
-
-    @cached_property
-    def table(self) -> pa.Table:
-        """`per_example.parquet`."""
-        return pq.read_table(self.directory / ROWS)
 
     def parts(self) -> Iterator[tuple[str, str]]:
         """Each evaluated (model, set)."""
         for model, about in self.report["models"].items():
             for data in about["data"]:
                 yield model, data
-
-
-def _texts(table: pa.Table, column: str) -> Any:
-    return pc.cast(table.column(column), pa.string())
 
 
 def open_evaluation(text: str) -> Evaluation:
@@ -125,11 +115,10 @@ def _check_rows(evaluation: Evaluation) -> None:
     """Raise `UserError` if the rows are not those of the report."""
     path = evaluation.directory / ROWS
     try:
-        table = pq.read_table(path, columns=["model", "data", "seed"])
+        table = pq.read_table(path, columns=["model", "data"])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the evaluation's rows cannot be read: {error}", where=path) from None
-    models, sets = _texts(table, "model").to_pylist(), _texts(table, "data").to_pylist()
-    counts = Counter(zip(models, sets, strict=True))
+    counts = Counter((row["model"], row["data"]) for row in table.to_pylist())
     for model, data in evaluation.parts():
         summary = evaluation.report["models"][model]["data"][data]
         expected = summary["n"] * len(summary["seeds"])

@@ -12,12 +12,10 @@ import pyarrow.parquet as pq
 from dpkd.core.errors import UserError
 from dpkd.core.identity import file_sha256
 from dpkd.evaluate.answers.scoring import ScoredSet
+from dpkd.evaluate.views.page.examples import Grades
 
 VERDICTS = "per_verdict.parquet"
 _COLUMNS = ["data", "example_id", "model", "seed", "other", "other_seed", "swapped", "reply", "read"]
-
-#: by data set, model, seed and example: what was read, and the replies
-Grades = dict[tuple[str, str, int, str], tuple[str, str]]
 
 
 def read_grades(folders: Sequence[str], scored_sets: Sequence[ScoredSet]) -> Grades:

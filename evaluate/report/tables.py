@@ -190,16 +190,9 @@ def difference_of(
 
 def turned(difference: Mapping[str, Any]) -> dict[str, Any]:
     """The same comparison with the models exchanged."""
-
-    def negative(value: float | None) -> float | None:
-        return None if value is None else -value
-
-    return {
-        **difference,
-        **{key: negative(difference[other]) for key, other in (("mean", "mean"), ("low", "high"), ("high", "low"))},
-        "wins": difference["losses"],
-        "losses": difference["wins"],
-    }
+    sources = {"mean": "mean", "low": "high", "high": "low"}
+    negated = {key: None if difference[of] is None else -difference[of] for key, of in sources.items()}
+    return {**difference, **negated, "wins": difference["losses"], "losses": difference["wins"]}
 
 
 def difference_cells(difference: Mapping[str, Any]) -> list[Cell]:

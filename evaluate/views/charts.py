@@ -55,12 +55,7 @@ def dot_plot(
     left, size = 118, min(20.0, max(12.0, (height - 12 * len(shown)) / max(1, sum(len(rows) for _, rows in shown))))
     bottom = sum(size * len(rows) + 12 for _, rows in shown)
     x = _Scale(0, top, left, _WIDTH - _RIGHT)
-    parts = []
-    for tick in (top * step / 4 for step in range(5)):
-        label_below = _text(x(tick), bottom + 15, f"{tick:g}")
-        parts.append(f'<path class="grid" d="M{x(tick):.1f} 0V{bottom:.0f}"/>{label_below}')
-    parts.append(_text((left + _WIDTH - _RIGHT) / 2, bottom + 33, label, "axis"))
-    y = 6.0
+    parts, y = _axis(x, bottom, label), 6.0
     for group, rows in shown:
         for index, line in enumerate(group.split("\n")):
             parts.append(_text(0, y + 13 + 14 * index, line, "axis" if index else "", "start"))
@@ -79,9 +74,7 @@ def length_boxes(rows: Sequence[tuple[str, Sequence[float], int | None]], title:
     top = _round_up(max((found[-1] for found in quantiles), default=1.0) or 1.0)
     bottom = size * len(rows)
     x = _Scale(0, top, left, _WIDTH - _RIGHT)
-    parts = [_text((left + _WIDTH - _RIGHT) / 2, bottom + 34, label, "axis")]
-    for tick in (top * step / 4 for step in range(5)):
-        parts.append(f'<path class="grid" d="M{x(tick):.1f} 0V{bottom}"/>{_text(x(tick), bottom + 16, f"{tick:g}")}')
+    parts = _axis(x, bottom, label)
     for place, ((name, _, colour), found) in enumerate(zip(rows, quantiles, strict=True)):
         y = size * place + size / 2
         low, first, median, third, high = found
@@ -157,6 +150,15 @@ class _Scale:
 
     def __call__(self, value: float) -> float:
         return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+
+
+def _axis(x: _Scale, bottom: float, label: str) -> list[str]:
+    """The axis below a plot from 0: five ticks with lines up to the top, and its label."""
+    parts = []
+    for tick in (x.high * step / 4 for step in range(5)):
+        below = _text(x(tick), bottom + 15, f"{tick:g}")
+        parts.append(f'<path class="grid" d="M{x(tick):.1f} 0V{bottom:.0f}"/>{below}')
+    return [*parts, _text((x.start + x.end) / 2, bottom + 33, label, "axis")]
 
 
 def _ends(interval: Interval) -> list[float]:

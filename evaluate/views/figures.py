@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpkd.core.files import write_text
+from dpkd.core.plotting import caption_text
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.metrics.buckets import Bucket
 from dpkd.evaluate.report.build import length_text, summaries_of
@@ -17,7 +17,7 @@ from dpkd.evaluate.report.headline import ranked
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS, decoding_text, model_text, software_text
 from dpkd.evaluate.views.charts import Line, dot_plot, length_boxes, line_chart, standalone
 
-_CAPTION_CHARACTERS, _COMMAND_CHARACTERS = 120, 360
+_CAPTION_CHARACTERS = 120
 _STYLE = Path(__file__).parent / "page" / "charts.css"
 
 
@@ -102,14 +102,10 @@ def _caption(report: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{data} {about['n']} rows" for data, about in report["data"].items())
     models = ", ".join(f"{name} = {model_text(model)}" for name, model in report["models"].items())
     runs = ", ".join(f"{name} = {run['directory']}" for name, run in report["runs"].items())
-    command = report["command"]
-    if len(command) > _COMMAND_CHARACTERS:
-        command = f"{command[:_COMMAND_CHARACTERS]} ... (complete in report.json)"
     texts = [
         f"Data: {rows}. Answers: {decoding_text(report)}.",
         f"Models: {models}.",
         *([f"Runs: {runs}."] if runs else []),
         f"Software: {software_text(report)}. Evaluation {report['fingerprint'][:SHOWN_DIGITS]}, made by",
-        command,
     ]
-    return [line for text in texts for line in textwrap.wrap(text, _CAPTION_CHARACTERS, break_on_hyphens=False)]
+    return caption_text(texts, report["command"], "report.json", _CAPTION_CHARACTERS).split("\n")

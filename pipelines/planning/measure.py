@@ -8,6 +8,7 @@ Steps of later rounds cost what those of the first round do.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -162,7 +163,7 @@ class _Pilot:
     def _train(self, config: TrainConfig, item: PlannedStep) -> StepCost:
         if config.student_samples == "live":
             return StepCost(None, reason="live samples need a running teacher server")
-        if item.steps is None:
+        if math.isnan(item.steps):
             return StepCost(None, reason="its number of steps is unknown")
         given = item.step.config
         assert isinstance(given, TrainConfig)
@@ -202,7 +203,7 @@ class _Pilot:
         return StepCost(seconds)
 
 
-def validation_steps(config: TrainConfig, steps: int, held_out: int, per_step: int) -> float:
+def validation_steps(config: TrainConfig, steps: float, held_out: int, per_step: int) -> float:
     """Time of all validations in steps of training: a third of a step for as many rows, as `train` assumes."""
     from dpkd.distill.run.plan import validation_interval
 

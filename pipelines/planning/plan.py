@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.student import InitStudentConfig
@@ -35,7 +34,7 @@ _LAST_FILES = {
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step with its cost; None where it is unknown until the data or a model's config exists.
+    """A step with its cost; NaN where it is unknown until the data or a model's config exists.
 
     `generated`: largest number of tokens; `trained`: 1 for a training; `disk`: what stays, in bytes; `flop`: operations
     at most; `questions`: to a judge.
@@ -43,13 +42,13 @@ class PlannedStep:
 
     step: Step
     trained: int = 0
-    steps: int | None = 0
-    rows: int | None = 0
-    generated: int | None = 0
-    cached: int | None = 0
-    disk: float | None = 0.0
-    flop: float | None = 0.0
-    questions: int | None = 0
+    steps: float = 0
+    rows: float = 0
+    generated: float = 0
+    cached: float = 0
+    disk: float = 0
+    flop: float = 0
+    questions: float = 0
     words: str = ""
 
     @property
@@ -83,17 +82,26 @@ class _Knowledge:
 
     sizes: ModelSizes
     assumed: dict[str, int]
-    data_rows: dict[str, int | None] = field(default_factory=dict)
-    cache_rows: dict[str, int | None] = field(default_factory=dict)
+    data_rows: dict[str, float] = field(default_factory=dict)
+    cache_rows: dict[str, float] = field(default_factory=dict)
     cache_tokens: dict[str, int] = field(default_factory=dict)  # of a row, at most
-    evaluations: dict[str, tuple[EvalConfig, dict[str, int | None]]] = field(default_factory=dict)  # with rows by set
+    evaluations: dict[str, tuple[EvalConfig, dict[str, float]]] = field(default_factory=dict)  # with rows by set
 
-    def rows_of(self, data: str) -> int | None:
-        """Rows of a data file that exists or that a step writes; None if unknown."""
+    def rows_of(self, data: str) -> float:
+        """Rows of a data file that exists or that a step writes."""
         if data not in self.data_rows:
             self.data_rows[data] = _count_lines(Path(data))
         rows = self.data_rows[data]
-        return self.assumed.get(data) if rows is None else rows
+        return self.assumed.get(data, rows) if math.isnan(rows) else rows
+
+    def size_of(self, model: str) -> float:
+        """Parameters of a model."""
+        size = self.sizes.of(model)
+        return math.nan if size is None else size
+
+    def operations(self, model: str, tokens: float, per_weight: int = _FORWARD) -> float:
+        """Floating-point operations of `model` over `tokens`."""
+        return 0 if tokens == 0 else per_weight * tokens * self.size_of(model)
 
 
 def plan_steps(steps: list[Step], assumed: dict[str, int]) -> list[PlannedStep]:
@@ -110,14 +118,14 @@ def _plan(step: Step, known: _Knowledge) -> PlannedStep:
         case CacheConfig():
             return _cache(step, config, known)
         case InitStudentConfig():
-            size = known.sizes.of(str(config.out))
-            return PlannedStep(step, disk=_times(size, _BYTES_A_WEIGHT), words=_size_text(size))
+            size = known.size_of(str(config.out))
+            return PlannedStep(step, disk=size * _BYTES_A_WEIGHT, words=_size_text(size))
         case TrainConfig():
             return _train(step, config, known)
         case NoiseConfig():
-            size, copies = known.sizes.of(config.model), len(config.copies())
+            size, copies = known.size_of(config.model), len(config.copies())
             words = f"{copies} copies ({_size_text(size)}), each measured on {config.cache_rows} rows at most"
-            return PlannedStep(step, disk=_times(size, copies * _BYTES_A_WEIGHT), words=words)
+            return PlannedStep(step, disk=size * copies * _BYTES_A_WEIGHT, words=words)
         case EvalConfig():
             return _evaluate(step, config, known)
         case MergeConfig():
@@ -131,53 +139,55 @@ def _prepare(step: Step, config: PrepareConfig, known: _Knowledge) -> PlannedSte
     from dpkd.pipelines.commands.prepare import kept_rows
 
     try:
-        rows = sum(1 for _ in kept_rows(config))
+        known.data_rows[step.out] = sum(1 for _ in kept_rows(config))
     except UserError:
-        rows = None  # missing, or no data: a real run says so
-    known.data_rows[step.out] = rows
+        known.data_rows[step.out] = math.nan  # missing, or no data: a real run says so
     rows = known.rows_of(step.out)
     return PlannedStep(step, rows=rows, words=f"{_count(rows)} rows of {config.data}")
 
 
 def _cache(step: Step, config: CacheConfig, known: _Knowledge) -> PlannedStep:
     if config.round is not None:
-        rows = generated_rows = known.cache_rows.get(config.out)
+        rows = generated_rows = known.cache_rows.get(config.out, math.nan)
     else:
-        data = known.rows_of(config.data or "")
-        rows_of_data = data if data is None or config.limit is None else min(data, config.limit)
-        generated_rows = 0 if config.responses == "reference" else _times(rows_of_data, config.num_samples)
-        rows = _sum([generated_rows, 0 if config.responses == "teacher" else rows_of_data])
+        rows_of_data = _at_most(known.rows_of(config.data or ""), config.limit)
+        generated_rows = 0 if config.responses == "reference" else rows_of_data * config.num_samples
+        rows = generated_rows + (0 if config.responses == "teacher" else rows_of_data)
         known.cache_rows[config.out] = rows
-    generated = _times(generated_rows, config.max_new_tokens)
-    disk = _times(rows, config.max_new_tokens * (_BYTES_A_POSITION + _BYTES_AN_ENTRY * config.most_entries))
+    generated = generated_rows * config.max_new_tokens
+    disk = rows * config.max_new_tokens * (_BYTES_A_POSITION + _BYTES_AN_ENTRY * config.most_entries)
     who = config.teacher if config.student is None else f"{config.student}, scored by {config.teacher}"
     words = f"{_count(rows)} rows at most, up to {_count(generated)} tokens generated by {who}"
     known.cache_tokens[config.out] = config.max_prompt_tokens + config.max_new_tokens
-    tokens = _times(rows, known.cache_tokens[config.out])
-    flop = _add(_operations(known, config.teacher, tokens), _operations(known, config.student or "", generated))
+    flop = known.operations(config.teacher, rows * known.cache_tokens[config.out])
+    if config.student is not None:
+        flop += known.operations(config.student, generated)
     return PlannedStep(step, cached=rows, generated=generated, disk=disk, flop=flop, words=words)
 
 
 def _train(step: Step, config: TrainConfig, known: _Knowledge) -> PlannedStep:
     caches = [choice.location for choice in config.caches]
-    rows = known.rows_of(config.data) if config.data is not None else _sum([*map(known.cache_rows.get, caches)])
-    if rows is not None and config.cache is not None and not config.follow:
-        rows -= min(rows, config.num_held_out(rows))
+    rows = sum(known.cache_rows.get(cache, math.nan) for cache in caches)
+    if config.data is not None:
+        rows = known.rows_of(config.data)
+    if config.cache is not None and not config.follow and not math.isnan(rows):
+        rows -= min(rows, config.num_held_out(int(rows)))
     per_step = config.batch_size * config.gradient_accumulation_steps
-    steps = config.steps
-    if steps is None and rows is not None and config.batch_tokens is None:
+    steps: float = math.nan
+    if config.steps is not None:
+        steps = config.steps
+    elif config.batch_tokens is None and not math.isnan(rows):
         steps = math.ceil((config.epochs or 1) * rows / per_step)
-    size = known.sizes.of(config.student)
+    size = known.size_of(config.student)
     kept = 1 if config.save_every is None else 1 + _MODEL_AND_ADAM * config.keep_checkpoints
     words = f"{_count(steps)} steps of {per_step} rows, {config.objective}, student of {_size_text(size)}"
     if config.lora_rank is not None:
         kept, words = 1, f"{words}, adapters of rank {config.lora_rank}"
     limit = config.max_prompt_tokens + config.max_new_tokens
     row_tokens = max((known.cache_tokens.get(cache, limit) for cache in caches), default=limit)
-    tokens = _times(steps, per_step * row_tokens)
     return PlannedStep(
-        step, trained=1, steps=steps, rows=_times(steps, per_step), disk=_times(size, kept * _BYTES_A_WEIGHT),
-        flop=_operations(known, config.student, tokens, _TRAINING), words=words,
+        step, trained=1, steps=steps, rows=steps * per_step, disk=size * kept * _BYTES_A_WEIGHT,
+        flop=known.operations(config.student, steps * per_step * row_tokens, _TRAINING), words=words,
     )  # fmt: skip
 
 
@@ -190,17 +200,14 @@ def _evaluate(step: Step, config: EvalConfig, known: _Knowledge) -> PlannedStep:
         places = {name: name for name in config.data}
     by_set = {name: _at_most(known.rows_of(place), config.limit) for name, place in places.items()}
     known.evaluations[str(config.out)] = config, by_set
-    rows = _sum([*by_set.values()])
-    answers = _times(rows, len(config.model) * len(config.resolved_seeds()))
-    generated = _times(answers, config.max_new_tokens)
+    rows, num_seeds = sum(by_set.values()), len(config.resolved_seeds())
+    generated = rows * len(config.model) * num_seeds * config.max_new_tokens
     words = (
-        f"{len(config.model)} models, {len(config.resolved_seeds())} seeds, {_count(rows)} rows of "
-        f"{', '.join(config.data)}: up to {_count(generated)} tokens"
+        f"{len(config.model)} models, {num_seeds} seeds, {_count(rows)} rows of {', '.join(config.data)}: up to "
+        f"{_count(generated)} tokens"
     )
-    tokens = _times(rows, len(config.resolved_seeds()) * (config.max_prompt_tokens + config.max_new_tokens))
-    flop: float | None = 0.0
-    for model in config.model.values():
-        flop = _add(flop, _operations(known, model, tokens))
+    tokens = rows * num_seeds * (config.max_prompt_tokens + config.max_new_tokens)
+    flop = sum(known.operations(model, tokens) for model in config.model.values())
     return PlannedStep(step, generated=generated, flop=flop, words=words)
 
 
@@ -208,69 +215,47 @@ def _judge(step: Step, config: JudgeConfig, known: _Knowledge) -> PlannedStep:
     """Questions, tokens and price: of each row, every answer, or every pair in both orders."""
     asked = f"{config.judge_model} at {config.judge_url}"
     if str(config.report) not in known.evaluations:
-        return PlannedStep(step, questions=None, words=f"asks {asked} an unknown number of questions")
+        return PlannedStep(step, questions=math.nan, words=f"asks {asked} an unknown number of questions")
     evaluation, by_set = known.evaluations[str(config.report)]
-    rows = _sum(
-        [
-            _at_most(_at_most(found, config.limit), config.sample)
-            for name, found in by_set.items()
-            if not config.sets or name in config.sets
-        ]
+    rows = sum(
+        _at_most(found, config.limit, config.sample)
+        for name, found in by_set.items()
+        if not config.sets or name in config.sets
     )
     models = [name for name in evaluation.names if not config.only or name in config.only]
     pairs = len(compared(models, config.baseline))
     per_row = 2 * pairs if config.mode == "pairwise" else len(models)
     per_row *= len(evaluation.resolved_seeds()) if config.answer_seeds == "all" else 1
-    questions = _times(rows, per_row)
+    questions = rows * per_row
     texts = 3 if config.mode == "pairwise" else 2  # the reference, and the answers
-    prompts = _times(questions, _PROMPT_TOKENS + evaluation.max_prompt_tokens + texts * evaluation.max_new_tokens)
-    replies = _times(questions, config.max_tokens)
+    prompts = questions * (_PROMPT_TOKENS + evaluation.max_prompt_tokens + texts * evaluation.max_new_tokens)
+    replies = questions * config.max_tokens
     words = (
         f"asks {asked} {_count(questions)} questions: up to {_count(prompts)} tokens of prompts and {_count(replies)} "
         "of replies"
     )
     if config.prompt_price is None or config.completion_price is None:
         words += "; --estimate of dpkd judge gives the cost with --prompt-price and --completion-price"
-    elif prompts is not None and replies is not None:
+    elif not math.isnan(questions):
         cost = (prompts * config.prompt_price + replies * config.completion_price) / 1e6
         words += f", {cost:,.2f} at most by the prices given"
     return PlannedStep(step, questions=questions, words=words)
 
 
-def _count(value: int | None) -> str:
-    return "an unknown number of" if value is None else f"{value:,}"
+def _count(value: float) -> str:
+    return "an unknown number of" if math.isnan(value) else f"{value:,}"
 
 
-def _size_text(size: int | None) -> str:
-    return "unknown size (its config is missing)" if size is None else f"{size / 1e6:,.1f}M parameters"
+def _size_text(size: float) -> str:
+    return "unknown size (its config is missing)" if math.isnan(size) else f"{size / 1e6:,.1f}M parameters"
 
 
-def _operations(known: _Knowledge, model: str, tokens: int | None, per_weight: int = _FORWARD) -> float | None:
-    """Floating-point operations of `model` over `tokens`; 0 without a model or a token."""
-    if not model or tokens == 0:
-        return 0.0
-    return None if tokens is None else _times(known.sizes.of(model), per_weight * tokens)
+def _at_most(value: float, *limits: int | None) -> float:
+    return min([value, *(limit for limit in limits if limit is not None)])  # an unknown value stays so
 
 
-def _add(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
-
-
-def _at_most(value: int | None, limit: int | None) -> int | None:
-    return value if value is None or limit is None else min(value, limit)
-
-
-def _times(value: Any, factor: Any) -> Any:
-    return None if value is None else value * factor
-
-
-def _sum(values: list[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
-def _count_lines(path: Path) -> int | None:
+def _count_lines(path: Path) -> float:
     if path.suffix != ".jsonl" or not path.is_file():
-        return None
+        return math.nan
     with path.open(encoding="utf-8", errors="replace") as file:
         return sum(1 for line in file if line.strip())

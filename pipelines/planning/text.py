@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -38,10 +39,10 @@ def plan_text(planned: list[PlannedStep], costs: Sequence[StepCost] | None = Non
         f"  training steps: {_total(item.steps for item in left)}, on rows: {rows}",
         f"  rows cached and scored: {_total(item.cached for item in left)}",
         f"  tokens generated, at most: {_total(item.generated for item in left)}",
-        f"  disk, roughly: {_total((item.disk and item.disk / 1e9 for item in left), '{:.1f} GB')}",
+        f"  disk, roughly: {_total((item.disk / 1e9 for item in left), '{:.1f} GB')}",
     ]
     if costs is None:
-        hours = (item.flop and item.flop / (_TFLOPS * 1e12 * 3600) for item in left)
+        hours = (item.flop / (_TFLOPS * 1e12 * 3600) for item in left)
         lines.append(f"  time, roughly, at {_TFLOPS} TFLOP/s: {_total(hours, '{:.1f} hours')}")
     else:
         known = [cost.seconds for cost in costs if cost.seconds is not None]
@@ -72,9 +73,9 @@ def _repeated(planned: list[PlannedStep], end: int) -> int:
     return 0
 
 
-def _total(values: Iterable[float | None], form: str = "{:,}") -> str:
+def _total(values: Iterable[float], form: str = "{:,}") -> str:
     given = list(values)
-    known = [value for value in given if value is not None]
+    known = [value for value in given if not math.isnan(value)]
     missing = len(given) - len(known)
     unknown = f" and those of {missing} steps whose data or model config are missing" if missing else ""
     return form.format(sum(known)) + unknown

@@ -167,7 +167,10 @@ def to_markdown(table: dict[str, Any]) -> str:
     for row in table["rows"]:
         rows.append([f"`{row['model']}`", row["paper_method"] or "-"])
         for cell in row["columns"].values():
-            rows[-1] += [_ours(**cell["ours"]), "-" if cell["paper"] is None else f"{cell['paper']:.{places}f}"]
+            rows[-1] += [
+                str(interval_cell(cell["ours"])),
+                "-" if cell["paper"] is None else f"{cell['paper']:.{places}f}",
+            ]
     notes = "".join(f"- {note}\n" for note in table["notes"])
     differences = _differences_markdown(table)
     made = "".join(f"- {line['what']}: {line['text']}\n" for line in table["made"])
@@ -189,12 +192,6 @@ def _differences_markdown(table: dict[str, Any]) -> str:
             theirs = "-" if cell["paper"] is None else f"{cell['paper']:+.2f}"
             rows[-1] += [str(interval_cell(cell["ours"], sign="+")), theirs]
     return f"{markdown_table(header, rows)}\n"
-
-
-def _ours(mean: float | None, low: float | None, high: float | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _to_csv(table: dict[str, Any]) -> str:
