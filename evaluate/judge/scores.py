@@ -76,7 +76,7 @@ def _grades(grades_GSN: np.ndarray, chosen_SN: np.ndarray) -> dict[str, Any]:
 def compare_grades(judged: JudgedSet, graded: Mapping[str, np.ndarray], config: JudgeConfig) -> list[dict[str, Any]]:
     """Paired differences of grades, over the rows with grades of both models."""
     pairs = compared([*graded], config.baseline)
-    score = partial(difference, config=config, num_pairs=len(pairs))
+    score = partial(_difference, config=config, num_pairs=len(pairs))
     rows: list[dict[str, Any]] = []
     for model, other in pairs:
         differences_N = mean_over_seeds(graded[model][0]) - mean_over_seeds(graded[other][0])
@@ -126,10 +126,13 @@ def _by_length(
     return {"buckets": [bucket._asdict() | score(values[..., bucket_N == index]) for index, bucket in buckets]}
 
 
-def difference(differences_N: np.ndarray, config: JudgeConfig, num_pairs: int) -> dict[str, Any]:
+def _difference(
+    differences_N: np.ndarray, config: JudgeConfig, num_pairs: int, largest: float = _GRADES[1] - _GRADES[0]
+) -> dict[str, Any]:
     """The mean of the `n` differences that are not NaN, with interval, p-value and counts; one of `num_pairs`."""
     known_N = differences_N[np.isfinite(differences_N)]
-    found = paired_differences(known_N[None], config.num_sign_flips, config.sign_flip_seed, num_pairs)[0]
+    flips = (config.num_sign_flips, config.sign_flip_seed)
+    (found,) = paired_differences(known_N[None], *flips, family_size=num_pairs, limits=(-largest, largest))
     return {"n": len(known_N), **found._asdict()}
 
 
@@ -171,7 +174,7 @@ def _won(outcome_SN: np.ndarray, config: JudgeConfig, num_pairs: int) -> dict[st
     """Counts of pairs, shares in per cent of the pairs with both verdicts, and wins minus losses."""
     shares = [np.where(np.isfinite(outcome_SN), 100.0 * (outcome_SN == value), np.nan) for value in (1, 0, -1)]
     intervals = share_intervals(np.stack(shares))
-    net = difference(100 * mean_over_seeds(outcome_SN), config, num_pairs)
+    net = _difference(100 * mean_over_seeds(outcome_SN), config, num_pairs, largest=100.0)
     return {
         **_counts(outcome_SN),
         **{name: interval._asdict() for name, interval in zip(("win", "tie", "loss"), intervals, strict=True)},

@@ -19,8 +19,8 @@ import numpy as np
 ALPHA, POWER = 0.05, 0.8
 #: with fewer rows than this, reports say "few rows"
 FEW_ROWS = 30
-#: lowest and highest possible values: of scores, of counts and ratios, and of differences
-SCORES, COUNTS, ANY = (0.0, 100.0), (0.0, math.inf), (-math.inf, math.inf)
+#: lowest and highest possible values: of scores, of their differences, of counts and ratios, and of anything
+SCORES, DIFFERENCES, COUNTS, ANY = (0.0, 100.0), (-100.0, 100.0), (0.0, math.inf), (-math.inf, math.inf)
 
 _Z = NormalDist().inv_cdf(1 - ALPHA / 2)
 _T_OF_FEW = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)  # Student's t for 1 to 5 degrees of freedom
@@ -91,13 +91,21 @@ def ratio_interval(sums_N: np.ndarray, weights_N: np.ndarray) -> Interval:
     return _ratio(sums_N[counted_N].astype(np.float64), weights_N[counted_N].astype(np.float64), COUNTS, _skewed)
 
 
-def paired_differences(differences_KN: np.ndarray, num_flips: int, seed: int, family_size: int = 0) -> list[Difference]:
+def paired_differences(
+    differences_KN: np.ndarray,
+    num_flips: int,
+    seed: int,
+    *,
+    family_size: int = 0,
+    limits: tuple[float, float] = ANY,
+) -> list[Difference]:
     """K comparisons of two models over the same N examples: one family of tests, or a part of one of `family_size`.
 
     `differences_KN` is one model's score minus the other's, each averaged over its own seeds. If the models are equal,
     each difference is as likely as its negative: `p_value` is the share of all sign flips whose mean is at least as far
     from 0. Up to 16 differences that are not 0, all flips are counted; then at least `num_flips` random ones (with the
-    observed one more, so that p is never 0), and enough for Holm's adjustment of the family to reach 0.05.
+    observed one more, so that p is never 0), and enough for Holm's adjustment of the family to reach 0.05. `limits` are
+    the lowest and highest possible difference, as in `mean_intervals`.
     """
     # averages over seeds of equal scores may differ by rounding
     differences_KN = np.where(np.abs(differences_KN) < 1e-9, 0.0, differences_KN)
@@ -105,7 +113,7 @@ def paired_differences(differences_KN: np.ndarray, num_flips: int, seed: int, fa
     p_values = _sign_flip_p_values(differences_KN, num_flips, seed)
     differences = []
     for differences_N, p_value in zip(differences_KN, p_values, strict=True):
-        interval = _over_examples(differences_N[None], ANY, _skewed)
+        interval = _over_examples(differences_N[None], limits, _skewed)
         wins, losses = int((differences_N > 0).sum()), int((differences_N < 0).sum())
         ties = len(differences_N) - wins - losses
         differences.append(

@@ -178,6 +178,9 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
             )
         if self.report is None:
             self.eval_config()
+        for one, other in (("prompt_price", "completion_price"), ("completion_price", "prompt_price")):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                raise ValueError(f"{self.flag(one)} needs {self.flag(other)} (0 if those tokens cost nothing)")
         if self.grade_reference and self.mode == "pairwise":
             raise ValueError("--grade-reference needs --mode pointwise: references are not compared in pairs")
         return self

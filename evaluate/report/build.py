@@ -12,7 +12,7 @@ from dpkd.core.identity import fingerprint, software_versions
 from dpkd.evaluate.answers.perplexity import ModelMetrics
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.inputs.eval_sets import EvalSet
-from dpkd.evaluate.metrics.inference import ALPHA, POWER, add_holm, paired_differences
+from dpkd.evaluate.metrics.inference import ALPHA, DIFFERENCES, POWER, add_holm, paired_differences
 from dpkd.evaluate.options.comparing import ComparingOptions
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.evaluate.report.provenance import about_models, command_text, redacted
@@ -141,7 +141,8 @@ def _differences(
             for metric in _COMPARED
         ]
     )
-    differences = iter(paired_differences(differences_KN, options.num_sign_flips, options.sign_flip_seed))
+    flips = (options.num_sign_flips, options.sign_flip_seed)
+    differences = iter(paired_differences(differences_KN, *flips, limits=DIFFERENCES))
     return [{metric: next(differences)._asdict() for metric in _COMPARED} for _ in pairs]
 
 

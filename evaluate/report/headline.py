@@ -75,8 +75,8 @@ def headline(report: Mapping[str, Any], data: str) -> str:
         text = f"{_named(best)} keeps {best.share:.0%} of {_named(teacher)}: Rouge-L {score} against "
         text += f"{teacher.score['mean']:.2f}"
     elif len(rows) > 1:
-        text = f"{_named(best)} has {'the highest ' if best is rows[0] else ''}Rouge-L{',' if best is rows[0] else ''} "
-        text += score
+        highest = all(best.score["mean"] > row.score["mean"] for row in rows if row is not best)
+        text = f"{_named(best)} has {'the highest Rouge-L,' if highest else 'Rouge-L'} {score}"
     else:
         ends = interval_cell(best.score).interval
         return f"{_named(best)} has Rouge-L {score} {ends}".rstrip() + f" on {_rows(report['data'][data]['n'])}."

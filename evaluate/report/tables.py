@@ -191,7 +191,7 @@ def difference_of(
 def turned(difference: Mapping[str, Any]) -> dict[str, Any]:
     """The same comparison with the models exchanged."""
     sources = {"mean": "mean", "low": "high", "high": "low"}
-    negated = {key: None if difference[of] is None else -difference[of] for key, of in sources.items()}
+    negated = {key: None if difference[of] is None else 0.0 - difference[of] for key, of in sources.items()}
     return {**difference, **negated, "wins": difference["losses"], "losses": difference["wins"]}
 
 

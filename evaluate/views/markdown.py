@@ -43,7 +43,7 @@ def introduction(report: dict[str, Any]) -> str:
 
 
 def _table(table: Table) -> str:
-    rows = [[" - ".join(f"`{name}`" for name in names), *cells] for names, cells in table.rows]
+    rows = [[" - ".join(f"`{_code(name)}`" for name in names), *cells] for names, cells in table.rows]
     return markdown_table([table.first_column, *table.columns], rows) + (f"\n{table.note}\n" if table.note else "")
 
 

@@ -57,6 +57,13 @@ def test_the_url_may_have_a_path_or_a_slash() -> None:
         assert parse(judge_url=url).judge_url == "http://h/v1"
 
 
+def test_a_cost_needs_both_prices() -> None:
+    for one, other in (("prompt_price", "completion_price"), ("completion_price", "prompt_price")):
+        flag, missing = (f"--{name.replace('_', '-')}" for name in (one, other))
+        with pytest.raises(UserError, match=rf"{flag} needs {missing}.*0 if "):
+            parse(**{one: 1.0})
+
+
 def test_names_come_singly_and_with_commas() -> None:
     assert parse(only="a,b", sets=["c", "d, e"]).only == ("a", "b")
     assert parse(sets=["c", "d, e"]).sets == ("c", "d", "e")
@@ -86,5 +93,5 @@ def parsed_flags(parsed: dict[str, Any]) -> dict[str, Any]:
 def test_resolved_options_can_be_read_back() -> None:
     import tomllib
 
-    config = parse(extra_body='nested={"a": [1, null]}', prompt_price=2.5, baseline="a")
+    config = parse(extra_body='nested={"a": [1, null]}', prompt_price=2.5, completion_price=0, baseline="a")
     assert JudgeConfig.parse(tomllib.loads(config.to_toml()), where="a test") == config

@@ -225,6 +225,17 @@ def test_exact_p_values_equal_an_enumeration() -> None:
     assert paired(differences).p_value == pytest.approx(expected)
 
 
+def test_differences_of_scores_do_not_leave_what_is_possible() -> None:
+    differences = np.array([[100.0, -100.0], [100.0, 100.0], [-3.0, -5.0]])
+    two, equal, small = paired_differences(differences, 100, 0, limits=(-100.0, 100.0))
+    assert (two.mean, two.low, two.high) == (0.0, -100.0, 100.0)
+    # two rows do not show that it is always so: Wilson's 3.8415 / 5.8415 of the 200 from 100 to -100
+    assert (equal.mean, equal.high) == (100.0, 100.0)
+    assert equal.low == pytest.approx(100 - 200 * 0.65762, abs=1e-3)
+    # Student's t for 1 degree of freedom, and a standard error of 1
+    assert (small.low, small.high) == (pytest.approx(-4 - 12.7062), pytest.approx(-4 + 12.7062))
+
+
 def test_random_flips_agree_with_all_flips(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = np.random.default_rng(3).normal(0.4, 1, size=14)
     exact = paired(differences).p_value

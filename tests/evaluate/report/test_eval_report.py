@@ -267,6 +267,17 @@ def test_answers_are_scored_against_their_own_row_and_best_reference(config: Eva
     assert by_own_length.bucket_SN.tolist() == [[1, 1], [1, 1]]
 
 
+def test_text_of_the_data_is_no_markup_in_the_report(report: dict[str, Any]) -> None:
+    name = "`x`|<script>alert(1)</script>"
+    for model in report["models"].values():
+        part = {"category": name, "n": 2, "rouge_l": {"mean": 1.0, "low": None, "high": None}}
+        model["data"]["dolly"]["categories"] = [part]
+    report["comparisons"]["dolly"] = []
+    (line,) = (line for line in report_markdown(report).splitlines() if "alert" in line)
+    # the whole name is one span of code, in which Markdown reads no HTML
+    assert line.startswith("| `'x'\\|<script>alert(1)</script> (n=2, few rows)` |")
+
+
 def _svg_texts(path: Path) -> list[str]:
     root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
     return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]

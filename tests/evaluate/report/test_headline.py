@@ -82,6 +82,15 @@ def test_without_roles_the_best_model_is_compared_with_the_next(report: dict[str
     )
 
 
+def test_equal_models_have_no_highest_score_and_no_negative_zero(report: dict[str, Any]) -> None:
+    report["roles"] = {"teacher": None, "baseline": None}
+    report["models"] = dict.fromkeys(("one", "two"), report["models"]["trained"])
+    report["comparisons"]["d"] = [_difference("two", "one", 0.0, 1.0)]
+    assert headline(report, "d") == (
+        "`one` (57M) has Rouge-L 6.40; +0.00 [-0.50, +0.50] over `two`, which may be chance (p = 1.000)."
+    )
+
+
 def test_one_model_has_its_interval(report: dict[str, Any]) -> None:
     report["models"] = {"trained": report["models"]["trained"]}
     report["comparisons"]["d"] = []
