@@ -179,9 +179,9 @@ def _of_row(
         ours, theirs = judged.answers[model], None if other is None else judged.answers[other]
         for index, seed in enumerate(ours.seeds):
             answer, other_seed = ours.answers_SN[index][row].answer, None
-            against, orders = example.references[0], (reference_first,)
+            against, orders = example.references[0], [reference_first]
             if theirs is not None:
-                against, orders = theirs.answers_SN[index][row].answer, (False, True)
+                against, orders = theirs.answers_SN[index][row].answer, [False, True]
                 other_seed = theirs.seeds[index]
             for swapped in orders:
                 first, second = (against, answer) if swapped else (answer, against)

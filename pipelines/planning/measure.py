@@ -180,7 +180,8 @@ class _Pilot:
         step_s = statistics.median(line["step_time_s"] for line in log[1:])
         rest_s = taken_s - sum(line["step_time_s"] for line in log)
         per_step = config.batch_size * config.gradient_accumulation_steps
-        return StepCost(rest_s + step_s * (item.steps + validation_steps(config, item.steps, held_out, per_step)))
+        steps = int(item.steps)
+        return StepCost(rest_s + step_s * (steps + validation_steps(config, steps, held_out, per_step)))
 
     def _evaluate(self, config: EvalConfig) -> StepCost:
         rows = self.directory / f"{config.out.name}.jsonl"
@@ -203,7 +204,7 @@ class _Pilot:
         return StepCost(seconds)
 
 
-def validation_steps(config: TrainConfig, steps: float, held_out: int, per_step: int) -> float:
+def validation_steps(config: TrainConfig, steps: int, held_out: int, per_step: int) -> float:
     """Time of all validations in steps of training: a third of a step for as many rows, as `train` assumes."""
     from dpkd.distill.run.plan import validation_interval
 

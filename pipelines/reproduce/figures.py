@@ -171,7 +171,10 @@ def draw_buckets(config: ReproduceConfig, table: dict[str, Any]) -> list[Path]:
     for index, row in enumerate(cells.values()):
         centre = (index - (len(cells) - 1) / 2) * 0.8 / len(cells)
         paper = {place + centre: cell["paper"] for place, cell in enumerate(row) if cell["paper"] is not None}
-        panels[0].plot(list(paper), list(paper.values()), "D", color="white", markeredgecolor="black", label="paper")
+        if paper:
+            panels[0].plot(
+                list(paper), list(paper.values()), "D", color="white", markeredgecolor="black", label="paper"
+            )
     panels[0].set_xlabel("length of the gold response in words")
     panels[0].set_ylabel("Rouge-L (0 to 100)")
     panels[0].set_ylim(bottom=0)

@@ -10,11 +10,12 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint, software_versions
 from dpkd.core.json_lines import read_json_lines
 from dpkd.core.settings import read_toml
+from dpkd.evaluate.report.provenance import SHOWN_DIGITS, software_text
+from dpkd.evaluate.report.provenance import how_made as report_lines
 from dpkd.pipelines.commands.noise import REPORT as NOISE_REPORT
 from dpkd.pipelines.reproduce.options import ReproduceConfig
 
 _AGAIN = "Run the recipe's steps again: dpkd reproduce does so"
-_SHOWN_DIGITS = 12
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,8 +68,6 @@ def how_made(config: ReproduceConfig, command: str) -> dict[str, Any]:
 
     These are data, rows, seeds, decoding, models with fingerprints and software of everything that `config` names.
     """
-    from dpkd.evaluate.report.provenance import how_made as report_lines
-
     lines: list[tuple[str, str]] = []
     if config.report is not None:
         report = read_json(config.report / "report.json")
@@ -88,12 +87,11 @@ def how_made(config: ReproduceConfig, command: str) -> dict[str, Any]:
                 "Measured on",
                 f"{noise['copies'][0]['rows']} rows of the cache {noise['cache_directory']}, beta {noise['beta']:g}; "
                 f"copies of {noise['model_directory']} "
-                f"(weights {str(noise['model']['weights_sha256'])[:_SHOWN_DIGITS]})",
+                f"(weights {str(noise['model']['weights_sha256'])[:SHOWN_DIGITS]})",
             )
         )
     lines += [(f"Cache {location}", _cache_text(location)) for location in dict.fromkeys(caches)]
-    software = ", ".join(f"{name} {version}" for name, version in software_versions().items())
-    lines = [("Command", command), *lines, ("Software", software)]
+    lines = [("Command", command), *lines, ("Software", software_text({"software": software_versions()}))]
     return {"command": command, "made": [{"what": what, "text": text} for what, text in lines]}
 
 
@@ -112,14 +110,13 @@ def _run_text(run: Path) -> str:
     """What a run learnt from what, in short."""
     held = read_json(run / "dpkd-run.json")
     options, facts = held["options"], read_json(run / "run.json")
-    text = (
-        f"{run} ({fingerprint(held)[:_SHOWN_DIGITS]}): {options['objective']}, {options['level']} level, beta "
+    return (
+        f"{run} ({fingerprint(held)[:SHOWN_DIGITS]}): {options['objective']}, {options['level']} level, beta "
         f"{options['beta']:g}, {facts['steps']} steps of {held['rows_per_step']} rows, learning rate "
         f"{options['learning_rate']:g}, seed {options['seed']}; validated on {held['validation']['examples']} held-out "
         f"examples of the cache {_options_of(run)['cache']}; from the student "
-        f"{_options_of(run)['student']} (weights {str(facts['student']['weights_sha256'])[:_SHOWN_DIGITS]})"
+        f"{_options_of(run)['student']} (weights {str(facts['student']['weights_sha256'])[:SHOWN_DIGITS]})"
     )
-    return text
 
 
 def _options_of(run: Path) -> dict[str, Any]:
@@ -135,8 +132,8 @@ def _cache_text(location: str) -> str:
     num_rows = sum(shard.rows for shard in cache.shards())
     return (
         f"{num_rows} rows ({drawn['responses']} responses) of {held['data']['name']} "
-        f"(sha256 {held['data']['sha256'][:_SHOWN_DIGITS]}), teacher {held['teacher']['name']} (weights "
-        f"{str(held['teacher']['weights_sha256'])[:_SHOWN_DIGITS]}), template {held['template']['name']}, temperature "
+        f"(sha256 {held['data']['sha256'][:SHOWN_DIGITS]}), teacher {held['teacher']['name']} (weights "
+        f"{str(held['teacher']['weights_sha256'])[:SHOWN_DIGITS]}), template {held['template']['name']}, temperature "
         f"{drawn['temperature']:g}, top-p {drawn['top_p']:g}, seed {drawn['seed']}, at most {drawn['max_new_tokens']} "
-        f"tokens, top {held['logprobs']['top_k']} ({cache.fingerprint[:_SHOWN_DIGITS]})"
+        f"tokens, top {held['logprobs']['top_k']} ({cache.fingerprint[:SHOWN_DIGITS]})"
     )

@@ -136,6 +136,8 @@ def is_png(path: Path) -> bool:
 
 
 def test_figure_5_is_table_5_as_bars(report: Path, tmp_path: Path) -> None:
+    table(report, tmp_path / "opt", "fig5", paper="opt-1.3b")  # of which the paper has no numbers by length
+    assert "paper" not in texts_of(tmp_path / "opt" / "fig5.svg").split()
     found = table(report, tmp_path, "fig5")
     assert [value["paper"] for value in found["dpkd"].values()] == [30.98, 26.69, 17.26]
     assert is_png(tmp_path / "fig5.png")
