@@ -251,7 +251,7 @@ class _Head:
     def __init__(self, scorer: StudentScorer, hidden_BSD: torch.Tensor) -> None:
         self._scorer, self._hidden_BSD = scorer, hidden_BSD
 
-    def __call__(self, ids: Any, mask: Any, row_T: Any, predict_T: Any, fields: Any, statistics: Any) -> Any:
+    def __call__(self, *, row_T: Any, predict_T: Any, fields: Any, statistics: Any, **_: Any) -> Any:
         return self._scorer.evaluate(self._hidden_BSD[row_T, predict_T], fields, statistics)
 
 

@@ -189,7 +189,7 @@ def raw_rows(source: ExampleSource, other_fields: Iterable[str] = ()) -> Iterato
     if path is None:
         yield from enumerate(source.dataset, start=1)
     elif path.suffix == ".parquet":
-        yield from _parquet_rows(path, {*_FIELDS, *other_fields})
+        yield from parquet_rows(path, {*_FIELDS, *other_fields})
     elif path.suffix == ".jsonl":
         yield from read_json_lines(path)
     else:
@@ -204,7 +204,11 @@ def raw_rows(source: ExampleSource, other_fields: Iterable[str] = ()) -> Iterato
         yield from enumerate(rows, start=1)
 
 
-def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, Any]]:
+def parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and content of each row, of the `wanted` columns where the file has some of them.
+
+    Raises `UserError` for a file that cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

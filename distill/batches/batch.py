@@ -59,6 +59,12 @@ class Batch(_OnDevice):
     cache_B: Tensor | None = None
 
     @property
+    def sequences(self) -> dict[str, Tensor]:
+        """What the student reads, by the names of `StudentScorer.forward`."""
+        names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def num_rows(self) -> int:
         """B, sequences."""
         return int(self.input_ids_BS.shape[0])
@@ -84,6 +90,12 @@ class SharedPrompts(_OnDevice):
     length_P: Tensor
     row_T: Tensor
     predict_T: Tensor
+
+    @property
+    def sequences(self) -> dict[str, Tensor]:
+        """What the student reads, by the names of `StudentScorer.forward`."""
+        of_pairs = {"input_ids_BS": self.input_ids_PS, "position_ids_BS": self.position_ids_PS}
+        return of_pairs | {"attention_mask_BS": self.mask(), "row_T": self.row_T, "predict_T": self.predict_T}
 
     def mask(self) -> Tensor:
         """Attention mask [P, 1, S, S], true where a query (third dimension) sees a key; padding sees itself alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dpkd.core.identity import derive_seed
@@ -20,7 +20,7 @@ class Block:
     In the end there are `rows`, with None for responses that the teacher could not score, or an `error`.
     """
 
-    steps: range
+    steps: Sequence[int]
     planned: list[PlannedRow] = field(default_factory=list)
     index_of: dict[tuple[int, str, int], int] = field(default_factory=dict)
     drawn: list[Drawn] = field(default_factory=list)
@@ -40,16 +40,12 @@ class Block:
 
 
 def plan_block(
-    steps: range,
-    rows_of: Callable[[int], list[RowIndex]],
-    rows: RowSource,
-    student: ModelSource,
-    config: TrainConfig,
+    rows_of: Mapping[int, Iterable[RowIndex]], rows: RowSource, student: ModelSource, config: TrainConfig
 ) -> Block:
-    """The block of `steps`, each response planned once. `rows_of` gives the rows of a step."""
-    block = Block(steps)
-    for step in steps:
-        for row_index in rows_of(step):
+    """The block of the steps whose rows `rows_of` has, each response planned once."""
+    block = Block([*rows_of])
+    for step, row_indices in rows_of.items():
+        for row_index in row_indices:
             row = rows.row(*row_index).chosen
             for sample in samples_of(row, config):
                 key = (step, row.example_id, sample)
@@ -58,22 +54,12 @@ def plan_block(
                 index = block.index_of[key] = len(block.planned)
                 # a seed for every response: what is drawn does not depend on the other rows of its batch
                 seed = derive_seed(config.seed, row.example_id, sample, step)
-                block.planned.append(_planned(index, row, sample, seed, student))
+                ids, asked = row.prompt_ids.tolist(), row.teacher_prompt_ids
+                prompt = str(student.tokenizer.decode(ids))
+                of_teacher = {} if asked is None else {"teacher_prompt_ids": asked.tolist()}
+                planned = PlannedRow(index, row.example_id, sample, "student", prompt, ids, seed, **of_teacher)
+                block.planned.append(planned)
     return block
-
-
-def _planned(index: int, row: CachedRow, sample: int, seed: int, student: ModelSource) -> PlannedRow:
-    ids, asked = row.prompt_ids.tolist(), row.teacher_prompt_ids
-    return PlannedRow(
-        index,
-        row.example_id,
-        sample,
-        "student",
-        str(student.tokenizer.decode(ids)),
-        ids,
-        seed,
-        teacher_prompt_ids=None if asked is None else asked.tolist(),
-    )
 
 
 def samples_of(row: CachedRow, config: TrainConfig) -> Sequence[int]:

@@ -32,6 +32,7 @@ from dpkd.distill.live.store import SampleStore
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_columns
+from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions, longest_sample
 from dpkd.teacher_cache.engines.engine import FailedRequest, GenerateRequest, ScoreRequest
@@ -112,7 +113,8 @@ class LiveRows:
         if first_step >= self._steps:
             return
         steps = range(first_step, min(first_step + self._config.sample_every, self._steps))
-        block = plan_block(steps, self._rows_of, self._rows, self._student, self._config)
+        sampled = {other: filter(self._is_sampled, self._rows_of(other)) for other in steps}
+        block = plan_block(sampled, self._rows, self._student, self._config)
         if not block.planned:  # with `mix`, steps may read no response of the student
             block.rows = []
         elif not self._store.is_drawn(first_step, block.planned):
@@ -134,11 +136,27 @@ class LiveRows:
             self._worker.submit(self._make, block)
 
     def rows(self, step: int, row_indices: Sequence[RowIndex]) -> list[TrainingRow]:
-        """The rows `row_indices` with the student's responses of `step`; waits until these are scored.
+        """The rows `row_indices`, those with the student's responses of `step` first; waits until these are scored.
 
         A response that the teacher could not score gives no row. Raises `UserError` when no row is left or the samples
         cannot be made, and `KeyboardInterrupt` after `cancel`.
         """
+        sampled = [row_index for row_index in row_indices if self._is_sampled(row_index)]
+        rows = self._sampled_rows(step, sampled) if sampled else []
+        rows += [self._rows.row(*row_index) for row_index in row_indices if not self._is_sampled(row_index)]
+        if not rows:
+            raise UserError(
+                f"the teacher could score none of the student's responses of step {step + 1}",
+                where=self._config.out,
+                advice="The reasons are in the messages above and in the servers' logs",
+            )
+        return rows
+
+    def _is_sampled(self, row_index: RowIndex) -> bool:
+        """Whether the student answers the prompt of a row: with `mix`, that of some rows only."""
+        return not isinstance(self._rows, MixedRows) or self._rows.is_students(row_index)
+
+    def _sampled_rows(self, step: int, row_indices: Sequence[RowIndex]) -> list[TrainingRow]:
         number = step // self._config.sample_every
         with self._changed:
             self._wait(lambda: number in self._blocks and self._blocks[number].is_over)
@@ -154,12 +172,6 @@ class LiveRows:
             if samples and self._config.pairing == "best-vs-worst":
                 samples = [min(samples, key=lambda row: float(np.mean(row.response_logprobs)))]
             rows += [TrainingRow(cached, row) if self._config.needs_pairs else TrainingRow(row) for row in samples]
-        if not rows:
-            raise UserError(
-                f"the teacher could score none of the student's responses of step {step + 1}",
-                where=self._config.out,
-                advice="The reasons are in the messages above and in the servers' logs",
-            )
         return rows
 
     def settle(self) -> None:

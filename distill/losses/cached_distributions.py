@@ -69,7 +69,7 @@ def align(
         # padded entries are written to one more column, which is cut off again
         wide_TV = logits_TV.new_full((len(logits_TV), num_logits + 1), -math.inf)
         wide_TV[:, :vocab_size] = each_T[:, None]
-        wide_TV.scatter_(1, _column(entry_ids_TK, entry_TK, num_logits), teacher_TK)
+        wide_TV.scatter_(1, entry_ids_TK.masked_fill(~entry_TK, num_logits), teacher_TK)
         return _log_normalise(wide_TV[:, :num_logits]), _log_normalise(logits_TV)
     student_TK = logits_TV.gather(1, entry_ids_TK.masked_fill(~entry_TK, 0)).masked_fill(~entry_TK, -math.inf)
     if temperature != 1:
@@ -119,10 +119,6 @@ def _log_normalise(logs_TN: Tensor) -> Tensor:
     """Log-softmax; a row without any mass stays -inf, without gradient."""
     empty_T1 = torch.isneginf(logs_TN).all(dim=1, keepdim=True)
     return torch.log_softmax(logs_TN.masked_fill(empty_T1, 0), dim=1).masked_fill(empty_T1, -math.inf)
-
-
-def _column(entry_ids_TK: Tensor, entry_TK: Tensor, beyond: int) -> Tensor:
-    return entry_ids_TK.masked_fill(~entry_TK, beyond)
 
 
 def _student_log_tail(logits_TV: Tensor, entry_ids_TK: Tensor, entry_TK: Tensor) -> Tensor:

@@ -144,11 +144,6 @@ def cross_entropy_to(log_p_TN: Float[Tensor, "T N"], log_q_TN: Float[Tensor, "T 
     return -_expectation(full_precision(log_p_TN), full_precision(log_q_TN))
 
 
-def entropy(log_q_TN: Float[Tensor, "T N"]) -> Float[Tensor, " T"]:
-    """H(q) = -sum q log q."""
-    return cross_entropy_to(log_q_TN, log_q_TN)
-
-
 def _expectation(log_p_TN: Tensor, values_TN: Tensor) -> Tensor:
     """Sum of p times `values_TN`, which may be anything where p is 0."""
     p_TN = log_p_TN.exp()

@@ -85,11 +85,7 @@ class Objective:
             raise ValueError("a batch without response positions")
         if self._num_logits is not None:
             rows = narrowed(rows, self._num_logits)
-        metrics: list[Statistic] = [
-            target_logprob,
-            distance_from_teacher,
-            *([entropy_and_agreement] if measure else []),
-        ]
+        metrics = [target_logprob, distance_from_teacher, *([entropy_and_agreement] if measure else [])]
         values = self._evaluate(score, rows, micro_batch, metrics, sums)
         if "reward_chosen" not in sums.metrics:
             _add_metrics(sums, chosen_reward(values, rows, self._beta))
@@ -110,13 +106,8 @@ class Objective:
             fields |= term.fields(batch)
         needed = [statistic for term in terms.values() for statistic in term.needs]
         statistics = list(dict.fromkeys([*needed, *metrics]))
-        if source == "rows" and (shared := micro_batch.shared) is not None:
-            sequences = (shared.input_ids_PS, shared.mask(), shared.row_T, shared.predict_T)
-            found = score(*sequences, fields, statistics, shared.position_ids_PS)
-        else:
-            sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
-            found = score(*sequences, fields, statistics)
-        values = fields | found
+        read = batch if source == "corpus" or micro_batch.shared is None else micro_batch.shared
+        values = fields | score(**read.sequences, fields=fields, statistics=statistics)
         for name, term in terms.items():
             if (result := term(values, batch)) is not None:
                 sums.terms[name] = result.loss.sum()
@@ -129,10 +120,10 @@ def _add_metrics(sums: StepSums, metrics: Mapping[str, Tensor]) -> None:
 
 
 def chosen_reward(values: Mapping[str, Tensor], batch: Batch, beta: float) -> dict[str, Tensor]:
-    """Eq. 29 of each response, divided by its length and not; nothing where the teacher never scored them."""
-    if batch.teacher_logprob_T is None:
-        return {}
+    """Eq. 29 of each response, divided by its length and not; of no response where the teacher did not score all."""
     student_B = sum_by_row(values["target"].detach(), batch.row_T, batch.num_rows)
+    if batch.teacher_logprob_T is None:  # empty, not absent: all micro-batches of a step must have the same metrics
+        return dict.fromkeys(("reward_chosen", "reward_chosen_sum"), student_B[:0])
     teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
     return {
         f"reward_chosen{suffix}": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta, normalize)

@@ -45,7 +45,6 @@ class PolicyGradient(Term):
             values["target"],
             batch.teacher_logprob_T,
             batch.sampling_logprob_T,
-            batch.row_T,
             batch.num_tokens_B,
             values["single_step"],
             clip=self.clip,

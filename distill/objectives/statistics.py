@@ -40,14 +40,6 @@ class Positions:
         """The student's most likely token."""
         return self.logits_CV.detach()[:, : self.num_tokens].argmax(dim=1)
 
-    @torch.no_grad()
-    def entropy(self) -> Float[Tensor, " C"]:
-        """Entropy of the student's distribution (nats)."""
-        logits_CV, log_sum_C = self.logits_CV.detach(), self.log_sum_C.detach()
-        share_CV = (logits_CV - log_sum_C[:, None]).exp_()
-        # a logit of -inf has no share: 0 x -inf would be NaN
-        return log_sum_C - torch.linalg.vecdot(share_CV, logits_CV.clamp(min=torch.finfo(logits_CV.dtype).min))
-
 
 #: Values by name, one a position, of a chunk. It may run twice on the same chunk (gradient checkpointing).
 Statistic = Callable[[Positions], dict[str, Tensor]]
@@ -176,7 +168,10 @@ def entropy_and_agreement(at: Positions) -> dict[str, Tensor]:
 
     `top1_agreement` is 1 where teacher and student have the same most likely token, else 0.
     """
-    values = {"entropy": at.entropy()}
+    share_CV = (at.logits_CV - at.log_sum_C[:, None]).exp_()
+    # a logit of -inf has no share: 0 x -inf would be NaN
+    mean_C = torch.linalg.vecdot(share_CV, at.logits_CV.clamp(min=torch.finfo(at.logits_CV.dtype).min))
+    values = {"entropy": at.log_sum_C - mean_C}
     if "entry_ids" in at.fields:
         values["top1_agreement"] = (at.argmax_C == at.fields["entry_ids"][:, 0]).float()
     return values

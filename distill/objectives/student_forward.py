@@ -61,21 +61,24 @@ class StudentScorer(nn.Module):
     ) -> dict[str, Tensor]:
         # under autocast the head would round its logits to bfloat16: up to 0.1 nats
         with torch.autocast(hidden_CD.device.type, enabled=False):
-            logits_CV = head_logits(self.model, hidden_CD.float()).float()
+            logits_CV = head_logits(self.model, hidden_CD).float()
         at = Positions(logits_CV, torch.logsumexp(logits_CV, dim=1), fields, self._num_tokens)
         return {name: value for statistic in statistics for name, value in statistic(at).items()}
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The model's logits from its last hidden states, with what its family does to them after the head."""
-    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    """The model's logits from its last hidden states, with what its family does to them after the head.
+
+    In the number type of the head's weights.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    logits: Tensor = head(hidden.to(head.weight.dtype))
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     if getattr(config, "logit_scale", None):
         logits = logits * config.logit_scale
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpkd.core.errors import UserError
@@ -15,10 +15,11 @@ from dpkd.distill.rows.held_out import cache_examples
 from dpkd.distill.rows.joined import join_splits
 from dpkd.distill.rows.requirements import check_distributions, top_k_of
 from dpkd.distill.rows.row import RowSource
-from dpkd.distill.rows.sources import CacheSplit, choose_held_out, open_cache_rows, used_shards
+from dpkd.distill.rows.sources import CacheSplit, choose_held_out, open_cache_rows
 from dpkd.distill.rows.vocabulary import check_narrower
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
-from dpkd.teacher_cache.store.shards import check_shard
+from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
 _SHORT = 12  # digits shown of a sha256
 
@@ -59,10 +60,7 @@ def verify_share(config: TrainConfig, rank: int = 0, num_processes: int = 1) -> 
     """
     if config.follow or config.verify != "start":
         return
-    used = []
-    for cache in (_open(choice, config) for choice in config.caches):
-        assert cache.finished is not None
-        used += used_shards(cache.finished, cache.student_round, config)
+    used = [pair for choice in config.caches for pair in _used(_open(choice, config), config)]
     for folder, shard in used[rank::num_processes]:
         check_shard(folder, shard)
 
@@ -80,19 +78,19 @@ def open_caches(config: TrainConfig, student: ModelSource) -> tuple[RunCache, ..
     else:
         found = [_open(choice, config) for choice in choices]
         _check_together(found, config)
-        examples = None
+        finished = [(cache, cache.finished) for cache in found if cache.finished is not None]
+        held_out = None
         if len(found) > 1 and config.validation_examples != 0:
             # the same example may be in several caches: it is held out of all of them
-            by_cache = [cache_examples(cache.finished) for cache in found if cache.finished is not None]
-            examples = frozenset().union(*(choose_held_out(of_cache, config) for of_cache in by_cache))
-        found = [_with_rows(cache, config, examples) for cache in found]
+            held_out = frozenset().union(*(choose_held_out(cache_examples(of), config) for _, of in finished))
+        found = [
+            replace(cache, split=open_cache_rows(of, cache.student_round, config, held_out)) for cache, of in finished
+        ]
     for run_cache in found:
         if config.student_samples == "live":
             run_cache.reader.check_one_teacher()
-        finished, of_round = run_cache.finished, run_cache.student_round
         run_cache.reader.check_tokenizer(student, "student")
-        used = [] if finished is None else used_shards(finished, of_round, config)
-        check_narrower(student, run_cache.reader, used)
+        check_narrower(student, run_cache.reader, _used(run_cache, config))
     return tuple(found)
 
 
@@ -101,10 +99,15 @@ def _open(choice: CacheChoice, config: TrainConfig) -> RunCache:
     return RunCache(choice, cache, None if config.round is None else cache.round(config.round))
 
 
-def _with_rows(run_cache: RunCache, config: TrainConfig, held_out: frozenset[str] | None) -> RunCache:
-    assert run_cache.finished is not None
-    split = open_cache_rows(run_cache.finished, run_cache.student_round, config, held_out)
-    return RunCache(run_cache.choice, run_cache.reader, run_cache.student_round, split)
+def _used(cache: RunCache, config: TrainConfig) -> list[tuple[Folder, ShardRecord]]:
+    """The shards of a finished cache, and of its round, that `config` trains on, each with its folder."""
+    if cache.finished is None:
+        return []
+    shards, of_round = cache.finished.shards(config.origin), cache.student_round
+    used: list[tuple[Folder, ShardRecord]] = [(cache.finished.folder, shard) for shard in shards]
+    if of_round is not None:
+        used += [(of_round.folder, of_round.shards_by_path[shard.path]) for shard in shards]
+    return used
 
 
 def _check_together(caches: Sequence[RunCache], config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import file_sha256, fingerprint
 from dpkd.core.json_lines import read_json_lines, read_text_lines
+from dpkd.core.prompts.examples import is_unicode, parquet_rows
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,11 @@ def _texts(numbered_rows: Iterable[tuple[int, Any]], where: object) -> Iterator[
                 found = f"`text` of type {type(text).__name__}"
             what = f"row {line} of the corpus has no text"
             raise UserError(what, found=found, expected="text in `text`", where=where)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"the text of row {line} contains half a surrogate pair, which no tokenizer accepts", where=where
-            ) from None
+        if not is_unicode(text):
+            what = f"the text of row {line} contains half a surrogate pair, which no tokenizer accepts"
+            raise UserError(what, where=where)
         if text.strip():
             yield text
-
-
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    return _texts(read_json_lines(path), path)
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
@@ -116,26 +110,9 @@ def _txt_documents(path: Path) -> Iterator[str]:
             yield "\n".join(document)
 
 
-def _parquet_documents(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise UserError(
-                "the corpus has no text", found=f"columns {', '.join(names)}", expected="a column `text`", where=path
-            )
-        rows = (row for part in file.iter_batches(batch_size=1024, columns=["text"]) for row in part.to_pylist())
-        yield from _texts(enumerate(rows, start=1), path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"the file is not Parquet: {error}", where=path) from None
-
-
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".jsonl": _jsonl_documents,
-    ".parquet": _parquet_documents,
+    ".jsonl": lambda path: _texts(read_json_lines(path), path),
+    ".parquet": lambda path: _texts(parquet_rows(path, {"text"}), path),
     ".txt": _txt_documents,
 }
 _SUFFIXES = " or ".join(_READERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,3 +46,8 @@ class RowSource(Protocol):
     def lengths_by_group(self) -> list[np.ndarray]:
         """Tokens of every row, prompt and response; of a pair, tokens of its longer sequence."""
         ...
+
+
+def indices_of(rows: RowSource) -> Iterator[RowIndex]:
+    """The indices of all rows, group by group."""
+    return ((group, index) for group, size in enumerate(rows.group_sizes) for index in range(size))

@@ -21,7 +21,6 @@ from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.vocabulary import check_data
-from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.rows import CachedRow, unscored_row
 from dpkd.teacher_cache.store.shards import ShardRecord
@@ -205,17 +204,6 @@ def choose_held_out(examples: Collection[str], config: TrainConfig) -> frozenset
 def longest_sample(cache: TeacherCache, config: TrainConfig) -> int:
     """Longest response that is sampled live, in tokens."""
     return config.sample_max_new_tokens or int(cache.identities["generation"]["max_new_tokens"])
-
-
-def used_shards(
-    cache: TeacherCache, student_round: Round | None, config: TrainConfig
-) -> list[tuple[Folder, ShardRecord]]:
-    """The shards of the cache, and of the round if there is one, that `config` trains on, each with its folder."""
-    shards = cache.shards(config.origin)
-    used: list[tuple[Folder, ShardRecord]] = [(cache.folder, shard) for shard in shards]
-    if student_round is not None:
-        used += [(student_round.folder, student_round.shards_by_path[shard.path]) for shard in shards]
-    return used
 
 
 def check_lengths(rows: RowSource, limit: int | None, *, where: str) -> None:

@@ -68,6 +68,12 @@ def check_data(student: ModelSource, rows: Sequence[CachedRow], where: str) -> N
         raise ids_without_embedding("data", found, width, largest, where=where)
 
 
+def check_corpus(student: ModelSource, blocks_BS: np.ndarray, where: str) -> None:
+    """The check of `check_data` for blocks of a corpus, as they are read."""
+    if (largest := int(blocks_BS.max())) >= student.vocab_size:
+        raise ids_without_embedding("corpus", f"id {largest}", student.vocab_size, largest, where=where)
+
+
 def ids_without_embedding(what: str, found: str, num_logits: int, largest: int, *, where: object) -> UserError:
     """The error for text of `what` with ids up to `largest`, for a student of `num_logits` logits."""
     return UserError(

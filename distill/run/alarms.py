@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.row import RowSource, indices_of
 
 ALARMS_LOG = "alarms.jsonl"
 
@@ -191,15 +191,14 @@ def teacher_entropy(rows: RowSource, vocab_size: int) -> tuple[float, float] | N
     """
     lower = spread = 0.0
     count = 0
-    for group, size in enumerate(rows.group_sizes):
-        for index in range(size):
-            found = rows.row(group, index).chosen.distributions
-            if found is None:
-                return None
-            log_p_E, log_tail_T = found.logprobs_E.astype(np.float64), found.log_tail_T.astype(np.float64)
-            tail_T, others_T = np.exp(log_tail_T), np.maximum(vocab_size - found.counts_T, 1)
-            inside_T = tail_T > 0
-            lower -= float((np.exp(log_p_E) * log_p_E).sum() + (tail_T * log_tail_T)[inside_T].sum())
-            spread += float((tail_T * np.log(others_T))[inside_T].sum())
-            count += len(tail_T)
+    for index in indices_of(rows):
+        found = rows.row(*index).chosen.distributions
+        if found is None:
+            return None
+        log_p_E, log_tail_T = found.logprobs_E.astype(np.float64), found.log_tail_T.astype(np.float64)
+        tail_T, others_T = np.exp(log_tail_T), np.maximum(vocab_size - found.counts_T, 1)
+        inside_T = tail_T > 0
+        lower -= float((np.exp(log_p_E) * log_p_E).sum() + (tail_T * log_tail_T)[inside_T].sum())
+        spread += float((tail_T * np.log(others_T))[inside_T].sum())
+        count += len(tail_T)
     return (lower / count, (lower + spread) / count) if count else None

@@ -12,7 +12,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.row import RowSource, indices_of
 
 #: where a run keeps the best student until it is complete
 BEST_DIR = "best"
@@ -91,12 +91,11 @@ def held_out_prompts(rows: RowSource, tokenizer: ModelSource) -> list[HeldOutPro
     """Each held-out example once, with its reference responses; with the teacher's if it has no reference."""
     prompts: dict[str, list[int]] = {}
     texts: dict[str, list[tuple[str, str]]] = {}
-    for group, size in enumerate(rows.group_sizes):
-        for index in range(size):
-            row = rows.row(group, index).chosen.by_span()[-1]
-            prompts[row.example_id] = row.prompt_ids.tolist()
-            text = tokenizer.decode(row.response_ids.tolist())
-            texts.setdefault(row.example_id, []).append((row.origin, text))
+    for index in indices_of(rows):
+        row = rows.row(*index).chosen.by_span()[-1]
+        prompts[row.example_id] = row.prompt_ids.tolist()
+        text = tokenizer.decode(row.response_ids.tolist())
+        texts.setdefault(row.example_id, []).append((row.origin, text))
     references = {name: [text for origin, text in found if origin == "reference"] for name, found in texts.items()}
     return [
         HeldOutPrompt(prompts[name], references[name] or [text for _, text in found]) for name, found in texts.items()

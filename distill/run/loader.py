@@ -15,8 +15,8 @@ from dpkd.distill.batches.collate import collate, collate_corpus
 from dpkd.distill.batches.prefetch import prefetched
 from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.rows.following import FollowedRows
-from dpkd.distill.rows.mixed import MixedRows
-from dpkd.distill.rows.row import RowIndex, TrainingRow
+from dpkd.distill.rows.row import RowIndex
+from dpkd.distill.rows.vocabulary import check_corpus
 from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.run.ranks import all_reduce_sums, on_all_ranks, raise_first
 from dpkd.distill.run.setup import Run
@@ -75,13 +75,15 @@ class StepLoader:
         run, ranks, rank = self._run, self._accelerator.num_processes, self._accelerator.process_index
         micro_batches = []
         for number, indices in enumerate(run.order.micro_batches_of(step)[rank::ranks]):
-            rows = self._rows(step, indices)
+            rows = self._live.rows(step, indices) if self._live else [run.rows.row(*index) for index in indices]
             corpus = None
             if run.corpus is not None:
                 size = run.config.batch_size
                 block = step * run.config.gradient_accumulation_steps + number
                 start = (block * ranks + rank) * size
-                corpus = collate_corpus(run.corpus.blocks(start, size), start)
+                blocks_BS = run.corpus.blocks(start, size)
+                check_corpus(run.student, blocks_BS, run.corpus.identity["name"])
+                corpus = collate_corpus(blocks_BS, start)
             shared = share_prompts(rows) if run.config.share_prompt else None
             whole = collate(
                 rows,
@@ -92,12 +94,6 @@ class StepLoader:
             batch = cut_entries(whole, run.config.top_k, run.config.top_mass)
             micro_batches.append(MicroBatch(batch, corpus, shared))
         return micro_batches
-
-    def _rows(self, step: int, indices: list[RowIndex]) -> list[TrainingRow]:
-        """The rows at `indices`, those that are sampled live first."""
-        live = [index for index in indices if _is_live(self._run, index)]
-        sampled = self._live.rows(step, live) if self._live is not None and live else []
-        return sampled + [self._run.rows.row(*index) for index in indices if not _is_live(self._run, index)]
 
     def settle(self) -> None:
         """Before a checkpoint: store the samples that a resumed run could not draw again."""
@@ -132,12 +128,6 @@ class StepLoader:
         self._stack.close()
 
 
-def _is_live(run: Run, index: RowIndex) -> bool:
-    """Whether the student answers the prompt of a row during training: with `mix`, that of some rows only."""
-    samples_live = run.config.student_samples == "live"
-    return samples_live and (not isinstance(run.rows, MixedRows) or run.rows.is_students(index))
-
-
 def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> LiveRows:
     """Responses that the student samples while it trains; `UserError` for a server without the cache's teacher."""
     from dpkd.distill.live.rows import LiveRows
@@ -147,8 +137,7 @@ def _open_live(run: Run, accelerator: Accelerator, model: torch.nn.Module) -> Li
     ranks, rank = accelerator.num_processes, accelerator.process_index
 
     def rows_of(step: int) -> list[RowIndex]:
-        indices = [index for part in run.order.micro_batches_of(step)[rank::ranks] for index in part]
-        return [index for index in indices if _is_live(run, index)]
+        return [index for part in run.order.micro_batches_of(step)[rank::ranks] for index in part]
 
     made_of = (run.config, cache.finished, run.rows, run.student)
     return LiveRows(*made_of, model, accelerator.device, run.steps, rows_of, rank=rank)

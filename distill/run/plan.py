@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import cut_entries
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.row import RowSource, indices_of
 from dpkd.distill.rows.sources import CacheSplit
 
 #: validations by default: their share of the run's time, and the most of them after the first
@@ -59,6 +60,11 @@ def plan_validation(
                 )
         return ValidationPlan(note=_note_of_absence(config, split))
     best_metric = None if config.best_metric == "last" else config.best_metric or _best_metric(config, has_kl)
+    if best_metric is None and config.patience is not None:
+        raise UserError(
+            "--patience needs a metric of the student, and by default this run has none: no KL without distributions",
+            advice="Give --best-metric loss, or leave --patience out",
+        )
     every = config.validate_every or validation_interval(steps, sum(split.validation.group_sizes), rows_per_step)
     note = None
     if config.validation_examples is None:
@@ -75,7 +81,7 @@ def tail_note(config: TrainConfig, rows: RowSource) -> str | None:
     """A sentence about a cache whose tail holds much of the teacher's probability, by the first rows; None without."""
     if not config.needs_distributions:
         return None
-    first = [rows.row(0, index) for index in range(min(rows.group_sizes[0], _ROWS_FOR_TAIL))]
+    first = [rows.row(*index) for index in itertools.islice(indices_of(rows), _ROWS_FOR_TAIL)]
     if any(row.chosen.distributions is None for row in first):
         return None
     batch = cut_entries(collate(first, with_distributions=True), config.top_k, config.top_mass)

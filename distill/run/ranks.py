@@ -24,6 +24,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dpkd.core.devices import choose_device
 from dpkd.core.errors import UserError
@@ -83,8 +84,6 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate passes the plugin over on CPUs, though all it calls works there (gloo)
-        if config.dtype == "bfloat16":
-            plugin.set_mixed_precision("bf16")
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -135,9 +134,15 @@ def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:
         return None
     # every rank reads the weights itself, so that a checkpoint is read in one way
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # autocast chooses the number types, as without sharding: FSDP's own bfloat16 would round the head's weights, the
+    # cached log-probs and the losses
+    precision = MixedPrecisionPolicy()
     if config.sharding is not None:
         return FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            mixed_precision_policy=precision,
         )
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
@@ -148,6 +153,7 @@ def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin | None:
             where="accelerate's config",
             advice="Set `fsdp_version: 2` there, or leave FSDP out of it and give --set sharding=fsdp2",
         )
+    plugin.mixed_precision_policy = precision
     return plugin
 
 
@@ -212,15 +218,18 @@ def step_means(
 
     `counts` are those of the terms over all micro-batches and ranks.
     """
-    totals = {f"loss_{name}": sum(float(part.terms[name].detach()) for part in sums) for name in sums[0].terms}
-    totals |= {name: sum(float(part.metrics[name][0]) for part in sums) for name in sums[0].metrics}
-    summed = all_reduce_sums(accelerator, [totals])
-    metric_counts = all_reduce_sums(
-        accelerator, [{name: count for name, (_, count) in part.metrics.items()} for part in sums]
-    )
-    terms = {name: summed[name] / count for term, count in counts.items() if (name := f"loss_{term}") in summed}
+    parts = [
+        {name: float(loss.detach()) for name, loss in part.terms.items()}
+        | {f"sum {name}": float(total) for name, (total, _) in part.metrics.items()}
+        | {f"count {name}": count for name, (_, count) in part.metrics.items()}
+        for part in sums
+    ]
+    summed = all_reduce_sums(accelerator, parts)
+    terms = {f"loss_{name}": summed[name] / count for name, count in counts.items() if name in summed}
     # of several caches, a step may have no row of one
-    metrics = {name: summed[name] / count if count else None for name, count in metric_counts.items()}
+    metrics = {
+        name: summed[f"sum {name}"] / count if (count := summed[f"count {name}"]) else None for name in sums[0].metrics
+    }
     complete = all(f"loss_{name}" in terms for name in weights)
     loss = sum(weight * terms[f"loss_{name}"] for name, weight in weights.items()) if complete else None
     return {"loss": loss, **dict.fromkeys(METRICS), **terms, **metrics}

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
 from dpkd.core.progress import say
 from dpkd.distill.batches.shared_prompts import check_sharing
@@ -88,11 +89,11 @@ def load_student(run: Run, accelerator: Accelerator, checkpoint: Checkpoint | No
     source = locate_model(str(checkpoint.directory), "checkpoint") if checkpoint and resumes_weights else run.student
     model = source.load("float32")
     keeps_dropout = config.objective in ("sft", "seqkd") if config.dropout is None else config.dropout
-    if not keeps_dropout:
-        turn_off_dropout(model)
     if not is_sharded(accelerator):
         model = model.to(accelerator.device)
     on_all_ranks(accelerator, lambda: check_head(model, config.student))
+    if not keeps_dropout:
+        on_all_ranks(accelerator, lambda: turn_off_dropout(model, config.student))
     if config.share_prompt:
         on_all_ranks(accelerator, lambda: check_sharing(model, config.student))
     adapters = None
@@ -128,14 +129,27 @@ def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-def turn_off_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability of the modules to 0; the config, which is saved with the student, keeps its own."""
+@torch.no_grad()
+def turn_off_dropout(model: torch.nn.Module, name: str) -> None:
+    """Set every dropout probability of the modules to 0; the config, which is saved with the student, keeps its own.
+
+    Raises `UserError` if the model is still random in training mode: some families read the config as they run.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for key, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                setattr(module, key, 0.0)
+    was_training, ids = model.training, torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    one, other = (model.train()(input_ids=ids).logits for _ in range(2))
+    model.train(was_training)
+    if not torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max())):
+        raise UserError(
+            "the student's dropout stays on in training, and is noise to objectives that compare log-probs",
+            where=name,
+            advice="Set the dropout probabilities in its config.json to 0, or give --dropout",
+        )
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:

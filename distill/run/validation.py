@@ -16,7 +16,7 @@ from dpkd.distill.batches.batch import MicroBatch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.gradient_share import gradient_norms, preference_share
 from dpkd.distill.objectives.objective import Objective, StepSums
-from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.row import RowSource, indices_of
 from dpkd.distill.run.alarms import ALARMS_LOG, Alarms, Watch
 from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
@@ -143,7 +143,7 @@ def validate(
     """
     assert run.validation.rows is not None
     rows: RowSource = run.validation.rows
-    indices = [(group, index) for group, size in enumerate(rows.group_sizes) for index in range(size)]
+    indices = [*indices_of(rows)]
     size, ranks, rank = run.config.batch_size, accelerator.num_processes, accelerator.process_index
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     state = torch.get_rng_state()

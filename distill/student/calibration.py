@@ -105,8 +105,7 @@ def with_teacher(teacher: PreTrainedModel, batches: Iterable[Batch], num_tokens:
     scorer = StudentScorer(teacher.eval(), num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
     scored = []
     for batch in batches:
-        sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
-        values = scorer(*sequences, {"target_id": batch.target_T}, (_top_k,))
+        values = scorer(**batch.sequences, fields={"target_id": batch.target_T}, statistics=(_top_k,))
         ids_TK = values["ids"]
         scored.append(
             replace(

@@ -116,5 +116,5 @@ class Trials:
         return states
 
     def _sum_of_kl(self, batch: Batch) -> float:
-        sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
-        return float(self._scorer(*sequences, batch_fields(batch), (distance_from_teacher,))["kld"].sum())
+        given = {"fields": batch_fields(batch), "statistics": (distance_from_teacher,)}
+        return float(self._scorer(**batch.sequences, **given)["kld"].sum())

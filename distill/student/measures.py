@@ -161,10 +161,8 @@ def batch_measures(
             longest = int(wide_batch.attention_mask_BS.sum(dim=1).max())
             check_positions(longest, student.max_positions, where=student.name)
             batch = narrowed(wide_batch, student.vocab_size)
-            sequences = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T)
-            values = scorer(
-                *sequences, batch_fields(batch), (target_logprob, distance_from_teacher, entropy_and_agreement)
-            )
+            statistics = (target_logprob, distance_from_teacher, entropy_and_agreement)
+            values = scorer(**batch.sequences, fields=batch_fields(batch), statistics=statistics)
             parts.append(_of_rows(batch, values))
             progress.advance(batch.num_rows)
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}

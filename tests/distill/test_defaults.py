@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Starcoder2Config,
+)
 
 from dpkd.core.errors import UserError
-from dpkd.distill.objectives.statistics import Positions
+from dpkd.distill.objectives.statistics import Positions, entropy_and_agreement
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.student_state import learning_rate_factor, turn_off_dropout
 from dpkd.distill.training import train
@@ -86,6 +95,15 @@ def test_seqkd_reads_teacher_responses_also_of_a_growing_cache() -> None:
             vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
             word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.1, attention_dropout=0.1, layerdrop=0.3,
         ),
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1),
+        Starcoder2Config(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, residual_dropout=0.1, embedding_dropout=0.1,
+        ),
+        MixtralConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3,
+        ),
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
@@ -94,10 +112,17 @@ def test_dropout_is_off_in_training_and_the_config_keeps_it(config: PretrainedCo
     ids = torch.arange(1, 40)[None]
     before, kept = [model(input_ids=ids).logits for _ in range(2)], model.config.to_json_string()
     assert not torch.equal(*before)
-    turn_off_dropout(model)
+    turn_off_dropout(model, "student")
     assert torch.equal(*(model(input_ids=ids).logits for _ in range(2)))
     assert model.training
     assert model.config.to_json_string() == kept
+
+
+def test_a_family_whose_dropout_stays_on_is_refused() -> None:
+    """Falcon's layers read the config, which is saved with the student and must stay as it is."""
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.3)
+    with pytest.raises(UserError, match=r"dropout.*stays on.*in its config\.json.*--dropout"):
+        turn_off_dropout(AutoModelForCausalLM.from_config(config), "student")
 
 
 def test_the_first_step_learns_and_the_warm_up_ends_at_the_peak() -> None:
@@ -128,4 +153,4 @@ def test_runs_on_student_samples_are_validated_on_the_teachers_rows(
 def test_the_entropy_of_a_token_that_is_ruled_out_is_a_number() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     at = Positions(logits, logits.logsumexp(1), {}, 3)
-    assert math.isclose(float(at.entropy()), math.log(2), rel_tol=1e-6)
+    assert math.isclose(float(entropy_and_agreement(at)["entropy"]), math.log(2), rel_tol=1e-6)

@@ -16,8 +16,11 @@ from support.vllm_servers import VllmServer
 
 from dpkd.core.files import write_atomic
 from dpkd.core.identity import file_sha256
+from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
+from dpkd.teacher_cache.engines.engine import FailedRequest
+from dpkd.teacher_cache.engines.server.engine import ServerEngine
 
 pytestmark = pytest.mark.engine
 
@@ -141,6 +144,18 @@ def test_a_live_mix_resumes_bit_for_bit_and_some_steps_draw_nothing(
     train(config(again, toy_cache, toy_student, url, **options))
     assert without_times(again) == without_times(whole)
     assert file_sha256(again / "model.safetensors") == file_sha256(whole / "model.safetensors")
+
+
+def test_a_mix_goes_on_without_responses_that_cannot_be_scored(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, url: str, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One row in ten is the student's: where the teacher can score none of a step, its own rows are left."""
+    monkeypatch.setattr(TeacherServers, "_check_identity", lambda *_: None)
+    monkeypatch.setattr(ServerEngine, "score", lambda self, requests: (FailedRequest(r.index, "no") for r in requests))
+    run = train(config(tmp_path / "run", toy_cache, toy_student, url, objective="jsd", mix=0.1, staleness=0))
+    assert [line["step"] for line in lines_of(run)] == list(range(1, 7))
+    assert "the teacher cannot score 1 of 1 responses" in capfd.readouterr().err
 
 
 def test_two_ranks_draw_their_own_rows_and_the_error_of_one_ends_both(

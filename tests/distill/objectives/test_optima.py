@@ -291,7 +291,7 @@ def minillm_end(seed: int, *, true_ratio: bool, clip: float = 0.2) -> float:
         own = log_q[prefix, token]
         sampling = log_q0[prefix, token] if true_ratio else own.detach()
         step = reverse_kl(log_p, log_q)[prefix]
-        loss_T = minillm_loss(own, log_p[prefix, token], sampling, row, LENGTHS, step, clip=clip)
+        loss_T = minillm_loss(own, log_p[prefix, token], sampling, LENGTHS, step, clip=clip)
         return (law * sum_by_row(loss_T, row, len(RESPONSES))).sum()
 
     log_q = response_logprobs(minimise(loss, first, steps=600, rate=0.05))

@@ -42,7 +42,6 @@ def expected_gradient(student: Tensor, teacher: Tensor, *, length_normalize: boo
         own,
         log_p[place, token],
         own.detach(),
-        row,
         counts,
         reverse_kl(log_p, log_q)[place],
         length_normalize=length_normalize,
@@ -80,7 +79,7 @@ def test_the_reinforce_gradient_of_one_sample_by_hand() -> None:
     # one row of two tokens at ratio 1: the first token carries the second's reward r = log p - log q, the second none
     own = torch.tensor([-0.5, -1.5], requires_grad=True)
     zero = torch.zeros(2)
-    loss = minillm_loss(own, torch.tensor([-1.0, -0.2]), own, torch.tensor([0, 0]), torch.tensor([2]), zero)
+    loss = minillm_loss(own, torch.tensor([-1.0, -0.2]), own, torch.tensor([2]), zero)
     torch.testing.assert_close(loss, torch.tensor([-1.3, 0.0]))
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     torch.testing.assert_close(gradient, torch.tensor([-1.3, 0.0]))
@@ -96,8 +95,8 @@ def test_the_ratio_and_its_clip_by_hand() -> None:
     own = (torch.tensor([1.5, 0.5, 0.5, 1.5, 1.0]) * sampling.exp()).log().requires_grad_()
     # returns by the rewards after each position, without division: 1, 1, -1, -1, 0
     teacher = own.detach() + torch.tensor([0.0, 0.0, 2.0, 0.0, -1.0])
-    row, counts, zero = torch.zeros(5, dtype=torch.int64), torch.tensor([5]), torch.zeros(5)
-    loss = minillm_loss(own, teacher, sampling, row, counts, zero, clip=0.2, length_normalize=False)
+    counts, zero = torch.tensor([5]), torch.zeros(5)
+    loss = minillm_loss(own, teacher, sampling, counts, zero, clip=0.2, length_normalize=False)
     torch.testing.assert_close(loss, torch.tensor([-1.2, -0.5, 0.8, 1.5, 0.0]))
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     torch.testing.assert_close(gradient, torch.tensor([0.0, -0.5, 0.0, 1.5, 0.0]))
@@ -105,7 +104,7 @@ def test_the_ratio_and_its_clip_by_hand() -> None:
 
 def test_the_single_step_part_is_added_and_differentiable() -> None:
     own, step = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4], requires_grad=True)
-    arguments = (own, own, own, torch.tensor([0, 0]), torch.tensor([2]))
+    arguments = (own, own, own, torch.tensor([2]))
     loss = minillm_loss(*arguments, step)
     torch.testing.assert_close(loss, step)
     (gradient,) = torch.autograd.grad(loss.sum(), step)
@@ -115,7 +114,7 @@ def test_the_single_step_part_is_added_and_differentiable() -> None:
 def test_no_gradient_reaches_the_rewards() -> None:
     teacher = torch.tensor([-1.0, -0.5], requires_grad=True)
     own = torch.tensor([-1.1, -0.7], requires_grad=True)
-    loss = minillm_loss(own, teacher, own, torch.tensor([0, 0]), torch.tensor([2]), torch.zeros(2))
+    loss = minillm_loss(own, teacher, own, torch.tensor([2]), torch.zeros(2))
     loss.sum().backward()
     assert own.grad is not None
     assert teacher.grad is None
@@ -123,35 +122,30 @@ def test_no_gradient_reaches_the_rewards() -> None:
 
 
 def test_returns_by_hand() -> None:
-    rewards, row = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0, 0, 0, 2, 2])
-    assert returns(rewards, row, 4, length_normalize=False).tolist() == [6, 4, 0, 16, 0]
-    assert returns(rewards, row, 4, length_normalize=True).tolist() == [3, 4, 0, 16, 0]
-    assert returns(rewards[:0], row[:0], 0, length_normalize=True).tolist() == []
+    rewards, counts = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([3, 2])
+    assert returns(rewards, counts, length_normalize=False).tolist() == [6, 4, 0, 16, 0]
+    assert returns(rewards, counts, length_normalize=True).tolist() == [3, 4, 0, 16, 0]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(0, 1000), st.booleans())
-def test_returns_are_those_of_a_loop_even_where_rows_interleave(rows: list[int], seed: int, normalize: bool) -> None:
-    rewards = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed))
-    expected = []
-    for position, row in enumerate(rows):
-        ahead = [float(rewards[later]) for later in range(position + 1, len(rows)) if rows[later] == row]
-        expected.append(sum(ahead) / (max(len(ahead), 1) if normalize else 1))
-    ours = returns(rewards, torch.tensor(rows), 5, length_normalize=normalize)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 1000), st.booleans())
+def test_returns_are_those_of_a_loop(counts: list[int], seed: int, normalize: bool) -> None:
+    rewards = torch.randn(sum(counts), generator=torch.Generator().manual_seed(seed))
+    expected: list[float] = []
+    for of_row in rewards.split(counts):
+        ahead = [of_row[place + 1 :].tolist() for place in range(len(of_row))]
+        expected += [sum(after) / (max(len(after), 1) if normalize else 1) for after in ahead]
+    ours = returns(rewards, torch.tensor(counts), length_normalize=normalize)
     torch.testing.assert_close(ours, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_an_infinite_reward_stays_in_its_row() -> None:
     rewards = torch.tensor([1.0, -math.inf, 2.0, 3.0, 4.0])
-    ours = returns(rewards, torch.tensor([0, 0, 0, 1, 1]), 2, length_normalize=False)
+    ours = returns(rewards, torch.tensor([3, 2]), length_normalize=False)
     assert ours.tolist() == [-math.inf, 2, 0, 4, 0]
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    own, row = torch.tensor([-1.0, -2.0]), torch.tensor([0, 0])
-    with pytest.raises(ValueError, match="without tokens"):
-        minillm_loss(own, own, own, row, torch.tensor([2, 0]), own)
-    with pytest.raises(ValueError, match="does not count"):
-        minillm_loss(own, own, own, row, torch.tensor([3]), own)
-    with pytest.raises(ValueError, match="does not count"):
-        minillm_loss(own, own, own, row + 1, torch.tensor([2]), own)
+def test_counts_that_do_not_fit_are_refused() -> None:
+    own = torch.tensor([-1.0, -2.0])
+    with pytest.raises(RuntimeError, match="split_sizes"):
+        minillm_loss(own, own, own, torch.tensor([3]), own)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.objectives.statistics import Positions, argmax_pair, target_logprob
+from dpkd.distill.objectives.statistics import Positions, argmax_pair, entropy_and_agreement, target_logprob
 from dpkd.distill.objectives.student_forward import StudentScorer, check_head, head_logits
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -25,7 +25,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def entropy(at: Positions) -> dict[str, torch.Tensor]:
-    return {"entropy": at.entropy()}
+    return {"entropy": entropy_and_agreement(at)["entropy"]}
 
 
 def score(scorer: StudentScorer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,16 +15,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.toys import make_toy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.collate import collate_corpus
+from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows import corpus as corpus_module
 from dpkd.distill.rows.corpus import Corpus
+from dpkd.distill.training import train
 
 TEXTS = [f"Document {number}: " + "words and more words, " * (1 + number % 5) + "end." for number in range(40)]
 LENGTH = 16
 EOS = 0
+
+
+def not_utf8() -> bytes:
+    """A Parquet file whose text is not UTF-8."""
+    offsets = pa.py_buffer(np.array([0, 2], np.int32).tobytes())
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"a\xff")])
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": text}), file)
+    return file.getvalue().to_pybytes()
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +211,7 @@ def test_a_file_is_known_by_its_content(
         ("corpus.jsonl", '{"text": "a"}\n{"te\n', r"line 2 is not JSON: .* at column \d \(in .*corpus\.jsonl\)"),
         ("corpus.txt", b"\xff\xfe", "line 1 is not UTF-8"),
         ("corpus.parquet", "not parquet", "the file is not Parquet"),
+        ("corpus.parquet", not_utf8(), "a text of the file is not UTF-8"),
         ("no/such/dataset", None, "neither a file nor a dataset that the `datasets` library can stream"),
     ],
 )
@@ -219,7 +232,7 @@ def test_what_cannot_be_a_corpus(
 
 def test_a_parquet_without_text_names_its_columns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     pq.write_table(pa.table({"words": ["a"], "number": [1]}), tmp_path / "corpus.parquet")
-    with pytest.raises(UserError, match=r"has no text: found columns words, number, expected a column `text`"):
+    with pytest.raises(UserError, match=r"row 1 of the corpus has no text: found keys words, number"):
         Corpus(str(tmp_path / "corpus.parquet"), tokenizer, LENGTH, seed=0)
 
 
@@ -262,3 +275,18 @@ def test_the_targets_give_the_model_s_own_language_model_loss(
         logprobs = torch.log_softmax(output.logits[batch.row_T, batch.predict_T].float(), dim=1)
     ours = -logprobs.gather(1, batch.target_T[:, None]).mean()
     assert torch.allclose(ours, output.loss, atol=1e-5)
+
+
+def test_a_corpus_with_ids_that_the_student_lacks_is_refused(
+    tmp_path: Path, toy_tokenizer: Path, toy_data: Path
+) -> None:
+    """A tokenizer has more tokens than its model has embeddings where some were added without widening the model."""
+    wider = AutoTokenizer.from_pretrained(toy_tokenizer)
+    wider.add_tokens(["zebra"])
+    wider.save_pretrained(tmp_path / "tokenizer")
+    student = make_toy(tmp_path / "student", tmp_path / "tokenizer", layers=1, seed=5)
+    (tmp_path / "text.txt").write_text("a zebra and words " * 40)
+    options = {"data": str(toy_data), "template": "chat", "objective": "sft", "steps": 1, "device": "cpu"}
+    options |= {"student": str(student), "lm_data": str(tmp_path / "text.txt"), "lm_length": LENGTH}
+    with pytest.raises(UserError, match="the corpus contains token ids that the student has no embedding for"):
+        train(TrainConfig(out=tmp_path / "run", **options))

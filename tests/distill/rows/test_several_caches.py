@@ -30,7 +30,9 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.setup import Run, open_run
 from dpkd.distill.training import train
 from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.build.importing.importing import import_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.importing import ImportConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 
@@ -291,6 +293,24 @@ def test_a_round_of_each_cache(tmp_path: Path, toy_cache: Path, other_cache: Pat
     out = train(config(tmp_path / "run", both, toy_student, round="r0", mix=0.5, steps=2, validation_examples=4))
     assert len(json.loads((out / "dpkd.json").read_text())["caches"]["zoo"]["round"]) == 64
     assert lines(out)[0]["kld/zoo"] > 0
+
+
+def test_rewards_are_those_of_rows_that_a_teacher_has_scored(
+    tmp_path: Path, toy_cache: Path, toy_tokenizer: Path, toy_student: Path
+) -> None:
+    """Beside a cache of texts alone, whichever of the two a step's first micro-batch has a row of."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {number}?"}], "response": f"The answer is {number}."}
+        for number in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"source": tmp_path / "rows.jsonl", "source_format": "jsonl", "tokenizer": str(toy_tokenizer)}
+    import_cache(ImportConfig(out=str(tmp_path / "texts"), template="chat", **options))
+    both = [f"{toy_cache}=1", f"{tmp_path / 'texts'}=1"]
+    options = {"objective": "seqkd", "batch_size": 1, "gradient_accumulation_steps": 2, "validation_examples": 2}
+    run = train(config(tmp_path / "run", both, toy_student, **options))
+    assert any(line["reward_chosen"] is not None for line in lines(run))
+    assert all(line["reward_chosen"] < 0 for line in lines(run, "validation"))
 
 
 def test_teachers_pull_the_student_by_their_weights(

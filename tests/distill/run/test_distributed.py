@@ -156,6 +156,18 @@ def test_fsdp2_gives_the_run_of_one_process(sharded: Path, reference: Path) -> N
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
 
+def test_fsdp2_in_bfloat16_computes_what_one_process_does(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    """The head, the cached log-probs and the losses stay in float32; FSDP's own bfloat16 would round all three."""
+    shared = {"cache": str(toy_cache), "student": str(toy_student), "objective": "forward-kl", "dtype": "bfloat16"}
+    shared |= {"steps": 2, "learning_rate": 1e-3, "device": "cpu", "validation_examples": 5}
+    one = train(TrainConfig(out=tmp_path / "one", batch_size=4, **shared))
+    TwoRanks({"out": tmp_path / "two", "batch_size": 2, "sharding": "fsdp2", **shared}).finish()
+    for name in ("metrics", "validation"):
+        for ours, theirs in zip(lines(tmp_path / "two", name), lines(one, name), strict=True):
+            for key in ("loss", "kld", "rkld", "reward_chosen"):
+                assert math.isclose(ours[key], theirs[key], rel_tol=1e-3), (name, ours["step"], key)
+
+
 def test_a_sharded_checkpoint_resumes_in_one_process(
     tmp_path: Path, options: dict[str, Any], sharded: Path, reference: Path
 ) -> None:

@@ -136,6 +136,12 @@ def test_a_run_that_cannot_be_validated_says_so(
     with pytest.raises(UserError, match="--patience needs validation, and no example is held out: found the cache has"):
         train(config(tmp_path / "patience", small, toy_student, objective="sft", patience=2, **common))
     assert not (tmp_path / "patience").exists()
+    with pytest.raises(UserError, match=r"--patience needs a metric.* Give --best-metric loss"):
+        train(
+            config(
+                tmp_path / "seqkd", small, toy_student, objective="seqkd", patience=2, validation_examples=2, **common
+            )
+        )
     data: dict[str, Any] = {"student": str(toy_student), "data": str(toy_data), "objective": "sft", "template": "chat"}
     train(TrainConfig(out=tmp_path / "data", device="cpu", **data, **common))
     assert "no validation: --data has no teacher; the result is the last student" in capfd.readouterr().err

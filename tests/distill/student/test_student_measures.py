@@ -68,6 +68,15 @@ def test_measures_are_those_of_full_logits(toy_student: Path, toy_cache: Path) -
     assert measures["reward"] < 0  # the student finds the teacher's responses less likely than the teacher does
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_measures_nearly_the_same(dtype: str, toy_student: Path, toy_cache: Path) -> None:
+    whole, half = (
+        measure_model(str(toy_student), toy_cache, num_rows=8, device="cpu", dtype=name) for name in ("float32", dtype)
+    )
+    for name in ("kl", "rkld", "perplexity", "reward"):
+        assert half[name] == pytest.approx(whole[name], rel=0.02), name
+
+
 def test_the_teacher_has_no_distance_from_its_cache(toy_teacher: Path, toy_cache: Path) -> None:
     measures = measure_model(str(toy_teacher), toy_cache, num_rows=9, device="cpu")
     assert measures["rows"] == 9
