@@ -31,7 +31,7 @@ from dpkd.distill import InitStudentConfig, TrainConfig, init_student, train
 from dpkd.distill.student.calibration import rows_of_cache, with_teacher
 from dpkd.distill.student.importance import Trials
 from dpkd.distill.student.layers import spread_layers
-from dpkd.distill.student.measures import batches_of, measure_student
+from dpkd.distill.student.measures import batches_of, measure_model
 from dpkd.distill.student.sizes import count_parameters, resized
 from dpkd.teacher_cache.store.reader import TeacherCache
 
@@ -145,10 +145,8 @@ def train_one(task: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
 
 
 def measured(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    source, cache = locate_model(str(directory), "student"), TeacherCache.open(options.out / "heldout")
-    metrics = measure_student(
-        source, source.load("float32"), cache, options.measure_rows, choose_device(options.device)
-    )
+    held_out = options.out / "heldout"
+    metrics = measure_model(str(directory), held_out, num_rows=options.measure_rows, device=options.device)
     return {key: metrics[key] for key in ("kl", "rkld", "top1_agreement", "perplexity")}
 
 

@@ -17,13 +17,13 @@ GROUP = "dpkd.bridges"
 
 def load_bridge(name: str) -> Callable[..., Any]:
     """The function registered as `name`; raises `UserError` if this installation of dpkd does not register it."""
-    registered = entry_points(group=GROUP)
-    if name not in registered.names:
+    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in registered:
         raise UserError(
             f"the installation of dpkd is incomplete: it does not register {name!r}",
-            found=", ".join(sorted(registered.names)) or "no entry points",
+            found=", ".join(sorted(registered)) or "no entry points",
             where=f"entry points {GROUP}",
             advice="Install dpkd again: pip install dpkd, or pip install -e . in a clone",
         )
-    function: Callable[..., Any] = next(iter(registered.select(name=name))).load()
+    function: Callable[..., Any] = registered[name].load()
     return function

@@ -71,9 +71,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, completely or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write `text` as UTF-8 to `path`, completely or not at all; raises `UserError` when the disk refuses."""
+    write_atomic(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -35,6 +35,11 @@ def split_commas(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else value
 
 
+def several_texts(value: Any) -> Any:
+    """The parts of a comma-separated text that are not empty."""
+    return [part for part in split_commas(value) if part] if isinstance(value, str) else value
+
+
 def named_values(value: Any, form: str, example: str) -> Any:
     """Texts `NAME=VALUE` as a dict, for a repeatable option; ValueError for another form or a repeated name."""
     pairs = [value] if isinstance(value, str) else value
@@ -111,6 +116,11 @@ class Settings(BaseModel):
     def is_positional(cls, key: str) -> bool:
         """Whether the command line takes the option without a flag."""
         return not cls.flag(key).startswith("--")
+
+    def changed(self, *keys: str) -> list[str]:
+        """The flags of those of `keys` that do not have their default."""
+        fields = type(self).model_fields
+        return [self.flag(key) for key in keys if getattr(self, key) != fields[key].get_default()]
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,12 @@ def iter_examples(source: ExampleSource, limit: int | None = None) -> Iterator[E
     for line, row in islice(raw_rows(source), limit):
         try:
             item = _to_example(row, line, source.name)
-            is_unicode_text = isinstance(item, SkippedRow) or _is_unicode(item)
-        except RecursionError:
-            item, is_unicode_text = SkippedRow(line, "a value is nested too deeply"), True
-        if isinstance(item, Example):
-            if not is_unicode_text:
+            if isinstance(item, Example) and not is_unicode(json.dumps(asdict(item), ensure_ascii=False, default=str)):
                 item = SkippedRow(line, "the text holds half a surrogate pair, which no tokenizer takes")
-            elif item.example_id in seen:
+        except RecursionError:
+            item = SkippedRow(line, "a value is nested too deeply")
+        if isinstance(item, Example):
+            if item.example_id in seen:
                 item = SkippedRow(line, f"id {item.example_id!r} is also on an earlier line")
             else:
                 seen.add(item.example_id)
@@ -273,15 +272,6 @@ def _read_teacher(row: dict[str, Any], line: int, name: str) -> dict[str, Any]:
     if row.get("messages") is not None:
         raise UnusableValueError("a row of `messages` takes `teacher_messages`, not `teacher_prompt`")
     return {"teacher_prompt": _read_text(row, "teacher_prompt")}
-
-
-def _is_unicode(example: Example) -> bool:
-    turns = (*(example.messages or ()), *example.turns[-1:], *(example.teacher_messages or ()))
-    tools = json.dumps(example.tools, ensure_ascii=False, default=str)
-    texts = [tools, *(text for turn in turns for text in turn.texts())]
-    texts += [example.example_id, example.category, *example.turn_references, *example.references, example.input]
-    texts += [text or "" for text in (example.instruction, example.prompt, example.teacher_prompt)]
-    return all(map(is_unicode, texts))
 
 
 def is_unicode(text: str) -> bool:

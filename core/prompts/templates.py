@@ -194,7 +194,7 @@ class PromptEncoder:
 
     def _prompt_text(self, example: Example) -> str:
         if self.template == "chat":
-            return self._chat_text(example)
+            return self.render(example, chat_turns(example), open_turn=True)
         if example.tools:
             raise TemplateMismatchError(f"template {self.template} has no place for the row's tools")
         if example.messages is not None:
@@ -210,9 +210,6 @@ class PromptEncoder:
         if extra:
             return _ALPACA_WITH_INPUT.format(instruction=instruction, input=extra)
         return _ALPACA.format(instruction=instruction)
-
-    def _chat_text(self, example: Example) -> str:
-        return self.render(example, chat_turns(example), open_turn=True)
 
     def render(self, example: Example, turns: Sequence[Message], *, open_turn: bool) -> str:
         """Marked text: `turns` in the chat template with the tools of `example`; `open_turn`: up to the next answer.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -23,45 +23,16 @@ def prefetched(
     The generator ends early when `should_stop` becomes true while it waits for a batch. When it is closed it calls
     `on_close`, which must end a running `make`.
     """
-    ready: queue.Queue[_T | BaseException] = queue.Queue(maxsize=depth)
-    closed = threading.Event()
-
-    def put(item: _T | BaseException) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for step in steps:
-                if closed.is_set():
-                    return
-                put(make(step))
-        except BaseException as error:  # raised again by the generator
-            put(error)
-
-    thread = threading.Thread(target=produce, name="batches", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    ready: deque[Future[_T]] = deque(thread.submit(make, step) for step in steps[:depth])
     try:
-        for _ in steps:
-            item = _get(ready, should_stop)
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        for number in range(len(steps)):
+            ready.extend(thread.submit(make, step) for step in steps[number + depth :][:1])
+            batch = ready.popleft()
+            while not wait([batch], _POLL_S).done:
+                if should_stop():
+                    return
+            yield batch.result()
     finally:
-        closed.set()
         on_close()
-        thread.join()
-
-
-def _get(ready: queue.Queue[_T | BaseException], should_stop: Callable[[], bool]) -> _T | BaseException | None:
-    while True:
-        try:
-            return ready.get(timeout=_POLL_S)
-        except queue.Empty:
-            if should_stop():
-                return None
+        thread.shutdown(cancel_futures=True)

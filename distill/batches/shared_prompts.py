@@ -10,13 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from dpkd.core.errors import UserError, first_line
 from dpkd.distill.batches.batch import SharedPrompts
-from dpkd.distill.batches.collate import collate
 from dpkd.distill.rows.row import TrainingRow
-from dpkd.teacher_cache.store.rows import unscored_row
 
 
 def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:
@@ -50,46 +46,4 @@ def share_prompts(rows: Sequence[TrainingRow]) -> SharedPrompts:
         length_P=torch.from_numpy(length_P),
         row_T=torch.from_numpy(np.concatenate([np.repeat(rows_P, chosen_P), np.repeat(rows_P, rejected_P)])),
         predict_T=torch.from_numpy(np.concatenate([*chosen, *rejected]).astype(np.int64)),
-    )
-
-
-@torch.no_grad()
-def check_sharing(model: nn.Module, name: str) -> None:
-    """Raise `UserError` unless `model` gives a pair with a shared prompt the same hidden states as two sequences."""
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        raise _cannot_share(name, f"attention within a window of {window} tokens")
-    device = next(model.parameters()).device
-    prompt, chosen, rejected = [*range(1, 6)], [*range(6, 9)], [*range(9, 13)]
-    rows = [TrainingRow(unscored_row(prompt, chosen), unscored_row(prompt, rejected))]
-    batch, shared = collate(rows, with_distributions=False).to(device), share_prompts(rows).to(device)
-    was_training = model.training
-    model.eval()
-    decoder = model.get_decoder()  # type: ignore[operator]
-    apart_BSD = decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)[0]
-    try:
-        shared_BSD = decoder(
-            input_ids=shared.input_ids_PS,
-            attention_mask=shared.mask(),
-            position_ids=shared.position_ids_PS,
-            use_cache=False,
-        )[0]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise _cannot_share(name, f"{type(error).__name__}: {first_line(error)[:120]}") from None
-    finally:
-        model.train(was_training)
-    apart_TD = apart_BSD[batch.row_T, batch.predict_T]
-    gap = float((shared_BSD[shared.row_T, shared.predict_T] - apart_TD).abs().max())
-    if not gap <= 1e-3 * max(1.0, float(apart_TD.abs().max())):
-        raise _cannot_share(name, f"hidden states that differ by {gap:.3g}")
-
-
-def _cannot_share(name: str, found: str) -> UserError:
-    return UserError(
-        "this student cannot read a prompt once for two responses",
-        found=found,
-        expected="the hidden states of two separate sequences",
-        where=name,
-        advice="Leave out share_prompt",
     )

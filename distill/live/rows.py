@@ -35,8 +35,9 @@ from dpkd.distill.rows.columns import read_columns
 from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions, longest_sample
-from dpkd.teacher_cache.engines.engine import FailedRequest, GenerateRequest, ScoreRequest
+from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
+from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 #: how long a checkpoint waits for the scores of a drawn block, in seconds; unscored blocks are scored on resuming
@@ -222,7 +223,7 @@ class LiveRows:
         try:
             if self._failure is not None:
                 raise self._failure
-            answers = {answer.index: answer for answer in self._teacher.score(requests)}
+            answers = {answer.index: _checked(answer) for answer in self._teacher.score(requests)}
         except Exception as error:
             if not self._cancelled.is_set():
                 # the servers are lost: finish drawing with these weights, so that the run can resume
@@ -254,6 +255,12 @@ class LiveRows:
         block.is_drawn = True
         with self._changed:
             self._changed.notify_all()
+
+
+def _checked(answer: EngineResult | FailedRequest) -> EngineResult | FailedRequest:
+    """A response that is impossible for the teacher is a failed request."""
+    problem = answer_problem(answer) if isinstance(answer, EngineResult) else None
+    return answer if problem is None else FailedRequest(answer.index, problem)
 
 
 def _longest_prompt(cache: TeacherCache) -> int:

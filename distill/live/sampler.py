@@ -51,7 +51,14 @@ def open_sampler(
     stop = tuple(student.stop_token_ids())
     sampling = Sampling(config.sample_temperature, config.sample_top_p, max_new_tokens, stop)
     if config.sampler == "vllm":
-        _check_vllm(config)
+        from dpkd.teacher_cache.engines.open import resolve_engine
+
+        resolve_engine("vllm")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise UserError(
+                "--sampler vllm needs the process group for itself, so it works with one process only",
+                advice="Choose --sampler transformers",
+            )
         from dpkd.distill.live.vllm_sampler import VllmSampler
 
         return VllmSampler(student, sampling, max_length=max_length, dtype=config.dtype)
@@ -63,19 +70,3 @@ def open_sampler(
         copies=config.staleness > 0,
         autocast=torch.bfloat16 if config.dtype == "bfloat16" else None,
     )
-
-
-def _check_vllm(config: TrainConfig) -> None:
-    from dpkd.teacher_cache.engines.open import resolve_engine
-
-    resolve_engine("vllm")
-    reason = None
-    if config.staleness != 0:
-        reason = "shares the trainer's random numbers, so training must wait for it"
-    elif config.lora_rank is not None:
-        reason = "needs whole weights, but --lora-rank trains adapters only"
-    elif torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        reason = "needs the process group for itself, so it works with one process only"
-    if reason is not None:
-        advice = "Give --set staleness=0, or choose" if config.staleness != 0 else "Choose"
-        raise UserError(f"--sampler vllm {reason}", advice=f"{advice} --sampler transformers")

@@ -18,7 +18,6 @@ from dpkd.core.errors import UserError
 from dpkd.core.json_lines import AppendOnlyLines
 from dpkd.core.models import ModelSource
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, FinishReason
-from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.folder import LocalFolder
 from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.rows import CachedRow, PlannedRow
@@ -81,8 +80,6 @@ class SampleStore:
         rows, failed = [], []
         for plan in planned:
             answer = answers[plan.index]
-            if isinstance(answer, EngineResult) and (problem := answer_problem(answer)):
-                answer = FailedRequest(answer.index, problem)
             if isinstance(answer, FailedRequest):
                 failed.append({"index": plan.index} | plan.as_failed(answer.reason))
                 continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
-from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FailedRequest, ScoreRequest, results_only
+from dpkd.teacher_cache.engines.engine import EngineOptions, ScoreRequest, results_only
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.store.reader import TeacherCache
@@ -96,7 +97,7 @@ class TeacherServers(ServerEngine):
             [
                 np.maximum(result.logprobs_T, _LOWEST_NATS)
                 - np.maximum(rows[result.index].response_logprobs, _LOWEST_NATS)
-                for result in results_only(super().score(requests))
+                for result in results_only(self.score(requests))
             ]
         )
         mean = float(np.abs(difference_T).mean())
@@ -110,23 +111,13 @@ class TeacherServers(ServerEngine):
                 advice=f"Start it with `dpkd serve-teacher --cache {cache.folder}`",
             )
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        """A response that is impossible for the teacher is a failed request."""
-        for answer in super().score(requests):
-            if isinstance(answer, EngineResult) and not np.isfinite(answer.logprobs_T).all():
-                yield FailedRequest(answer.index, "the teacher's log-probabilities are not finite numbers")
-            else:
-                yield answer
-
 
 def _rows_to_check(cache: TeacherCache) -> list[CachedRow]:
-    """The shortest rows of the first shard; of the teacher's own responses, if the cache has some."""
+    """The shortest rows of the first shard that has some; of the teacher's own responses, if the cache has some."""
     origins = cache.origins
-    shard = cache.read(cache.shards("teacher" if "teacher" in origins else origins[0])[0])
+    records = cache.shards("teacher" if "teacher" in origins else origins[0])
+    shard = cache.read(next(record for record in records if record.rows))
     rows = sorted((shard.row(index) for index in range(len(shard))), key=lambda row: len(row.response_ids))
-    chosen: list[CachedRow] = []
-    for row in rows:
-        if len(chosen) >= _CHECK_ROWS and sum(len(other.response_ids) for other in chosen) >= _CHECK_TOKENS:
-            break
-        chosen.append(row)
-    return chosen
+    num_tokens = itertools.accumulate(len(row.response_ids) for row in rows)
+    enough = next((count for count, total in enumerate(num_tokens, start=1) if total >= _CHECK_TOKENS), len(rows))
+    return rows[: max(enough, _CHECK_ROWS)]

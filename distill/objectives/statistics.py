@@ -14,8 +14,6 @@ from dpkd.distill.batches.batch import Batch
 from dpkd.distill.losses.cached_distributions import Tail, align
 from dpkd.distill.losses.divergence import forward_kl, reverse_kl
 
-_SMALLEST_MASS = 1e-7  # below this, float32 cannot tell a mass from 0 in a sum of 1
-
 
 @dataclass(frozen=True)
 class Positions:
@@ -143,6 +141,11 @@ def _draw(logs_CN: Tensor, uniform_C: Tensor) -> Tensor:
     return torch.minimum(index_C1, last_C1)
 
 
+def log_rest(logprobs_CK: Float[Tensor, "C K"]) -> Float[Tensor, " C"]:
+    """Log of the mass outside some outcomes, at least 1e-7: float32 cannot tell less from 0 in a sum of 1."""
+    return (1 - logprobs_CK.exp().sum(dim=1)).clamp(min=1e-7).log()
+
+
 @torch.no_grad()
 def distance_from_teacher(at: Positions) -> dict[str, Tensor]:
     """`kld`, KL(p || q), and `rkld`, KL(q || p), with the tail as one outcome: lower bounds of the full ones (nats).
@@ -154,8 +157,8 @@ def distance_from_teacher(at: Positions) -> dict[str, Tensor]:
     ids_CK, log_p_CK = at.fields["entry_ids"], at.fields["entry_logprobs"]
     log_q_CK = at.logits_CV.gather(1, ids_CK.clamp(min=0)) - at.log_sum_C[:, None]
     log_q_CK = log_q_CK.masked_fill(ids_CK < 0, -torch.inf)
-    log_tail_C = (1 - log_q_CK.exp().sum(dim=1)).clamp(min=_SMALLEST_MASS).log()
-    log_tail_C = log_tail_C.masked_fill(torch.isneginf(at.fields["log_tail"]), -torch.inf)  # every token is kept
+    # nothing is left where every token is kept
+    log_tail_C = log_rest(log_q_CK).masked_fill(torch.isneginf(at.fields["log_tail"]), -torch.inf)
     # the stored logs are rounded, so their sum is a little off 1 and a divergence could come out below 0
     log_p_CN = torch.log_softmax(torch.cat([log_p_CK, at.fields["log_tail"][:, None]], dim=1), dim=1)
     log_q_CN = torch.log_softmax(torch.cat([log_q_CK, log_tail_C[:, None]], dim=1), dim=1)

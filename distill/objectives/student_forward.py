@@ -1,4 +1,4 @@
-"""The student at response positions: only those reach the LM head, in chunks, in float32."""
+"""The student at response positions: only those reach the LM head, in chunks, in float32; what it must be for that."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpkd.core.errors import UserError
+from dpkd.core.errors import UserError, first_line
+from dpkd.distill.batches.collate import collate
+from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.objectives.statistics import Positions, Statistic
+from dpkd.distill.rows.row import TrainingRow
+from dpkd.teacher_cache.store.rows import unscored_row
 
 
 class StudentScorer(nn.Module):
     """Wraps a causal language model so that its forward pass ends in statistics a position, never in full logits."""
 
-    def __init__(self, model: nn.Module, *, num_tokens: int, logits_chunk: int) -> None:
+    def __init__(self, model: nn.Module, *, num_tokens: int, logits_chunk: int = 1024) -> None:
         super().__init__()
         self.model = model
         self._num_tokens = num_tokens
@@ -32,15 +36,12 @@ class StudentScorer(nn.Module):
         statistics: Sequence[Statistic],
         position_ids_BS: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The values of `statistics` at the T positions `(row_T, predict_T)`.
+        """The values of `statistics` at the T positions of `hidden_at`.
 
-        The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`). `fields` have
-        one row a position and are cut into the same chunks.
+        `fields` have one row a position and are cut into the same chunks.
         """
-        decoder = self.model.get_decoder()  # type: ignore[operator]
-        positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
-        hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions)[0]
-        return self.evaluate(hidden_BSD[row_T, predict_T], fields, statistics)
+        hidden_TD = hidden_at(self.model, input_ids_BS, attention_mask_BS, row_T, predict_T, position_ids_BS)
+        return self.evaluate(hidden_TD, fields, statistics)
 
     def evaluate(
         self, hidden_TD: Tensor, fields: dict[str, Tensor], statistics: Sequence[Statistic]
@@ -64,6 +65,25 @@ class StudentScorer(nn.Module):
             logits_CV = head_logits(self.model, hidden_CD).float()
         at = Positions(logits_CV, torch.logsumexp(logits_CV, dim=1), fields, self._num_tokens)
         return {name: value for statistic in statistics for name, value in statistic(at).items()}
+
+
+def hidden_at(
+    model: nn.Module,
+    input_ids_BS: Tensor,
+    attention_mask_BS: Tensor,
+    row_T: Tensor,
+    predict_T: Tensor,
+    position_ids_BS: Tensor | None = None,
+) -> Tensor:
+    """The model's last hidden states [T, D] at the positions `(row_T, predict_T)`.
+
+    The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`).
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+    hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions)[0]
+    hidden_TD: Tensor = hidden_BSD[row_T, predict_T]
+    return hidden_TD
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -111,3 +131,37 @@ def check_head(model: nn.Module, name: str) -> None:
             where=name,
             advice="Please report the model's architecture",
         )
+
+
+@torch.no_grad()
+def check_sharing(model: nn.Module, name: str) -> None:
+    """Raise `UserError` unless `model` gives a pair with a shared prompt the same hidden states as two sequences."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise _cannot_share(name, f"attention within a window of {window} tokens")
+    device = next(model.parameters()).device
+    prompt, chosen, rejected = [*range(1, 6)], [*range(6, 9)], [*range(9, 13)]
+    rows = [TrainingRow(unscored_row(prompt, chosen), unscored_row(prompt, rejected))]
+    was_training = model.training
+    model.eval()
+    apart_TD = hidden_at(model, **collate(rows, with_distributions=False).to(device).sequences)
+    try:
+        shared_TD = hidden_at(model, **share_prompts(rows).to(device).sequences)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _cannot_share(name, f"{type(error).__name__}: {first_line(error)[:120]}") from None
+    finally:
+        model.train(was_training)
+    gap = float((shared_TD - apart_TD).abs().max())
+    if not gap <= 1e-3 * max(1.0, float(apart_TD.abs().max())):
+        raise _cannot_share(name, f"hidden states that differ by {gap:.3g}")
+
+
+def _cannot_share(name: str, found: str) -> UserError:
+    return UserError(
+        "this student cannot read a prompt once for two responses",
+        found=found,
+        expected="the hidden states of two separate sequences",
+        where=name,
+        advice="Leave out share_prompt",
+    )

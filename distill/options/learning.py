@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Address, Location, Settings, TemplateArguments, split_commas
+from dpkd.core.settings import Address, Location, Settings, TemplateArguments, several_texts
 from dpkd.distill.options.caches import CacheChoice, normalised_caches, parse_caches
 from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
@@ -67,9 +67,14 @@ class DataOptions(Settings):
         return parse_caches(self.cache)
 
     @model_validator(mode="after")
-    def _follow_takes_a_cache(self) -> Self:
+    def _are_read(self) -> Self:
+        of_data = ("template", "template_arg", "turns", "max_prompt_tokens", "max_new_tokens")
         if self.follow and self.cache is None:
             raise ValueError("--follow needs --cache")
+        if self.data is None and (changed := self.changed(*of_data)):
+            raise ValueError(f"{', '.join(changed)} goes with --data: a cache has its own prompts and responses")
+        if not self.follow and self.changed("follow_timeout_s"):
+            raise ValueError("--follow-timeout-s goes with --follow")
         return self
 
 
@@ -225,10 +230,7 @@ class StudentSampleOptions(Settings):
         0.05, gt=0, description="live: largest mean difference between the server's log-probs and the cache's, in nats"
     )
 
-    @field_validator("teacher_url", mode="before")
-    @classmethod
-    def _several_urls(cls, value: Any) -> Any:
-        return [part for part in split_commas(value) if part] if isinstance(value, str) else value
+    _several_urls = field_validator("teacher_url", mode="before")(several_texts)
 
     @model_validator(mode="after")
     def _samples_have_a_source(self) -> Self:
@@ -241,6 +243,8 @@ class StudentSampleOptions(Settings):
             raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
         if self.mix is not None and samples != "live" and self.round is None:
             raise ValueError("--mix needs the student's responses: give --round NAME or --student-samples live")
-        if self.teacher_url and samples != "live":
-            raise ValueError("--teacher-url goes with --student-samples live")
+        of_live = ("sampler", "num_student_samples", "sample_temperature", "sample_top_p", "sample_max_new_tokens")
+        of_live += ("teacher_url", "sample_every", "staleness", "teacher_tolerance")
+        if samples != "live" and (changed := self.changed(*of_live)):
+            raise ValueError(f"{', '.join(changed)} goes with --student-samples live")
         return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.settings import DeviceName, Settings, split_commas
+from dpkd.core.settings import DeviceName, Settings, several_texts
 
 #: examples that are held out by default: this share, within these bounds, and of a small cache a quarter
 _SHARE_HELD_OUT, _FEWEST_HELD_OUT, _MOST_HELD_OUT = 0.02, 16, 64
@@ -133,16 +133,11 @@ class LoraOptions(Settings):
         "merged", description="save the merged weights, or only the adapters (in the format of peft)"
     )
 
-    @field_validator("lora_target_modules", mode="before")
-    @classmethod
-    def _several_modules(cls, value: Any) -> Any:
-        return [part for part in split_commas(value) if part] if isinstance(value, str) else value
+    _several_modules = field_validator("lora_target_modules", mode="before")(several_texts)
 
     @model_validator(mode="after")
     def _lora_has_a_rank(self) -> Self:
-        given = {"lora_alpha": None, "lora_target_modules": (), "lora_save": "merged"}
-        changed = [self.flag(key) for key, default in given.items() if getattr(self, key) != default]
-        if self.lora_rank is None and changed:
+        if self.lora_rank is None and (changed := self.changed("lora_alpha", "lora_target_modules", "lora_save")):
             raise ValueError(f"{', '.join(changed)} needs --lora-rank")
         return self
 

@@ -82,11 +82,8 @@ class InitStudentConfig(Settings):
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
         if value in ("importance", "spread", "first", "last"):
             return value
-        if (
-            not isinstance(parts, (list, tuple))
-            or not parts
-            or not all(str(part).strip().isdecimal() for part in parts)
-        ):
+        is_list = isinstance(parts, (list, tuple)) and bool(parts)
+        if not is_list or not all(str(part).strip().isdecimal() for part in parts):
             raise ValueError(
                 f"{value!r} is neither importance, spread, first, last nor a list of layers from 0, such as 0,3,7"
             )
@@ -95,9 +92,7 @@ class InitStudentConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> InitStudentConfig:
         listed = self.keep if isinstance(self.keep, tuple) else None
-        sizes = [f"--{name}" for name in ("params", "layers", "mlp_width", "heads") if getattr(self, name) is not None]
-        sizes = [flag.replace("_", "-") for flag in sizes]
-        named = self.keep != type(self).model_fields["keep"].default
+        sizes, named = self.changed("params", "layers", "mlp_width", "heads"), bool(self.changed("keep"))
         prunes = [*sizes, *([f"--keep {self._keep_text}"] if named else [])]
         wholes = {"--from-config": self.from_config, "--from": self.from_checkpoint}
         whole = [flag for flag, given in wholes.items() if given is not None]
@@ -127,7 +122,7 @@ class InitStudentConfig(Settings):
         if (self.data is None) != (self.template is None):
             raise ValueError("--data and --template go together; a cache has its own template")
         if self.needs_rows and self.cache is None and self.data is None:
-            chooser = "--keep importance (the default)" if self.chooses_layers else [*sizes][-1]
+            chooser = "--keep importance (the default)" if self.chooses_layers else sizes[-1]
             raise ValueError(
                 f"{chooser} chooses on rows: give --cache CACHE, or --data FILE --template NAME; without rows, "
                 "give --layers N and --keep spread"

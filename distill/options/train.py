@@ -113,8 +113,14 @@ class TrainConfig(
                 "--objective minillm learns from the student's own distribution: leave --sample-temperature and "
                 "--sample-top-p at 1"
             )
-        if self.lora_rank is not None and samples == "live" and self.sampler == "vllm":
-            return "--lora-rank with --student-samples live needs --sampler transformers"
+        if self.sampler == "vllm" and self.lora_rank is not None:
+            return (
+                "--sampler vllm needs whole weights, but --lora-rank trains adapters only: give --sampler transformers"
+            )
+        if self.sampler == "vllm" and self.staleness != 0:
+            return (
+                "--sampler vllm shares the trainer's random numbers, so training must wait for it: give --staleness 0"
+            )
         return None
 
     def _problem_of_the_terms(self) -> str | None:

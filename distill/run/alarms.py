@@ -67,28 +67,23 @@ class Watch:
 class Alarms:
     """The alarms of a run: `start` is its first validation, `names` are those that were given.
 
-    The state is JSON and goes into checkpoints, so that a resumed run repeats no alarm.
+    It is JSON and goes into checkpoints, so that a resumed run repeats no alarm.
     """
 
-    watch: Watch
     start: dict[str, Any] | None = None
     names: list[str] = field(default_factory=list)
     largest_share: float = 0.0  # a preference that has done its work is small too
 
-    def note(self, line: dict[str, Any]) -> list[Alarm]:
+    def note(self, line: dict[str, Any], watch: Watch) -> list[Alarm]:
         """The alarms that a validation is the first to give."""
         if self.start is None:
             self.start = line
         if (share := line.get("preference_share")) is not None:
             self.largest_share = max(share, self.largest_share)
             line = line | {"preference_share": self.largest_share}
-        new = [alarm for alarm in find_alarms(self.start, line, self.watch) if alarm.name not in self.names]
+        new = [alarm for alarm in find_alarms(self.start, line, watch) if alarm.name not in self.names]
         self.names += [alarm.name for alarm in new]
         return new
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {"start": self.start, "names": list(self.names), "largest_share": self.largest_share}
 
 
 def find_alarms(start: dict[str, Any], line: dict[str, Any], watch: Watch) -> list[Alarm]:

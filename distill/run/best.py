@@ -65,10 +65,6 @@ class Best:
             self.num_since += 1
         return better
 
-    def is_over(self, patience: int | None) -> bool:
-        """Whether the last `patience` validations were no better."""
-        return patience is not None and self.num_since >= patience
-
 
 def take_best(directory: Path, target: Path, step: int | None) -> int | None:
     """Copy the best student, of `step`, from `directory` to `target`; None if it is not there, which is said."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dpkd.core.progress import say
-from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.run.alarms import ALARMS_LOG
-from dpkd.distill.run.best import BEST_DIR, take_best
+from dpkd.distill.run.alarms import ALARMS_LOG, Alarms
+from dpkd.distill.run.best import BEST_DIR, Best, take_best
 from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
 from dpkd.distill.run.loader import StepLoader
 from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line, progress_to_teacher
@@ -22,32 +20,11 @@ from dpkd.distill.run.setup import Run
 from dpkd.distill.run.student_state import StudentState
 
 
-@dataclass
-class Validated:
-    """What the validations so far have found, as JSON: the state of `Best` and of `Alarms`."""
-
-    best: dict[str, Any] | None = None
-    alarms: dict[str, Any] | None = None
-
-    @property
-    def best_step(self) -> int | None:
-        """The step of the best student that was kept; None: none was."""
-        return None if self.best is None or self.best["value"] is None else int(self.best["step"])
-
-    @property
-    def alarm_names(self) -> list[str]:
-        """The alarms that were given, in order."""
-        return [] if self.alarms is None else list(self.alarms["names"])
-
-    def stops_by_alarm(self, config: TrainConfig) -> bool:
-        """Whether `config` lets an alarm that was given end the run."""
-        return config.on_alarm == "stop" and bool(self.alarm_names)
-
-
 class Checkpointer:
     """Writes the student as it is now; every rank calls each method, rank zero writes.
 
-    `validated` goes into checkpoints; at first it is what the last one had.
+    `best` (None: the last student is the run's result) and `alarms` are what the validations have found. They go into
+    checkpoints, and start as the last one had them.
     """
 
     def __init__(
@@ -55,7 +32,15 @@ class Checkpointer:
     ) -> None:
         self._run, self._accelerator, self._student = run, accelerator, student
         self.first = self._saved = 0 if checkpoint is None else checkpoint.step
-        self.validated = Validated() if checkpoint is None else Validated(**checkpoint.state)
+        state = {} if checkpoint is None else checkpoint.state
+        metric = run.validation.best_metric
+        self.best = None if metric is None else Best(**(state.get("best") or {"metric": metric}))
+        self.alarms = Alarms(**(state.get("alarms") or {}))
+
+    @property
+    def stops_by_alarm(self) -> bool:
+        """Whether an alarm that was given ends the run."""
+        return self._run.config.on_alarm == "stop" and bool(self.alarms.names)
 
     def is_due(self, done: int) -> bool:
         """Whether `save_every` asks for a checkpoint after `done` steps; the end of the run needs none."""
@@ -69,7 +54,8 @@ class Checkpointer:
         loader.settle()
         self._saved = done
         config, files, facts = self._run.config, self._student.files, self._run.facts | {"steps": done}
-        arguments = (files, self._student.weights(), self._student.moments(), facts, asdict(self.validated))
+        state = {"best": self.best and asdict(self.best), "alarms": asdict(self.alarms)}
+        arguments = (files, self._student.weights(), self._student.moments(), facts, state)
         directory = config.out / f"checkpoint-{done}"
         on_rank_zero(self._accelerator, lambda: save_checkpoint(directory, *arguments, keep=config.keep_checkpoints))
 
@@ -82,20 +68,21 @@ class Checkpointer:
     def finish(self, done: int) -> Path:
         """Write the run's student to its directory, the best one if one was kept, and mark the run complete."""
         out, final = self._run.config.out, self._run.config.out / ".final"
-        step = on_rank_zero(self._accelerator, lambda: take_best(out / BEST_DIR, final, self.validated.best_step))
+        best_step = None if self.best is None or self.best.value is None else self.best.step
+        step = on_rank_zero(self._accelerator, lambda: take_best(out / BEST_DIR, final, best_step))
         if step is None:
             step = done
             self.save_student(final, done)
-        validated, config = self.validated, self._run.config
-        facts = self._run.facts | {"steps": done, "student_step": step, "alarms": validated.alarm_names}
-        facts["stopped_by_alarm"] = validated.stops_by_alarm(config)
+        names = self.alarms.names
+        facts = self._run.facts | {"steps": done, "student_step": step, "alarms": names}
+        facts["stopped_by_alarm"] = self.stops_by_alarm
         on_rank_zero(self._accelerator, lambda: finish_run(out, final, facts))
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._accelerator.is_main_process:
             for text in progress_to_teacher(out / VALIDATION_LOG, step, self._run.validation.best_metric):
                 say(text)
-            alarms = f", {len(validated.alarm_names)} alarms ({out / ALARMS_LOG})" if validated.alarm_names else ""
+            alarms = f", {len(names)} alarms ({out / ALARMS_LOG})" if names else ""
             say(f"the run {out} is complete: {done} steps{alarms}")
         return out
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
 from dpkd.core.progress import say
-from dpkd.distill.batches.shared_prompts import check_sharing
-from dpkd.distill.objectives.student_forward import StudentScorer, check_head
+from dpkd.distill.objectives.student_forward import StudentScorer, check_head, check_sharing
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.adapters import add_adapters, load_adapters
 from dpkd.distill.run.checkpoints import Checkpoint, StudentFiles, load_optimizer

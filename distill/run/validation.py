@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +16,8 @@ from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.gradient_share import gradient_norms, preference_share
 from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.rows.row import RowSource, indices_of
-from dpkd.distill.run.alarms import ALARMS_LOG, Alarms, Watch
-from dpkd.distill.run.best import BEST_DIR, Best, EvaluateFn, held_out_prompts
+from dpkd.distill.run.alarms import ALARMS_LOG, Watch
+from dpkd.distill.run.best import BEST_DIR, EvaluateFn, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
 from dpkd.distill.run.logs import VALIDATION_LOG, append_line
 from dpkd.distill.run.ranks import all_reduce_sums, is_sharded, on_rank_zero, step_means
@@ -50,11 +49,9 @@ class Validator:
         if run.validation.best_metric == "rouge_l" and evaluate_fn is None:
             self._evaluate_fn = load_bridge("rouge_l")(run.config)
         self._is_sharded = is_sharded(accelerator)
-        metric, state = run.validation.best_metric, checkpointer.validated
-        self._best = None if metric is None else Best(**(state.best or {"metric": metric}))
-        self._alarms: Alarms | None = None
+        self._watch = Watch()
         if run.validation.rows is not None:
-            self._alarms = Alarms(Watch.of(run.config, run.validation.rows, run.vocab_size), **(state.alarms or {}))
+            self._watch = Watch.of(run.config, run.validation.rows, run.vocab_size)
 
     def validate_if_due(self, done: int, micro_batches: Sequence[MicroBatch] = ()) -> None:
         """Validate before the first step, as often as planned and after the last one.
@@ -76,35 +73,27 @@ class Validator:
             shown = [name for name in names if line.get(name) is not None]
             say(f"step {done}: " + ", ".join(f"validation {name} {line[name]:.4f}" for name in shown))
         # the metrics are the same on every rank, so all ranks agree on what is best and on alarms
-        self._note_alarms(done, line)
-        if self._best is None:
-            return
-        if done == 0:  # where training starts is no result of it, but a metric that is missing is missing here already
-            self._best.value_of(line)
-        elif self._best.note(line):
-            self._checkpointer.save_student(self._config.out / BEST_DIR, done)
-        self._checkpointer.validated.best = asdict(self._best)
-
-    def should_stop(self) -> bool:
-        """Whether `patience` validations in a row were no better than the best, or an alarm is to stop the run."""
-        reason = None
-        if self._checkpointer.validated.stops_by_alarm(self._config):
-            assert self._alarms is not None
-            reason = f"stopped by an alarm, {self._alarms.names[0]}, as --on-alarm stop asks"
-        elif self._best is not None and self._best.is_over(self._config.patience):
-            reason = f"early stopping: {self._best.metric} has not improved since step {self._best.step}"
-        if reason is not None and self._accelerator.is_main_process:
-            say(reason)
-        return reason is not None
-
-    def _note_alarms(self, done: int, line: dict[str, Any]) -> None:
-        """Print and record the alarms that this validation is the first to give."""
-        assert self._alarms is not None
-        for alarm in self._alarms.note(line):
+        for alarm in self._checkpointer.alarms.note(line, self._watch):
             if self._accelerator.is_main_process:
                 append_line(self._config.out / ALARMS_LOG, {"step": done, **asdict(alarm)})
                 say(f"alarm at step {done}: {alarm.text}")
-        self._checkpointer.validated.alarms = self._alarms.state
+        if (best := self._checkpointer.best) is None:
+            return
+        if done == 0:  # where training starts is no result of it, but a metric that is missing is missing here already
+            best.value_of(line)
+        elif best.note(line):
+            self._checkpointer.save_student(self._config.out / BEST_DIR, done)
+
+    def should_stop(self) -> bool:
+        """Whether `patience` validations in a row were no better than the best, or an alarm is to stop the run."""
+        reason, best, patience = None, self._checkpointer.best, self._config.patience
+        if self._checkpointer.stops_by_alarm:
+            reason = f"stopped by an alarm, {self._checkpointer.alarms.names[0]}, as --on-alarm stop asks"
+        elif best is not None and patience is not None and best.num_since >= patience:
+            reason = f"early stopping: {best.metric} has not improved since step {best.step}"
+        if reason is not None and self._accelerator.is_main_process:
+            say(reason)
+        return reason is not None
 
     def _preference_share(self, micro_batch: MicroBatch) -> float | None:
         """The preference's share of the gradient, measured on rank zero; None where there is no other term.

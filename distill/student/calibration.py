@@ -17,7 +17,7 @@ from dpkd.core.prompts.examples import SkippedRow, open_examples
 from dpkd.core.prompts.limits import encode_examples
 from dpkd.core.prompts.templates import PromptEncoder, TemplateName
 from dpkd.distill.batches.batch import Batch
-from dpkd.distill.objectives.statistics import Positions
+from dpkd.distill.objectives.statistics import Positions, log_rest, target_logprob
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.student.measures import sample_rows
@@ -26,9 +26,7 @@ from dpkd.teacher_cache.store.rows import unscored_row
 
 #: of --data: longest prompt (others are skipped) and longest response (others are cut), in tokens
 MAX_PROMPT_TOKENS = MAX_RESPONSE_TOKENS = 256
-_LOGITS_CHUNK = 1024
 _TOP_K = 64
-_SMALLEST_MASS = 1e-7  # below this, float32 cannot tell a mass from 0 in a sum of 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _length(row: TrainingRow) -> int:
 @torch.no_grad()
 def with_teacher(teacher: PreTrainedModel, batches: Iterable[Batch], num_tokens: int) -> list[Batch]:
     """`batches` with the teacher's distributions: its 64 most likely tokens and the tail, and log p of responses."""
-    scorer = StudentScorer(teacher.eval(), num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
+    scorer = StudentScorer(teacher.eval(), num_tokens=num_tokens)
     scored = []
     for batch in batches:
         values = scorer(**batch.sequences, fields={"target_id": batch.target_T}, statistics=(_top_k,))
@@ -124,9 +122,7 @@ def _top_k(at: Positions) -> dict[str, Tensor]:
     num_logits = at.logits_CV.shape[1]
     top_CK, ids_CK = at.logits_CV.topk(min(_TOP_K, num_logits), dim=1)
     logprobs_CK = top_CK - at.log_sum_C[:, None]
-    tail_C = (1 - logprobs_CK.exp().sum(dim=1)).clamp(min=_SMALLEST_MASS)
+    log_tail_C = log_rest(logprobs_CK)
     if num_logits <= _TOP_K:  # every token is kept
-        tail_C = torch.zeros_like(tail_C)
-    return {
-        "ids": ids_CK, "logprobs": logprobs_CK, "log_tail": tail_C.log(), "target": at.logprob(at.fields["target_id"])
-    }  # fmt: skip
+        log_tail_C = torch.full_like(log_tail_C, -torch.inf)
+    return target_logprob(at) | {"ids": ids_CK, "logprobs": logprobs_CK, "log_tail": log_tail_C}

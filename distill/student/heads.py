@@ -6,7 +6,7 @@ Heads that share keys and values (grouped-query attention) are kept or removed t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
-from dpkd.distill.student.layers import layer_stack, rebuilt
+from dpkd.distill.student.layers import layer_stack, over_inputs, rebuilt
 from dpkd.distill.student.neurons import largest
 
 _INPUTS, _OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -107,7 +107,6 @@ def check_heads(model: PreTrainedModel, num_heads: int) -> None:
         )
 
 
-@torch.no_grad()
 def group_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tensor, "L G"]:
     """Importance of each of the G groups of heads in each of the L layers.
 
@@ -115,35 +114,17 @@ def group_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tenso
     Batches must be on the model's device.
     """
     attention = attention_of(model)
-    groups = [torch.tensor([group]) for group in range(attention.num_groups)]
-    sums_LG = torch.zeros(len(attention.names), attention.num_groups, dtype=torch.float64)
-    num_tokens = 0
-    real_N = torch.zeros(0, dtype=torch.bool)
+    outputs = [f"{name}.{_OUTPUT}" for name in attention.names]
+    sums_LG = torch.zeros(len(outputs), attention.num_groups, dtype=torch.float64)
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            heads_NF = arguments[0].flatten(end_dim=-2)[real_N]
-            weight_DF = cast(Tensor, module.weight)
-            for group, index in enumerate(groups):
-                features = attention.rows(_OUTPUT, index.to(weight_DF.device))
-                added_ND = heads_NF[:, features] @ weight_DF[:, features].T
-                sums_LG[layer, group] += float(added_ND.norm(dim=1).sum())
+    def note(layer: int, heads_NF: Tensor) -> None:
+        weight_DF = cast(Tensor, model.get_submodule(outputs[layer]).weight)
+        for group in range(attention.num_groups):
+            features = attention.rows(_OUTPUT, torch.tensor([group], device=weight_DF.device))
+            added_ND = heads_NF[:, features] @ weight_DF[:, features].T
+            sums_LG[layer, group] += float(added_ND.norm(dim=1).sum())
 
-        return add
-
-    handles = [
-        model.get_submodule(f"{name}.{_OUTPUT}").register_forward_pre_hook(hook(layer))
-        for layer, name in enumerate(attention.names)
-    ]
-    try:
-        for batch in batches:
-            real_N = batch.attention_mask_BS.flatten().bool()
-            num_tokens += int(real_N.sum())
-            decoder = cast(Any, model.eval()).get_decoder()  # without the head: no logits are needed
-            decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    num_tokens = over_inputs(model, outputs, batches, note)
     return (sums_LG / num_tokens).float()
 
 

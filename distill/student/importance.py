@@ -18,7 +18,6 @@ from dpkd.distill.objectives.statistics import batch_fields, distance_from_teach
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.student.layers import layer_stack, running_only
 
-_LOGITS_CHUNK = 1024
 #: layers that are tried before one is removed
 NUM_TRIED = 8
 
@@ -43,7 +42,7 @@ class Trials:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], num_tokens: int) -> None:
         self.layers = layer_stack(model)[1]
         self._model, self._batches = model.eval(), batches
-        self._scorer = StudentScorer(model, num_tokens=num_tokens, logits_chunk=_LOGITS_CHUNK)
+        self._scorer = StudentScorer(model, num_tokens=num_tokens)
         self._num_positions = sum(batch.num_positions for batch in batches)
 
     @torch.no_grad()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
+from dpkd.distill.batches.batch import Batch
 
 #: lists in configs with one value a layer
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -18,9 +20,7 @@ _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 def spread_layers(num_layers: int, num_kept: int) -> list[int]:
     """`num_kept` of `num_layers` layers, evenly from the first to the last (the first alone for one)."""
-    if num_kept == 1:
-        return [0]
-    return [round(index * (num_layers - 1) / (num_kept - 1)) for index in range(num_kept)]
+    return [round(index * (num_layers - 1) / max(num_kept - 1, 1)) for index in range(num_kept)]
 
 
 def named_layers(num_layers: int, num_kept: int, keep: str | Sequence[int]) -> list[int]:
@@ -132,6 +132,33 @@ def _returns(states: Tensor | None) -> Callable[..., Tensor]:
         return hidden_states if states is None else states
 
     return forward
+
+
+@torch.no_grad()
+def over_inputs(
+    model: PreTrainedModel, names: Sequence[str], batches: Iterable[Batch], note: Callable[[int, Tensor], None]
+) -> int:
+    """Run the decoder of `model`, without its head, over `batches`, which are on its device; returns their tokens.
+
+    `note` gets what each of the modules `names` is given: its number and its inputs [N, F], for all tokens of a batch
+    except padding.
+    """
+    real_N, num_tokens = torch.zeros(0, dtype=torch.bool), 0
+
+    def hook(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: note(number, arguments[0].flatten(end_dim=-2)[real_N])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(number)) for number, name in enumerate(names)]
+    decoder = cast(Any, model.eval()).get_decoder()
+    try:
+        for batch in batches:
+            real_N = batch.attention_mask_BS.flatten().bool()
+            num_tokens += int(real_N.sum())
+            decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return num_tokens
 
 
 @contextmanager

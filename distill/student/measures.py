@@ -32,7 +32,6 @@ from dpkd.distill.rows.sources import CacheRows, check_positions
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 _BATCH_SIZE = 8
-_LOGITS_CHUNK = 1024
 _LARGEST_EXPONENT = 700.0  # exp of more overflows float64
 
 
@@ -53,14 +52,16 @@ def batches_of(rows: list[TrainingRow], device: torch.device, *, with_distributi
 def measure_model(
     path: str, cache: str | Path, *, num_rows: int, beta: float = 0.1, device: str = "auto", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Metrics (`measure_student`) of the checkpoint `path` (directory or hub name) on the cache `cache` (path or URL).
+    """Metrics (`summary`) of the checkpoint `path` (directory or hub name) on at most `num_rows` rows of `cache` (path
+    or URL).
 
-    `device` is auto, cpu or cuda. Raises `UserError` if the model or the cache cannot be read, or if the model has
-    another tokenizer or prompt template than the cache.
+    `device` is auto, cpu or cuda. Raises `UserError` if the model or the cache cannot be read, if the model has another
+    tokenizer or prompt template than the cache, and the errors of `batch_measures`.
     """
     student, teacher_cache = locate_model(path, "model"), TeacherCache.open(cache)
     check_same_prompts(student, teacher_cache)
-    return measure_student(student, student.load(dtype), teacher_cache, num_rows, choose_device(device), beta)
+    values = row_measures(student, student.load(dtype), teacher_cache, num_rows, choose_device(device))
+    return summary(values, beta)
 
 
 def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
@@ -83,15 +84,8 @@ def check_same_prompts(model: ModelSource, cache: TeacherCache) -> None:
         )
 
 
-def measure_student(
-    student: ModelSource,
-    model: nn.Module,
-    cache: TeacherCache,
-    num_rows: int,
-    device: torch.device,
-    beta: float = 0.1,
-) -> dict[str, Any]:
-    """Metrics of `model` on at most `num_rows` rows of `cache`, in nats.
+def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
+    """Metrics of a model from the values of `batch_measures`, in nats.
 
     Means over response tokens, EOS included: `perplexity` of the cached responses; `kl` and `rkld`, KL(teacher ||
     student) and KL(student || teacher), lower bounds because all tokens that the cache does not keep count as one
@@ -99,14 +93,7 @@ def measure_student(
     `kld_first` and `rkld_first`, the divergences at the first response token; `reward`, beta/|y| log q(y)/p(y) of the
     cached response (Eq. 29 divided as in Eq. 9); `reward_sum`, the same without the division. Metrics that need
     distributions, or the teacher's log-probs of its responses, are None if the cache has none.
-
-    Raises `UserError` if a row is longer than the student's positions, or if the student's logits are not finite.
     """
-    return summary(row_measures(student, model, cache, num_rows, device), beta)
-
-
-def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
-    """The metrics of `measure_student` from the values of `batch_measures`."""
     num_tokens_N = sums["tokens"]
     knows_responses = "teacher_nll" in sums
     log_ratio_N = sums["teacher_nll"] - sums["nll"] if knows_responses else np.zeros(0)  # log q(y)/p(y)
@@ -126,7 +113,6 @@ def summary(sums: dict[str, np.ndarray], beta: float = 0.1) -> dict[str, Any]:
         "rkld_first": mean("rkld_first"),
         "top1_agreement": mean("top1_agreement", num_tokens_N),
         "beta": beta,
-        # Eq. 29 over |y|, as Eq. 9 has it
         "reward": float((beta * log_ratio_N / num_tokens_N).mean()) if knows_responses else None,
         "reward_sum": float((beta * log_ratio_N).mean()) if knows_responses else None,
     }
@@ -146,15 +132,17 @@ def row_measures(
 def batch_measures(
     student: ModelSource, model: nn.Module, batches: Iterable[Batch], num_rows: int
 ) -> dict[str, np.ndarray]:
-    """The values behind `measure_student` by name: one float64 a row, in the order of `batches`.
+    """The values behind `summary` by name: one float64 a row, in the order of `batches`.
 
     `tokens` is the length of the response, EOS included. Sums over it, in nats: `nll` and, where the rows know it,
     `teacher_nll`, -log q(y) and -log p(y); with distributions also `kld`, `rkld` and `top1_agreement`. `kld_first` and
     `rkld_first` are values at the first token. Batches are on the model's device.
-    `num_rows`, rows in all batches, is for the progress shown. Raises the errors of `measure_student`.
+    `num_rows`, rows in all batches, is for the progress shown.
+
+    Raises `UserError` if a row is longer than the student's positions, or if the student's logits are not finite.
     """
     check_head(model.eval(), student.name)
-    scorer = StudentScorer(model, num_tokens=len(student.tokenizer), logits_chunk=_LOGITS_CHUNK)
+    scorer = StudentScorer(model, num_tokens=len(student.tokenizer))
     parts: list[dict[str, Tensor]] = []
     with Progress("rows of the cache", num_rows, "rows") as progress:
         for wide_batch in batches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
-from dpkd.distill.student.layers import layer_stack, rebuilt
+from dpkd.distill.student.layers import layer_stack, over_inputs, rebuilt
 
 #: (projections into the neurons, projection out of them), as model families name them
 _MLP_NAMES = (
@@ -74,42 +74,23 @@ def check_mlp_width(model: PreTrainedModel, width: int) -> None:
         )
 
 
-@torch.no_grad()
 def neuron_sizes(model: PreTrainedModel, batches: Iterable[Batch]) -> Float[Tensor, "L W"]:
     """Importance of each of the W neurons in each of the L layers: mean |activation| times norm of outgoing weights.
 
     The mean is over all tokens of `batches` except padding. Batches must be on the model's device.
     """
     mlps = mlps_of(model)
-    first = next(model.parameters())
-    sums_LW = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64, device=first.device)
-    num_tokens = 0
-    real_N = torch.zeros(0, dtype=torch.bool)
+    sums_LW = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64, device=next(model.parameters()).device)
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            neurons_NW = arguments[0].flatten(end_dim=-2)
-            sums_LW[layer] += neurons_NW[real_N].abs().sum(dim=0, dtype=torch.float64)
+    def note(layer: int, neurons_NW: Tensor) -> None:
+        sums_LW[layer] += neurons_NW.abs().sum(dim=0, dtype=torch.float64)
 
-        return add
-
-    handles = [model.get_submodule(mlp.output).register_forward_pre_hook(hook(layer)) for layer, mlp in enumerate(mlps)]
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            real_N = batch.attention_mask_BS.flatten().bool()
-            num_tokens += int(real_N.sum())
-            decoder = cast(Any, model).get_decoder()  # without the head: no logits are needed
-            decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    norms = []
-    for mlp in mlps:
-        output = model.get_submodule(mlp.output)
-        norms.append(cast(Tensor, output.weight).double().norm(dim=1 - _neuron_axis(output, is_output=True)))
+    num_tokens = over_inputs(model, [mlp.output for mlp in mlps], batches, note)
+    outputs = [model.get_submodule(mlp.output) for mlp in mlps]
+    norms = [
+        cast(Tensor, output.weight).detach().double().norm(dim=1 - _neuron_axis(output, is_output=True))
+        for output in outputs
+    ]
     return (sums_LW / num_tokens * torch.stack(norms)).float()
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,11 @@ def test_noise_gives_no_alarm_and_each_is_given_once() -> None:
     assert [alarm.name for alarm in find_alarms(start, start | {"entropy": 5.6}, round_watch)] == ["entropy-rises"]
     assert find_alarms(start, start | {"reward_margin": -1e-3}, round_watch) == []
     assert find_alarms(start, start | {"reward_margin": 0.5}, Watch(pairs="tokens")) == []
-    alarms = Alarms(round_watch)
-    assert alarms.note(start) == []
-    assert [alarm.name for alarm in alarms.note(start | {"kld": 3.0})] == ["kl-worse"]
-    assert alarms.note(start | {"kld": 4.0}) == []
-    assert [alarm.name for alarm in Alarms(round_watch, **alarms.state).note(start | {"kld": 5.0})] == []
+    alarms = Alarms()
+    assert alarms.note(start, round_watch) == []
+    assert [alarm.name for alarm in alarms.note(start | {"kld": 3.0}, round_watch)] == ["kl-worse"]
+    assert alarms.note(start | {"kld": 4.0}, round_watch) == []
+    assert [alarm.name for alarm in Alarms(**asdict(alarms)).note(start | {"kld": 5.0}, round_watch)] == []
 
 
 @pytest.mark.parametrize("options", [{"validation_examples": 0}, {"follow": True}])

@@ -25,9 +25,9 @@ from transformers import (
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.collate import collate
-from dpkd.distill.batches.shared_prompts import check_sharing, share_prompts
+from dpkd.distill.batches.shared_prompts import share_prompts
 from dpkd.distill.objectives.statistics import target_logprob
-from dpkd.distill.objectives.student_forward import StudentScorer
+from dpkd.distill.objectives.student_forward import StudentScorer, check_sharing
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.training import train

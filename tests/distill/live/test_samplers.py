@@ -270,12 +270,9 @@ def test_a_vllm_engine_takes_over_the_weights(source: ModelSource, model: PreTra
         sampler.close()
 
 
-def test_a_vllm_engine_is_refused_where_it_would_disturb_training(source: ModelSource, model: PreTrainedModel) -> None:
-    config = TrainConfig(
-        cache="c", student="s", out="o", student_samples="live", teacher_url=("http://h:1",), sampler="vllm"
-    )
-    with pytest.raises(UserError, match=r"--sampler vllm .*training must wait for it.*staleness=0"):
-        open_sampler(config, source, model, CPU, 16, 100)
-    adapters = config.model_copy(update={"staleness": 0, "lora_rank": 4})
-    with pytest.raises(UserError, match=r"--sampler vllm needs whole weights.*Choose --sampler transformers"):
-        open_sampler(adapters, source, model, CPU, 16, 100)
+def test_a_vllm_engine_is_refused_where_it_would_disturb_training() -> None:
+    options = {"cache": "c", "student": "s", "out": "o", "student_samples": "live", "teacher_url": "http://h:1"}
+    with pytest.raises(UserError, match=r"--sampler vllm .*training must wait for it: give --staleness 0"):
+        TrainConfig.parse(options | {"sampler": "vllm"}, where="here")
+    with pytest.raises(UserError, match=r"--sampler vllm needs whole weights.*give --sampler transformers"):
+        TrainConfig.parse(options | {"sampler": "vllm", "staleness": 0, "lora_rank": 4}, where="here")
