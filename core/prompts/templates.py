@@ -87,8 +87,7 @@ class PromptEncoder:
 
     `alpaca` and `raw` texts are encoded with the tokenizer's own special tokens (a BOS where it has one); the `chat`
     template writes them itself. What a row says is encoded as text, control tokens that it spells included (`control`).
-    `template_args` are variables of the chat template, as text: `true`, numbers and other
-    JSON become values.
+    `template_args` are variables of the chat template, as text: `true`, numbers and other JSON become values.
 
     Raises `UserError` for a tokenizer without EOS, for `chat` without a chat template, and for `template_args` without
     `chat`.

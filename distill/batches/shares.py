@@ -22,8 +22,8 @@ class CacheShares:
     Row n of the run is a row of the cache in whose part of [0, 1) the fractional part of u + n/phi lies. phi is the
     golden ratio, a part is as long as the cache's share of the rows, and u follows from the seed. So any stretch of
     rows is mixed alike, and after n rows a cache has given n times its share, up to a number of rows of order log n
-    (Kuipers and
-    Niederreiter 1974, chapter 2, section 3). Each cache is read in permutations of all its rows, one after the other.
+    (Kuipers and Niederreiter 1974, chapter 2, section 3). Each cache is read in permutations of all its rows, one after
+    the other.
 
     An epoch of the run is as many rows as the caches have together; caches of share 0 do not count and are not read.
 

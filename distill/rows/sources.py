@@ -1,4 +1,4 @@
-"""Where training rows come from: a cache with an optional round, or instruction data without a teacher."""
+"""Training rows of a cache with an optional round, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from dpkd.core.errors import UserError
-from dpkd.core.models import ModelSource
-from dpkd.core.progress import say
-from dpkd.core.prompts.examples import SkippedRow, open_examples
-from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, with_progress
-from dpkd.core.prompts.templates import PromptEncoder, TextCounts
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
 from dpkd.distill.rows.pairs import PairedRows, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
-from dpkd.distill.rows.vocabulary import check_data
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
-from dpkd.teacher_cache.store.rows import CachedRow, unscored_row
 from dpkd.teacher_cache.store.shards import ShardRecord
 
 
@@ -88,21 +81,6 @@ class CacheRows:
         """Example id of every row."""
         folder = self._cache.folder if self._round is None else self._round.folder
         return [read_example_ids(folder, self._in_round(record)) for record in self._shards]
-
-
-class DataRows:
-    """Reference responses of instruction data, encoded in memory, in one group. No teacher has scored them."""
-
-    def __init__(self, rows: list[CachedRow]) -> None:
-        self._rows = rows
-        self.group_sizes = [len(rows)]
-        self.longest = int(self.lengths_by_group()[0].max())
-
-    def row(self, group: int, index: int) -> TrainingRow:
-        return TrainingRow(self._rows[index])
-
-    def lengths_by_group(self) -> list[np.ndarray]:
-        return [np.array([row.num_tokens for row in self._rows])]
 
 
 @dataclass(frozen=True)
@@ -225,40 +203,3 @@ def check_positions(longest: int, limit: int | None, *, where: str, too_long: st
             where=where,
             advice="Build the cache with a smaller --max-prompt-tokens or --max-new-tokens",
         )
-
-
-def open_data_rows(
-    config: TrainConfig, encoder: PromptEncoder, student: ModelSource
-) -> tuple[DataRows, dict[str, str]]:
-    """Rows of `config.data`, and the identity of the data. Prints which rows cannot be used, and how many.
-
-    Raises `UserError` when no row can be used, or when text contains ids that the student has no embedding for.
-    """
-    assert config.data is not None  # the caller's choice
-    source = open_examples(config.data)
-    rows: list[CachedRow] = []
-    skipped: list[SkippedRow] = []
-    text = TextCounts()
-    for item in with_progress(encoder.in_batches(source, references=True)):
-        if isinstance(item, SkippedRow):
-            skipped.append(item)
-            continue
-        text.add(encoder, item, references=True)
-        found = given_responses(item, encoder, config.turns, config.max_prompt_tokens, config.max_new_tokens)
-        for sample, response in enumerate(found):
-            if isinstance(response, SkippedRow):
-                skipped.append(response)
-            else:
-                ids, spans = response.ids, response.spans
-                rows.append(unscored_row(response.prompt.ids, ids, item.example_id, sample, spans))
-        if not found:
-            skipped.append(SkippedRow(item.line, NO_REFERENCE))
-    text.say()
-    for row in skipped[:5]:
-        say(f"skipped line {row.line}: {row.reason}")
-    if skipped:
-        say(f"skipped {len(skipped)} rows of the data")
-    if not rows:
-        raise UserError("no row of the data can be used", where=config.data)
-    check_data(student, rows, config.data)
-    return DataRows(rows), source.identity
