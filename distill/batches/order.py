@@ -13,8 +13,8 @@ import numpy as np
 from dpkd.core.identity import derive_seed
 from dpkd.distill.batches.shares import CacheShares
 from dpkd.distill.rows.following import FollowedRows
-from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex
+from dpkd.distill.rows.views import MixedRows
 from dpkd.teacher_cache.store.order import epoch_order
 
 

@@ -32,9 +32,9 @@ from dpkd.distill.live.store import SampleStore
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_columns
-from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions, longest_sample
+from dpkd.distill.rows.views import MixedRows
 from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, GenerateRequest, ScoreRequest
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.engines.top_k import answer_problem

@@ -96,7 +96,7 @@ class Objective:
         return sums
 
     def _evaluate(
-        self, score: Score, batch: Batch, micro_batch: MicroBatch, metrics: list[Statistic], sums: StepSums
+        self, score: Score, batch: Batch, micro_batch: MicroBatch, metrics: Sequence[Statistic], sums: StepSums
     ) -> dict[str, Tensor]:
         """Add the terms that read `batch` to `sums`; the fields, the statistics of the terms and those of `metrics`."""
         source = "corpus" if batch is micro_batch.corpus else "rows"

@@ -243,8 +243,10 @@ class StudentSampleOptions(Settings):
             raise ValueError("--student-samples live needs --teacher-url http://HOST:PORT (see dpkd serve-teacher)")
         if self.mix is not None and samples != "live" and self.round is None:
             raise ValueError("--mix needs the student's responses: give --round NAME or --student-samples live")
-        of_live = ("sampler", "num_student_samples", "sample_temperature", "sample_top_p", "sample_max_new_tokens")
-        of_live += ("teacher_url", "sample_every", "staleness", "teacher_tolerance")
+        of_live = (
+            *("teacher_url", "teacher_tolerance", "sampler", "num_student_samples", "sample_every", "staleness"),
+            *("sample_temperature", "sample_top_p", "sample_max_new_tokens"),
+        )
         if samples != "live" and (changed := self.changed(*of_live)):
             raise ValueError(f"{', '.join(changed)} goes with --student-samples live")
         return self

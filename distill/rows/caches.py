@@ -12,10 +12,10 @@ from dpkd.distill.options.caches import CacheChoice
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.following import open_growing
 from dpkd.distill.rows.held_out import cache_examples
-from dpkd.distill.rows.joined import join_splits
 from dpkd.distill.rows.requirements import check_distributions, top_k_of
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import CacheSplit, choose_held_out, open_cache_rows
+from dpkd.distill.rows.views import JoinedRows
 from dpkd.distill.rows.vocabulary import check_narrower
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import CacheReader, Round, TeacherCache
@@ -156,7 +156,14 @@ def joined_split(caches: Sequence[RunCache]) -> CacheSplit | None:
     splits = [cache.split for cache in caches if cache.split is not None]
     if len(caches) < 2:
         return splits[0] if splits else None
-    return join_splits(splits, [cache.choice.name for cache in caches])
+    validating = [(number, split.validation) for number, split in enumerate(splits) if split.validation is not None]
+    return CacheSplit(
+        JoinedRows([(number, split.training) for number, split in enumerate(splits)]),
+        JoinedRows(validating) if validating else None,
+        sum(split.held_out for split in splits),
+        sum(split.examples for split in splits),
+        "; ".join(f"{cache.choice.name}: {split.reason}" for cache, split in zip(caches, splits, strict=True)),
+    )
 
 
 def keep_distributions(caches: Sequence[RunCache]) -> bool:

@@ -10,32 +10,9 @@ import numpy as np
 
 from dpkd.core.errors import UserError
 from dpkd.distill.rows.columns import read_example_ids
-from dpkd.distill.rows.row import RowSource, TrainingRow
+from dpkd.distill.rows.row import RowSource
+from dpkd.distill.rows.views import SubsetRows
 from dpkd.teacher_cache.store.reader import CacheReader, TeacherCache
-
-
-class SubsetRows:
-    """Some rows of `source` as a `RowSource`, in its groups; groups without any of them are dropped."""
-
-    def __init__(self, source: RowSource, indices_by_group: Sequence[np.ndarray]) -> None:
-        self._source = source
-        self._groups = [
-            (group, indices.astype(np.int32)) for group, indices in enumerate(indices_by_group) if len(indices)
-        ]
-        self.group_sizes = [len(indices) for _, indices in self._groups]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the source's longest row, an upper bound."""
-        return self._source.longest
-
-    def row(self, group: int, index: int) -> TrainingRow:
-        source_group, indices = self._groups[group]
-        return self._source.row(source_group, int(indices[index]))
-
-    def lengths_by_group(self) -> list[np.ndarray]:
-        lengths = self._source.lengths_by_group()
-        return [lengths[group][indices] for group, indices in self._groups]
 
 
 def choose_examples(example_ids: Iterable[str], num_examples: int, seed: int) -> frozenset[str]:

@@ -21,9 +21,9 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.caches import RunCache, cache_facts, joined_split, keep_distributions, open_caches
 from dpkd.distill.rows.data import open_data_rows
 from dpkd.distill.rows.following import FollowedRows
-from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.sources import check_lengths, check_positions
+from dpkd.distill.rows.views import MixedRows
 from dpkd.distill.run.adapters import check_adapters
 from dpkd.distill.run.plan import ValidationPlan, plan_validation, tail_note
 from dpkd.teacher_cache.store.growing import GrowingCache

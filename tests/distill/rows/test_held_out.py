@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.rows.columns import read_example_ids
-from dpkd.distill.rows.held_out import SubsetRows, cache_examples, choose_examples, split_rows
+from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import CacheRows
+from dpkd.distill.rows.views import SubsetRows
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.rows import CachedRow
 

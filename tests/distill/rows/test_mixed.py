@@ -25,8 +25,8 @@ from dpkd.distill.losses.preference import all_pairs_preference_loss
 from dpkd.distill.objectives.objective import Objective
 from dpkd.distill.objectives.student_forward import StudentScorer
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.mixed import MixedRows
 from dpkd.distill.rows.sources import open_cache_rows
+from dpkd.distill.rows.views import MixedRows
 from dpkd.distill.run.setup import open_run
 from dpkd.distill.training import train
 from dpkd.teacher_cache.store.reader import TeacherCache
