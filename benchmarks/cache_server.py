@@ -40,7 +40,7 @@ def main() -> None:
     from support.vllm_servers import VllmServer
 
     from dpkd.core.models import locate_model
-    from dpkd.core.prompts.examples import open_examples
+    from dpkd.core.prompts.sources import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
     from dpkd.teacher_cache.build.plan import RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
-from dpkd.core.prompts.examples import open_examples
+from dpkd.core.prompts.sources import open_examples
 from dpkd.core.prompts.templates import PromptEncoder, TemplateName
 from dpkd.teacher_cache.audit.fidelity_measures import (
     CutLoss,

@@ -53,7 +53,7 @@ def write_prompts(path: Path, rows: int) -> Path:
 
 def speed(arguments: argparse.Namespace, scratch: Path) -> None:
     from dpkd.core.models import locate_model
-    from dpkd.core.prompts.examples import open_examples
+    from dpkd.core.prompts.sources import open_examples
     from dpkd.core.prompts.templates import PromptEncoder
     from dpkd.teacher_cache.build.plan import RowPlan
     from dpkd.teacher_cache.build.request import engine_options, sampling

@@ -14,8 +14,9 @@ from study_arms import Study
 from dpkd.core.devices import choose_device
 from dpkd.core.identity import derive_seed
 from dpkd.core.models import ModelSource, locate_model
-from dpkd.core.prompts.examples import Example, open_examples
+from dpkd.core.prompts.examples import Example
 from dpkd.core.prompts.limits import encode_examples
+from dpkd.core.prompts.sources import open_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 from dpkd.distill.batches.batch import Batch, cut_entries
 from dpkd.distill.batches.collate import collate

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dpkd.core.progress import Progress
 from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import EncodedResponse, Turns, references
-from dpkd.core.prompts.examples import Example, ExampleSource, SkippedRow, iter_examples
+from dpkd.core.prompts.examples import Example, SkippedRow
+from dpkd.core.prompts.sources import ExampleSource, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 
 NO_REFERENCE = "no reference response"

@@ -7,8 +7,9 @@ import numpy as np
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.core.prompts.examples import SkippedRow, open_examples
+from dpkd.core.prompts.examples import SkippedRow
 from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, with_progress
+from dpkd.core.prompts.sources import open_examples
 from dpkd.core.prompts.templates import PromptEncoder, TextCounts
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow

@@ -11,7 +11,8 @@ from typing import Any
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import file_sha256, fingerprint
 from dpkd.core.json_lines import read_json_lines, read_text_lines
-from dpkd.core.prompts.examples import is_unicode, parquet_rows
+from dpkd.core.prompts.examples import is_unicode
+from dpkd.core.prompts.sources import parquet_rows
 
 
 @dataclass(frozen=True)

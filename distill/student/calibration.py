@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.models import ModelSource
-from dpkd.core.prompts.examples import SkippedRow, open_examples
+from dpkd.core.prompts.examples import SkippedRow
 from dpkd.core.prompts.limits import encode_examples
+from dpkd.core.prompts.sources import open_examples
 from dpkd.core.prompts.templates import PromptEncoder, TemplateName
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.objectives.statistics import Positions, log_rest, target_logprob

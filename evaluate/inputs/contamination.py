@@ -8,7 +8,8 @@ from typing import Any
 from dpkd.core.bridges import load_bridge
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.prompts.examples import Example, open_examples
+from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.sources import open_examples
 from dpkd.evaluate.inputs.eval_sets import EvalSet
 from dpkd.evaluate.inputs.models import Candidate
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import ExampleSource, open_examples, raw_rows
+from dpkd.core.prompts.sources import ExampleSource, open_examples, raw_rows
 from dpkd.evaluate.options.eval import KNOWN_SETS, SET_PREFIX, EvalConfig
 
 DATA_VARIABLE = "DPKD_DATA"

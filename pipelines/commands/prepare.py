@@ -9,7 +9,8 @@ from pathlib import Path
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_atomic
 from dpkd.core.progress import say
-from dpkd.core.prompts.examples import Example, iter_examples, open_examples
+from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.sources import iter_examples, open_examples
 from dpkd.evaluate.metrics.buckets import num_words
 from dpkd.pipelines.commands.options import PrepareConfig
 

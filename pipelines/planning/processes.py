@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import Example, open_examples, raw_rows
+from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.sources import open_examples, raw_rows
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.pipelines.commands.registry import COMMANDS

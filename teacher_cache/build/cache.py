@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpkd.core.models import ModelSource, locate_model, locate_remote_model
 from dpkd.core.progress import Progress, say
-from dpkd.core.prompts.examples import ExampleSource, SkippedRow, open_examples
+from dpkd.core.prompts.examples import SkippedRow
+from dpkd.core.prompts.sources import ExampleSource, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.filling import EndpointTeacher, Filler, open_filler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.prompts.examples import open_examples
+from dpkd.core.prompts.sources import open_examples
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 

@@ -13,8 +13,9 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
 from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import EncodedResponse, answer_places, history, references
-from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples
+from dpkd.core.prompts.examples import Example, SkippedRow
 from dpkd.core.prompts.limits import fitted
+from dpkd.core.prompts.sources import iter_examples, open_examples
 from dpkd.core.prompts.templates import PromptEncoder
 
 SMOLLM = str(ROOT / "models" / "smollm2-135m-instruct")

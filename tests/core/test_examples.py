@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples, raw_rows
+from dpkd.core.prompts.examples import Example, SkippedRow
+from dpkd.core.prompts.sources import iter_examples, open_examples, raw_rows
 
 Write = Callable[..., Path]
 

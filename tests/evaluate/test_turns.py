@@ -14,7 +14,8 @@ from support.conversations import conversations, make_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.core.errors import UserError
-from dpkd.core.prompts.examples import Example, iter_examples, open_examples
+from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.sources import iter_examples, open_examples
 from dpkd.evaluate.evaluation import evaluate
 from dpkd.evaluate.inputs.turns import questions
 from dpkd.evaluate.judge.questions import defuse, read_prompt

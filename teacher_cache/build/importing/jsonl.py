@@ -9,7 +9,8 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
-from dpkd.core.prompts.examples import Example, SkippedRow, iter_examples, open_examples, raw_rows
+from dpkd.core.prompts.examples import Example, SkippedRow
+from dpkd.core.prompts.sources import iter_examples, open_examples, raw_rows
 from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
 from dpkd.teacher_cache.build.importing.source import ImportedRow, SourceFacts
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
