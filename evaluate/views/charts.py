@@ -14,6 +14,7 @@ NUM_COLOURS = 10
 _WIDTH, _RIGHT = 560, 12
 _CURVE_WIDTH, _CURVE_HEIGHT, _LEFT, _TOP, _BOTTOM = 400, 210, 48, 10, 44
 _NUM_TICKS = 5
+_LABEL_HEIGHT = 28  # of the two lines beside a group of a plot
 _NAME_CHARACTERS = 20
 _CHARACTER = 6.6  # width of one, in the chart's units
 
@@ -53,16 +54,17 @@ def dot_plot(
     values = [value for _, rows in shown for _, _, interval in rows for value in _ends(interval)]
     top = _round_up(max([*values, 0.0]) or 1.0)
     left, size = 118, min(20.0, max(12.0, (height - 12 * len(shown)) / max(1, sum(len(rows) for _, rows in shown))))
-    bottom = sum(size * len(rows) + 12 for _, rows in shown)
+    heights = [max(size * len(rows), _LABEL_HEIGHT) + 12 for _, rows in shown]
+    bottom = sum(heights)
     x = _Scale(0, top, left, _WIDTH - _RIGHT)
     parts, y = _axis(x, bottom, label), 6.0
-    for group, rows in shown:
+    for (group, rows), height_of_group in zip(shown, heights, strict=True):
         for index, line in enumerate(group.split("\n")):
             parts.append(_text(0, y + 13 + 14 * index, line, "axis" if index else "", "start"))
-        for name, colour, interval in rows:
-            y += size
-            parts.append(_dot(x, y - size / 2, name, colour % NUM_COLOURS, interval, group.replace("\n", " ")))
-        y += 12
+        for place, (name, colour, interval) in enumerate(rows):
+            middle = y + size * (place + 0.5)
+            parts.append(_dot(x, middle, name, colour % NUM_COLOURS, interval, group.replace("\n", " ")))
+        y += height_of_group
         parts.append(f'<path class="grid" d="M0 {y - 6:.1f}H{_WIDTH}"/>')
     return _svg(_WIDTH, bottom + 38, title, parts)
 

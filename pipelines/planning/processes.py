@@ -98,6 +98,7 @@ def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
 def _answer(
     sender: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     answer: tuple[Any, Exception | None]
     with _no_output():

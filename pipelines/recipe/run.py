@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.context
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -103,4 +104,9 @@ def _wait(process: BaseProcess) -> int:
             process.terminate()
         except KeyboardInterrupt:
             interrupted = True
-    return EXIT_INTERRUPTED if interrupted or process.exitcode < 0 else process.exitcode
+    if process.exitcode >= 0 and not interrupted:
+        return process.exitcode
+    if not interrupted:  # it had no time to print anything
+        name = signal.Signals(-process.exitcode).name
+        say(f"the step was killed ({name}), perhaps because memory ran out; run the same command again to resume")
+    return EXIT_INTERRUPTED

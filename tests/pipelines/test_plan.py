@@ -204,6 +204,13 @@ def test_an_interrupt_ends_the_process_of_a_pilot(tmp_path: Path) -> None:
         os.kill(int(mark.with_suffix(".pid").read_text()), 0)
 
 
+def test_a_pilot_has_the_environment_of_this_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPKD_OF_A_TEST", "1")
+    assert in_child(os.getenv, "DPKD_OF_A_TEST") == "1"
+    monkeypatch.delenv("DPKD_OF_A_TEST")
+    assert in_child(os.getenv, "DPKD_OF_A_TEST") is None
+
+
 def test_a_killed_process_is_a_clear_error() -> None:
     with pytest.raises(UserError, match="its process was killed, perhaps for memory"):
         in_child(_be_killed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -36,6 +37,16 @@ def test_dots_are_drawn_at_their_values_with_their_names() -> None:
     assert "s5" not in svg
     assert "<i>" not in svg
     assert 'role="img" aria-label="title &amp; more"' in svg
+
+
+def test_labels_of_empty_groups_do_not_overlap() -> None:
+    groups = [("all\nn = 2", [("m", 0, _SCORE)]), *((f"[{low},9)\nn = 0", []) for low in range(3))]
+    svg = dot_plot(groups, "t", "x")
+    labels = [float(y) for y in re.findall(r'x="0.0" y="([\d.]+)"', svg)]
+    assert len(labels) == 8
+    assert min(below - above for above, below in pairwise(labels)) >= 14
+    height = float(re.search(r'viewBox="0 0 560 (\d+)"', svg)[1])  # type: ignore[index]
+    assert labels[-1] < height - 38  # the axis is below them
 
 
 def test_one_row_has_a_dot_without_an_interval() -> None:

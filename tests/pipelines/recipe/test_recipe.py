@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -20,7 +23,7 @@ from dpkd.core.models import ModelSource
 from dpkd.pipelines.commands.registry import COMMANDS
 from dpkd.pipelines.flags import add_command
 from dpkd.pipelines.recipe.format import read_recipe
-from dpkd.pipelines.recipe.run import run_steps
+from dpkd.pipelines.recipe.run import _wait, run_steps
 from dpkd.pipelines.recipe.shipped import shipped_recipes
 from dpkd.teacher_cache.store.reader import TeacherCache
 
@@ -316,6 +319,13 @@ device = "cpu"
     assert ends[0]["stopped_by_alarm"] is True
     assert ends[0]["steps"] < 40
     run_steps(steps, "r")
+
+
+def test_a_step_that_the_system_kills_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    step = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    step.start()
+    assert _wait(step) == 130
+    assert "the step was killed (SIGKILL), perhaps because memory ran out" in capsys.readouterr().err
 
 
 def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
