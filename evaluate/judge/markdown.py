@@ -12,7 +12,8 @@ from dpkd.evaluate.report.tables import bucket_labels, difference_cells, interva
 
 def judge_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: what was asked, a section for each data set, unparsable replies, the cost."""
-    parts = ["# Judge\n", judge_text(report) + "\n"]
+    # the server chose its name: no HTML comes from it
+    parts = ["# Judge\n", judge_text(report).replace("<", "&lt;") + "\n"]
     for data, about in report["data"].items():
         parts.append(f"## {data} ({about['n']} of {about['num_rows']} rows)\n")
         parts += _pairwise_parts(report, data) if report["mode"] == "pairwise" else _pointwise_parts(report, data)
@@ -24,7 +25,7 @@ def judge_markdown(report: Mapping[str, Any]) -> str:
 def judge_text(report: Mapping[str, Any]) -> str:
     """Who judged and what was asked, in a few sentences."""
     judge, settings = report["judge"], report["settings"]
-    names = ", ".join(f"{name} ({count} replies)" for name, count in judge["models_said"].items())
+    names = ", ".join(f"{' '.join(name.split())} ({count} replies)" for name, count in judge["models_said"].items())
     asked = {
         "pairwise": "pairs of answers in both orders; a win needs both orders to agree, otherwise it is a tie",
         "pointwise": "a grade from 1 to 10 for each answer"

@@ -261,6 +261,12 @@ def test_refusals_second_replies_and_replies_cut_off_are_counted_apart() -> None
     assert report["judge"]["models_said"] == {"m-1": 5}
 
 
+def test_what_the_server_calls_itself_is_no_markup() -> None:
+    report = Judging(answers_of({"a": (1,)}, 1), lambda _: "Score: 5", read_prompt(None, "score")).report
+    report["judge"]["models_said"] = {"x\n\n# <img src=y>": 1}
+    assert "which calls itself x # &lt;img src=y> (1 replies)" in judge_markdown(report)
+
+
 def test_the_estimate_goes_by_what_is_known() -> None:
     judging = Judging(answers_of({"a": (1,)}, 4), lambda _: "Score: 5", read_prompt(None, "score"), max_tokens=100)
     questions = judging.questions
