@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ from dpkd.evaluate.views.page.examples import Grades, packed_examples
 
 _FOLDER = Path(__file__).parent
 _STYLES = ("charts.css", "style.css")
+# what the template shows of a set, by the functions' names
+_OF_A_SET = (
+    *(headline, cautions, data_text, by_length, length_table, no_match_text, further_table, difference_table),
+    *(slice_tables, power_note),
+)
 _HEADER_CHARACTERS = 14  # of a name in the header of a narrow column
 
 
@@ -64,7 +70,11 @@ def html_page(report: dict[str, Any], scored_sets: Sequence[ScoredSet], grades: 
         script=script,
         introduction=introduction(report),
         best_mark=BEST_MARK,
-        sections=[_section(report, data, scored_sets, colours) for data in report["data"]],
+        sets=list(report["data"]),
+        **{function.__name__: partial(function, report) for function in _OF_A_SET},
+        ranked=lambda data: _ranked(report, data, colours),
+        lengths=lambda data: lengths(report, data, scored_sets),
+        comparisons=report["comparisons"],
         teacher=teacher_table(report),
         curves=curves(report),
         runs=[(name, colours[name]) for name in report["runs"]],
@@ -83,30 +93,6 @@ def _with_names(text: str) -> Markup:
     """`text` as HTML, the names in backticks as code; no line breaks inside Rouge-L."""
     parts = [escape(part).replace("Rouge-L", "Rouge\u2011L") for part in text.split("`")]
     return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))  # noqa: S704
-
-
-def _section(
-    report: dict[str, Any], data: str, scored_sets: Sequence[ScoredSet], colours: dict[str, int]
-) -> dict[str, Any]:
-    """What the template shows of one set."""
-    none = no_match_text(report, data)
-    return {
-        "name": data,
-        "rows": data_text(report, data),
-        "headline": headline(report, data),
-        "cautions": cautions(report, data),
-        "ranked": _ranked(report, data, colours),
-        "plot": by_length(report, data),
-        "by_length": length_table(report, data, "Rouge-L", "rouge_l"),
-        "no_match": none,
-        "exact": None if none else length_table(report, data, "Exact match", "exact_match"),
-        "exact_plot": None if none else by_length(report, data, "exact_match", "Exact match"),
-        "further": further_table(report, data),
-        "lengths": lengths(report, data, scored_sets),
-        "differences": difference_table(report, data) if report["comparisons"][data] else None,
-        "slices": slice_tables(report, data),
-        "power": power_note(report, data),
-    }
 
 
 def _ranked(report: dict[str, Any], data: str, colours: dict[str, int]) -> dict[str, Any]:
