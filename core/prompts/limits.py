@@ -1,10 +1,11 @@
-"""Rows of data within the limits of prompts and responses, in tokens; what does not fit is skipped and says why."""
+"""Rows of data beyond the limits in tokens are skipped, with the reason; rows whose text is changed are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from dpkd.core.progress import Progress
+from dpkd.core.progress import Progress, say
 from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.conversations import EncodedResponse, Turns, references
 from dpkd.core.prompts.examples import Example, SkippedRow
@@ -12,6 +13,37 @@ from dpkd.core.prompts.sources import ExampleSource, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 
 NO_REFERENCE = "no reference response"
+
+
+@dataclass
+class TextCounts:
+    """Rows of data whose text is not taken as it is: they spell a control token, or close a reference with EOS."""
+
+    control_tokens_as_text: int = 0
+    closing_eos_removed: int = 0
+
+    def add(self, encoder: PromptEncoder, example: Example, *, references: bool) -> None:
+        """Count one row; `references`: whether its references are used, not its prompt alone."""
+        used = example.references if references else ()
+        kept = [encoder.without_closing_eos(text) for text in used]
+        self.closing_eos_removed += kept != list(used)
+        texts = [example.instruction or "", example.input, example.prompt or "", example.teacher_prompt or "", *kept]
+        for turn in (*(example.messages or ()), *(example.teacher_messages or ())):
+            texts += turn.texts()
+        for answer in example.turns[-1:] if references else ():
+            texts += answer.texts()[1:]  # its content is a reference
+        self.control_tokens_as_text += encoder.control.spelled_in([*texts, *example.tools]) is not None
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts by name, without those that are 0."""
+        return {name: count for name, count in vars(self).items() if count}
+
+    def say(self, name: str = "the data") -> None:
+        """Print what was found in the data `name`, if anything."""
+        if self.control_tokens_as_text:
+            say(f"{name}: {self.control_tokens_as_text} rows spell control tokens, which are encoded as text")
+        if self.closing_eos_removed:
+            say(f"{name}: {self.closing_eos_removed} rows end references with the text of EOS, which is removed")
 
 
 def given_responses(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.identity import canonical_json
-from dpkd.core.progress import say
 from dpkd.core.prompts.control_tokens import ControlTokens, TemplateMismatchError
 from dpkd.core.prompts.examples import Example, SkippedRow
 from dpkd.core.prompts.messages import Message
@@ -49,37 +48,6 @@ class EncodedPrompt:
     ids: list[int]
     marked: str = ""
     turns: tuple[Message, ...] = ()
-
-
-@dataclass
-class TextCounts:
-    """Rows of data whose text is not taken as it is: they spell a control token, or close a reference with EOS."""
-
-    control_tokens_as_text: int = 0
-    closing_eos_removed: int = 0
-
-    def add(self, encoder: PromptEncoder, example: Example, *, references: bool) -> None:
-        """Count one row; `references`: whether its references are used, not its prompt alone."""
-        used = example.references if references else ()
-        kept = [encoder.without_closing_eos(text) for text in used]
-        self.closing_eos_removed += kept != list(used)
-        texts = [example.instruction or "", example.input, example.prompt or "", example.teacher_prompt or "", *kept]
-        for turn in (*(example.messages or ()), *(example.teacher_messages or ())):
-            texts += turn.texts()
-        for answer in example.turns[-1:] if references else ():
-            texts += answer.texts()[1:]  # its content is a reference
-        self.control_tokens_as_text += encoder.control.spelled_in([*texts, *example.tools]) is not None
-
-    def to_dict(self) -> dict[str, int]:
-        """The counts by name, without those that are 0."""
-        return {name: count for name, count in vars(self).items() if count}
-
-    def say(self, name: str = "the data") -> None:
-        """Print what was found in the data `name`, if anything."""
-        if self.control_tokens_as_text:
-            say(f"{name}: {self.control_tokens_as_text} rows spell control tokens, which are encoded as text")
-        if self.closing_eos_removed:
-            say(f"{name}: {self.closing_eos_removed} rows end references with the text of EOS, which is removed")
 
 
 class PromptEncoder:

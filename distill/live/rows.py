@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import nn
 
@@ -31,7 +30,7 @@ from dpkd.distill.live.sampler import open_sampler
 from dpkd.distill.live.store import SampleStore
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.columns import read_columns
+from dpkd.distill.rows.columns import longest_prompt
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions, longest_sample
 from dpkd.distill.rows.views import MixedRows
@@ -74,7 +73,7 @@ class LiveRows:
         self._config, self._rows, self._student, self._model = config, rows, student, model
         self._steps, self._rows_of, self._rank = steps, rows_of, rank
         max_new_tokens = longest_sample(cache, config)
-        longest = _longest_prompt(cache) + max_new_tokens
+        longest = longest_prompt(cache.folder, cache.shards()) + max_new_tokens
         check_positions(longest, student.max_positions, where=f"{student.name}, with sample_max_new_tokens")
         self._store = SampleStore(config.out, rank, student)
         self._blocks: dict[int, Block] = {}
@@ -261,10 +260,3 @@ def _checked(answer: EngineResult | FailedRequest) -> EngineResult | FailedReque
     """A response that is impossible for the teacher is a failed request."""
     problem = answer_problem(answer) if isinstance(answer, EngineResult) else None
     return answer if problem is None else FailedRequest(answer.index, problem)
-
-
-def _longest_prompt(cache: TeacherCache) -> int:
-    """Tokens of the cache's longest prompt, of student or teacher; reads all prompts once."""
-    names = ["prompt_ids", "teacher_prompt_ids"]
-    columns = (column for record in cache.shards() for column in read_columns(cache.folder, record, names).columns)
-    return max(int(pc.max(pc.list_value_length(column)).as_py() or 0) for column in columns)

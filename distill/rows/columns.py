@@ -45,6 +45,13 @@ def read_lengths(
     return lengths
 
 
+def longest_prompt(folder: Folder, records: Sequence[ShardRecord]) -> int:
+    """Tokens of the longest prompt of these shards, of student or teacher; reads all prompts once."""
+    names = ["prompt_ids", "teacher_prompt_ids"]
+    columns = (column for record in records for column in read_columns(folder, record, names).columns)
+    return max(int(pc.max(pc.list_value_length(column)).as_py() or 0) for column in columns)
+
+
 def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> pa.Table:
     """Some columns of a shard, without checking its checksum; of a local file, only their bytes are read.
 

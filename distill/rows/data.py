@@ -8,9 +8,9 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.core.prompts.examples import SkippedRow
-from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, with_progress
+from dpkd.core.prompts.limits import NO_REFERENCE, TextCounts, given_responses, with_progress
 from dpkd.core.prompts.sources import open_examples
-from dpkd.core.prompts.templates import PromptEncoder, TextCounts
+from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.vocabulary import check_data

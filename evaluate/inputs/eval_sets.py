@@ -9,8 +9,9 @@ from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.prompts.control_tokens import TemplateMismatchError
 from dpkd.core.prompts.examples import Example, Message, SkippedRow
+from dpkd.core.prompts.limits import TextCounts
 from dpkd.core.prompts.sources import iter_examples
-from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 from dpkd.evaluate.inputs.models import Candidate
 from dpkd.evaluate.inputs.named_sets import open_set
 from dpkd.evaluate.inputs.turns import FollowUp, questions

@@ -19,9 +19,9 @@ from dpkd.core.prompts.conversations import (
     without_thoughts,
 )
 from dpkd.core.prompts.examples import Example, SkippedRow
-from dpkd.core.prompts.limits import NO_REFERENCE, given_responses, too_long, with_progress
+from dpkd.core.prompts.limits import NO_REFERENCE, TextCounts, given_responses, too_long, with_progress
 from dpkd.core.prompts.sources import ExampleSource, iter_examples
-from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder, TextCounts
+from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 from dpkd.core.prompts.thinking import opens_thinking
 from dpkd.teacher_cache.build.survey import Part, Survey
 from dpkd.teacher_cache.options.cache import CacheConfig

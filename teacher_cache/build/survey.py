@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dpkd.core.prompts.examples import SkippedRow
-from dpkd.core.prompts.templates import TextCounts
+from dpkd.core.prompts.limits import TextCounts
 from dpkd.teacher_cache.store.rows import Origin
 
 

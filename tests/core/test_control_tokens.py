@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpkd.core.prompts.control_tokens import ControlTokens, TemplateMismatchError
 from dpkd.core.prompts.conversations import references
 from dpkd.core.prompts.examples import Example
+from dpkd.core.prompts.limits import TextCounts
 from dpkd.core.prompts.messages import Message
-from dpkd.core.prompts.templates import PromptEncoder, TextCounts
+from dpkd.core.prompts.templates import PromptEncoder
 
 _SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<think>"]
 # trims contents as Llama's template does, and writes a line break after the role, which may merge with the content
