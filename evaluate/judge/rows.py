@@ -49,8 +49,7 @@ class JudgedSet:
 
     def bucket_SN(self, model: str) -> np.ndarray:
         """The length bucket of each judged answer of `model`."""
-        found = self.answers[model]
-        return found.bucket_SN[: len(found.seeds), self.rows]
+        return self.answers[model].bucket_SN[:, self.rows]
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,13 @@ def _chosen(judged: JudgedSet, models: Sequence[str], config: JudgeConfig) -> Ju
         rows = sorted(rows[: config.sample])
     answers = {model: found for model, found in judged.answers.items() if model in models}
     if config.answer_seeds == "first":
-        answers = {model: replace(found, seeds=found.seeds[:1]) for model, found in answers.items()}
+        answers = {model: _first_seed(found) for model, found in answers.items()}
     return replace(judged, answers=answers, rows=rows)
+
+
+def _first_seed(scored: ScoredSet) -> ScoredSet:
+    parts = {name: getattr(scored, name)[:1] for name in ("seeds", "prompts_SN", "answers_SN", "bucket_SN")}
+    return replace(scored, **parts, scores={})
 
 
 def _draw(seed: int, data: str, example_id: str) -> int:
