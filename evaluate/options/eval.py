@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
@@ -37,32 +38,37 @@ ROW_FIELDS = ("instruction", "input", "output", "messages", "prompt", "id", "cat
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _known_sets(pairs: Any) -> Any:
+def _known_set(pair: str) -> str:
     """`dolly` as `dolly=set:dolly`."""
-    pairs = [pairs] if isinstance(pairs, str) else pairs
-    if not isinstance(pairs, (list, tuple)):
-        return pairs
-    for pair in pairs:
-        if "=" not in str(pair) and (near := get_close_matches(str(pair), KNOWN_SETS, n=1)) and near[0] != pair:
-            raise ValueError(f"{pair!r} is not a known set; did you mean {near[0]}? Else give NAME=FILE")
-    return [f"{pair}={SET_PREFIX}{pair}" if str(pair) in KNOWN_SETS else pair for pair in pairs]
+    if pair in KNOWN_SETS:
+        return f"{pair}={SET_PREFIX}{pair}"
+    if "=" not in pair and (near := get_close_matches(pair, KNOWN_SETS, n=1)):
+        raise ValueError(f"{pair!r} is not a known set; did you mean {near[0]}? Else give NAME=FILE")
+    return pair
 
 
-def _named_by_path(pairs: Any) -> Any:
+def _named_by_path(pair: str) -> str:
     """`runs/trained` as `trained=runs/trained`."""
-    pairs = [pairs] if isinstance(pairs, str) else pairs
-    if not isinstance(pairs, (list, tuple)):
-        return pairs
-    return [pair if "=" in str(pair) else f"{Path(str(pair)).resolve().name}={pair}" for pair in pairs]
+    return pair if "=" in pair else f"{Path(pair).resolve().name}={pair}"
+
+
+def _each(change: Callable[[str], str]) -> BeforeValidator:
+    """`change` for each text of a repeatable option; a dict has names already."""
+
+    def changed(value: Any) -> Any:
+        pairs = [value] if isinstance(value, str) else value
+        return [change(str(pair)) for pair in pairs] if isinstance(pairs, (list, tuple)) else value
+
+    return BeforeValidator(changed)
 
 
 def _named(form: str, example: str) -> BeforeValidator:
     return BeforeValidator(partial(named_values, form=form, example=example))
 
 
-NamedPaths = Annotated[dict[str, str], _named("NAME=PATH", "student=runs/dpkd"), BeforeValidator(_named_by_path)]
+NamedPaths = Annotated[dict[str, str], _named("NAME=PATH", "student=runs/dpkd"), _each(_named_by_path)]
 NamedFiles = Annotated[dict[str, str], _named("NAME=PATH", "ours=answers.jsonl")]
-NamedSets = Annotated[NamedFiles, BeforeValidator(_known_sets)]
+NamedSets = Annotated[NamedFiles, _each(_known_set)]
 NamedFields = Annotated[dict[str, str], _named("NAME=FIELD", "instruction=question")]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpkd.evaluate.metrics.buckets import Bucket
 from dpkd.evaluate.metrics.inference import ALPHA, FEW_ROWS
 from dpkd.evaluate.report.build import summaries_of
 from dpkd.evaluate.report.tables import (
     Cell,
     Row,
     Table,
-    bucket_labels,
     difference_of,
     interval_cell,
     lost_text,
@@ -52,17 +52,26 @@ def ranked(report: Mapping[str, Any], data: str) -> list[Ranked]:
 
 
 def ranked_table(report: Mapping[str, Any], data: str) -> Table:
-    """The same as a table; columns that say nothing are left out."""
-    rows, roles = ranked(report, data), report["roles"]
-    columns: dict[str, list[Cell]] = {"Rouge-L": [interval_cell(row.score) for row in rows]}
-    if any(row.difference for row in rows):
-        columns[f"over {roles['baseline']}"] = [interval_cell(row.difference, sign="+") for row in rows]
-    if any(row.share is not None for row in rows):
-        columns[f"of {roles['teacher']}"] = [Cell("-" if row.share is None else f"{row.share:.0%}") for row in rows]
-    if any(row.size for row in rows):
-        columns["Parameters"] = [Cell(row.size or "-") for row in rows]
+    """The same as a table."""
+    rows = ranked(report, data)
+    columns = {"Rouge-L": [interval_cell(row.score) for row in rows]}
+    columns |= ranked_columns(rows, {key: name or "" for key, name in report["roles"].items()}, "Parameters", "-")
     lines: list[Row] = [((row.name,), [cells[index] for cells in columns.values()]) for index, row in enumerate(rows)]
     return Table(f"Models by Rouge-L: {data}", list(columns), lines)
+
+
+def ranked_columns(rows: Sequence[Ranked], roles: Mapping[str, str], size: str, missing: str) -> dict[str, list[Cell]]:
+    """What is known of the models besides the score, by title; columns that say nothing are left out.
+
+    `roles` are the names of `teacher` and `baseline` in titles, `size` is the title of the sizes, and `missing` stands
+    for what is not known of one model.
+    """
+    columns = {
+        f"over {roles['baseline']}": [row.difference and interval_cell(row.difference, sign="+") for row in rows],
+        f"of {roles['teacher']}": [None if row.share is None else Cell(f"{row.share:.0%}") for row in rows],
+        size: [Cell(row.size) if row.size else None for row in rows],
+    }
+    return {title: [cell or Cell(missing) for cell in cells] for title, cells in columns.items() if any(cells)}
 
 
 def headline(report: Mapping[str, Any], data: str) -> str:
@@ -116,8 +125,8 @@ def cautions(report: Mapping[str, Any], data: str) -> list[str]:
 def few_rows(summaries: Mapping[str, Any]) -> list[str]:
     """The length buckets with few rows, as `25 in [30,70)`."""
     buckets = next(iter(summaries.values()))["buckets"]
-    labels = [label.split(" (")[0] for label in bucket_labels(summaries)]
-    return [f"{part['n']} in {label}" for part, label in zip(buckets, labels, strict=True) if 0 < part["n"] < FEW_ROWS]
+    few = [part for part in buckets if 0 < part["n"] < FEW_ROWS]
+    return [f"{part['n']} in {Bucket(part['low'], part['high']).label}" for part in few]
 
 
 def size_text(num_parameters: int | None) -> str:

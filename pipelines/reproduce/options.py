@@ -15,16 +15,12 @@ from dpkd.pipelines.reproduce.paper_values import Family, paper_values
 
 #: what each artefact is made from
 _NEEDS: dict[str, tuple[str, ...]] = {
-    "table1": ("report", "data", "rows"),
-    "table2": ("report", "data", "rows"),
+    **dict.fromkeys(("table1", "table2", "table4", "table5", "fig5"), ("report", "data", "rows")),
     "table3": ("report", "data", "rows", "runs"),
-    "table4": ("report", "data", "rows"),
-    "table5": ("report", "data", "rows"),
     "fig1": ("judge",),
     "fig2": ("report", "data", "noise"),
     "fig3": ("runs",),
     "fig4": ("runs",),
-    "fig5": ("report", "data", "rows"),
 }
 #: what the command of each source directory is
 _MADE_BY = {"report": "eval", "judge": "judge", "noise": "add-noise"}

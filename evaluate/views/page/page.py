@@ -19,17 +19,15 @@ from markupsafe import Markup
 
 from dpkd.evaluate.answers.scoring import ScoredSet
 from dpkd.evaluate.report.curves import thinning_text
-from dpkd.evaluate.report.headline import cautions, headline, ranked
+from dpkd.evaluate.report.headline import cautions, headline, ranked, ranked_columns
 from dpkd.evaluate.report.provenance import data_text, how_made
 from dpkd.evaluate.report.tables import (
     BEST_MARK,
-    Cell,
     difference_table,
     further_table,
     interval_cell,
     length_table,
     no_match_text,
-    number_text,
     power_note,
     slice_tables,
     teacher_table,
@@ -96,19 +94,11 @@ def _with_names(text: str) -> Markup:
 
 
 def _ranked(report: dict[str, Any], data: str, colours: dict[str, int]) -> dict[str, Any]:
-    """The ranked table: for each model its name, role, colour, bar and cells; columns that say nothing are left out."""
+    """The ranked table: for each model its name, role, colour, bar and cells."""
     rows, roles = ranked(report, data), report["roles"]
     top = max(row.score["high"] or row.score["mean"] for row in rows)
-    columns = {
-        f"over {shortened(roles['baseline'] or '', _HEADER_CHARACTERS)}": [
-            interval_cell(row.difference, sign="+") if row.difference else Cell("") for row in rows
-        ],
-        f"of {shortened(roles['teacher'] or '', _HEADER_CHARACTERS)}": [
-            Cell("" if row.share is None else f"{number_text(row.share, 0, 100)}%") for row in rows
-        ],
-        "size": [Cell(row.size) for row in rows],
-    }
-    columns = {title: cells for title, cells in columns.items() if any(cell.value for cell in cells)}
+    titles = {key: shortened(name or "", _HEADER_CHARACTERS) for key, name in roles.items()}
+    columns = ranked_columns(rows, titles, "size", "")
     return {
         "columns": list(columns),
         "rows": [
