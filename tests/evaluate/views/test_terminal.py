@@ -79,7 +79,7 @@ def test_a_real_terminal_gets_tables_and_a_pipe_gets_markdown(report_path: Path)
     command = [sys.executable, "-c", _PRINT, str(report_path)]
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     headline = (
-        "good has the highest Rouge-L, 100.00; +50.00 [-7.48, +107.48] over half, which may be chance (p = 0.250)."
+        "good has the highest Rouge-L, 100.00; +50.00 [-7.48, +100.00] over half, which may be chance (p = 0.250)."
     )
     assert piped == (report_path.parent / "report.md").read_text() + f"\n{headline}\n"
     ours, theirs = pty.openpty()
