@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folder import LocalFolder
+from dpkd.teacher_cache.store.folder import Folder, LocalFolder
 from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.manifest import MANIFEST
@@ -83,21 +84,18 @@ def test_a_process_id_means_something_in_its_own_boot_and_namespace(
 
 def test_clocks_of_other_machines_do_not_matter(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A holder that lives is not robbed, and a dead one's lock is taken, whether clocks are behind or ahead."""
-    monkeypatch.setattr(locks, "STALE_S", 0.6)
     monkeypatch.setattr(locks, "_SETTLE_S", 0.0)
     folder = open_folder(f"{s3}/clocks")
     for ahead_s in (-180.0, 0.0, 180.0, 86400.0):
+        monkeypatch.setattr(locks, "STALE_S", 60.0)  # longer than a renewal takes on a busy machine
         renewed = time.time() - ahead_s
         folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=renewed))
         watch = locks.Watch(folder)
         assert watch.holder() == "process 7 on elsewhere"
-        renewal = threading.Timer(
-            0.2, folder.write, (locks.LOCK, lock_of(host="elsewhere", renewed=renewed + locks.RENEW_S))
-        )
-        renewal.start()
-        with pytest.raises(UserError, match="another dpkd job is writing"), locks.hold(folder):
+        refused = pytest.raises(UserError, match="another dpkd job is writing")
+        with renewing(folder, renewed), refused, locks.hold(folder):
             pass
-        renewal.join()
+        monkeypatch.setattr(locks, "STALE_S", 0.6)
         assert json.loads(folder.read(locks.LOCK))["host"] == "elsewhere"
         assert watch.holder() == "process 7 on elsewhere"
         with locks.hold(folder):
@@ -107,6 +105,26 @@ def test_clocks_of_other_machines_do_not_matter(s3: str, monkeypatch: pytest.Mon
         assert watch.holder() is not None
         time.sleep(0.7)
         assert watch.holder() is None
+
+
+@contextlib.contextmanager
+def renewing(folder: Folder, renewed: float) -> Iterator[None]:
+    """Another machine renews its lock, whose first time was `renewed`, again and again."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        times = 0
+        while not ended.wait(0.2):
+            times += 1
+            folder.write(locks.LOCK, lock_of(host="elsewhere", renewed=renewed + times * locks.RENEW_S))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 PARENT = """
