@@ -37,6 +37,7 @@ def settings_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def serving(*arguments: object, key: str | None = None, forked: bool = True) -> Iterator[Command]:
     """The command; `forked=False` starts its server as users do, in new processes that import vLLM, one by one."""
     environment = {} if key is None else {KEY_VARIABLE: key}
+    environment |= {} if forked else {"TORCH_COMPILE_DISABLE": "0"}
     process = Command("serve-teacher", *arguments, environment=environment, prepare=fork_servers if forked else None)
     try:
         yield process

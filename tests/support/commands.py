@@ -99,6 +99,13 @@ def _main(environment: Mapping[str, str], words: list[str], output: Path, prepar
     main()
 
 
+def fork_steps() -> None:
+    """This process of a recipe has imported the libraries already: its steps need no other one that imports them."""
+    from dpkd.pipelines.recipe import run
+
+    run.forking_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
+
+
 class Command:
     """`dpkd ARGUMENTS` in a process of its own, which calls `prepare` before it begins.
 

@@ -202,8 +202,9 @@ def test_batches_by_tokens_read_every_row_once_an_epoch(toy_cache: Path, other_c
     first = rows[: one.order.num_rows]  # the epoch of the run: 44 rows of the one, 22 of the other
     assert len([row for row in set(first) if row[0] == 0]) == 40
     assert max(Counter(first).values()) == 2
+    lengths = one.rows.lengths_by_group()
     for micro_batch in (part for step in range(30) for part in one.order.micro_batches_of(step)):
-        longest = max(one.rows.lengths_by_group()[group][index] for group, index in micro_batch)
+        longest = max(lengths[group][index] for group, index in micro_batch)
         assert longest * len(micro_batch) <= 900
 
 

@@ -89,8 +89,14 @@ def test_peak_memory_is_that_of_this_process_not_of_its_parent() -> None:
 def test_saving_memory_or_time_changes_no_number(
     tmp_path: Path, toy_cache: Path, toy_student: Path, option: str
 ) -> None:
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.utils import counters
+
     plain = metrics(train(config(tmp_path / "plain", toy_cache, toy_student, steps=2)))
-    other = metrics(train(config(tmp_path / "other", toy_cache, toy_student, steps=2, **{option: True})))
+    before = counters["stats"]["unique_graphs"]
+    with dynamo.patch(disable=False):
+        other = metrics(train(config(tmp_path / "other", toy_cache, toy_student, steps=2, **{option: True})))
+    assert (counters["stats"]["unique_graphs"] > before) == (option == "compile")
     for one, two in zip(plain, other, strict=True):
         for key in ("loss", "grad_norm", "kld"):
             assert math.isclose(one[key], two[key], rel_tol=1e-4), key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -183,28 +184,31 @@ def test_heads_that_a_family_cannot_lose(family: str, heads: int, message: str) 
         prune_heads(model, heads, torch.ones(5, 3))
 
 
+@functools.cache
+def counts_by_width(family: str, layers: int) -> dict[int, int]:
+    """Parameters of models with every number of neurons, counted in the models themselves."""
+    from transformers import AutoConfig
+
+    counts = {}
+    for width in range(1, 25):
+        name = "n_inner" if family == "gpt2" else "intermediate_size"
+        content = FAMILIES[family].to_dict() | {"num_hidden_layers": layers, "n_layer": layers, name: width}
+        content.pop("layer_types", None)
+        smaller = AutoModelForCausalLM.from_config(AutoConfig.for_model(content.pop("model_type"), **content))
+        counts[width] = sum(parameter.numel() for parameter in smaller.parameters())
+    return counts
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [0.45, 0.7, 0.99])
 def test_the_widest_student_within_a_share(family: str, share: float) -> None:
-    """Against the counts of models with every number of neurons."""
-    from transformers import AutoConfig
-
     config = FAMILIES[family]
-    name = "n_inner" if family == "gpt2" else "intermediate_size"
     most = share * count_parameters(config)
     splits = [split for split in splits_within(config, share, None, None, None) if split.heads is None]
     assert [split.layers for split in splits] == sorted((split.layers for split in splits), reverse=True)
     found = {split.layers: split.width for split in splits}
     for layers in range(1, 6):
-        counts = {}
-        for width in range(1, 25):
-            content = config.to_dict() | {"num_hidden_layers": layers, "n_layer": layers, name: width}
-            content.pop("layer_types", None)
-            smaller = AutoConfig.for_model(content.pop("model_type"), **content)
-            counts[width] = sum(
-                parameter.numel() for parameter in AutoModelForCausalLM.from_config(smaller).parameters()
-            )
-        fitting = [width for width, count in counts.items() if count <= most]
+        fitting = [width for width, count in counts_by_width(family, layers).items() if count <= most]
         assert (layers in found) == bool(fitting)
         if fitting:
             assert (found[layers] or 24) == max(fitting)

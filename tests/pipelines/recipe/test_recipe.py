@@ -10,12 +10,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import typer
-from support.commands import dpkd
+from support.commands import Command, dpkd, fork_steps
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
@@ -220,21 +221,22 @@ batch_size = 4
 learning_rate = 1e-2
 device = "cpu"
 """
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(write(tmp_path / "r.toml", text))]
+    command = ["run", str(write(tmp_path / "r.toml", text))]
     first = tmp_path / "round-0"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as killed:
-        assert killed.stderr is not None
-        lines = []
-        for line in killed.stderr:
-            lines.append(line)
-            if "step 3 of 4: dpkd cache-teacher, round 1" in line:
-                killed.terminate()
-    assert killed.returncode == 130, "".join(lines)
+    process = Command(*command, prepare=fork_steps)
+    deadline_s = time.monotonic() + 240
+    while f"starting transformers with the student {first}\n" not in process.stderr:  # step 3
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    killed = process.finish()
+    assert killed.returncode == 130, killed.stderr
     assert (first / "run.json").is_file()
     assert not (tmp_path / "round-1").exists()
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
 
-    assert dpkd(*command[3:]).returncode == 0
+    assert dpkd(*command).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
     cache = TeacherCache.open(cache_copy)
     students = [toy_student, first, tmp_path / "round-1"]
@@ -330,21 +332,21 @@ def test_a_step_that_the_system_kills_says_so(capsys: pytest.CaptureFixture[str]
 
 def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     text = recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data)
-    command = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(tmp_path / "r.toml")]
+    command = ["run", str(tmp_path / "r.toml")]
     write(tmp_path / "r.toml", text.replace("batch_size = 3", "batch_size = 300"))
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    failed = Command(*command, prepare=fork_steps).finish()
     assert failed.returncode == 2
     assert "a step takes more rows than there are" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "run").exists()
 
     write(tmp_path / "r.toml", text)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = Command(*command, prepare=fork_steps).finish()
     assert done.returncode == 0, done.stderr
     assert "student is complete" in done.stderr.replace(str(tmp_path) + "/", "")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["complete"] is True
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = dpkd(*command[3:])
+    again = dpkd(*command)
     assert again.returncode == 0
     assert "the recipe" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -15,6 +15,8 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 pytestmark = pytest.mark.engine
 
+COPIES = 3  # of 20 rows, in shards of 4: enough that the kill and the interrupt fall into the middle
+
 
 def command(out: Path, teacher: Path, data: Path) -> list[str]:
     return [
@@ -39,11 +41,10 @@ def start_and_wait(arguments: list[str], out: Path, at_least: int) -> Command:
 
 def test_killed_and_interrupted_jobs_resume(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     out = tmp_path / "cache"
-    # enough rows that a kill falls into the middle
     rows = [json.loads(line) for line in toy_data.read_text().splitlines()]
     data = tmp_path / "many.jsonl"
     data.write_text(
-        "".join(json.dumps(row | {"id": f"{copy}-{row['id']}"}) + "\n" for copy in range(6) for row in rows)
+        "".join(json.dumps(row | {"id": f"{copy}-{row['id']}"}) + "\n" for copy in range(COPIES) for row in rows)
     )
     arguments = command(out, toy_teacher, data)
 
@@ -65,5 +66,5 @@ def test_killed_and_interrupted_jobs_resume(tmp_path: Path, toy_teacher: Path, t
     verify_cache(out)
     cache = TeacherCache.open(out)
     seen = [cache.read(record).row(i).example_id for record in cache.shards() for i in range(record.rows)]
-    assert sorted(seen) == sorted(f"{copy}-{row['id']}" for copy in range(6) for row in rows)
+    assert sorted(seen) == sorted(f"{copy}-{row['id']}" for copy in range(COPIES) for row in rows)
     assert sorted(path.name for path in out.iterdir()) == ["dpkd.toml", "manifest.json", "shards"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,12 +171,17 @@ def shards_committed(out: Path) -> dict[str, tuple[bytes, int]]:
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
+def committed(out: Path) -> list[int]:
+    """Numbers of the shards that have a record."""
+    return [int(path.stem.rpartition("-")[2]) for path in (out / "ledger").glob("[!.]*.json")]
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def replicas() -> list[int]:
@@ -218,7 +225,7 @@ def test_a_killed_replica_costs_no_row_and_the_cache_is_that_of_vllm(
 
     def both_in_the_middle() -> bool:
         """Whether two of the four blocks, of 15 shards each, are begun and not done."""
-        of_block = Counter(int(name.split("-")[1].removesuffix(".parquet")) // 15 for name in shards_committed(out))
+        of_block = Counter(number // 15 for number in committed(out))
         return sum(number < 15 for number in of_block.values()) == 2
 
     wait_for(both_in_the_middle, process)
@@ -262,7 +269,7 @@ def test_vllm_and_ray_resume_each_others_jobs(
     assert of_vllm
 
     process = start(options, out, cluster)
-    wait_for(lambda: len(shards_committed(out)) >= len(of_vllm) + 2, process)
+    wait_for(lambda: len(committed(out)) >= len(of_vllm) + 2, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors.decode()
@@ -290,6 +297,7 @@ def test_a_round_can_be_written_by_ray(
     assert made.manifest.identities["generation"]["engine"] == "vllm"
     assert rows_of(made).keys() == rows_of(TeacherCache.open(by_vllm)).keys()
     assert not (out / "rounds" / "r0" / "sampled").exists()
+    wait_for_no_replicas()
 
 
 @pytest.mark.engine
@@ -302,21 +310,35 @@ def test_replicas_without_room_are_refused(cluster: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.engine
-def test_a_replica_that_cannot_write_ends_the_job_with_its_words(
-    tmp_path: Path, cluster: str, toy_teacher: Path
-) -> None:
+def test_a_replica_that_cannot_write_says_so(tmp_path: Path, toy_teacher: Path) -> None:
     config = CacheConfig(teacher=str(toy_teacher), data="of no use", out=tmp_path, max_new_tokens=8, top_k=4)
     (tmp_path / "shards").write_text("in the way")
+    model = ModelSource("toy", toy_teacher)
+    replica = Replica(Assignment(model, engine_options(config), str(tmp_path), None, None, "cache", LAYOUT, SAMPLING))
+    with contextlib.closing(replica._engine):
+        text = refusal(replica, [planned(index) for index in range(8)])
+    assert re.search("the file cannot be written: File exists .* run the same command again", text)
+    assert not Job(LocalFolder(tmp_path), "cache", {}).ledger.committed()
+
+
+@pytest.mark.engine
+def test_a_replica_that_gives_up_ends_the_job_with_its_words(tmp_path: Path, cluster: str, toy_teacher: Path) -> None:
+    config = CacheConfig(teacher=str(toy_teacher), data="of no use", out=tmp_path, max_new_tokens=8, top_k=4)
     job = Job(LocalFolder(tmp_path), "cache", {})
     rows = [planned(index) for index in range(8)]
     with (
         Progress("rows", len(rows), "rows") as progress,
-        RayFiller(ModelSource("toy", toy_teacher), engine_options(config), config) as filler,
-        pytest.raises(UserError, match=r"the file cannot be written: File exists .* run the same command again"),
+        RayFiller(ModelSource("toy", tmp_path / "not here"), engine_options(config), config) as filler,
+        pytest.raises(UserError, match=r"does not have the model \(in .*not here on .*\)\. Put it on a disk"),
     ):
         filler(job, LAYOUT, rows, SAMPLING, progress)
     assert not job.ledger.committed()
+    wait_for_no_replicas()
+
+
+def wait_for_no_replicas() -> None:
+    """They end with the job, while the cluster keeps running."""
     deadline_s = time.monotonic() + 30
-    while replicas():  # they end with the job, while the cluster keeps running
+    while replicas():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
