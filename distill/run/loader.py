@@ -39,8 +39,9 @@ class StepLoader:
         self.wait_s = 0.0  # how long the last step waited for its micro-batches
         self._stack = contextlib.ExitStack()
         self._live: LiveRows | None = None
-        if isinstance(run.rows, FollowedRows):
-            run.rows.start(run.config.out, leader=accelerator.is_main_process)
+        self._followed = run.rows if isinstance(run.rows, FollowedRows) else None
+        if self._followed is not None:
+            self._followed.start(run.config.out, leader=accelerator.is_main_process)
         if run.config.student_samples == "live":
             self._live = _open_live(run, accelerator, model)
             self._stack.callback(self._live.close)
@@ -102,22 +103,20 @@ class StepLoader:
 
     def wait_for_end_of_cache(self) -> None:
         """A followed cache may still be written after the last step; its end says whether all of it was sound."""
-        rows = self._run.rows
-        if isinstance(rows, FollowedRows):
+        if (rows := self._followed) is not None:
             interrupts = self._interrupts
             on_all_ranks(self._accelerator, lambda: rows.wait_for(None, should_stop=lambda: interrupts.should_stop))
 
     @property
     def cache_grows(self) -> bool:
         """Whether a followed cache is still being written, on any rank's view of it."""
-        rows = self._run.rows
-        growing = isinstance(rows, FollowedRows) and not rows.is_finished()
+        growing = self._followed is not None and not self._followed.is_finished()
         return bool(all_reduce_sums(self._accelerator, [{"ranks": int(growing)}])["ranks"])
 
     def _cancel(self) -> None:
         """End a wait for rows, whatever they come from."""
-        if isinstance(self._run.rows, FollowedRows):
-            self._run.rows.cancel()
+        if self._followed is not None:
+            self._followed.cancel()
         if self._live is not None:
             self._live.cancel()
 
