@@ -41,13 +41,14 @@ _ENCODED_TOGETHER = 512  # rows
 class EncodedPrompt:
     """A prompt as text, as the token ids that every stage uses, and as marked text (`control_tokens`).
 
-    With a chat template also as `turns`.
+    With a chat template also as `turns`, under the `tools` of the row.
     """
 
     text: str
     ids: list[int]
     marked: str = ""
     turns: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class PromptEncoder:
@@ -114,7 +115,7 @@ class PromptEncoder:
     def prompt(self, example: Example) -> EncodedPrompt:
         """The prompt of `example`; raises `TemplateMismatchError` for a form that the template cannot hold."""
         turns = chat_turns(example) if self.template == "chat" else ()
-        return replace(self.encoded(self._prompt_text(example)), turns=turns)
+        return replace(self.encoded(self._prompt_text(example)), turns=turns, tools=example.tools)
 
     def encoded(self, marked: str, ids: list[int] | None = None) -> EncodedPrompt:
         """The prompt that `marked` is, with its `ids` if they are known."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import DeviceName, Location, Settings
+from dpkd.core.settings import DeviceName, Location, Settings, TemplateArguments
 
 
 class InitStudentConfig(Settings):
@@ -68,6 +68,9 @@ class InitStudentConfig(Settings):
         "(a .json, .jsonl or .parquet file, or a name of the datasets library); none: --cache, or no rows",
     )
     template: TemplateName | None = Field(None, description="prompt template for --data; none: a cache has its own")
+    template_arg: TemplateArguments = Field(
+        {}, description="with --data: variable of the chat template, such as enable_thinking=false; repeatable"
+    )
     cache_rows: int = Field(
         64,
         ge=2,
@@ -121,6 +124,8 @@ class InitStudentConfig(Settings):
             raise ValueError("give --cache or --data, not both")
         if (self.data is None) != (self.template is None):
             raise ValueError("--data and --template go together; a cache has its own template")
+        if self.template_arg and self.data is None:
+            raise ValueError("--template-arg goes with --data; a cache has its own template and arguments")
         if self.needs_rows and self.cache is None and self.data is None:
             chooser = "--keep importance (the default)" if self.chooses_layers else sizes[-1]
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,13 +54,19 @@ def rows_of_cache(cache: TeacherCache, num_rows: int) -> Calibration:
     return _split(sample_rows(cache, num_rows), identity, str(cache.folder))
 
 
-def rows_of_data(data: str, template: TemplateName, teacher: ModelSource, num_rows: int) -> Calibration:
-    """At most `num_rows` rows of `data` with their first reference as the response.
+def rows_of_data(
+    data: str,
+    template: TemplateName,
+    teacher: ModelSource,
+    num_rows: int,
+    template_args: Mapping[str, str] | None = None,
+) -> Calibration:
+    """At most `num_rows` rows of `data` with their first reference as the response, prompts as `PromptEncoder` does.
 
     Of a row without references all tokens of the prompt but the first are measured. Raises `UserError` when no two
     rows can be used.
     """
-    encoder = PromptEncoder(teacher.tokenizer, template)
+    encoder = PromptEncoder(teacher.tokenizer, template, template_args)
     source = open_examples(data)
     rows = []
     for item in encode_examples(source, encoder, MAX_PROMPT_TOKENS):

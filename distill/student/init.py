@@ -82,7 +82,7 @@ def _rows(config: InitStudentConfig, teacher: ModelSource) -> Calibration | None
         return rows_of_cache(cache, config.cache_rows)
     if config.data is not None:
         assert config.template is not None  # the config's own check
-        return rows_of_data(config.data, config.template, teacher, config.cache_rows)
+        return rows_of_data(config.data, config.template, teacher, config.cache_rows, config.template_arg)
     return None
 
 

@@ -193,7 +193,7 @@ def _question(row: PlannedRow) -> GenerateRequest:
     if asked is None:
         return GenerateRequest(row.index, row.asked_ids, row.seed)
     turns = [turn.for_template() for turn in asked.turns]
-    return GenerateRequest(row.index, row.asked_ids, row.seed, asked.text, turns or None)
+    return GenerateRequest(row.index, row.asked_ids, row.seed, asked.text, turns or None, asked.tools)
 
 
 def by_length(rows: Iterable[PlannedRow], window: int) -> Iterator[PlannedRow]:

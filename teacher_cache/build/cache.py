@@ -103,7 +103,7 @@ def open_inputs(config: CacheConfig, folder: Folder) -> CacheInputs:
     check_shard_size(config, max(plan.survey.num_rows.values()))
     endpoint = None
     if engine == "openai":
-        endpoint = EndpointTeacher(config, teacher, folder)
+        endpoint = EndpointTeacher(config, teacher, folder, tools=plan.survey.has_tools)
         config = endpoint.config
     return CacheInputs(config, engine, source, teacher, encoder, plan, endpoint)
 

@@ -61,15 +61,16 @@ class EndpointTeacher:
     """The endpoint of `config`.
 
     The folder of an earlier run says what the endpoint returns, so a finished cache is found without asking it, and a
-    job that resumes refuses an endpoint that has changed. For a new folder the endpoint is measured at once.
+    job that resumes refuses an endpoint that has changed. For a new folder the endpoint is measured at once, and with
+    `tools` must read those of a chat.
 
     Attributes:
         facts: what it accepts and returns, as in the cache's identity.
         config: the options with the number of entries that it returns.
     """
 
-    def __init__(self, config: CacheConfig, model: ModelSource, folder: Folder) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, config: CacheConfig, model: ModelSource, folder: Folder, *, tools: bool) -> None:
+        self._model, self._folder, self._tools = model, folder, tools
         self._engine: OpenAIEngine | None = None
         self.config = config
         known = _known(folder)
@@ -88,7 +89,9 @@ class EndpointTeacher:
 
         drawn = sampling(self.config, self._model.stop_token_ids())
         options, answers = engine_options(self.config), self._folder.child(ANSWERS)
-        return OpenAIEngine(self._model, options, drawn, at_least=at_least, known=known, answers=answers)
+        return OpenAIEngine(
+            self._model, options, drawn, at_least=at_least, known=known, answers=answers, tools=self._tools
+        )
 
     def unknown_logprobs(self) -> dict[str, str]:
         """What is unknown of the cache's log-probs, as its identity records it."""

@@ -66,12 +66,13 @@ class RowPlan:
         """The rows, counted, and the skipped ones, listed; raises `UserError` if no row can be used."""
         num_rows: dict[Part, int] = {Part(origin): 0 for origin in self.origins}
         skipped: list[SkippedRow] = []
-        spans = prompts = turns = False
+        spans = prompts = turns = tools = False
         drops = self._config.thinking == "drop"
         text, uses_references = TextCounts(), "reference" in self.origins
         for item in with_progress(self._examples(references=False)):
             if isinstance(item, Example):
                 text.add(self._encoder, item, references=uses_references)
+                tools |= bool(item.tools)
             for entry in (item,) if isinstance(item, SkippedRow) else self._entries(item, counting=True):
                 if isinstance(entry, SkippedRow):
                     skipped.append(entry)
@@ -86,7 +87,7 @@ class RowPlan:
             raise UserError(
                 f"no row of the data can be used, {len(skipped)} are skipped{first}", where=self._source.name
             )
-        return Survey(num_rows, skipped, spans, prompts, turns, text)
+        return Survey(num_rows, skipped, spans, prompts, turns, tools, text)
 
     def rows(self, part: Part, answer_of: AnswerOf = lambda name, sample: None) -> Iterator[PlannedRow]:
         """The rows of `part` in data order; `answer_of` gives the teacher's answers to earlier turns."""
@@ -131,8 +132,6 @@ class RowPlan:
         seed = request_seed(self._config.seed, entry.name, sample)
         of_teacher = self._columns(asked, ())
         origin = entry.part.origin
-        if self._config.teacher_api == "chat" and failed is None and uses_tools(example):
-            failed = "--teacher-api chat sends no tools: give --teacher-api completions"
         return PlannedRow(
             index,
             entry.name,
@@ -253,9 +252,3 @@ class RowPlan:
 
 def _ids(prompt: EncodedPrompt | None) -> list[int] | None:
     return None if prompt is None else prompt.ids
-
-
-def uses_tools(example: Example) -> bool:
-    """Whether the row offers tools or has calls of them."""
-    turns = (*(example.messages or ()), *example.turns)
-    return bool(example.tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)

@@ -32,8 +32,8 @@ class Survey:
     """How many rows each part will have, and the skipped rows of the data.
 
     `has_spans`: some row has several spans. `has_teacher_prompts`: the teacher is asked under another prompt somewhere.
-    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`. `text`: rows whose
-    text is not taken as it is.
+    `has_turns`: some conversation is asked turn by turn, so that its rows are named `ID/turn-N`. `has_tools`: some row
+    offers tools. `text`: rows whose text is not taken as it is.
     """
 
     num_rows: dict[Part, int]
@@ -41,6 +41,7 @@ class Survey:
     has_spans: bool = False
     has_teacher_prompts: bool = False
     has_turns: bool = False
+    has_tools: bool = False
     text: TextCounts = field(default_factory=TextCounts)
 
     def by_origin(self) -> dict[Origin, int]:

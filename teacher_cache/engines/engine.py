@@ -85,7 +85,7 @@ class EngineOptions:
 class GenerateRequest:
     """Draw one response to `prompt_ids`; `index` comes back with the result.
 
-    `text` and `messages` are the same prompt for an endpoint that takes no ids.
+    `text` and `messages` (with `tools`) are the same prompt for an endpoint that takes no ids.
     """
 
     index: int
@@ -93,6 +93,7 @@ class GenerateRequest:
     seed: int
     text: str = ""
     messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)

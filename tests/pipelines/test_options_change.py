@@ -302,7 +302,10 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_a_base_student_takes_the_teachers_eos": "init-student: eos_from_teacher",
     },
     "evaluate/test_turns.py": {"test_a_model_is_asked_after_its_own_answers": "eval: turns"},
-    "distill/student/test_importance.py": {"test_removing_silent_heads_keeps_the_logits": "init-student: heads"},
+    "distill/student/test_importance.py": {
+        "test_removing_silent_heads_keeps_the_logits": "init-student: heads",
+        "test_rows_of_data_have_the_caches_template_arguments": "init-student: template_arg",
+    },
     "distill/test_alarms.py": {
         "test_the_released_loss_alone_gives_three_alarms_and_the_run_can_stop": "train: on_alarm",
     },

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,8 @@ from dpkd.teacher_cache.store.rows import CachedRow
 
 #: fields of OpenAI's own protocol; a strict endpoint refuses others
 _OWN_FIELDS = {
-    "model", "prompt", "messages", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs",
+    "model", "prompt", "messages", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs", "tools",
+    "tool_choice",
 }  # fmt: skip
 
 
@@ -39,6 +40,7 @@ class ToyEndpoint:
         empty_end: whether the EOS is written as an empty text, and the end of an answer is called `eos`.
         chat_form: whether completions have the log-probs of chat, as llama.cpp's do.
         processed: whether log-probs come after the temperature.
+        reads_tools: whether the tools of a chat come into its prompt: always, or unless the choice is `none`.
         change: last change of an answer's JSON before it is sent: how tests make it lie.
     """
 
@@ -49,6 +51,7 @@ class ToyEndpoint:
     with_ids: bool = False
     shows_end: bool = False
     processed: bool = False
+    reads_tools: Literal["always", "unless none", "never"] = "always"
     chat_form: bool = False
     empty_end: bool = False
     accepts_ids: bool = True
@@ -78,7 +81,7 @@ class ToyEndpoint:
         if wanted > self.most and not self.clamps:
             return failure(400, f"logprobs must be at most {self.most}")
         if chat:
-            ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+            ids = self._chat_ids(body)
         elif isinstance(body["prompt"], list):
             if not self.accepts_ids:
                 return failure(400, "prompt must be a string")
@@ -91,6 +94,17 @@ class ToyEndpoint:
         if self.change is not None:
             answer = self.change(answer, body)
         return 200, {"content-type": "application/json"}, json.dumps(answer).encode()
+
+    def _chat_ids(self, body: dict[str, Any]) -> list[int]:
+        """The prompt's ids: arguments of calls come as JSON text, and templates write objects."""
+        turns = json.loads(json.dumps(body["messages"]))
+        for turn in turns:
+            for call in turn.get("tool_calls", ()):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        reads = self.reads_tools == "always" or (self.reads_tools == "unless none" and "tool_choice" not in body)
+        tools = body.get("tools") if reads else None
+        ids: list[int] = self.tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True)["input_ids"]
+        return ids
 
     def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
         """The model's log-probs at each response position, [T, V]."""

@@ -67,6 +67,7 @@ class OpenAIEngine(Engine):
         at_least: whether an endpoint that returns fewer than `options.top_k` entries is refused.
         known: what an earlier run of the job measured of the endpoint. None: this is the first.
         answers: where answers stay until their rows are committed.
+        tools: whether some rows have tools, so that a chat must read them.
     """
 
     name = "openai"
@@ -80,6 +81,7 @@ class OpenAIEngine(Engine):
         at_least: bool,
         known: Mapping[str, Any] | None,
         answers: AnswerStore,
+        tools: bool = False,
     ) -> None:
         endpoint = options.endpoint
         assert endpoint is not None  # checked by the config
@@ -103,7 +105,8 @@ class OpenAIEngine(Engine):
         self._loop = LoopThread("endpoint")
         try:
             probe = Probe(self._client, endpoint, model, partial(self._pay, 0))
-            self.dialect: Dialect = self._loop.start(probe.run(sampling, options.top_k, at_least=at_least)).result()
+            measured = probe.run(sampling, options.top_k, at_least=at_least, tools=tools)
+            self.dialect: Dialect = self._loop.start(measured).result()
             if known is not None:
                 same_endpoint(known, self.dialect.facts(), endpoint.url)
             if self._table is not None and not (self.dialect.token_ids or self._table.is_exact):
@@ -133,16 +136,30 @@ class OpenAIEngine(Engine):
         self._unusable, self._used = 0, False
         #: name of the kept answer to each request: by its content, for indices are not unique over the parts of a job
         self._files: dict[int, str] = {}
+        self._asked: dict[int, list[int]] = {}
         for index, answer in self._answers(iter(requests), sampling):
             try:
                 if isinstance(answer, RequestRefusedError):
                     raise UnusableAnswerError(str(answer))
+                self._check_prompt(answer, self._asked.pop(index))
                 result = reader.result(index, answer)
             except UnusableAnswerError as error:
                 yield self._failed(index, str(error))
             else:
                 self._used = True
                 yield result
+
+    def _check_prompt(self, answer: Answer, prompt_ids: list[int]) -> None:
+        """Raise `UnusableAnswerError` if the teacher has read another prompt than the tokenizer's template makes."""
+        if self.dialect.prompt_tokens != "as the tokenizer":
+            return  # it was printed, and is in the identity
+        if answer.prompt_tokens not in (None, len(prompt_ids)):
+            raise UnusableAnswerError(
+                f"the endpoint reads the prompt as {answer.prompt_tokens} tokens, the tokenizer's template makes "
+                f"{len(prompt_ids)}"
+            )
+        if answer.prompt_ids not in (None, prompt_ids):
+            raise UnusableAnswerError("the endpoint reads the prompt as other tokens than the tokenizer's template")
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
         raise UserError(
@@ -161,6 +178,7 @@ class OpenAIEngine(Engine):
         try:
             while pending or waiting is not None:
                 while waiting is not None and len(pending) < self._options.max_num_seqs:
+                    self._asked[waiting.index] = list(map(int, waiting.prompt_ids))
                     body = self.dialect.body(self._endpoint.model, waiting, sampling, self._options.top_k)
                     self._files[waiting.index] = f"{fingerprint(body)[:32]}.json.gz"
                     if (kept := self._kept(waiting.index)) is not None:

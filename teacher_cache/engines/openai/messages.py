@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from dpkd.teacher_cache.engines.engine import EndpointApi, GenerateRequest, Sampling
+
+#: how an answer ended whose tool calls are not in its text
+CALLS_TAKEN_OUT = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Dialect:
         top_k: entries that it returns per position; 0: none.
         model: the model's name in its answers; None: they name none.
         prompt_tokens: whether it counts the prompt's tokens as the tokenizer and its template do.
+        tools: how it answers in a chat with tools: with calls in the text, as the model writes them, or with calls
+            taken out of the text. None: no row has tools.
     """
 
     api: EndpointApi
@@ -32,6 +38,7 @@ class Dialect:
     top_k: int
     model: str | None
     prompt_tokens: Literal["as the tokenizer", "others", "unknown"]
+    tools: Literal["calls in the text", "calls taken out"] | None = None
 
     def facts(self) -> dict[str, Any]:
         """What of it is part of a cache's identity."""
@@ -40,6 +47,7 @@ class Dialect:
             "model": self.model or "unknown",
             "template": "of the endpoint, unknown" if self.api == "chat" else "of this cache",
             "end": "known" if self.token_ids else "unknown" if self.top_k else "none",
+            **({"tools": self.tools} if self.tools else {}),
         }
 
     @property
@@ -54,7 +62,14 @@ class Dialect:
         if sampling.temperature > 0:
             body["seed"] = request.seed
         if self.prompt == "messages":
-            body["messages"] = list(request.messages or ())
+            body["messages"] = _as_sent(request.messages or ())
+            if request.tools:
+                body["tools"] = [
+                    tool if "function" in tool else {"type": "function", "function": tool} for tool in request.tools
+                ]
+                if self.tools == "calls in the text":
+                    # vLLM then leaves the answer as it is, and the tools in the prompt, whose ids it returns
+                    body |= {"tool_choice": "none", "return_token_ids": True}
         else:
             body["prompt"] = request.text if self.prompt == "text" else [int(token) for token in request.prompt_ids]
         if top_k:
@@ -65,6 +80,28 @@ class Dialect:
             if sampling.stop_token_ids:
                 body["stop_token_ids"] = list(sampling.stop_token_ids)
         return body
+
+
+def _as_sent(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The turns in the protocol's form: arguments of calls as JSON text, and an id for each call and its result."""
+    sent: list[Mapping[str, Any]] = []
+    open_ids: list[str] = []
+    for place, turn in enumerate(turns):
+        if turn.get("tool_calls"):
+            results = turns[place + 1 : place + 1 + len(turn["tool_calls"])]
+            calls = []
+            for number, call in enumerate(turn["tool_calls"]):
+                of_result = results[number].get("tool_call_id") if number < len(results) else None
+                arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+                identity = call.get("id") or of_result or f"call_{place}_{number}"
+                calls.append(call | {"id": identity, "function": call["function"] | {"arguments": arguments}})
+            open_ids = [call["id"] for call in calls]
+            turn = {**turn, "tool_calls": calls}
+        elif turn["role"] == "tool":
+            first = open_ids.pop(0)
+            turn = {"tool_call_id": first, **turn}
+        sent.append(turn)
+    return sent
 
 
 class WrittenToken(NamedTuple):
@@ -91,6 +128,7 @@ class Answer:
     tokens: list[WrittenToken] | None
     tops: list[list[WrittenToken]]
     problem: str | None = None
+    prompt_ids: list[int] | None = None
 
     @classmethod
     def of(cls, body: Any) -> Answer:
@@ -107,6 +145,8 @@ class Answer:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             tokens, tops, problem = None, [], f"the log-probs are malformed: {type(error).__name__}: {error}"
         reason, model = choice.get("finish_reason"), body.get("model")
+        if chat and choice["message"].get("tool_calls"):
+            reason = CALLS_TAKEN_OUT
         return cls(
             "chat" if chat else "completions",
             text or "",
@@ -117,6 +157,7 @@ class Answer:
             tokens,
             tops,
             problem,
+            body.get("prompt_token_ids"),
         )
 
 

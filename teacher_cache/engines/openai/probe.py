@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 _QUESTIONS = ("Write one sentence about the sea.", "Count from one to ten.", "Name three colours.")
 _NUM_TOKENS = 8
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 
 
 class Probe:
@@ -33,15 +41,17 @@ class Probe:
         self._client, self._endpoint, self._model, self._on_answer = client, endpoint, model, on_answer
         self._requests = [self._request(index, question) for index, question in enumerate(_QUESTIONS)]
 
-    async def run(self, sampling: Sampling, top_k: int, *, at_least: bool) -> Dialect:
+    async def run(self, sampling: Sampling, top_k: int, *, at_least: bool, tools: bool = False) -> Dialect:
         """The endpoint's dialect, with at most `top_k` entries per position.
 
         Raises `UserError` if it cannot be used, returns fewer than `top_k` (`at_least`), or none where some are asked
-        for, or returns log-probs after the temperature or top-p of `sampling`.
+        for, returns log-probs after the temperature or top-p of `sampling`, or reads no tools where rows have some.
         """
         dialect, answer = await self._accepted()
         self._check_model(answer.model)
         dialect = replace(dialect, model=answer.model, prompt_tokens=self._prompt_tokens(dialect, answer))
+        if tools and self._endpoint.api == "chat":
+            dialect = await self._with_tools(dialect, answer.prompt_tokens)
         if top_k == 0:
             return dialect
         dialect = await self._with_entries(dialect, top_k)
@@ -65,13 +75,14 @@ class Probe:
             await self._check_raw(dialect, sampling)
         return dialect
 
-    def _request(self, index: int, question: str) -> GenerateRequest:
+    def _request(self, index: int, question: str, tools: Sequence[Mapping[str, Any]] = ()) -> GenerateRequest:
         tokenizer = self._model.tokenizer
         if self._endpoint.api == "chat":
             turns = [{"role": "user", "content": question}]
-            text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            given: Any = {"tools": list(tools)} if tools else {}
+            text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given))
             ids = tokenizer.encode(text, add_special_tokens=False)
-            return GenerateRequest(index, ids, index, text, turns)
+            return GenerateRequest(index, ids, index, text, turns, tools)
         return GenerateRequest(index, tokenizer.encode(question), index, question)
 
     def _sampling(self, temperature: float = 1.0, top_p: float = 1.0, num: int = _NUM_TOKENS) -> Sampling:
@@ -140,6 +151,38 @@ class Probe:
             f"{expected}: the teacher sees other prompts than the student will"
         )
         return "others"
+
+    async def _with_tools(self, dialect: Dialect, without: int | None) -> Dialect:
+        """The dialect with its way to answer under tools, which must make a prompt longer than `without` tokens."""
+        request = self._request(0, _QUESTIONS[0], [_TOOL])
+        expected = len(request.prompt_ids)
+        problem: object = None
+        # vLLM leaves calls in the text if it is told to take none; other endpoints then leave the tools out
+        ways: tuple[Literal["calls in the text", "calls taken out"], ...] = ("calls in the text", "calls taken out")
+        for way in ways if dialect.extended else ways[1:]:
+            try:
+                answer = await self._ask(replace(dialect, tools=way), request, self._sampling(), 0)
+            except RequestRefusedError as refusal:
+                problem = refusal
+                continue
+            counted = answer.prompt_tokens
+            if counted is not None and without is not None and counted <= without:
+                problem = f"{counted} prompt tokens with a tool"
+                continue
+            if counted not in (None, expected) and dialect.prompt_tokens == "as the tokenizer":
+                say(
+                    f"the endpoint's chat template makes {counted} tokens of a question with a tool, the tokenizer's "
+                    f"{expected}: the teacher sees other prompts than the student will"
+                )
+                dialect = replace(dialect, prompt_tokens="others")
+            return replace(dialect, tools=way)
+        raise UserError(
+            "rows of the data have tools, and the endpoint does not read them",
+            found=problem,
+            expected=None if without is None else f"more than the {without} without",
+            where=self._endpoint.url,
+            advice="Give --teacher-api completions, which sends prompts with their tools, or leave these rows out",
+        )
 
     async def _with_entries(self, dialect: Dialect, top_k: int) -> Dialect:
         """The dialect with the largest K up to `top_k` that the endpoint accepts and returns."""

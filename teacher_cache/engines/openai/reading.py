@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FinishReason, Sampling
-from dpkd.teacher_cache.engines.openai.messages import Answer, WrittenToken
+from dpkd.teacher_cache.engines.openai.messages import CALLS_TAKEN_OUT, Answer, WrittenToken
 from dpkd.teacher_cache.engines.openai.tokens import REPLACEMENT, TokenTable
 from dpkd.teacher_cache.engines.top_k import build_result
 
@@ -53,6 +53,8 @@ class AnswerReader:
 
     def result(self, index: int, answer: Answer) -> EngineResult:
         """The result of request `index`; raises `UnusableAnswerError`."""
+        if answer.finish_reason == CALLS_TAKEN_OUT:
+            raise UnusableAnswerError("the endpoint took a tool call out of the answer, so its text is unknown")
         if answer.finish_reason not in _ENDS:
             raise UnusableAnswerError(f"the endpoint ended the answer with {answer.finish_reason!r}")
         reason = _ENDS[answer.finish_reason]

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.chat_templates import THINKING, chat_tokenizer
+from support.commands import dpkd
 from support.toys import DOLLY, make_toy
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
@@ -25,8 +27,11 @@ from dpkd.distill.student.heads import group_sizes, prune_heads
 from dpkd.distill.student.importance import Trials
 from dpkd.distill.student.init import init_student
 from dpkd.distill.student.layers import keep_layers, layer_stack, named_layers
-from dpkd.distill.student.measures import batches_of
+from dpkd.distill.student.measures import batches_of, sample_rows
 from dpkd.distill.student.sizes import count_parameters, splits_within
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.rows import unscored_row
 
 WriteRows = Callable[..., Path]
@@ -285,3 +290,34 @@ def test_rows_of_data_are_prompts_where_there_are_no_references(
     one, teacher = write_rows([{"prompt": "one two"}], "one.jsonl"), locate_model(str(toy_teacher), "teacher")
     with pytest.raises(UserError, match=r"too few rows to choose .* found rows of 1 examples, expected rows of at"):
         rows_of_data(str(one), "raw", teacher, 64)
+
+
+def test_rows_of_data_have_the_caches_template_arguments(tmp_path: Path) -> None:
+    """The prompts that importance is ranked on are those of the cache, from the command line and from Python."""
+    tokenizer = chat_tokenizer(THINKING, directory=tmp_path / "tokenizer")
+    teacher = make_toy(tmp_path / "teacher", tmp_path / "tokenizer", layers=3, seed=1)
+    data = tmp_path / "data.jsonl"
+    lines = [{"id": str(n), "instruction": f"What is {n} and {n}?", "output": str(2 * n)} for n in range(8)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    turns = {line["id"]: [{"role": "user", "content": line["instruction"]}] for line in lines}
+    arg = {"enable_thinking": "false"}
+    found = rows_of_data(str(data), "chat", locate_model(str(teacher), "teacher"), 8, arg)
+    prompts = {row.chosen.example_id: row.chosen.prompt_ids.tolist() for row in (*found.choose, *found.held)}
+    for name, ids in prompts.items():
+        written = tokenizer.apply_chat_template(turns[name], add_generation_prompt=True, enable_thinking=False)
+        assert ids == written["input_ids"]
+        assert "<think>\n\n</think>" in tokenizer.decode(ids)
+    cache = {"teacher": str(teacher), "data": str(data), "out": str(tmp_path / "cache"), "template": "chat"}
+    build_cache(CacheConfig(**cache, template_arg=arg, engine="transformers", max_new_tokens=4, device="cpu"))
+    cached = sample_rows(TeacherCache.open(tmp_path / "cache"), 8)
+    assert {row.chosen.example_id: row.chosen.prompt_ids.tolist() for row in cached} == prompts
+
+    options = {"teacher": str(teacher), "data": str(data), "template": "chat", "layers": 2}
+    python, report = made_student(tmp_path / "python", **options, template_arg=arg)
+    _, without = made_student(tmp_path / "without", **options)
+    given = ("--data", data, "--template", "chat", "--layers", 2, "--template-arg", "enable_thinking=false")
+    result = dpkd("init-student", "--teacher", teacher, "--out", tmp_path / "line", "--device", "cpu", *given)
+    assert result.returncode == 0, result.stderr
+    for name in ("model.safetensors", "dpkd-student.json", "student.json"):
+        assert (tmp_path / "line" / name).read_bytes() == (python / name).read_bytes()
+    assert report != without  # metrics on other prompts

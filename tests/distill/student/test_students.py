@@ -275,6 +275,7 @@ def test_a_failure_while_it_is_written_leaves_nothing(
         ({"params": 0.5, "keep": "last", "cache": "c"}, "--keep last needs --layers N"),
         ({"layers": 2, "cache": "c", "data": "d", "template": "raw"}, "give --cache or --data, not both"),
         ({"layers": 2, "data": "d"}, "--data and --template go together"),
+        ({"layers": 2, "cache": "c", "template_arg": {"a": "1"}}, "--template-arg goes with --data; a cache"),
         ({"keep": "first"}, "--keep first needs --layers N"),
         ({"keep": "middle", "layers": 2}, "'middle' is neither importance, spread, first, last nor a list of layers"),
         ({"keep": "3,1"}, "--keep 3,1 must list layers in ascending order, each once"),

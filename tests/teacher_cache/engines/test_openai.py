@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.commands import Command, dpkd
+from support.conversations import WEATHER, conversations, make_models, write
 from support.judge_endpoints import Answer, failure
 from support.openai_endpoint import check_values, end_is_unknown, rows_of, serving_toy
 
@@ -515,6 +516,79 @@ def test_conversations_and_what_only_the_teacher_sees(
         assert endpoint.bodies[-1].get("messages", asked) == (hint if api == "chat" else asked)
     verify_cache(tmp_path / "talks")
     verify_cache(tmp_path / "hints")
+
+
+@pytest.fixture(scope="module")
+def tool_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("tools"))[0]
+
+
+@pytest.mark.parametrize(("with_ids", "reads_tools"), [(True, "always"), (True, "unless none"), (False, "always")])
+def test_a_chat_gets_the_tools_of_a_row_and_its_calls(
+    with_ids: bool, reads_tools: str, tool_teacher: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", conversations())
+    with serving_toy(tool_teacher, with_ids=with_ids, reads_tools=reads_tools) as (toy, endpoint):
+        more = {"teacher_api": "chat", "max_prompt_tokens": 400}
+        manifest = build_cache(CacheConfig(**options(endpoint.url, tool_teacher, data, tmp_path / "cache", **more)))
+        rows = rows_of(tmp_path / "cache")
+        asked = [body for body in endpoint.bodies if body.get("max_tokens") == NEW_TOKENS and "tools" in body]
+        # the model's values under the prompt with tools and calls, which are the student's: nothing was left out
+        check_values(toy, rows, 5, chat=True)
+        assert not manifest.failed
+        as_text = with_ids and reads_tools == "always"
+        facts = manifest.identities["generation"]["endpoint"]
+        assert facts["tools"] == ("calls in the text" if as_text else "calls taken out")
+        assert facts["prompt_tokens"] == "as the tokenizer"
+    (body,) = asked
+    assert (body["tools"], body.get("tool_choice")) == ([WEATHER], "none" if as_text else None)
+    call, result = body["messages"][1:3]
+    # the protocol's form: arguments as text, and an id that joins the call and its result
+    assert call["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    ]
+    assert result == {"role": "tool", "content": "22 degrees", "tool_call_id": "c1"}
+    (row,) = (row for row in rows if row.example_id == "tools")
+    assert "get_weather" in toy.tokenizer.decode(row.prompt_ids)
+
+
+def test_an_endpoint_that_reads_no_tools_is_refused(tool_teacher: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", conversations())
+    given = options("", tool_teacher, data, tmp_path / "cache", teacher_api="chat", max_prompt_tokens=400)
+    with serving_toy(tool_teacher, reads_tools="never") as (_, endpoint):
+        result = dpkd("cache-teacher", *flags(given | {"teacher_url": endpoint.url}))
+        assert result.returncode == 2
+        assert re.search(
+            r"rows of the data have tools, and the endpoint does not read them: found \d+ prompt tokens with a tool, "
+            r"expected more than the \d+ without.*--teacher-api completions",
+            result.stderr,
+        )
+        assert not (tmp_path / "cache").exists()
+        # rows without tools need none
+        plain = write(tmp_path / "plain.jsonl", [row for row in conversations() if "tools" not in row])
+        manifest = build_cache(CacheConfig(**given | {"teacher_url": endpoint.url, "data": str(plain)}))
+    assert "tools" not in manifest.identities["generation"]["endpoint"]
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_call_that_is_taken_out_of_the_answer_is_a_failed_row(top_k: int, tool_teacher: Path, tmp_path: Path) -> None:
+    """Without its text it would be an empty answer: a student would learn to say nothing where the teacher calls."""
+
+    def call(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        if "tools" in body and body.get("max_tokens") == NEW_TOKENS:
+            function = {"name": "get_weather", "arguments": "{}"}
+            message = {"content": None, "tool_calls": [{"id": "x", "type": "function", "function": function}]}
+            answer["choices"][0] |= {"message": message, "finish_reason": "stop"}
+        return answer
+
+    data = write(tmp_path / "rows.jsonl", conversations())
+    with serving_toy(tool_teacher, change=call) as (_, endpoint):
+        more = {"teacher_api": "chat", "top_k": top_k, "max_prompt_tokens": 400}
+        manifest = build_cache(CacheConfig(**options(endpoint.url, tool_teacher, data, tmp_path / "cache", **more)))
+    (failed,) = manifest.failed
+    assert failed["example_id"] == "tools"
+    assert failed["reason"] == "the endpoint took a tool call out of the answer, so its text is unknown"
+    assert manifest.counts["rows"] == 3
 
 
 def test_a_lost_shard_is_asked_for_again(toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.conversations import conversations
 from support.toys import make_toy
 from support.vllm_servers import VllmServer
 from support.world import learn, rows
@@ -25,8 +27,19 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def teacher_that_ends(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
-    """A toy that has learned when to stop, so that responses have an EOS."""
+    """A toy that has learned when to stop, so that responses have an EOS; its template knows tools."""
     directory = make_toy(tmp_path_factory.mktemp("learned") / "teacher", toy_tokenizer, layers=1, seed=4)
+    template = directory / "chat_template.jinja"
+    turn = "{{ message['content'] }}"
+    plain = template.read_text(encoding="utf-8")
+    assert turn in plain
+    template.write_text(
+        "{% if tools %}<|user|>{{ tools | tojson }}<|end|>{% endif %}"
+        + plain.replace(
+            turn, turn + "{% for call in message.tool_calls or () %}{{ call.function | tojson }}{% endfor %}"
+        ),
+        encoding="utf-8",
+    )
     learn(directory, 60)
     return directory
 
@@ -40,18 +53,30 @@ def server(teacher_that_ends: Path) -> Iterator[VllmServer]:
 def test_a_vllm_endpoint_gives_the_vllm_engines_values(
     server: VllmServer, teacher_that_ends: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    data = write_rows(list(rows())[:20])
+    (talk,) = [row for row in conversations() if "tools" in row]
+    talk["messages"] = talk["messages"][:3]  # a question, a call of a tool, its result
+    (tool,) = talk["tools"]
+    function = tool["function"]
+    ordered = {"name": function["name"], "description": "The weather.", "parameters": function["parameters"]}
+    # vLLM orders the keys of a tool, and writes a missing description as null: other prompts than the tokenizer's
+    others = {"no description": tool, "other order": tool | {"function": dict(reversed(ordered.items()))}}
+    talks = [talk | {"tools": [tool | {"function": ordered}]}]
+    talks += [talk | {"id": name, "tools": [other]} for name, other in others.items()]
+    data = write_rows([*list(rows())[:20], *talks])
     for api in ("completions", "chat"):
         config = CacheConfig(
             engine="openai", teacher_url=f"{server.url}/v1", teacher_model="toy", teacher=str(teacher_that_ends),
             teacher_api=api, data=str(data), out=str(tmp_path / api), template="chat", max_new_tokens=24,
         )  # fmt: skip
         manifest = build_cache(config)
-        assert not manifest.failed
+        assert [row["example_id"] for row in manifest.failed] == (list(others) if api == "chat" else [])
+        for row in manifest.failed:
+            assert re.match(r"the endpoint reads the prompt as (\d+|other) tokens", row["reason"])
         # the server's own limit, found by asking
         facts = manifest.identities["generation"]["endpoint"]
         assert (facts["top_k"], facts["token_ids"], facts["end"]) == (20, True, "known")
         assert facts["prompt_tokens"] == "as the tokenizer"
+        assert facts.get("tools") == ("calls in the text" if api == "chat" else None)
         verify_cache(tmp_path / api)
 
     teacher = locate_model(str(teacher_that_ends), "teacher")
