@@ -19,7 +19,7 @@ import numpy as np
 
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.metrics.inference import Interval, add_holm, mean_intervals, paired_differences
-from dpkd.evaluate.report.tables import p_value_text
+from dpkd.evaluate.report.cells import p_value_text
 
 MARK = "<!-- results -->"
 #: name of the line with the options of a study, and of the run that makes what arms share

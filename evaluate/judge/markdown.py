@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpkd.core.markdown import markdown_table
+from dpkd.evaluate.report.cells import difference_cells, interval_cell, number_text, p_value_text
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS, decoding_text, model_text, software_text
-from dpkd.evaluate.report.tables import bucket_labels, difference_cells, interval_cell, number_text, p_value_text
+from dpkd.evaluate.report.tables import bucket_labels
 
 
 def judge_markdown(report: Mapping[str, Any]) -> str:

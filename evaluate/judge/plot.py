@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpkd.core.plotting import COLOURS, caption_text, frame_figure, grouped_bars, new_figure, save_figure
 from dpkd.evaluate.judge.markdown import judge_text, made_text
+from dpkd.evaluate.report.cells import interval_cell
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS
-from dpkd.evaluate.report.tables import interval_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

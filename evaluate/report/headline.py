@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 from dpkd.evaluate.metrics.buckets import Bucket
 from dpkd.evaluate.metrics.inference import ALPHA, FEW_ROWS
 from dpkd.evaluate.report.build import summaries_of
-from dpkd.evaluate.report.tables import (
-    Cell,
-    Row,
-    Table,
-    difference_of,
-    interval_cell,
-    lost_text,
-    p_value_text,
-)
+from dpkd.evaluate.report.cells import Cell, Row, Table, difference_of, interval_cell, p_value_text
+from dpkd.evaluate.report.tables import lost_text
 
 _CUT_OFF = 0.1  # share of answers from which on the report warns
 _UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))

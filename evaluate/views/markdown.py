@@ -6,9 +6,10 @@ from typing import Any
 
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.report.build import length_text
+from dpkd.evaluate.report.cells import Table
 from dpkd.evaluate.report.headline import cautions, headline, ranked_table
 from dpkd.evaluate.report.provenance import data_text, decoding_text, how_made
-from dpkd.evaluate.report.tables import Table, no_match_text, power_note, set_tables, slice_tables, teacher_table
+from dpkd.evaluate.report.tables import no_match_text, power_note, set_tables, slice_tables, teacher_table
 
 
 def report_markdown(report: dict[str, Any]) -> str:

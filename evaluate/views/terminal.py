@@ -11,17 +11,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dpkd.evaluate.report.cells import BEST_MARK, Cell, Table
 from dpkd.evaluate.report.headline import cautions, headline, plain, ranked_table
 from dpkd.evaluate.report.provenance import data_text
-from dpkd.evaluate.report.tables import (
-    BEST_MARK,
-    Cell,
-    Table,
-    no_match_text,
-    power_note,
-    set_tables,
-    teacher_table,
-)
+from dpkd.evaluate.report.tables import no_match_text, power_note, set_tables, teacher_table
 from dpkd.evaluate.views.charts import shortened
 from dpkd.evaluate.views.markdown import introduction, report_markdown
 

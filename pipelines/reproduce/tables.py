@@ -11,7 +11,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.files import write_json, write_text
 from dpkd.core.markdown import markdown_table
 from dpkd.evaluate.metrics.buckets import Bucket
-from dpkd.evaluate.report.tables import difference_of, interval_cell
+from dpkd.evaluate.report.cells import difference_of, interval_cell
 from dpkd.pipelines.reproduce.options import OURS_ALONE, ReproduceConfig
 from dpkd.pipelines.reproduce.paper_values import SOURCE, paper_values
 from dpkd.pipelines.reproduce.sources import read_json, read_validations

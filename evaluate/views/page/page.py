@@ -18,14 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpkd.evaluate.answers.scoring import ScoredSet
+from dpkd.evaluate.report.cells import BEST_MARK, interval_cell
 from dpkd.evaluate.report.curves import thinning_text
 from dpkd.evaluate.report.headline import cautions, headline, ranked, ranked_columns
 from dpkd.evaluate.report.provenance import data_text, how_made
 from dpkd.evaluate.report.tables import (
-    BEST_MARK,
     difference_table,
     further_table,
-    interval_cell,
     length_table,
     no_match_text,
     power_note,
