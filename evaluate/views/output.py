@@ -48,10 +48,9 @@ def save_options(config: Settings, out: Path) -> None:
     """Write the resolved options beside the report."""
     try:
         write_text(out / OPTIONS, config.to_toml())
-    except OSError as error:
-        raise UserError(
-            f"the output directory cannot be written: {error}", where=out, advice="Choose another --out"
-        ) from None
+    except UserError as error:
+        reason = f"the output directory cannot be written: {error.__cause__}"
+        raise UserError(reason, where=out, advice="Choose another --out") from None
 
 
 def is_complete(path: Path, identity: dict[str, Any], advice: str = _ADVICE) -> bool:
