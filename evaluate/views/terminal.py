@@ -63,30 +63,22 @@ def _draw(console: Console, table: Table) -> None:
     while start < len(columns):
         end, left = start, room
         while end < len(columns):
-            cells = [_lines(cells[end]) for _, cells in table.rows]
-            needed = max(len(line) for lines in (*cells, columns[end].split("\n")) for line in lines) + _PADDING
+            of_column = [_lines(cells[end]) for _, cells in table.rows]
+            needed = max(len(line) for lines in (*of_column, columns[end].split("\n")) for line in lines) + _PADDING
             if needed > left and end > start:
                 break
             left, end = left - needed, end + 1
-        title = table.title if start == 0 else ""
-        _draw_part(console, title, [table.first_column, *columns[start:end]], names,
-                   [cells[start:end] for _, cells in table.rows])  # fmt: skip
+        title = Text(table.title) if start == 0 else None
+        drawn = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        drawn.add_column(Text(table.first_column), overflow="fold")
+        for column in columns[start:end]:
+            drawn.add_column(Text(column), justify="right", overflow="fold")
+        for name, (_, cells) in zip(names, table.rows, strict=True):
+            drawn.add_row(Text(name), *map(_cell, cells[start:end]))
+        console.print(drawn)
         start = end
     if table.note:
         _say(console, table.note)
-
-
-def _draw_part(
-    console: Console, title: str, header: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[Cell]]
-) -> None:
-    heading = Text(title) if title else None
-    drawn = RichTable(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    drawn.add_column(Text(header[0]), overflow="fold")
-    for column in header[1:]:
-        drawn.add_column(Text(column), justify="right", overflow="fold")
-    for name, cells in zip(names, rows, strict=True):
-        drawn.add_row(Text(name), *map(_cell, cells))
-    console.print(drawn)
 
 
 def _name(names: Sequence[str], widest: int) -> str:
