@@ -32,7 +32,7 @@ from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
 from dpkd.teacher_cache.engines.server.key_filter import KeyFilter
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
 from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu
-from dpkd.teacher_cache.options.serve import ServeConfig
+from dpkd.teacher_cache.options.audit import ServeConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (the address to ask if a server listens on all)

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from dpkd.evaluate.options.merge import MergeConfig
     from dpkd.teacher_cache.options.audit import FidelityConfig, InfoOptions, RepairOptions, VerifyOptions
     from dpkd.teacher_cache.options.cache import CacheConfig
-    from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
-    from dpkd.teacher_cache.options.importing import ImportConfig
+    from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig, ImportConfig
 
 
 def cache_teacher(config: CacheConfig) -> int:

@@ -109,7 +109,7 @@ COMMANDS: dict[str, Command] = {
         *STEPS,
         Command(
             "serve-teacher", "Serve a cache's teacher with vLLM, for live student samples.",
-            "teacher_cache.options.serve:ServeConfig", "teacher_cache.serve:serve_teacher",
+            "teacher_cache.options.audit:ServeConfig", "teacher_cache.serve:serve_teacher",
         ),
         Command(
             "cache info", "Describe a cache.",
@@ -117,7 +117,7 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "cache import", "Make a cache of what another program has stored of a teacher.",
-            "teacher_cache.options.importing:ImportConfig", f"{_CALLS}:import_stored",
+            "teacher_cache.options.derive:ImportConfig", f"{_CALLS}:import_stored",
         ),
         Command(
             "cache verify", "Verify the checksums and values of a cache and its rounds.",

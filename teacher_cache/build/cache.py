@@ -97,7 +97,9 @@ def open_inputs(config: CacheConfig, folder: Folder) -> CacheInputs:
         teacher: ModelSource = locate_remote_model(config.teacher, str(config.teacher_model))
     else:
         teacher = locate_model(config.teacher, "teacher", needs_weights=engine != "server")
-    check_engine(engine, teacher, engine_options(config), scores=config.responses != "teacher")
+    scores, draws = config.responses != "teacher", config.responses != "reference"
+    temperature = config.temperature if draws else 0.0
+    check_engine(engine, teacher, engine_options(config), scores=scores, temperature=temperature)
     encoder = PromptEncoder(teacher.tokenizer, config.template, config.template_arg)
     plan = RowPlan(source, encoder, config)
     check_shard_size(config, max(plan.survey.num_rows.values()))

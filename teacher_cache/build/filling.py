@@ -90,7 +90,14 @@ class EndpointTeacher:
         drawn = sampling(self.config, self._model.stop_token_ids())
         options, answers = engine_options(self.config), self._folder.child(ANSWERS)
         return OpenAIEngine(
-            self._model, options, drawn, at_least=at_least, known=known, answers=answers, tools=self._tools
+            self._model,
+            options,
+            self.config,
+            drawn,
+            at_least=at_least,
+            known=known,
+            answers=answers,
+            tools=self._tools,
         )
 
     def unknown_logprobs(self) -> dict[str, str]:

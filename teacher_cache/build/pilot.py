@@ -61,18 +61,18 @@ class PilotRun:
         """Seconds for a job of `num_rows` such rows; `drawn`: responses are decoded, not scored."""
         tokens_N = self.prompt_lengths_N + self.response_lengths_N
 
-        def work(lengths: Sequence[int], num_tokens: float) -> tuple[float, float]:
-            return (decoding_steps(lengths, slots) if drawn else 0.0), num_tokens
+        def steps(lengths_N: np.ndarray) -> float:
+            return decoding_steps(lengths_N.tolist(), slots) if drawn else 0.0
 
-        measured = [
-            (*work(self.response_lengths_N[part].tolist(), float(tokens_N[part].sum())), taken)
-            for part, taken in self.groups
-        ]
-        per_step, per_token = fit_rates(measured)
+        per_step, per_token = fit_rates(
+            [
+                (steps(self.response_lengths_N[part]), float(tokens_N[part].sum()), taken_s)
+                for part, taken_s in self.groups
+            ]
+        )
         simulated = min(num_rows, _SIMULATED)
-        lengths = np.random.default_rng(_SEED).choice(self.response_lengths_N, simulated).tolist()
-        steps, tokens = work(lengths, float(tokens_N.mean()) * num_rows)
-        return per_step * steps * num_rows / simulated + per_token * tokens
+        lengths_N = np.random.default_rng(_SEED).choice(self.response_lengths_N, simulated)
+        return per_step * steps(lengths_N) * num_rows / simulated + per_token * float(tokens_N.mean()) * num_rows
 
     @property
     def relative_error(self) -> float:
@@ -100,13 +100,8 @@ def run_pilot(
             job = Job(open_folder(str(directory / str(number))), "pilot", {})
             layout = ShardLayout(part[0].origin, len(part), stem="pilot")
             started_s = time.monotonic()
-            filler(
-                job,
-                layout,
-                (replace(row, index=i, drops_thinking=False) for i, row in enumerate(part)),
-                drawn,
-                progress,
-            )
+            numbered = (replace(row, index=i, drops_thinking=False) for i, row in enumerate(part))
+            filler(job, layout, numbered, drawn, progress)
             taken_s = time.monotonic() - started_s
             if number:
                 answered = _answered(job, part)
@@ -120,10 +115,8 @@ def run_pilot(
             expected="2 or more",
             advice="Run the job itself, or choose a larger --pilot-rows",
         )
-    prompts_N, responses_N = (
-        np.array([len(ids or ()) for ids in lists])
-        for lists in ((row.asked_ids for row in done), (row.response_ids for row in done))
-    )
+    prompts_N = np.array([len(row.asked_ids) for row in done])
+    responses_N = np.array([len(row.response_ids or ()) for row in done])
     return PilotRun(done, groups, num_bytes, prompts_N, responses_N)
 
 

@@ -129,21 +129,18 @@ class RowPlan:
         if prompt is None or asked is None:
             prompt, failed = self._after_answers(example, entry.place, sample, answer_of)
             asked = prompt
-        seed = request_seed(self._config.seed, entry.name, sample)
-        of_teacher = self._columns(asked, ())
-        origin = entry.part.origin
         return PlannedRow(
             index,
             entry.name,
             sample,
-            origin,
+            entry.part.origin,
             prompt.text,
             prompt.ids,
-            seed=seed,
+            seed=request_seed(self._config.seed, entry.name, sample),
             failed=failed,
             question=asked,
             drops_thinking=self._config.thinking == "drop",
-            **of_teacher,
+            **self._columns(asked, ()),
         )
 
     def _after_answers(
@@ -159,8 +156,7 @@ class RowPlan:
                 return EncodedPrompt("", []), f"the teacher's answer to turn {turn} is missing"
             answers.append(answer)
         prompt = self._encoder.prompt(history(example, place, answers))
-        reason = too_long(prompt, self._config.max_prompt_tokens)
-        return prompt, reason
+        return prompt, too_long(prompt, self._config.max_prompt_tokens)
 
     def _columns(self, asked: EncodedPrompt, spans: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The values of extra columns, where this cache has them."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.teacher_cache.engines.engine import EndpointOptions, EngineOptions, ResolvedEngine, Sampling
+from dpkd.teacher_cache.engines.engine import EngineOptions, ResolvedEngine, Sampling
 from dpkd.teacher_cache.engines.vllm.engine_args import result_changing
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import GRID_NATS
@@ -51,23 +51,6 @@ def engine_options(config: CacheConfig, top_k: int | None = None) -> EngineOptio
         top_mass=config.top_mass,
         engine_args=config.engine_arg,
         server_urls=config.server_url,
-        endpoint=_endpoint(config),
-    )
-
-
-def _endpoint(config: CacheConfig) -> EndpointOptions | None:
-    if config.teacher_url is None or config.teacher_model is None:
-        return None
-    return EndpointOptions(
-        url=config.teacher_url,
-        model=config.teacher_model,
-        api=config.teacher_api,
-        key_variable=config.api_key_env,
-        timeout_s=config.timeout_s,
-        tries=config.tries,
-        max_cost=config.max_cost,
-        price_in=config.price_in or 0.0,
-        price_out=config.price_out or 0.0,
     )
 
 

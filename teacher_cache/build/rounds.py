@@ -125,7 +125,7 @@ def open_round(cache: TeacherCache, config: CacheConfig) -> RoundInputs:
     cache.check_teacher(teacher, advice="Give the teacher that the cache was built with")
     cache.check_tokenizer(student, "student")
     check_engine(engine, teacher, engine_options(config), scores=True)
-    check_engine(engine, student, engine_options(config, top_k=0), scores=True)
+    check_engine(engine, student, engine_options(config, top_k=0), scores=True, temperature=config.temperature)
     return RoundInputs(config, engine, student, teacher)
 
 

@@ -29,32 +29,6 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointOptions:
-    """The endpoint of the engine `openai`, and what may be spent on it.
-
-    Args:
-        url: base URL, before `/completions`.
-        model: the name of the teacher there.
-        key_variable: environment variable with the key; None: the default one, if it is set.
-        timeout_s: longest wait for an answer, in seconds.
-        tries: attempts per request.
-        max_cost: largest cost of this run; None: no limit.
-        price_in: price of a million prompt tokens.
-        price_out: price of a million answered tokens.
-    """
-
-    url: str
-    model: str
-    api: EndpointApi = "completions"
-    key_variable: str | None = None
-    timeout_s: float = 300.0
-    tries: int = 8
-    max_cost: float | None = None
-    price_in: float = 0.0
-    price_out: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What an engine is started with.
 
@@ -67,7 +41,6 @@ class EngineOptions:
         top_mass: keep only the smallest set of the `top_k` entries that reaches this probability. None: keep all.
         engine_args: vLLM's own arguments, as text.
         server_urls: addresses of the servers of the engine `server`.
-        endpoint: of the engine `openai`.
     """
 
     max_length: int
@@ -78,7 +51,6 @@ class EngineOptions:
     top_mass: float | None = None
     engine_args: Mapping[str, str] = field(default_factory=dict)
     server_urls: tuple[str, ...] = ()
-    endpoint: EndpointOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.engines.engine import Engine, EngineName, EngineOptions, ResolvedEngine
+from dpkd.teacher_cache.engines.vllm.environment import check_temperature
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
@@ -26,12 +27,16 @@ def resolve_engine(name: EngineName) -> ResolvedEngine:
     return name
 
 
-def check_engine(name: ResolvedEngine, model: ModelSource, options: EngineOptions, *, scores: bool) -> None:
+def check_engine(
+    name: ResolvedEngine, model: ModelSource, options: EngineOptions, *, scores: bool, temperature: float = 0.0
+) -> None:
     """Raise `UserError` for options that `model` or the engine cannot take; starts nothing.
 
-    `scores`: whether the engine will score given responses.
+    `scores`: whether the engine will score given responses. `temperature`: at which it will draw some.
     """
     check_fits(model, options)
+    if name in ("vllm", "ray", "server"):
+        check_temperature(temperature)
     if name in ("vllm", "ray"):
         from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args
 

@@ -1,13 +1,18 @@
-"""Options of `dpkd cache info`, `verify`, `repair` and `fidelity`. Imports nothing heavy: `--help` reads it."""
+"""Options of commands on a finished cache: `dpkd cache info`, `verify`, `repair`, `fidelity` and `serve-teacher`.
+
+Imports nothing heavy: `--help` reads it.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import DeviceName, Location, Settings, split_commas
 from dpkd.teacher_cache.engines.engine import LocalEngineName
+from dpkd.teacher_cache.options.cache import EngineArguments
 
 
 class FidelityConfig(Settings):
@@ -85,3 +90,27 @@ class RepairOptions(Settings):
         description="directory or URL of a finished cache; models and data must be where they were when it was built",
         json_schema_extra={"positional": "CACHE"},
     )
+
+
+class ServeConfig(Settings):
+    """Which cache's teacher to serve, and where."""
+
+    example: ClassVar[str] = "dpkd serve-teacher --cache cache --teacher teacher"
+
+    cache: Location = Field(description="directory or URL of the finished cache whose teacher to serve")
+    teacher: str | None = Field(
+        None, description="the cache's teacher: a checkpoint directory or a hub name; none: as recorded in the cache"
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; other machines need VLLM_API_KEY, which every path but /health asks for",
+    )
+    insecure: bool = Field(False, description="let other machines use the server without a key")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    device: DeviceName = Field("auto", description="device of the teacher; auto: CUDA if it is available")
+    max_length: int | None = Field(
+        None, ge=2, description="longest prompt and response together, in tokens; none: the cache's own limits"
+    )
+    engine_arg: EngineArguments = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")
+    log: Path | None = Field(None, description="file for the server's log; none: standard error")
+    start_timeout_s: float = Field(1800, gt=0, description="longest wait for the server to start, in seconds")

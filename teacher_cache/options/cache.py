@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Address, DeviceName, Location, Settings, TemplateArguments, named_values
-from dpkd.teacher_cache.engines.engine import EndpointApi, EngineName
+from dpkd.teacher_cache.engines.engine import EngineName
+from dpkd.teacher_cache.engines.openai.options import EndpointOptions
 
 #: entries kept per position by default
 DEFAULT_TOP_K = 64
 DEFAULT_MAX_TOP_K = 128
+
+#: arguments of vLLM by name, as text
+EngineArguments = Annotated[
+    dict[str, str], BeforeValidator(lambda value: named_values(value, "KEY=VALUE", "tensor_parallel_size=4"))
+]
 
 _OF_RAY = ("ray_replicas", "ray_cpus", "ray_gpus")
 #: options of models on this machine, by the engines that have none here. A server's dtype is what the cache records
@@ -115,54 +121,15 @@ class EngineChoiceOptions(Settings):
     server_url: tuple[Address, ...] = Field(
         (), description="with --engine server: URL of a running vLLM server; repeatable"
     )
-    engine_arg: dict[str, str] = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")
+    engine_arg: EngineArguments = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")
     ray_replicas: int = Field(1, ge=1, description="with --engine ray: number of vLLM replicas")
     ray_cpus: float = Field(1, ge=0, description="with --engine ray: CPUs per replica")
     ray_gpus: float = Field(0, ge=0, description="with --engine ray: GPUs per replica")
-
-    @field_validator("engine_arg", mode="before")
-    @classmethod
-    def _named_arguments(cls, value: object) -> object:
-        return named_values(value, "KEY=VALUE", "tensor_parallel_size=4")
 
     @field_validator("server_url", mode="before")
     @classmethod
     def _one_url(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
-
-
-class EndpointChoiceOptions(Settings):
-    """A teacher behind an endpoint, and what may be spent on it."""
-
-    title: ClassVar[str] = "Endpoint (--engine openai)"
-
-    teacher_url: Address | None = Field(
-        None, description="base URL of the endpoint, such as https://HOST/v1; --teacher is then the model's tokenizer"
-    )
-    teacher_model: str | None = Field(None, min_length=1, description="name of the teacher at the endpoint")
-    teacher_api: EndpointApi = Field(
-        "completions",
-        description="what to ask: completions, with prompts by --template; or chat, with the endpoint's own template",
-    )
-    api_key_env: str | None = Field(
-        None, min_length=1, description="environment variable with the API key; none: DPKD_TEACHER_API_KEY if it is set"
-    )
-    timeout_s: float = Field(300.0, gt=0, description="longest wait for an answer, in seconds")
-    tries: int = Field(8, ge=1, description="attempts per answer before the job stops")
-    max_cost: float | None = Field(
-        None, gt=0, description="stop before this run costs more, in the currency of the prices; none: no limit"
-    )
-    price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens; none: not counted")
-    price_out: float | None = Field(None, ge=0, description="price of a million answered tokens; none: not counted")
-
-    @field_validator("teacher_url")
-    @classmethod
-    def _base_url(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        if not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not an address of the form https://HOST/v1")
-        return value.rstrip("/").removesuffix("/completions").removesuffix("/chat")
 
 
 class CostOptions(Settings):
@@ -183,7 +150,7 @@ class CostOptions(Settings):
 
 
 class CacheConfig(
-    SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions, EndpointChoiceOptions, CostOptions
+    SourceOptions, SamplingOptions, DistributionOptions, EngineChoiceOptions, EndpointOptions, CostOptions
 ):
     """What to ask the teacher, and where to cache the answers."""
 
@@ -212,7 +179,7 @@ class CacheConfig(
         for key in ("pilot_rows", "price_per_hour"):
             if key in self.model_fields_set and not self.dry_run:
                 raise ValueError(f"{self.flag(key)} goes with --dry-run")
-        for engine, keys in (("ray", _OF_RAY), ("openai", EndpointChoiceOptions.model_fields)):
+        for engine, keys in (("ray", _OF_RAY), ("openai", EndpointOptions.model_fields)):
             if self.engine != engine and (given := self._changed(keys)):
                 raise ValueError(f"{self.flag(given[0])} goes with --engine {engine}")
         if self.engine in _LOCAL_ON and (given := self._changed(_LOCAL_ON[self.engine])):
@@ -232,7 +199,8 @@ class CacheConfig(
             return f"--teacher-api chat uses the endpoint's chat template: give --template chat, not {self.template}"
         if self.template_arg and self.teacher_api == "chat":
             return "--template-arg is for a template on this machine: --teacher-api chat uses the endpoint's own"
-        if self.max_cost is not None and not (self.price_in or self.price_out):
+        prices = self.price_in, self.price_out
+        if self.max_cost is not None and (None in prices or not any(prices)):
             return "--max-cost needs --price-in and --price-out, the prices of a million tokens"
         if self.price_per_hour is not None:
             return "--price-per-hour is for models on this machine: give --price-in and --price-out"

@@ -1,13 +1,15 @@
-"""Options of `dpkd cache merge` and `cache filter`. Imports nothing heavy: `--help` reads it."""
+"""Options of `dpkd cache merge`, `filter` and `import`. Imports nothing heavy: `--help` reads it."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import Location, Settings
 from dpkd.core.urls import url_problem
 
@@ -94,3 +96,29 @@ class CacheFilterConfig(Settings):
         """The rules that are given, by option name."""
         given = self.model_dump(mode="json", exclude={"cache", "out"}, exclude_none=True)
         return {name: value for name, value in given.items() if value != []}
+
+
+class ImportConfig(Settings):
+    """What to import, and as what."""
+
+    example: ClassVar[str] = "dpkd cache import answers.jsonl --from jsonl --out cache --tokenizer TEACHER"
+
+    source: Path = Field(
+        description="a .jsonl file, or a directory of DistillKit's Parquet files",
+        json_schema_extra={"positional": "SRC"},
+    )
+    source_format: Literal["jsonl", "distillkit"] = Field(
+        description="jsonl: prompts, responses and OpenAI's log-probs, one row a line; distillkit: compressed logits",
+        json_schema_extra={"flag": "from"},
+    )
+    out: Location = Field(description="directory of the cache, or a URL such as s3://bucket/key")
+    tokenizer: str = Field(description="the teacher's tokenizer: a directory or a hub name")
+    teacher_name: str = Field("unknown", min_length=1, description="name of the teacher, for the record")
+    template: TemplateName = Field(
+        "raw", description="with --from jsonl: prompt template of the cache's prompts; raw: as they are"
+    )
+    compression: Path | None = Field(
+        None, description="with --from distillkit: its compression config; none: compression_config.yaml in SRC"
+    )
+    limit: int | None = Field(None, ge=1, description="import only the first N rows; none: all")
+    rows_per_shard: int = Field(128, ge=1, description="rows per shard; an interrupted job repeats unfinished shards")

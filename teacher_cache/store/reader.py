@@ -109,7 +109,7 @@ class CacheReader:
         """Raise `UserError` unless `model` has the cache's tokenizer: by content (not by size), and by what it does."""
         expected, actual = self.identities["tokenizer"], model.tokenizer_identity()
         if expected["sha256"] != actual["sha256"]:
-            for eos in self.identities["generation"].get("stop_token_ids", ()):
+            for eos in self.identities["generation"].get("stop_token_ids") or ():  # None: merged from several
                 if tokenizer_sha256(model.tokenizer, eos) == expected["sha256"]:
                     raise other_eos(model, eos, str(self.identities["teacher"]["name"]), role, where=self.folder)
             raise UserError(

@@ -65,7 +65,8 @@ def select_positions(result: EngineResult, mask_T: np.ndarray) -> EngineResult:
     return replace(
         result,
         response_ids=result.response_ids[mask_T],
-        logprobs_T=result.logprobs_T[mask_T],
+        # a cache of texts alone has none
+        logprobs_T=result.logprobs_T[mask_T] if len(result.logprobs_T) else result.logprobs_T,
         distributions=None if top is None else top.positions(mask_T),
     )
 

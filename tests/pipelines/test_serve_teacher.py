@@ -21,7 +21,7 @@ from dpkd.core.models import locate_model
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.teacher_cache.engines.engine import ScoreRequest, results_only
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE
-from dpkd.teacher_cache.options.serve import ServeConfig
+from dpkd.teacher_cache.options.audit import ServeConfig
 from dpkd.teacher_cache.serve import serve_teacher, server_command
 from dpkd.teacher_cache.store.reader import TeacherCache
 

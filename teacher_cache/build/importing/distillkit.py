@@ -26,7 +26,7 @@ from dpkd.teacher_cache.build.importing.distillkit_codec import (
 from dpkd.teacher_cache.build.importing.source import ImportedRow, SourceFacts
 from dpkd.teacher_cache.engines.engine import EngineResult
 from dpkd.teacher_cache.engines.top_k import from_top_k
-from dpkd.teacher_cache.options.importing import ImportConfig
+from dpkd.teacher_cache.options.derive import ImportConfig
 
 _CONFIG = "compression_config.yaml"
 #: columns of each form
@@ -48,7 +48,10 @@ class DistillKitSource:
         self._files = sorted(config.source.rglob("*.parquet")) if config.source.is_dir() else [config.source]
         if not self._files or not all(map(Path.is_file, self._files)):
             raise UserError("the source has no Parquet files", where=config.source, advice="Give DistillKit's output")
-        names = set(self._schema(self._files[0]).names)
+        try:
+            names = set(pq.read_schema(self._files[0]).names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"the file is not Parquet: {first_line(error)}", where=self._files[0]) from None
         forms = [form for form in (_NEW, _LEGACY, _PLAIN) if {"input_ids", *form} <= names]
         if not forms:
             raise UserError(
@@ -63,12 +66,6 @@ class DistillKitSource:
         is_exact = isinstance(self._compression, Compression) and self._compression.is_exact
         # a token of the text that is not among the K has no log-prob
         self.unknown = ("responses",) if is_exact or self._form == _PLAIN else ("responses", "remainder")
-
-    def _schema(self, path: Path) -> pa.Schema:
-        try:
-            return pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"the file is not Parquet: {first_line(error)}", where=path) from None
 
     def _read_compression(self) -> Compression | LegacyCompression:
         path = self._config.compression or self._config.source / _CONFIG
@@ -101,7 +98,7 @@ class DistillKitSource:
         lengths = lengths[: self._config.limit]
         return SourceFacts(
             num_rows=len(lengths),
-            top_k=self._width(),
+            top_k=self._first_length("token_ids") if self._compression is None else self._compression.k,
             longest_prompt=1,
             longest_response=max(lengths, default=1) - 1,
             unknown=self.unknown,
@@ -113,27 +110,19 @@ class DistillKitSource:
         """Raise `UserError` if the compression config describes another size than that of the first position."""
         if not isinstance(self._compression, Compression):
             return
-        for batch in self._batches(("compressed_logprobs",)):
-            for row in batch["compressed_logprobs"].to_pylist():
-                if row and len(row[0]) != self._compression.num_bytes:
-                    raise UserError(
-                        "the compression config is not that of the files",
-                        found=f"{self._compression.num_bytes} bytes per position",
-                        expected=len(row[0]),
-                        where=self._config.compression or self._config.source / _CONFIG,
-                        advice="Give --compression FILE: the config that the files were written with",
-                    )
-                if row:
-                    return
+        if (size := self._first_length("compressed_logprobs")) not in (0, self._compression.num_bytes):
+            raise UserError(
+                "the compression config is not that of the files",
+                found=f"{self._compression.num_bytes} bytes per position",
+                expected=size,
+                where=self._config.compression or self._config.source / _CONFIG,
+                advice="Give --compression FILE: the config that the files were written with",
+            )
 
-    def _width(self) -> int:
-        if self._compression is not None:
-            return self._compression.k
-        for batch in self._batches(("token_ids",)):
-            for row in batch["token_ids"].to_pylist():
-                if row:
-                    return len(row[0])
-        return 0
+    def _first_length(self, column: str) -> int:
+        """How many values the first position has; 0 without one."""
+        rows = (row for batch in self._batches((column,)) for row in batch[column].to_pylist())
+        return next((len(row[0]) for row in rows if row), 0)
 
     def rows(self) -> Iterator[ImportedRow]:
         index = 0

@@ -18,7 +18,7 @@ from dpkd.teacher_cache.build.assembling import ShardAssembler, ShardLayout
 from dpkd.teacher_cache.build.importing.source import ImportSource, SourceFacts
 from dpkd.teacher_cache.build.request import say_complete
 from dpkd.teacher_cache.engines.engine import EngineResult
-from dpkd.teacher_cache.options.importing import ImportConfig
+from dpkd.teacher_cache.options.derive import ImportConfig
 from dpkd.teacher_cache.store.codec import GRID_NATS
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job

@@ -15,9 +15,9 @@ from dpkd.core.prompts.templates import PromptEncoder, TemplateMismatchError
 from dpkd.teacher_cache.build.importing.source import ImportedRow, SourceFacts
 from dpkd.teacher_cache.engines.engine import EngineOptions, Sampling
 from dpkd.teacher_cache.engines.openai.messages import Answer, num_entries
-from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError
+from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError, end_of
 from dpkd.teacher_cache.engines.openai.tokens import TokenTable
-from dpkd.teacher_cache.options.importing import ImportConfig
+from dpkd.teacher_cache.options.derive import ImportConfig
 
 _FLAT = ("tokens", "token_logprobs", "top_logprobs")
 _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
@@ -50,7 +50,7 @@ class JsonlSource:
             self._check_exact(table, answer)
             self._top_k = max(self._top_k, num_entries(answer))
             last = table.find(answer.tokens[-1].text, answer.tokens[-1].data) if answer.tokens else None
-            ends &= answer.finish_reason != "stop" or last in stops
+            ends &= end_of(answer) != "stop" or last in stops
         lengths = [(len(row.prompt_ids), len(row.result.response_ids)) for row in self.rows() if row.result is not None]
         unknown = () if self._scored and ends else ("end",)
         return SourceFacts(

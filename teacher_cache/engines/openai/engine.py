@@ -26,6 +26,7 @@ from dpkd.teacher_cache.engines.engine import (
 from dpkd.teacher_cache.engines.http import LoopThread, RequestRefusedError
 from dpkd.teacher_cache.engines.openai.client import Endpoint, EndpointClient, read_key
 from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect
+from dpkd.teacher_cache.engines.openai.options import EndpointOptions
 from dpkd.teacher_cache.engines.openai.probe import Probe, same_endpoint
 from dpkd.teacher_cache.engines.openai.reading import AnswerReader, UnusableAnswerError
 from dpkd.teacher_cache.engines.openai.tokens import TokenTable
@@ -63,6 +64,7 @@ class OpenAIEngine(Engine):
     It is measured when it opens (`dialect`). A job that stops for any reason pays for no answer twice.
 
     Args:
+        endpoint: where to ask, and what may be spent on it.
         sampling: how responses will be drawn.
         at_least: whether an endpoint that returns fewer than `options.top_k` entries is refused.
         known: what an earlier run of the job measured of the endpoint. None: this is the first.
@@ -76,6 +78,7 @@ class OpenAIEngine(Engine):
         self,
         model: ModelSource,
         options: EngineOptions,
+        endpoint: EndpointOptions,
         sampling: Sampling,
         *,
         at_least: bool,
@@ -83,18 +86,17 @@ class OpenAIEngine(Engine):
         answers: AnswerStore,
         tools: bool = False,
     ) -> None:
-        endpoint = options.endpoint
-        assert endpoint is not None  # checked by the config
         self.vocab_size = model.vocab_size
         self._tokenizer, self._endpoint, self._kept_answers = model.tokenizer, endpoint, answers
         self._table = TokenTable(model.tokenizer) if options.top_k else None
         self._spent = 0.0
+        self._url = str(endpoint.teacher_url)
         self._client = EndpointClient(
             Endpoint(
                 name="endpoint",
-                url=endpoint.url,
-                key=read_key(endpoint.key_variable, KEY_VARIABLE, endpoint.url, "--teacher-url"),
-                key_variable=endpoint.key_variable or KEY_VARIABLE,
+                url=self._url,
+                key=read_key(endpoint.api_key_env, KEY_VARIABLE, self._url, "--teacher-url"),
+                key_variable=endpoint.api_key_env or KEY_VARIABLE,
                 timeout_s=endpoint.timeout_s,
                 tries=endpoint.tries,
                 retry_delay_s=_RETRY_DELAY_S,
@@ -108,13 +110,13 @@ class OpenAIEngine(Engine):
             measured = probe.run(sampling, options.top_k, at_least=at_least, tools=tools)
             self.dialect: Dialect = self._loop.start(measured).result()
             if known is not None:
-                same_endpoint(known, self.dialect.facts(), endpoint.url)
+                same_endpoint(known, self.dialect.facts(), self._url)
             if self._table is not None and not (self.dialect.token_ids or self._table.is_exact):
                 raise UserError(
                     "the endpoint writes tokens as texts, and several tokens of the tokenizer have the same text",
                     found="texts",
                     expected="token ids, or a byte-level tokenizer",
-                    where=endpoint.url,
+                    where=self._url,
                     advice="Give --top-k 0 to cache texts alone, or an endpoint that returns token ids, such as vLLM",
                 )
         except BaseException:
@@ -179,7 +181,7 @@ class OpenAIEngine(Engine):
             while pending or waiting is not None:
                 while waiting is not None and len(pending) < self._options.max_num_seqs:
                     self._asked[waiting.index] = list(map(int, waiting.prompt_ids))
-                    body = self.dialect.body(self._endpoint.model, waiting, sampling, self._options.top_k)
+                    body = self.dialect.body(str(self._endpoint.teacher_model), waiting, sampling, self._options.top_k)
                     self._files[waiting.index] = f"{fingerprint(body)[:32]}.json.gz"
                     if (kept := self._kept(waiting.index)) is not None:
                         yield waiting.index, kept
@@ -222,7 +224,8 @@ class OpenAIEngine(Engine):
 
     def _cost(self, prompt_tokens: int, answered_tokens: int) -> float:
         """Cost of a request, in the currency of the prices."""
-        return (prompt_tokens * self._endpoint.price_in + answered_tokens * self._endpoint.price_out) / 1e6
+        prices = self._endpoint.price_in or 0.0, self._endpoint.price_out or 0.0
+        return (prompt_tokens * prices[0] + answered_tokens * prices[1]) / 1e6
 
     def _affords(self, cost: float) -> bool:
         """Whether requests that cost `cost` in all may still be answered."""
@@ -242,7 +245,7 @@ class OpenAIEngine(Engine):
                 "the endpoint answers with another model than before",
                 found=answer.model or "no name",
                 expected=self.dialect.model or "no name",
-                where=self._endpoint.url,
+                where=self._url,
                 advice=f"{_KEPT}: run the same command again when the model is back, or choose another --out",
             )
 
@@ -252,7 +255,7 @@ class OpenAIEngine(Engine):
             raise UserError(
                 f"the first {_MOST_UNUSABLE} answers of the endpoint cannot be used",
                 found=reason,
-                where=self._endpoint.url,
+                where=self._url,
                 advice="Check --teacher, --teacher-model and --teacher-api; --top-k 0 caches texts alone",
             )
         return FailedRequest(index, reason)
@@ -262,7 +265,7 @@ class OpenAIEngine(Engine):
             "the budget does not cover another answer",
             found=f"{self._spent:.4f} spent, the next may cost {most:.4f}",
             expected=f"--max-cost {self._endpoint.max_cost:g}",
-            where=self._endpoint.url,
+            where=self._url,
             advice=f"{_KEPT}: run the same command again to go on, with as much again to spend",
         )
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.teacher_cache.engines.engine import EndpointOptions, GenerateRequest, Sampling
+from dpkd.teacher_cache.engines.engine import GenerateRequest, Sampling
 from dpkd.teacher_cache.engines.http import RequestRefusedError
 from dpkd.teacher_cache.engines.openai.client import EndpointClient
 from dpkd.teacher_cache.engines.openai.messages import Answer, Dialect, num_entries
+from dpkd.teacher_cache.engines.openai.options import EndpointOptions
 from dpkd.teacher_cache.engines.server.checks import AGREEMENT_NATS
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Probe:
     def __init__(
         self, client: EndpointClient, endpoint: EndpointOptions, model: ModelSource, on_answer: Callable[[Answer], None]
     ) -> None:
-        self._client, self._endpoint, self._model, self._on_answer = client, endpoint, model, on_answer
+        self._client, self._model, self._on_answer = client, model, on_answer
+        self._url, self._api, self._asked = endpoint.teacher_url, endpoint.teacher_api, str(endpoint.teacher_model)
         self._requests = [self._request(index, question) for index, question in enumerate(_QUESTIONS)]
 
     async def run(self, sampling: Sampling, top_k: int, *, at_least: bool, tools: bool = False) -> Dialect:
@@ -50,7 +52,7 @@ class Probe:
         dialect, answer = await self._accepted()
         self._check_model(answer.model)
         dialect = replace(dialect, model=answer.model, prompt_tokens=self._prompt_tokens(dialect, answer))
-        if tools and self._endpoint.api == "chat":
+        if tools and self._api == "chat":
             dialect = await self._with_tools(dialect, answer.prompt_tokens)
         if top_k == 0:
             return dialect
@@ -58,9 +60,9 @@ class Probe:
         if dialect.top_k == 0:
             raise UserError(
                 "the endpoint returns no log-probs",
-                found=f"none of model {self._endpoint.model}",
+                found=f"none of model {self._asked}",
                 expected=f"the {top_k} most likely tokens of each position, or fewer",
-                where=self._endpoint.url,
+                where=self._url,
                 advice="Give --top-k 0 to cache its texts for `dpkd train --objective seqkd`, or another endpoint",
             )
         if at_least and dialect.top_k < top_k:
@@ -68,7 +70,7 @@ class Probe:
                 "the endpoint returns fewer log-probs per position than --top-k",
                 found=dialect.top_k,
                 expected=top_k,
-                where=self._endpoint.url,
+                where=self._url,
                 advice=f"Give --top-k {dialect.top_k}, or leave it out to take what the endpoint returns",
             )
         if (sampling.temperature, sampling.top_p) != (1, 1):
@@ -77,7 +79,7 @@ class Probe:
 
     def _request(self, index: int, question: str, tools: Sequence[Mapping[str, Any]] = ()) -> GenerateRequest:
         tokenizer = self._model.tokenizer
-        if self._endpoint.api == "chat":
+        if self._api == "chat":
             turns = [{"role": "user", "content": question}]
             given: Any = {"tools": list(tools)} if tools else {}
             text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given))
@@ -89,21 +91,18 @@ class Probe:
         return Sampling(temperature, top_p, num, ())
 
     async def _ask(self, dialect: Dialect, request: GenerateRequest, sampling: Sampling, top_k: int) -> Answer:
-        body = dialect.body(self._endpoint.model, request, sampling, top_k)
+        body = dialect.body(self._asked, request, sampling, top_k)
         answer = await self._client.post(dialect.path, body, Answer.of)
         self._on_answer(answer)
         return answer
 
     async def _accepted(self) -> tuple[Dialect, Answer]:
         """The first of the possible dialects that the endpoint accepts, and its answer without log-probs."""
-        api = self._endpoint.api
+        api = self._api
         prompts: tuple[Literal["ids", "text", "messages"], ...] = ("messages",) if api == "chat" else ("ids", "text")
         refusal: RequestRefusedError | None = None
-        for prompt, extended, field in itertools.product(
-            prompts, (True, False), ("max_tokens", "max_completion_tokens")
-        ):
-            if api == "completions" and field != "max_tokens":
-                continue
+        fields = ("max_tokens", "max_completion_tokens") if api == "chat" else ("max_tokens",)
+        for prompt, extended, field in itertools.product(prompts, (True, False), fields):
             dialect = Dialect(api, prompt, extended, False, field, 0, None, "unknown")
             try:
                 answer = await self._ask(dialect, self._requests[0], self._sampling(), 0)
@@ -117,18 +116,18 @@ class Probe:
         raise UserError(
             "the endpoint refuses every form of a request",
             found=refusal or "prompts of ids are counted wrongly and texts refused",
-            where=self._endpoint.url,
+            where=self._url,
             advice="Check --teacher-model and --teacher-api",
         )
 
     def _check_model(self, served: str | None) -> None:
-        asked = self._endpoint.model
+        asked = self._asked
         if served is not None and served != asked and not served.startswith(f"{asked}-"):
             raise UserError(
                 "the endpoint answers with another model",
                 found=served,
                 expected=f"{asked}, or {asked}- with a version",
-                where=self._endpoint.url,
+                where=self._url,
                 advice="Give --teacher-model the endpoint's name of the model that you want to learn from",
             )
 
@@ -143,7 +142,7 @@ class Probe:
                 "the endpoint reads prompts as other tokens than the tokenizer",
                 found=f"{answer.prompt_tokens} tokens",
                 expected=f"{expected} for {_QUESTIONS[0]!r}",
-                where=self._endpoint.url,
+                where=self._url,
                 advice="Give --teacher the tokenizer of the endpoint's model",
             )
         say(
@@ -180,7 +179,7 @@ class Probe:
             "rows of the data have tools, and the endpoint does not read them",
             found=problem,
             expected=None if without is None else f"more than the {without} without",
-            where=self._endpoint.url,
+            where=self._url,
             advice="Give --teacher-api completions, which sends prompts with their tools, or leave these rows out",
         )
 
@@ -226,7 +225,7 @@ class Probe:
             "the endpoint returns log-probs after temperature and top-p",
             found=f"{drawn[0]:.3f} nats of {common[0]!r}" if common else "other tokens than at temperature 1",
             expected=f"{plain[0]:.3f} as at temperature 1" if common else None,
-            where=self._endpoint.url,
+            where=self._url,
             advice="Leave --temperature and --top-p at 1",
         )
 

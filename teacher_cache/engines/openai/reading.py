@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 #: how endpoints say that an answer ended, and that it was cut
-_ENDS: dict[str | None, FinishReason] = {
+_ENDS: dict[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "length": "length", "max_tokens": "length",
 }  # fmt: skip
 _MASS_TOLERANCE = 1e-3  # of a sum of probabilities whose logs an endpoint may round
@@ -26,6 +26,11 @@ _MASS_TOLERANCE = 1e-3  # of a sum of probabilities whose logs an endpoint may r
 
 class UnusableAnswerError(Exception):
     """An answer that cannot become a row; the text says why, in one line."""
+
+
+def end_of(answer: Answer) -> FinishReason | None:
+    """How the answer ended; None for an end of another kind."""
+    return _ENDS.get(answer.finish_reason or "")
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,8 @@ class AnswerReader:
         """The result of request `index`; raises `UnusableAnswerError`."""
         if answer.finish_reason == CALLS_TAKEN_OUT:
             raise UnusableAnswerError("the endpoint took a tool call out of the answer, so its text is unknown")
-        if answer.finish_reason not in _ENDS:
+        if (reason := end_of(answer)) is None:
             raise UnusableAnswerError(f"the endpoint ended the answer with {answer.finish_reason!r}")
-        reason = _ENDS[answer.finish_reason]
         return self._text_only(index, answer, reason) if self.table is None else self._scored(index, answer, reason)
 
     def _text_only(self, index: int, answer: Answer, reason: FinishReason) -> EngineResult:
@@ -127,7 +131,7 @@ class AnswerReader:
 
     def _is_hidden_end(self, token: WrittenToken, answer: Answer) -> bool:
         """Whether `token`, which is the last of an answer, is the EOS: some endpoints write it as an empty text."""
-        return not token.text and not token.data and _ENDS[answer.finish_reason] == "stop"
+        return not token.text and not token.data and end_of(answer) == "stop"
 
     def _entries(self, position: int, own: int, row: list[WrittenToken], answer: Answer) -> list[tuple[int, float]]:
         """Ids and log-probs in rank order, up to the first token that cannot be identified.
@@ -166,6 +170,6 @@ class AnswerReader:
 
 
 def _same(text: str, written: str, answer: Answer) -> bool:
-    if _ENDS[answer.finish_reason] == "length":  # perhaps in the middle of a character
+    if end_of(answer) == "length":  # perhaps in the middle of a character
         return text.rstrip(REPLACEMENT) == written.rstrip(REPLACEMENT)
     return text == written

@@ -27,7 +27,13 @@ from dpkd.teacher_cache.engines.engine import (
 )
 from dpkd.teacher_cache.engines.top_k import build_result
 from dpkd.teacher_cache.engines.vllm.engine_args import parse_engine_args
-from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu, sequence_limit
+from dpkd.teacher_cache.engines.vllm.environment import (
+    check_temperature,
+    own_environment,
+    own_settings,
+    runs_on_cpu,
+    sequence_limit,
+)
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -121,6 +127,8 @@ class VllmEngine(Engine):
     def generate(
         self, requests: Iterable[GenerateRequest], sampling: Sampling
     ) -> Iterator[EngineResult | FailedRequest]:
+        check_temperature(sampling.temperature)
+
         def prepare(request: GenerateRequest) -> _Prepared:
             params = _params(
                 temperature=sampling.temperature,

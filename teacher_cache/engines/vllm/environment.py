@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
 _MIN_GIB, _MAX_GIB = 1, 8  # of the KV cache on a CPU
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.01, 2.0
 
 
 def runs_on_cpu(device: str) -> bool:
@@ -24,6 +25,17 @@ def runs_on_cpu(device: str) -> bool:
             advice="Leave --device out; `dpkd cache-teacher --engine transformers` can use the CPU",
         )
     return choose_device(device).type == "cpu"
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise `UserError` for a sampling temperature that vLLM refuses, or raises to 0.01 with a warning."""
+    if temperature and not _LOWEST_TEMPERATURE <= temperature <= _HIGHEST_TEMPERATURE:
+        raise UserError(
+            "vLLM cannot draw at this temperature",
+            found=f"{temperature:g}",
+            expected=f"0, or {_LOWEST_TEMPERATURE:g} to {_HIGHEST_TEMPERATURE:g}",
+            advice="Give another --temperature, or --engine transformers",
+        )
 
 
 def sequence_limit(model: ModelSource, max_length: int) -> int:

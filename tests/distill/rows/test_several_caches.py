@@ -32,7 +32,7 @@ from dpkd.distill.training import train
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.build.importing.importing import import_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.options.importing import ImportConfig
+from dpkd.teacher_cache.options.derive import ImportConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 

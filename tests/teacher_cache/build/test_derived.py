@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from support.commands import dpkd
 from support.conversations import conversations, make_models, write
 from support.toys import make_toy
+from transformers import AutoTokenizer
 
 from dpkd.core.errors import UserError
+from dpkd.core.models import locate_model
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.info import describe_cache
@@ -175,6 +177,7 @@ def test_several_teachers_in_one_cache(
 ) -> None:
     """Rows of both are kept and trained on; what needs the one teacher is refused; parents' limits hold for both."""
     other = make_toy(tmp_path / "other-teacher", toy_tokenizer, layers=2, seed=9)
+    (other / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     changed = OPTIONS | {"top_k": 8, "max_new_tokens": 30, "temperature": 0.7}
     data = f"{parts['second']}.jsonl"
     build_cache(CacheConfig(teacher=str(other), data=data, out=str(tmp_path / "other"), **changed))
@@ -185,6 +188,13 @@ def test_several_teachers_in_one_cache(
     assert both.top_k == 16
     assert both.identities["generation"]["max_new_tokens"] == 30
     assert both.identities["generation"]["temperature"] is None
+    assert both.identities["generation"]["stop_token_ids"] is None
+    stranger = Path(shutil.copytree(toy_student, tmp_path / "stranger"))
+    tokenizer = AutoTokenizer.from_pretrained(toy_student)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(stranger)
+    with pytest.raises(UserError, match="the student's tokenizer is not the cache's"):
+        both.check_tokenizer(locate_model(str(stranger), "student"), "student")
     run = train(
         TrainConfig(
             out=tmp_path / "run", cache=str(tmp_path / "both"), student=str(toy_student), steps=2, batch_size=6,

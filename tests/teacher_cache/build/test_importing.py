@@ -20,7 +20,7 @@ from dpkd.core.models import locate_model
 from dpkd.distill import TrainConfig, train
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.importing.importing import import_cache
-from dpkd.teacher_cache.options.importing import ImportConfig
+from dpkd.teacher_cache.options.derive import ImportConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 WRITTEN = ROOT / "tests" / "support" / "distillkit"  # write.py says how
@@ -192,6 +192,16 @@ def test_flat_keys_and_own_log_probs_alone(
         own_T = full_TV[np.arange(len(full_TV)), row.response_ids]
         known = len(own_T) - (row.finish_reason == "stop")
         np.testing.assert_allclose(row.response_logprobs[:known], own_T[:known], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["stop", "eos_token", "end_turn"])
+def test_an_end_without_a_log_prob_is_unknown_whatever_it_is_called(
+    name: str, answered: Any, toy_tokenizer: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [row | {"finish_reason": name} for row in answered("completions")]  # no EOS among their tokens
+    manifest = import_cache(jsonl(write_rows(rows), toy_tokenizer, tmp_path / "cache"))
+    assert (manifest.failed, {row.finish_reason for row in rows_of(tmp_path / "cache")}) == ([], {"stop"})
+    assert manifest.identities["logprobs"].get("end") == "unknown"
 
 
 def test_texts_alone_train_seqkd(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.chat_templates import THINKING, chat_tokenizer
 from support.conversations import say, write
+from support.openai_endpoint import serving_toy
 from support.toys import make_toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +87,18 @@ def test_dropped_thinking_is_the_teachers_alone(tmp_path: Path, thinker: Path) -
         assert answer.distributions is not None
         assert whole.distributions is not None
         np.testing.assert_array_equal(answer.distributions.ids_E, whole.distributions.ids_E[8 * number :])
+
+
+def test_thinking_is_dropped_from_texts_alone(tmp_path: Path, thinker: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(thinker)
+    data = write(tmp_path / "data.jsonl", [{"id": animal, "prompt": animal} for animal in ANSWERS])
+    with serving_toy(thinker) as (_, endpoint):
+        of_endpoint = {"engine": "openai", "teacher_url": endpoint.url, "teacher_model": "toy", "device": "auto"}
+        rows = build(tmp_path / "cache", thinker, data, thinking="drop", top_k=0, **of_endpoint)
+    for animal, colour in ANSWERS.items():
+        assert tokenizer.decode(rows[animal].response_ids) == f"{colour}<|im_end|>"
+        assert len(rows[animal].response_logprobs) == 0
+        assert tokenizer.decode(rows[animal].asked_ids).endswith(thought(animal))
 
 
 def test_thinking_that_does_not_end_is_a_failed_row(tmp_path: Path, thinker: Path) -> None:

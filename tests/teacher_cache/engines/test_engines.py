@@ -11,6 +11,7 @@ import pytest
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
+from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import (
     Engine,
     EngineOptions,
@@ -20,6 +21,7 @@ from dpkd.teacher_cache.engines.engine import (
     ScoreRequest,
 )
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
+from dpkd.teacher_cache.options.cache import CacheConfig
 
 pytestmark = pytest.mark.engine
 
@@ -106,7 +108,7 @@ def test_stop_tokens_end_a_response_and_are_kept(vllm: Engine, transformers: Eng
 
 def test_only_the_given_stop_tokens_end_a_response(vllm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "allowed_token_ids", [0, 5, 9])  # 0 is the EOS of the model's config
-    drawn = generate(vllm, temperature=4.0, stop_token_ids=(9,)).values()
+    drawn = generate(vllm, temperature=2.0, stop_token_ids=(9,)).values()
     assert any(0 in result.response_ids for result in drawn)
     for result in drawn:
         ended = result.response_ids[-1] == 9
@@ -145,6 +147,22 @@ def test_the_real_teacher_scores_the_same_in_both(teacher_dir: Path) -> None:
 def test_auto_is_vllm_where_it_is_installed() -> None:
     assert resolve_engine("auto") == "vllm"
     assert resolve_engine("transformers") == "transformers"
+
+
+@pytest.mark.parametrize("temperature", [2.5, 0.001])
+@pytest.mark.parametrize("engine", ["vllm", "server"])
+def test_a_temperature_that_vllm_would_refuse_or_change_is_an_error(
+    engine: str, temperature: float, toy_teacher: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    urls = {"server_url": "http://127.0.0.1:1"} if engine == "server" else {}
+    config = CacheConfig.parse(
+        {"teacher": str(toy_teacher), "data": str(toy_data), "out": str(tmp_path / "cache"), "engine": engine}
+        | {"temperature": temperature, **urls},
+        where="a test",
+    )
+    with pytest.raises(UserError, match=rf"vLLM cannot draw .*: found {temperature:g}, expected 0, or 0.01 to 2"):
+        build_cache(config)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_sequence_beyond_the_positions_is_an_error(toy_teacher: Path) -> None:

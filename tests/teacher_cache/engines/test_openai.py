@@ -453,6 +453,7 @@ def test_a_directory_with_a_tokenizer_alone_is_enough(
         ({"responses": "both"}, "answers prompts and scores nothing"),
         ({"teacher_api": "chat", "template": "alpaca"}, "give --template chat, not alpaca"),
         ({"max_cost": 1}, "--max-cost needs --price-in and --price-out"),
+        ({"max_cost": 1, "price_out": 2}, "--max-cost needs --price-in and --price-out"),
         ({"dtype": "bfloat16"}, "--dtype is for models on this machine"),
         (
             {"engine": "transformers", "teacher_model": None, "teacher_url": None, "tries": 3},
