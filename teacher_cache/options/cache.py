@@ -179,7 +179,7 @@ class CacheConfig(
         for key in ("pilot_rows", "price_per_hour"):
             if key in self.model_fields_set and not self.dry_run:
                 raise ValueError(f"{self.flag(key)} goes with --dry-run")
-        for engine, keys in (("ray", _OF_RAY), ("openai", EndpointOptions.model_fields)):
+        for engine, keys in (("ray", _OF_RAY), ("openai", tuple(EndpointOptions.model_fields))):
             if self.engine != engine and (given := self._changed(keys)):
                 raise ValueError(f"{self.flag(given[0])} goes with --engine {engine}")
         if self.engine in _LOCAL_ON and (given := self._changed(_LOCAL_ON[self.engine])):

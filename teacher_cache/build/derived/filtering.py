@@ -150,6 +150,7 @@ def _condition(text: str, cache: TeacherCache, option: str) -> Rule:
             advice="Use --min-tokens, --max-tokens or --min-logprob" if is_list else did_you_mean(column, known),
         )
     kind = schema.field(column).type
+    holds: Callable[[pa.ChunkedArray], Any]
     if compare == "contains":
         if not pa.types.is_string(kind):
             raise UserError(
