@@ -77,6 +77,18 @@ STEPS = (
         "teacher_cache.options.cache:CacheConfig", f"{_CALLS}:cache_teacher",
     ),
     Command(
+        "cache import", "Make a cache of what another program has stored of a teacher.",
+        "teacher_cache.options.derive:ImportConfig", f"{_CALLS}:import_stored",
+    ),
+    Command(
+        "cache merge", "Merge caches of one tokenizer into a new one.",
+        "teacher_cache.options.derive:CacheMergeConfig", f"{_CALLS}:merge_caches",
+    ),
+    Command(
+        "cache filter", "Make a new cache of some rows of another.",
+        "teacher_cache.options.derive:CacheFilterConfig", f"{_CALLS}:filter_cache",
+    ),
+    Command(
         "init-student", "Make a student from the teacher.",
         "distill.options.student:InitStudentConfig", "distill.student.init:init_student",
     ),
@@ -116,24 +128,12 @@ COMMANDS: dict[str, Command] = {
             "teacher_cache.options.audit:InfoOptions", f"{_CALLS}:describe",
         ),
         Command(
-            "cache import", "Make a cache of what another program has stored of a teacher.",
-            "teacher_cache.options.derive:ImportConfig", f"{_CALLS}:import_stored",
-        ),
-        Command(
             "cache verify", "Verify the checksums and values of a cache and its rounds.",
             "teacher_cache.options.audit:VerifyOptions", f"{_CALLS}:verify",
         ),
         Command(
             "cache repair", "Make the bad shards of a finished cache and its rounds again.",
             "teacher_cache.options.audit:RepairOptions", f"{_CALLS}:repair",
-        ),
-        Command(
-            "cache merge", "Merge caches of one tokenizer into a new one.",
-            "teacher_cache.options.derive:CacheMergeConfig", f"{_CALLS}:merge_caches",
-        ),
-        Command(
-            "cache filter", "Make a new cache of some rows of another.",
-            "teacher_cache.options.derive:CacheFilterConfig", f"{_CALLS}:filter_cache",
         ),
         Command(
             "cache fidelity", "Compare a cache with its live teacher.",

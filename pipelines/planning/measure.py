@@ -31,6 +31,7 @@ from dpkd.pipelines.planning.text import plan_text
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig, ImportConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _STEPS = 5  # of a training, the first of which is not timed
 _CACHE_ROWS = 32  # of the small caches, at least
+_CACHES = (CacheConfig, ImportConfig, CacheMergeConfig, CacheFilterConfig)  # what makes a cache
 #: options that mean the same to `eval` as to `cache-teacher`
 _ALIKE = (
     "template", "template_arg", "max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "engine", "device",
@@ -85,7 +87,7 @@ class _Pilot:
         """Time the step `number`, and leave a small copy of its output for later steps."""
         step = item.step
         if item.finished:
-            if isinstance(step.config, CacheConfig) and step.config.round is None:
+            if isinstance(step.config, _CACHES) and getattr(step.config, "round", None) is None:
                 self.cached_rows[step.out] = TeacherCache.open(step.out).manifest.counts["rows"]
             return StepCost(0.0)
         key = (step.command, step.variant or "", re.sub(r"\d+", "", step.output_name))
@@ -108,6 +110,8 @@ class _Pilot:
                 return StepCost(0.0)
             case CacheConfig():
                 return self._cache(step, config)
+            case ImportConfig() | CacheMergeConfig() | CacheFilterConfig():
+                return self._derive(step, config)
             case TrainConfig():
                 return self._train(config, item)
             case EvalConfig():
@@ -159,6 +163,34 @@ class _Pilot:
             if Path(config.out).is_relative_to(self.directory):  # nothing is written to a cache that is not a copy
                 in_child(timed, step.command, config)
         return StepCost(cost.seconds, cost.devices)
+
+    def _derive(self, step: Step, config: ImportConfig | CacheMergeConfig | CacheFilterConfig) -> StepCost:
+        """The time of a small copy, by the rows that are read. A filter that keeps none of them leaves its source."""
+        if isinstance(config, ImportConfig):
+            small = min(config.limit or _CACHE_ROWS, _CACHE_ROWS)
+            seconds = in_child(timed, step.command, _changed(config, limit=small))
+            if config.limit is None:
+                return StepCost(None, reason="its rows are not counted before they are read: give `limit`")
+            self.cached_rows[step.out] = config.limit
+            return StepCost(seconds * config.limit / small)
+        given = step.config
+        assert isinstance(given, CacheMergeConfig | CacheFilterConfig)
+        sources = [given.cache] if isinstance(given, CacheFilterConfig) else given.caches
+        copies = [config.cache] if isinstance(config, CacheFilterConfig) else config.caches
+        small = sum(TeacherCache.open(copy).manifest.counts["rows"] for copy in copies)
+        real = sum(
+            self.cached_rows.get(source) or TeacherCache.open(source).manifest.counts["rows"] for source in sources
+        )
+        try:
+            seconds = in_child(timed, step.command, config)
+        except UserError:
+            if isinstance(config, CacheMergeConfig):
+                raise
+            self.made[step.out], self.cached_rows[step.out] = config.cache, real
+            return StepCost(None, reason="none of the pilot's rows is kept")
+        kept = TeacherCache.open(config.out).manifest.counts["rows"]
+        self.cached_rows[step.out] = round(real * kept / small)
+        return StepCost(seconds * real / small)
 
     def _train(self, config: TrainConfig, item: PlannedStep) -> StepCost:
         if config.student_samples == "live":

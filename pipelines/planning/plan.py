@@ -17,6 +17,7 @@ from dpkd.pipelines.commands.options import NoiseConfig, PrepareConfig
 from dpkd.pipelines.planning.model_sizes import ModelSizes
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig, ImportConfig
 
 # bytes that a cached position takes beside its entries, and each entry (docs/results/cache-size.md)
 _BYTES_A_POSITION, _BYTES_AN_ENTRY = 15.0, 2.4
@@ -28,7 +29,8 @@ _PROMPT_TOKENS = 400  # of the judge's own prompt, at most
 #: the file that each command but cache-teacher writes last, in its output
 _LAST_FILES = {
     "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
-    "eval": "report.json", "report": "report.json", "judge": "judge.json",
+    "eval": "report.json", "report": "report.json", "judge": "judge.json", "cache import": "manifest.json",
+    "cache merge": "manifest.json", "cache filter": "manifest.json",
 }  # fmt: skip
 
 
@@ -94,6 +96,17 @@ class _Knowledge:
         rows = self.data_rows[data]
         return self.assumed.get(data, rows) if math.isnan(rows) else rows
 
+    def rows_of_cache(self, cache: str) -> float:
+        """Rows of a cache that exists or that a step writes."""
+        from dpkd.teacher_cache.store.reader import TeacherCache
+
+        if cache not in self.cache_rows:
+            try:
+                self.cache_rows[cache] = TeacherCache.open(cache).manifest.counts["rows"]
+            except UserError:  # a real run says so
+                self.cache_rows[cache] = math.nan
+        return self.cache_rows[cache]
+
     def size_of(self, model: str) -> float:
         """Parameters of a model."""
         size = self.sizes.of(model)
@@ -117,6 +130,15 @@ def _plan(step: Step, known: _Knowledge) -> PlannedStep:
             return _prepare(step, config, known)
         case CacheConfig():
             return _cache(step, config, known)
+        case ImportConfig():
+            rows = known.cache_rows[step.out] = math.nan if config.limit is None else config.limit
+            return PlannedStep(step, words=f"{_count(rows)} rows of {config.source}")
+        case CacheMergeConfig():
+            rows = known.cache_rows[step.out] = sum(map(known.rows_of_cache, config.caches))
+            return PlannedStep(step, words=f"{_count(rows)} rows of {len(config.caches)} caches")
+        case CacheFilterConfig():
+            rows = known.cache_rows[step.out] = known.rows_of_cache(config.cache)
+            return PlannedStep(step, words=f"{_count(rows)} rows at most of {config.cache}")
         case InitStudentConfig():
             size = known.size_of(str(config.out))
             return PlannedStep(step, disk=size * _BYTES_A_WEIGHT, words=_size_text(size))

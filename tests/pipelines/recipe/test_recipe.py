@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from support.toys import ROOT
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
-from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.commands.registry import COMMANDS, STEPS
 from dpkd.pipelines.flags import add_command
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import _wait, run_steps
@@ -429,3 +430,58 @@ def test_the_parent_of_recipe_steps_touches_no_device() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "['is_available']"  # the test's own question
+
+
+def test_caches_are_imported_merged_and_filtered_by_a_recipe(
+    tmp_path: Path, toy_teacher: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command with an `out` is a step, and a plan times those that make caches of caches."""
+    assert {name for name, command in COMMANDS.items() if "out" in command.options_class().model_fields} - {
+        "run", "reproduce"
+    } == {command.name for command in STEPS}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(toy_data, tmp_path / "rows.jsonl")
+    teach = f"""
+[[steps]]
+command = "cache-teacher"
+teacher = "{toy_teacher}"
+data = "rows.jsonl"
+engine = "transformers"
+device = "cpu"
+max_new_tokens = 6
+top_k = 4
+limit = 5
+"""
+    text = f"""{teach}seed = 1
+out = "first"
+{teach}seed = 2
+out = "second"
+
+[[steps]]
+command = "cache merge"
+caches = ["first", "second"]
+duplicates = "renumber"
+out = "both"
+
+[[steps]]
+command = "cache filter"
+cache = "both"
+where = ["sample == 1"]
+out = "kept"
+"""
+    recipe = write(tmp_path / "r.toml", text)
+    plan = dpkd("plan", recipe)
+    assert plan.returncode == 0, plan.stderr
+    assert "10 rows of 2 caches" in plan.stdout
+    assert "10 rows at most of both" in plan.stdout
+    assert "not timed" not in plan.stdout
+    assert not (tmp_path / "both").exists()
+    run_steps(read_recipe(recipe), "r")
+    both, kept = TeacherCache.open("both"), TeacherCache.open("kept")
+    assert (both.manifest.counts["rows"], kept.manifest.counts["rows"]) == (10, 5)
+    # the commands by hand make the same
+    assert dpkd("cache", "merge", "first", "second", "--duplicates", "renumber", "--out", "by-hand").returncode == 0
+    assert TeacherCache.open("by-hand").manifest.shards == both.manifest.shards
+    before = Path("kept/manifest.json").stat().st_mtime_ns
+    run_steps(read_recipe(recipe), "r")
+    assert Path("kept/manifest.json").stat().st_mtime_ns == before
