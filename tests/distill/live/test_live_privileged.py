@@ -1,0 +1,109 @@
+"""Live samples where the teacher sees more than the student: each model is asked under its own prompt.
+
+The teacher runs in this process, by transformers, instead of behind a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.samples import stored_rows
+from transformers import AutoTokenizer, PreTrainedModel
+
+from dpkd.core.models import ModelSource, locate_model
+from dpkd.distill.live import rows as live_module
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.training import train
+from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FailedRequest, ScoreRequest
+from dpkd.teacher_cache.engines.open import open_engine
+from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.reader import TeacherCache
+
+MAX_NEW_TOKENS = 12
+
+
+class LocalTeacher:
+    """The engine of transformers in place of the servers: same requests, same results."""
+
+    directory: Path
+
+    def __init__(
+        self, cache: TeacherCache, urls: Sequence[str], student: ModelSource, max_length: int, *others: object
+    ) -> None:
+        teacher = locate_model(str(self.directory), "teacher")
+        options = EngineOptions(max_length=max_length, top_k=cache.top_k, dtype="float32", device="cpu")
+        self._stack = ExitStack()
+        self._engine = self._stack.enter_context(open_engine("transformers", teacher, options))
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
+        return self._engine.score(requests)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def logprobs(model: PreTrainedModel, prompt_ids: list[int], response_ids: list[int]) -> np.ndarray:
+    """Log-probs [T, V] in float64 of the model in memory."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    found: np.ndarray = logits.double().log_softmax(-1).numpy()
+    return found
+
+
+def test_teacher_and_student_have_their_own_prompts(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalTeacher, "directory", toy_teacher, raising=False)
+    monkeypatch.setattr(live_module, "TeacherServers", LocalTeacher)
+    own = {f"r{i}": [{"role": "user", "content": f"What is {i} and {i}?"}] for i in range(6)}
+    hints = {name: [{"role": "system", "content": "Say it in words."}, *turns] for name, turns in own.items()}
+    lines: list[dict[str, Any]] = [{"id": name, "messages": own[name], "teacher_messages": hints[name]} for name in own]
+    data, cache, run = tmp_path / "hints.jsonl", tmp_path / "cache", tmp_path / "run"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    build_cache(
+        CacheConfig(
+            teacher=str(toy_teacher), data=str(data), out=str(cache), engine="transformers", template="chat",
+            top_k=16, max_new_tokens=MAX_NEW_TOKENS, device="cpu",
+        )
+    )  # fmt: skip
+    config = TrainConfig(
+        cache=str(cache), student=str(toy_student), out=run, student_samples="live", teacher_url=("http://127.0.0.1:1",),
+        level="token", steps=2, batch_size=3, validation_examples=0, staleness=0, learning_rate=1e-9, device="cpu",
+    )  # fmt: skip
+    train(config)
+
+    tokenizer = AutoTokenizer.from_pretrained(toy_teacher)
+    teacher, student = (locate_model(str(path), "model").load("float32").eval() for path in (toy_teacher, toy_student))
+    rows, differences = list(stored_rows(run)), []
+    assert len(rows) == 6
+    for row in rows:
+        own_ids, hint_ids = (
+            tokenizer.apply_chat_template(turns[row.example_id], add_generation_prompt=True)["input_ids"]
+            for turns in (own, hints)
+        )
+        assert row.prompt_ids.tolist() == own_ids  # what the student reads
+        assert row.asked_ids.tolist() == hint_ids
+        response = row.response_ids.tolist()
+        positions = np.arange(len(response))
+        # the student has drawn under its own prompt (the step of 1e-9 leaves its weights as they are)
+        assert row.sampling_logprobs is not None
+        np.testing.assert_allclose(
+            row.sampling_logprobs, logprobs(student, own_ids, response)[positions, response], atol=1e-3
+        )
+        # the teacher's values are those of its longer prompt
+        full_TV = logprobs(teacher, hint_ids, response)
+        np.testing.assert_allclose(row.response_logprobs, full_TV[positions, response], atol=1e-3)
+        assert row.distributions is not None
+        ids_TK = row.distributions.ids_E.reshape(-1, 16)
+        kept_TK = np.take_along_axis(full_TV, ids_TK, axis=1)
+        np.testing.assert_allclose(row.distributions.logprobs_E.reshape(-1, 16), kept_TK, atol=1 / 256 + 1e-3)
+        differences.append(np.abs(full_TV - logprobs(teacher, own_ids, response)).max())
+    assert min(differences) > 0.1  # the prompts differ in what the teacher says
