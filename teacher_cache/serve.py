@@ -59,7 +59,7 @@ def serve_teacher(config: ServeConfig) -> None:
     check_fits(teacher, EngineOptions(max_length=max_length, top_k=cache.top_k, dtype=""))
     on_cpu = runs_on_cpu(config.device)
     command = server_command(config, cache, teacher, max_length, on_cpu=on_cpu)
-    environment = own_environment(teacher, max_length, _CPU_SEQUENCES, on_cpu=on_cpu) | os.environ
+    environment = own_environment(on_cpu=on_cpu) | os.environ
     environment.pop(KEY_VARIABLE, None)
     if key := key_in(KEY_VARIABLE):
         environment[KEY_VARIABLE] = key
@@ -83,7 +83,9 @@ def server_command(
         command += ["--middleware", f"{KeyFilter.__module__}.{KeyFilter.__name__}"]
     command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     dtype = cache.identities["teacher"]["dtype"]
-    settings = own_settings(teacher, dtype=dtype, max_length=max_length, top_k=cache.top_k, on_cpu=on_cpu)
+    settings = own_settings(
+        teacher, dtype=dtype, max_length=max_length, top_k=cache.top_k, num_sequences=_CPU_SEQUENCES, on_cpu=on_cpu
+    )
     for key, value in (settings | parse_engine_args(config.engine_arg)).items():
         name = key.replace("_", "-")
         if isinstance(value, bool):

@@ -83,11 +83,16 @@ class VllmEngine(Engine):
 
     def __init__(self, model: ModelSource, options: EngineOptions) -> None:
         on_cpu = runs_on_cpu(options.device)
-        for name, value in own_environment(model, options.max_length, options.max_num_seqs, on_cpu=on_cpu).items():
+        for name, value in own_environment(on_cpu=on_cpu).items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
         self._settings = own_settings(
-            model, dtype=options.dtype, max_length=options.max_length, top_k=options.top_k, on_cpu=on_cpu
+            model,
+            dtype=options.dtype,
+            max_length=options.max_length,
+            top_k=options.top_k,
+            num_sequences=options.max_num_seqs,
+            on_cpu=on_cpu,
         )
         self._settings |= {
             "max_num_seqs": options.max_num_seqs,
@@ -120,8 +125,8 @@ class VllmEngine(Engine):
             f"vLLM ran out of memory: {_first_line(error)}",
             where=self._model.path,
             advice=f"Lower --max-num-seqs (now {self._options.max_num_seqs}), --max-new-tokens or --top-k, or give "
-            "--engine-arg gpu_memory_utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB), then run the same command "
-            "again: it resumes",
+            "--engine-arg gpu_memory_utilization (on a CPU: kv_cache_memory_bytes, or VLLM_CPU_KVCACHE_SPACE in GiB), "
+            "then run the same command again: it resumes",
         )
 
     def generate(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +23,23 @@ from dpkd.teacher_cache.engines.engine import (
     ScoreRequest,
 )
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
+from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
 from dpkd.teacher_cache.options.cache import CacheConfig
 
 pytestmark = pytest.mark.engine
 
 PROMPTS = [[5, 9, 33], [7] * 40, [300, 301, 302, 303], [11, 12]]
 OPTIONS = EngineOptions(max_length=96, top_k=12, dtype="float32", max_num_seqs=3)
+KV_BYTES = 2**27
 
 
 @pytest.fixture(scope="module")
-def vllm(toy_teacher: Path) -> Iterator[Engine]:
-    with open_engine("vllm", locate_model(str(toy_teacher), "teacher"), OPTIONS) as engine:
-        yield engine
+def vllm(toy_teacher: Path) -> Iterator[VllmEngine]:
+    options = replace(OPTIONS, engine_args={"kv_cache_memory_bytes": str(KV_BYTES)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        with VllmEngine(locate_model(str(toy_teacher), "teacher"), options) as engine:
+            yield engine
     gc.collect()
 
 
@@ -142,6 +149,12 @@ def test_the_real_teacher_scores_the_same_in_both(teacher_dir: Path) -> None:
     assert theirs is not None
     assert np.abs(ours.logprobs_E - theirs.logprobs_E).max() < 1e-3
     assert (ours.ids_E == theirs.ids_E).mean() > 0.99  # entries of equal log-prob may change places
+
+
+def test_the_kv_cache_on_a_cpu_is_that_of_the_engine_argument(vllm: VllmEngine) -> None:
+    assert vllm._llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == KV_BYTES
+    # nothing is left behind for the next engine in this process
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 
 def test_auto_is_vllm_where_it_is_installed() -> None:
