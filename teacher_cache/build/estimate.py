@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
+from dpkd.core.identity import derive_seed
 from dpkd.core.progress import say
 from dpkd.teacher_cache.build.cache import CacheInputs, open_inputs
 from dpkd.teacher_cache.build.cost import CacheCost, Phase
@@ -21,6 +22,7 @@ from dpkd.teacher_cache.build.filling import Filler
 from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.build.rounds import RoundInputs, open_round, planned_rows
+from dpkd.teacher_cache.build.survey import Part
 from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, results_only
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
 from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
@@ -29,7 +31,7 @@ from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
-    from dpkd.teacher_cache.store.rows import PlannedRow
+    from dpkd.teacher_cache.store.rows import Origin, PlannedRow
 
 Measure = Callable[..., "tuple[Phase, PilotRun]"]
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,19 +55,28 @@ def _of_cache(config: CacheConfig, *, live: bool) -> CacheCost:
         survey = inputs.plan.survey
         survey_s = time.monotonic() - started_s
         measure = stack.enter_context(_opened(inputs.config, inputs.open_teacher))
-        parts = [part for part, _ in survey.in_order()]
-        for origin, num_rows in survey.by_origin().items():
+        answers: list[str] = []  # of the pilot's first turns; they stand for those before the later turns
+        kinds: dict[tuple[Origin, bool], list[Part]] = {}
+        for part, number in survey.in_order():
+            if number:
+                kinds.setdefault((part.origin, part.turn > 1), []).append(part)
+        for (origin, is_later), parts in kinds.items():
+            num_rows = sum(survey.num_rows[part] for part in parts)
             drawn = sampling(inputs.config, inputs.teacher.stop_token_ids()) if origin == "teacher" else None
             label = "teacher responses" if drawn else "teacher scores of references"
-            # answers to earlier turns are not known yet: their places are empty in the pilot's prompts
-            rows = chain.from_iterable(
-                inputs.plan.rows(part, lambda name, sample: "") for part in parts if part.origin == origin
-            )
-            phase, run = measure(label, rows, num_rows, drawn)
+            answer_of = partial(_one_of, answers)
+            rows = (row for part in parts for row in inputs.plan.rows(part, answer_of) if row.failed is None)
+            phase, run = measure(label + (", later turns" if is_later else ""), rows, num_rows, drawn)
             phases.append(phase)
             scored.append((run, num_rows))
+            answers = answers or [inputs.teacher.decode(list(row.response_ids or ())) for row in run.rows]
     live_s, reason = _live_epoch(inputs, scored) if live else (None, "as asked")
     return _cost(inputs, survey_s, phases, live_s, reason, num_skipped=len(survey.skipped))
+
+
+def _one_of(answers: list[str], name: str, sample: int) -> str:
+    """The answer that stands for that of a row; empty where there are none."""
+    return answers[derive_seed(0, name, sample, bits=31) % len(answers)] if answers else ""
 
 
 def _of_round(config: CacheConfig, num_rows: int | None) -> CacheCost:

@@ -264,6 +264,18 @@ def test_the_cost_of_turns_is_that_of_all_their_rows(tmp_path: Path, models: tup
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_estimate_counts_the_answers_before_later_questions(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """Of conversations whose questions are open: later prompts hold the teacher's own answers of 60 tokens."""
+    ask = [say("user", "What is the capital of Italy?"), say("user", "And its river?"), say("user", "And its sea?")]
+    data = write(tmp_path / "data.jsonl", [{"id": str(n), "messages": ask} for n in range(6)])
+    options = {"teacher": str(models[0]), "data": str(data), "turns": "all", "engine": "transformers", "device": "cpu"}
+    options |= {"template": "chat", "max_new_tokens": 60, "max_prompt_tokens": 400, "out": str(tmp_path / "cache")}
+    cost = estimate_cost(CacheConfig(**options, dry_run=True, pilot_rows=12))
+    cache = build(tmp_path / "cache", *[models[0], data], turns="all", top_k=64)
+    real = sum(len(row.prompt_ids) for row in rows_of(cache).values())
+    assert sum(phase.prompt_tokens for phase in cost.phases) == pytest.approx(real, rel=0.1)
+
+
 def test_a_round_has_the_turns_of_its_cache(tmp_path: Path, models: tuple[Path, Path]) -> None:
     data = write(tmp_path / "data.jsonl", conversations())
     cache = build(tmp_path / "cache", models[0], data, turns="all", max_new_tokens=6)
