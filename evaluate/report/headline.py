@@ -59,8 +59,10 @@ def ranked_columns(rows: Sequence[Ranked], roles: Mapping[str, str], size: str, 
     `roles` are the names of `teacher` and `baseline` in titles, `size` is the title of the sizes, and `missing` stands
     for what is not known of one model.
     """
-    columns = {
-        f"over {roles['baseline']}": [row.difference and interval_cell(row.difference, sign="+") for row in rows],
+    columns: dict[str, list[Cell | None]] = {
+        f"over {roles['baseline']}": [
+            interval_cell(row.difference, sign="+") if row.difference else None for row in rows
+        ],
         f"of {roles['teacher']}": [None if row.share is None else Cell(f"{row.share:.0%}") for row in rows],
         size: [Cell(row.size) if row.size else None for row in rows],
     }
