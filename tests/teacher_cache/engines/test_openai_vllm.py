@@ -36,7 +36,9 @@ def teacher_that_ends(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: P
     template.write_text(
         "{% if tools %}<|user|>{{ tools | tojson }}<|end|>{% endif %}"
         + plain.replace(
-            turn, turn + "{% for call in message.tool_calls or () %}{{ call.function | tojson }}{% endfor %}"
+            turn,
+            turn + "{% for call in message.tool_calls or () %}{{ call.function.name }}"
+            "{{ call.function.arguments | tojson }}{% endfor %}",
         ),
         encoding="utf-8",
     )
