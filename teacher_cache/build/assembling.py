@@ -23,7 +23,7 @@ from dpkd.teacher_cache.engines.engine import (
 )
 from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.rows import Origin, PlannedRow
+from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import encode_shard
 from dpkd.teacher_cache.store.tables import select_positions, to_table
 
@@ -34,7 +34,7 @@ _SHARDS_IN_FLIGHT = 4  # being encoded or written; limits memory when the disk i
 class ShardLayout:
     """Row i of an origin belongs to shard i // `rows_per_shard`, whose file is named `stem`-NUMBER."""
 
-    origin: Origin
+    origin: str
     rows_per_shard: int
     stem: str
 
