@@ -108,7 +108,7 @@ def test_the_kl_is_that_of_both_models_in_memory(world: dict[str, Path]) -> None
                 )
             ends = [0, *row.distributions.counts_T.cumsum().tolist()]
             for position, (p_V, q_V) in enumerate(zip(p_TV, q_TV, strict=True)):
-                kept = torch.from_numpy(row.distributions.ids_E[ends[position] : ends[position + 1]]).long()
+                kept = torch.from_numpy(row.distributions.ids_E[ends[position] : ends[position + 1]].copy()).long()
                 outcomes = [torch.cat([x[kept], 1 - x[kept].sum()[None]]) for x in (p_V, q_V)]
                 total += float((outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum())
             tokens += len(row.response_ids)

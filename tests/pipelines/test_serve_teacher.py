@@ -188,7 +188,7 @@ def test_a_server_that_ends_by_itself_is_a_clear_error(toy_cache: Path) -> None:
 @pytest.mark.engine
 def test_a_server_that_is_too_slow_is_a_clear_error(tmp_path: Path, toy_cache: Path) -> None:
     config = ServeConfig(cache=toy_cache, port=free_port(), log=tmp_path / "log", start_timeout_s=0.01)
-    with pytest.raises(UserError, match=r"the server did not answer within 0\.01 s .*start_timeout_s"):
+    with pytest.raises(UserError, match=r"the server did not answer within 0\.01 s .*--start-timeout-s"):
         serve_teacher(config)
 
 
