@@ -30,7 +30,7 @@ from dpkd.distill.live.sampler import open_sampler
 from dpkd.distill.live.store import SampleStore
 from dpkd.distill.live.teacher import TeacherServers
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.columns import longest_prompt
+from dpkd.distill.rows.columns import longest_prompts
 from dpkd.distill.rows.row import RowIndex, RowSource, TrainingRow
 from dpkd.distill.rows.sources import check_positions, longest_sample
 from dpkd.distill.rows.views import MixedRows
@@ -73,7 +73,8 @@ class LiveRows:
         self._config, self._rows, self._student, self._model = config, rows, student, model
         self._steps, self._rows_of, self._rank = steps, rows_of, rank
         max_new_tokens = longest_sample(cache, config)
-        longest = longest_prompt(cache.folder, cache.shards()) + max_new_tokens
+        prompts = longest_prompts(cache.folder, cache.shards())
+        longest, longest_of_teacher = (prompt + max_new_tokens for prompt in prompts)
         check_positions(longest, student.max_positions, where=f"{student.name}, with sample_max_new_tokens")
         self._store = SampleStore(config.out, rank, student)
         self._blocks: dict[int, Block] = {}
@@ -82,7 +83,7 @@ class LiveRows:
         self._cancelled = threading.Event()
         self._failure: Exception | None = None
         self._teacher = TeacherServers(
-            cache, config.teacher_url, student, longest, config.teacher_tolerance, patience_s
+            cache, config.teacher_url, student, longest_of_teacher, config.teacher_tolerance, patience_s
         )
         try:
             self._sampler = open_sampler(config, student, model, device, max_new_tokens, longest)

@@ -45,11 +45,14 @@ def read_lengths(
     return lengths
 
 
-def longest_prompt(folder: Folder, records: Sequence[ShardRecord]) -> int:
-    """Tokens of the longest prompt of these shards, of student or teacher; reads all prompts once."""
-    names = ["prompt_ids", "teacher_prompt_ids"]
-    columns = (column for record in records for column in read_columns(folder, record, names).columns)
-    return max(int(pc.max(pc.list_value_length(column)).as_py() or 0) for column in columns)
+def longest_prompts(folder: Folder, records: Sequence[ShardRecord]) -> tuple[int, int]:
+    """Tokens of the longest prompts of these shards, the student's and the teacher's; reads all prompts once."""
+    longest = {"prompt_ids": 0, "teacher_prompt_ids": 0}
+    for record in records:
+        table = read_columns(folder, record, [*longest])
+        for name in table.column_names:
+            longest[name] = max(longest[name], int(pc.max(pc.list_value_length(table[name])).as_py() or 0))
+    return longest["prompt_ids"], max(longest.values())
 
 
 def read_columns(folder: Folder, record: ShardRecord, names: Sequence[str]) -> pa.Table:

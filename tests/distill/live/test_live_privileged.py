@@ -6,6 +6,7 @@ The teacher runs in this process, by transformers, instead of behind a server.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_teacher_and_student_have_their_own_prompts(
     lines: list[dict[str, Any]] = [{"id": name, "messages": own[name], "teacher_messages": hints[name]} for name in own]
     data, cache, run = tmp_path / "hints.jsonl", tmp_path / "cache", tmp_path / "run"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(toy_teacher)
+    own_lengths, hint_lengths = (
+        [len(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]) for turns in of.values()]
+        for of in (own, hints)
+    )
+    assert max(own_lengths) < max(hint_lengths)
+    narrow = tmp_path / "student"  # its positions are enough for its own prompts alone
+    shutil.copytree(toy_student, narrow)
+    config_json = narrow / "config.json"
+    positions = {"max_position_embeddings": max(own_lengths) + MAX_NEW_TOKENS}
+    config_json.write_text(json.dumps(json.loads(config_json.read_text()) | positions))
     build_cache(
         CacheConfig(
             teacher=str(toy_teacher), data=str(data), out=str(cache), engine="transformers", template="chat",
@@ -75,12 +87,11 @@ def test_teacher_and_student_have_their_own_prompts(
         )
     )  # fmt: skip
     config = TrainConfig(
-        cache=str(cache), student=str(toy_student), out=run, student_samples="live", teacher_url=("http://127.0.0.1:1",),
+        cache=str(cache), student=str(narrow), out=run, student_samples="live", teacher_url=("http://127.0.0.1:1",),
         level="token", steps=2, batch_size=3, validation_examples=0, staleness=0, learning_rate=1e-9, device="cpu",
     )  # fmt: skip
     train(config)
 
-    tokenizer = AutoTokenizer.from_pretrained(toy_teacher)
     teacher, student = (locate_model(str(path), "model").load("float32").eval() for path in (toy_teacher, toy_student))
     rows, differences = list(stored_rows(run)), []
     assert len(rows) == 6
