@@ -96,15 +96,22 @@ def evaluate(config: EvalConfig) -> Path:
 
 
 def _warn_of_answers_without_end(config: EvalConfig, scored_sets: Sequence[ScoredSet]) -> None:
+    found = False
     for scored in scored_sets:
         reasons = [answer.finish_reason for answers_N in scored.answers_SN for answer in answers_N]
         cut = reasons.count("length")
         if cut > len(reasons) / 2:
+            found = True
             say(
                 f"model {scored.model}: {cut} of {len(reasons)} answers to {scored.eval_set.name} did not end within "
-                f"{config.max_new_tokens} tokens. If the model does not know the end token of its template, make the "
-                "student with `dpkd init-student --eos-from-teacher`; else raise --max-new-tokens"
+                f"{config.max_new_tokens} tokens."
             )
+    if found:
+        say(
+            "Raise --max-new-tokens if answers of this length are too short for you. A model whose long answers never "
+            "end may not know the end token of its template: make the student with `dpkd init-student "
+            "--eos-from-teacher`"
+        )
 
 
 def _run_model(
