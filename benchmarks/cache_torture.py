@@ -142,14 +142,20 @@ class Torture:
         self.wait_for_commits(process, self.draw.randrange(0, 3))
         signal_to(process, signal.SIGSTOP)
         self.wait_until(lambda: process.poll() is not None or is_stopped(process.pid))
-        path = ""
+        path, at_the_end = "", False
         if not self.folder.exists(MANIFEST):
             self.look("a stopped job")
+            at_the_end = len(self.kept) == sum(name.startswith("shards/") for name in self.reference)
             if self.kept:
                 path = self.draw.choice(sorted(self.kept))
                 self.damage(path)
         signal_to(process, signal.SIGCONT)
         done = process.finish(TIMEOUT_S)
+        if at_the_end and done.returncode == 0:
+            # it was stopped between its last look and the manifest: a finished cache with a bad shard
+            self.counts["damaged after the last look"] += 1
+            self.after_the_end()
+            return
         # it may have been stopped before it looked at the shards
         made_again = f"{path} has changed since it was committed" in done.stderr
         if done.returncode != 0 or (path and not made_again):

@@ -144,6 +144,18 @@ class Job:
         or the rows are not those that were planned.
         """
         self._check_hold()
+        manifest = Manifest(
+            kind=self.kind,
+            identities=self.identities,
+            shards=[self.committed[path] for path in sorted(self.committed)],
+            skipped=skipped,
+            text=dict(text or {}),
+            files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
+            software=software_versions(),
+            format_version=format_of(self.kind, self.identities),
+        )
+        data = manifest.to_bytes()
+        # looked at as late as possible: a shard that changes after it is in the manifest as it was
         self._check_stored()
         rows: dict[str, int] = dict.fromkeys(self._num_rows, 0)
         for record in self.committed.values():
@@ -156,17 +168,7 @@ class Job:
                 where=self.folder,
                 advice="Delete the directory and start again",
             )
-        manifest = Manifest(
-            kind=self.kind,
-            identities=self.identities,
-            shards=[self.committed[path] for path in sorted(self.committed)],
-            skipped=skipped,
-            text=dict(text or {}),
-            files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
-            software=software_versions(),
-            format_version=format_of(self.kind, self.identities),
-        )
-        self.folder.write_checked(MANIFEST, manifest.to_bytes(), self._check_hold)
+        self.folder.write_checked(MANIFEST, data, self._check_hold)
         self._clean_up()
         return manifest
 
