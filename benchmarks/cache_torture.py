@@ -105,12 +105,17 @@ class Torture:
             time.sleep(self.draw.uniform(0, 0.1))
         process.kill()
 
-    def stop(self) -> None:
+    def stopped_job(self) -> Command:
+        """A job that is stopped after up to two commits, unless it has ended before."""
         process = Command(*self.words)
         self.wait_for_lock(process)
         self.wait_for_commits(process, self.draw.randrange(0, 3))
         signal_to(process, signal.SIGSTOP)
         self.wait_until(lambda: process.poll() is not None or is_stopped(process.pid))
+        return process
+
+    def stop(self) -> None:
+        process = self.stopped_job()
         before = self.folder.sizes("shards")
         if process.poll() is None:
             self.expect_refusal(Command(*self.words), "another dpkd job is writing", "a stopped job")
@@ -137,11 +142,7 @@ class Torture:
             self.damage(self.draw.choice(sorted(self.kept)))
 
     def damage_stopped(self) -> None:
-        process = Command(*self.words)
-        self.wait_for_lock(process)
-        self.wait_for_commits(process, self.draw.randrange(0, 3))
-        signal_to(process, signal.SIGSTOP)
-        self.wait_until(lambda: process.poll() is not None or is_stopped(process.pid))
+        process = self.stopped_job()
         path, at_the_end = "", False
         if not self.folder.exists(MANIFEST):
             self.look("a stopped job")
