@@ -40,7 +40,12 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _groups_fit_together(self) -> Self:
-        problem = self._problem_of_the_data() or self._problem_of_the_samples() or self._problem_of_the_terms()
+        problem = (
+            self._problem_of_the_data()
+            or self._problem_of_the_samples()
+            or self._problem_of_the_terms()
+            or self._problem_of_the_unread()
+        )
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -137,28 +142,55 @@ class TrainConfig(
             return "--kd-weight needs a --cache with distributions"
         if not self.weights:
             return "all weights are 0, so there is nothing to learn"
-        if self.label_smoothing and self.objective == "ipo":
-            return "--label-smoothing does not go with --objective ipo"
-        by_token = self.objective in PREFERENCES and self.level == "token"
-        all_pairs = by_token and self.token_pairs == "all"
-        if all_pairs and self.objective != "dpkd":
+        compares_tokens = self.objective in PREFERENCES and self.level == "token"
+        if compares_tokens and self.token_pairs == "all" and self.objective != "dpkd":
             return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
-        if self.skew_alpha and not (self.objective.startswith("skewed") or self.contrasts or all_pairs):
-            return "--skew-alpha goes with a skewed divergence, distillm2, or dpkd with --token-pairs all"
         if self.offset and (problem := self._problem_of_the_offset()) is not None:
             return problem
         if self.contrasts and self.tail == "uniform":
             return (
                 "--objective distillm2 keeps whole responses' distributions, too large with --tail uniform: give bucket"
             )
-        if (self.skew_anchor_chosen or self.skew_anchor_rejected) and not self.contrasts:
-            return "--skew-anchor-chosen and --skew-anchor-rejected go with --objective distillm2"
         if self.kd_temperature != 1 and ("kd" not in self.weights or self.contrasts):
             return "--kd-temperature needs a divergence or kd as --objective, or a --kd-weight"
         if self.kd_temperature != 1 and self.tail == "uniform":
             return "--kd-temperature takes --tail bucket or renormalise: the tail's single tokens are unknown"
-        if self.teacher_floor and not (self.needs_pairs and self.objective in ("dpkd", "dpop")):
-            return "--teacher-floor needs --objective dpkd or dpop with --level sequence"
+        return None
+
+    def _problem_of_the_unread(self) -> str | None:
+        """An option that was given another value than its default, and that the loss would not read."""
+        objective, of_responses = self.objective, self.objective in PREFERENCES and self.level == "sequence"
+        by_token = objective in PREFERENCES and not of_responses
+        pairs = self.token_pairs if by_token else None
+        skewed = objective.startswith("skewed") or self.contrasts or pairs == "all"
+        for keys, is_read, reader in (
+            (("gamma",), objective == "simpo", "--objective simpo"),
+            (("dpop_lambda",), objective == "dpop", "--objective dpop"),
+            (("jsd_beta",), objective == "jsd", "--objective jsd"),
+            (("akl_mu",), objective == "akl", "--objective akl"),
+            (("ab_alpha", "ab_beta"), objective == "alpha-beta", "--objective alpha-beta"),
+            (("minillm_clip",), objective == "minillm", "--objective minillm"),
+            (("skew_anchor_chosen", "skew_anchor_rejected", "skew_schedule"), self.contrasts, "--objective distillm2"),
+            (("skew_alpha",), skewed, "a skewed divergence, distillm2, or dpkd with --token-pairs all"),
+            (("token_pairs",), by_token, "a preference with --level token"),
+            (("label_smoothing",), (by_token or of_responses) and objective != "ipo", "a preference other than ipo"),
+            (
+                ("length_normalize",),
+                (of_responses and objective != "simpo") or objective == "minillm",
+                "--level sequence (other than simpo, which always divides) or --objective minillm",
+            ),
+            (("teacher_floor",), of_responses and objective in ("dpkd", "dpop"), "dpkd or dpop with --level sequence"),
+            (("pairing",), self.needs_pairs, "--level sequence or --objective distillm2"),
+            (
+                ("tail",),
+                "kd" in self.weights or pairs in ("all", "drawn"),
+                "a divergence or kd as --objective, a --kd-weight, or --token-pairs all or drawn",
+            ),
+            (("lm_length",), self.lm_data is not None, "--lm-data"),
+        ):
+            given = [key for key in keys if not _is_zero(getattr(self, key))]
+            if not is_read and (changed := self.changed(*given)):
+                return f"{', '.join(changed)} goes with {reader}: nothing else reads it"
         return None
 
     def _problem_of_the_offset(self) -> str | None:
@@ -232,3 +264,8 @@ class TrainConfig(
         given = {name: getattr(self, f"{name}_weight") for name in names}
         merged = {name: own.get(name, 0.0) if given[name] is None else given[name] for name in names}
         return {name: float(weight) for name, weight in merged.items() if weight}
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a constant is 0: it changes nothing where it is not read, and presets say it."""
+    return isinstance(value, float) and value == 0

@@ -71,7 +71,11 @@ def test_presets_pin_what_they_mean() -> None:
         ),
         ({"objective": "forward-kl", "skew_alpha": 0.2}, "--skew-alpha goes with a skewed divergence"),
         ({"token_pairs": "argmax", "skew_alpha": 0.2}, "--skew-alpha goes with a skewed divergence"),
-        ({"teacher_floor": True}, "--teacher-floor needs --objective dpkd or dpop with --level sequence"),
+        ({"teacher_floor": True}, "--teacher-floor goes with dpkd or dpop with --level sequence"),
+        (
+            {"objective": "simpo", "level": "sequence", "round": "r0", "length_normalize": False},
+            "simpo, which always divides",
+        ),
         ({"objective": "seqkd", "responses": "all"}, "--objective seqkd learns from the teacher's responses"),
     ],
     ids=str,
@@ -79,6 +83,41 @@ def test_presets_pin_what_they_mean() -> None:
 def test_what_would_train_on_the_wrong_thing_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(**options)
+
+
+ROUND = {"level": "sequence", "round": "r0"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reader"),
+    [
+        ("gamma", 1.0, ROUND | {"objective": "simpo"}),
+        ("dpop_lambda", 1.0, {"objective": "dpop", "token_pairs": "drawn"}),
+        ("jsd_beta", 0.2, {"objective": "jsd"}),
+        ("akl_mu", 0.2, {"objective": "akl"}),
+        ("ab_alpha", 0.5, {"objective": "alpha-beta"}),
+        ("ab_beta", 0.5, {"objective": "alpha-beta"}),
+        ("minillm_clip", 0.5, {"objective": "minillm", "round": "r0"}),
+        ("skew_schedule", False, {"objective": "distillm2", "round": "r0"}),
+        ("token_pairs", "drawn", {"objective": "dpkd"}),
+        ("label_smoothing", 0.1, {"objective": "dpkd"}),
+        ("length_normalize", False, ROUND),
+        ("length_normalize", False, {"objective": "minillm", "round": "r0"}),
+        ("pairing", "all", ROUND),
+        ("tail", "renormalise", {"objective": "sft", "kd_weight": 0.5}),
+        ("tail", "renormalise", {"token_pairs": "drawn"}),
+        ("lm_length", 64, {"lm_data": "text"}),
+    ],
+    ids=str,
+)
+def test_an_option_that_nothing_reads_is_refused(key: str, value: Any, reader: dict[str, Any]) -> None:
+    assert getattr(parse(**reader, **{key: value}), key) == value
+    with pytest.raises(UserError, match=f"{key.replace('_', '-')} goes with .*: nothing else reads it"):
+        parse(objective="sft", **{key: value})
+
+
+def test_a_constant_of_0_is_not_refused() -> None:
+    assert parse(objective="forward-kl", label_smoothing=0.0, skew_alpha=0.0, gamma=0.0).weights == {"kd": 1.0}
 
 
 def test_seqkd_reads_teacher_responses_also_of_a_growing_cache() -> None:
