@@ -57,7 +57,7 @@ def layer_lists(options: argparse.Namespace) -> dict[str, dict[int, list[int]]]:
         }
     source, device = locate_model(str(options.teacher), "teacher"), choose_device(options.device)
     model = source.load("float32").to(device).eval()
-    rows = rows_of_cache(TeacherCache.open(options.out / "cache"), options.choose_rows)
+    rows = rows_of_cache(TeacherCache.open(options.cache), options.choose_rows)
     batches = with_teacher(model, list(batches_of(rows.choose, device)), len(source.tokenizer))
     trials = Trials(model, batches, len(source.tokenizer))
     num_layers = len(trials.layers)
@@ -114,7 +114,7 @@ def make(task: tuple[argparse.Namespace, str, dict[str, Any]]) -> dict[str, Any]
     """Make one student and measure it."""
     options, name, arm = task
     out = options.out / "students" / slug(name)
-    rows = {"cache": str(options.out / "cache"), "cache_rows": options.choose_rows}
+    rows = {"cache": str(options.cache), "cache_rows": options.choose_rows}
     try:
         init_student(InitStudentConfig(teacher=str(options.teacher), out=out, device=options.device, **rows, **arm))
     except UserError as error:  # some splits do not exist for some teachers
@@ -133,7 +133,7 @@ def train_one(task: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
     started_s = time.perf_counter()
     train(
         TrainConfig(
-            cache=str(options.out / "cache"), student=str(options.out / "students" / slug(name)), out=run, seed=seed,
+            cache=str(options.cache), top_k=64, student=str(options.out / "students" / slug(name)), out=run, seed=seed,
             steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, save_every=None,
             validation_examples=0, device=options.device, tracker="none",
         )
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="a Llama-like checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, help="directory of caches, students and results")
     parser.add_argument("--data", type=Path, default=Path("examples/dolly/train.jsonl"), help="training rows")
+    parser.add_argument("--cache", type=Path, help="a finished cache to train on, instead of --data")
     parser.add_argument("--heldout", type=Path, default=Path("examples/dolly/heldout.jsonl"), help="held-out rows")
     parser.add_argument("--rows", type=int, default=960, help="training rows to cache, at most")
     parser.add_argument("--measure-rows", type=int, default=96, help="held-out rows to measure on, at most")
@@ -225,7 +226,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    cache_teacher(options, options.data, options.rows, options.out / "cache")
+    if options.cache is None:
+        options.cache = options.out / "cache"
+        cache_teacher(options, options.data, options.rows, options.cache)
     cache_teacher(options, options.heldout, options.measure_rows, options.out / "heldout")
     print(table(options, study(options)))
 
