@@ -1,6 +1,7 @@
 """`dpkd train --cache C --student S --out R` and nothing else: students of several families get nearer to the teacher.
 
-Their KL and agreement are measured here, on full logits of the teacher, not read from the run's own log.
+Their KL and agreement are measured here, on full logits of the teacher, not read from the run's own log; Rouge-L is
+that of `dpkd eval`.
 """
 
 from __future__ import annotations
@@ -64,10 +65,25 @@ def test_the_command_alone_distils(tmp_path: Path, toy_tokenizer: Path, make: Ca
     facts = json.loads((out / "run.json").read_text())
     assert facts["alarms"] == []
     assert facts["validation"]["best_metric"] == "kld"
+    better = compare_rouge_l(world, tmp_path, untrained=world["student"], trained=out)
+    assert better["low"] > 0
     # what the run says of itself, on the kept entries, is a lower bound of the truth and not far from it
     best = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()][-1]
     assert best["kld"] <= after[0] + 1e-3
     assert best["kld"] > 0.7 * after[0]
+
+
+def compare_rouge_l(world: dict[str, Path], directory: Path, **models: Path) -> dict[str, float]:
+    """The second model less the first, by `dpkd eval`: one row for each prompt of the task, five seeds."""
+    data, out = directory / "prompts.jsonl", directory / "report"
+    lines = {json.loads(line)["instruction"]: line for line in world["data"].read_text().splitlines()}
+    data.write_text("\n".join(lines.values()) + "\n")
+    named = [argument for name, path in models.items() for argument in ("--model", f"{name}={path}")]
+    options = ("--engine", "transformers", "--template", "chat", "--max-new-tokens", "16", "--seeds", "0,1,2,3,4")
+    assert command_line(["eval", "--data", f"toy={data}", "--out", str(out), *named, *options]) == 0
+    (comparison,) = json.loads((out / "report.json").read_text())["comparisons"]["toy"]
+    assert (comparison["model"], comparison["baseline"]) == ("trained", "untrained")
+    return comparison["rouge_l"]
 
 
 @torch.no_grad()
