@@ -35,11 +35,6 @@ def from_writer(arm: str) -> bool:
     return arm.startswith(("eq", "writer"))
 
 
-def baseline(arm: str) -> str:
-    """What an arm is compared with: forward KL for the same steps from the same start."""
-    return "writer-forward-kl" if from_writer(arm) else "forward-kl"
-
-
 def choose_finalists(lines: Sequence[Line], first_seed: int, number: int) -> list[str]:
     """The `number` arms with the best Rouge-L on the selection rows with the first seed, and `ALWAYS`."""
     scored = [line for line in lines if line["scored"] and line["seed"] == first_seed and "selection_rouge_l" in line]
@@ -69,6 +64,12 @@ class Found:
         """Rouge-L of each row [training seeds, rows], the mean over generation seeds."""
         return np.array([line[f"{data}_rouge_rows"] for line in self.scored[arm]])
 
+    def baseline(self, arm: str) -> str:
+        """What an arm is compared with: forward KL for the same steps from the same start, or the default without."""
+        if from_writer(arm):
+            return "writer-forward-kl"
+        return "forward-kl" if "forward-kl" in self.scored else "dpkd-all"
+
     def mean(self, arm: str, key: str) -> float:
         return float(np.mean([line[key] for line in self.scored[arm]]))
 
@@ -90,7 +91,7 @@ def results_text(found: Found) -> str:
         if names:
             parts += [f"### {title}: all arms, first seed", _arms_table(found, names)]
     finalists = [arm for arm in arms if len(found.scored[arm]) > 1]
-    if all(baseline(arm) in finalists for arm in finalists) and finalists:
+    if all(found.baseline(arm) in finalists for arm in finalists) and finalists:
         parts += ["### Finalists, several training seeds", _finalists(found, finalists)]
     sizes = [name for name in found.facts["sizes"] if name in found.scored]
     if len(sizes) > 1:
@@ -169,8 +170,8 @@ def _finalists(found: Found, arms: Sequence[str]) -> str:
     parts = []
     for data in found.sets:
         means = {arm: found.rows(arm, data).mean(axis=0) for arm in arms}
-        others = [arm for arm in arms if arm != baseline(arm)]
-        gaps = np.array([means[arm] - means[baseline(arm)] for arm in others]).reshape(len(others), -1)
+        others = [arm for arm in arms if arm != found.baseline(arm)]
+        gaps = np.array([means[arm] - means[found.baseline(arm)] for arm in others]).reshape(len(others), -1)
         differences = paired_differences(gaps, _FLIPS, 0)
         family = [difference._asdict() for difference in differences]
         add_holm(family)
@@ -187,7 +188,8 @@ def _finalists(found: Found, arms: Sequence[str]) -> str:
             test = against[arm]
             gap = _interval(Interval(test["mean"], test["low"], test["high"]), "+")
             rows.append([*row, gap, p_value_text(test["p_value"]), p_value_text(test["p_holm"])])
-        head = ["arm", "seeds", f"Rouge-L, {data}", "sd of seeds", *_HEADS[:4], "less forward KL", "p", "p, Holm"]
+        less = "less forward KL" if "forward-kl" in found.scored else "less dpkd-all"
+        head = ["arm", "seeds", f"Rouge-L, {data}", "sd of seeds", *_HEADS[:4], less, "p", "p, Holm"]
         parts.append(markdown_table(head, rows))
     return "\n\n".join(parts)
 
