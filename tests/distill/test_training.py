@@ -344,7 +344,7 @@ def test_cuda_is_used_where_it_is_and_refused_where_it_is_not(
         ({"preset": "paper", "round": "r0"}, "needs --lm-data"),
         ({"dpkd_weight": 0, "sft_weight": 1}, "--dpkd-weight 0 leaves nothing"),
         ({"objective": "kd", "dpkd_weight": 1}, "--dpkd-weight does not go with --objective kd"),
-        ({"objective": "ipo", "label_smoothing": 0.1}, "does not go with --objective ipo"),
+        ({"objective": "ipo", "token_pairs": "drawn", "label_smoothing": 0.1}, "goes with a preference other than ipo"),
         ({"data": "x.jsonl"}, "--data replaces --cache and needs --objective sft"),
         ({"cache": None}, "`cache` .or `data`. is required"),
         ({"bogus": 1}, "unknown option `bogus` .in here"),
