@@ -150,7 +150,7 @@ def test_it_ends_at_the_teacher(anchor: float | None, progress: float) -> None:
         ({"round": "r0", "level": "sequence"}, "--level sequence needs a preference"),
         ({"round": "r0", "tail": "uniform"}, "too large with --tail uniform"),
         ({"round": "r0", "mix": 0.5}, "and --objective distillm2 compares two"),
-        ({"round": "r0", "objective": "jsd", "skew_anchor_chosen": 0.1}, "--skew-anchor-.* go with"),
+        ({"round": "r0", "objective": "jsd", "skew_anchor_chosen": 0.1}, "--skew-anchor-.* goes with"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_learn_from_is_refused(options: dict[str, Any], message: str) -> None:
