@@ -226,7 +226,8 @@ def draw(found: Found, path: Path) -> list[Path]:
     titles = (f"Rouge-L, {data}", "KL(p, q), teacher's responses (nats)", "KL(q, p), student's own (nats)")
     for panel, points, title in zip(panels, values, titles, strict=True):
         for number, (label, chosen) in enumerate((("from the start", False), ("from the writer", True))):
-            mine = [place for place in places if from_writer(arms[place]) is chosen]
+            if not (mine := [place for place in places if from_writer(arms[place]) is chosen]):
+                continue
             panel.scatter([points[place] for place in mine], mine, color=COLOURS[number], label=label, s=20, zorder=3)
         panel.set_title(title, fontsize=9)
         panel.set_yticks(places, arms if panel is panels[0] else [], fontsize=7)
