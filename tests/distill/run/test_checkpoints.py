@@ -190,7 +190,7 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
 
 
 def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
-    changed = {"objective": "sft", "best_metric": "reward_margin"}
+    changed = {"objective": "sft", "token_pairs": "all", "best_metric": "reward_margin"}
     with pytest.raises(UserError, match="validation does not measure the best_metric: found best_metric reward_margin"):
         train(config(tmp_path / "run", toy_cache, toy_student, **changed))
 
