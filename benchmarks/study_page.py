@@ -65,7 +65,7 @@ class Found:
         return np.array([line[f"{data}_rouge_rows"] for line in self.scored[arm]])
 
     def baseline(self, arm: str) -> str:
-        """What an arm is compared with: forward KL for the same steps from the same start, or the default without."""
+        """What an arm is compared with: forward KL for the same steps from the same start; without it, the default."""
         if from_writer(arm):
             return "writer-forward-kl"
         return "forward-kl" if "forward-kl" in self.scored else "dpkd-all"

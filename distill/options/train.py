@@ -84,7 +84,7 @@ class TrainConfig(
         objective, samples, paired = self.objective, self.student_samples, self.needs_pairs
         if self.level == "sequence" and objective not in PREFERENCES:
             return f"--level sequence needs a preference as --objective ({', '.join(PREFERENCES)})"
-        if self.level == "token" and objective in PREFERENCES and objective not in TOKEN_PREFERENCES:
+        if self.compares_tokens and objective not in TOKEN_PREFERENCES:
             return f"--objective {objective} compares whole responses: give --level sequence"
         if objective in ("sft", "seqkd") and (samples is not None or self.round is not None):
             return f"--objective {objective} takes no --student-samples and no --round"
@@ -142,8 +142,7 @@ class TrainConfig(
             return "--kd-weight needs a --cache with distributions"
         if not self.weights:
             return "all weights are 0, so there is nothing to learn"
-        compares_tokens = self.objective in PREFERENCES and self.level == "token"
-        if compares_tokens and self.token_pairs == "all" and self.objective != "dpkd":
+        if self.compares_tokens and self.token_pairs == "all" and self.objective != "dpkd":
             return f"--objective {self.objective} compares single tokens: give --token-pairs drawn or argmax"
         if self.offset and (problem := self._problem_of_the_offset()) is not None:
             return problem
@@ -159,8 +158,8 @@ class TrainConfig(
 
     def _problem_of_the_unread(self) -> str | None:
         """An option that was given another value than its default, and that the loss would not read."""
-        objective, of_responses = self.objective, self.objective in PREFERENCES and self.level == "sequence"
-        by_token = objective in PREFERENCES and not of_responses
+        objective, by_token = self.objective, self.compares_tokens
+        of_responses = objective in PREFERENCES and not by_token
         pairs = self.token_pairs if by_token else None
         skewed = objective.startswith("skewed") or self.contrasts or pairs == "all"
         for keys, is_read, reader in (
@@ -207,6 +206,11 @@ class TrainConfig(
         return None
 
     @property
+    def compares_tokens(self) -> bool:
+        """Whether the loss is a preference between tokens at each position."""
+        return self.objective in PREFERENCES and self.level == "token"
+
+    @property
     def needs_pairs(self) -> bool:
         """Whether the loss compares two responses."""
         return self.contrasts or (self.objective in PREFERENCES and self.level == "sequence")
@@ -251,8 +255,7 @@ class TrainConfig(
     @property
     def needs_distributions(self) -> bool:
         """Whether a term reads the cached distributions."""
-        by_token = self.objective in PREFERENCES and self.level == "token"
-        return by_token or bool({"kd", "minillm"} & set(self.weights))
+        return self.compares_tokens or bool({"kd", "minillm"} & set(self.weights))
 
     @property
     def weights(self) -> dict[TermName, float]:
