@@ -85,6 +85,8 @@ class Results:
     def best_rate(self, arm: str) -> float | None:
         """The rate with the lowest KL on the selection rows; None while some have not been tried."""
         first = self._options.seeds[0]
+        if len(self.rates(arm)) == 1:
+            return self.rates(arm)[0]
         found = {line["rate"]: line["kl"] for line in self.find(arm, first, scored=False)}
         tried = set(found) | {task.rate for task in self.failed if task[:1] == (arm,) and not task.scored}
         if not found or not tried >= set(self.rates(arm)):
@@ -95,15 +97,16 @@ class Results:
         """What to start next; None if there is nothing, or nothing yet."""
         first, parts = self._options.seeds[0], self._options.parts
         done = {Task(*(line[key] for key in Task._fields)) for line in self.lines} | running | self.failed
-        scores = [(arm, rate) for arm in self.arms if (rate := self.best_rate(arm)) is not None]
         start = Task(START, 0.0, first, False)
         if not (self._study.out / "writer" / "model.safetensors").is_file():
             done -= {start} - running  # results from another machine, without what the arms share
         is_started = start in done and start not in running
         due = [] if set(self.arms) <= self.early else [start]
-        due += [Task(arm, rate, first, True) for arm, rate in scores]
         arms = [arm for arm in self.arms if is_started or arm in self.early]
-        due += [Task(arm, rate, first, False) for arm in arms for rate in self.rates(arm)]
+        scores = [(arm, rate) for arm in arms if (rate := self.best_rate(arm)) is not None]
+        due += [Task(arm, rate, first, True) for arm, rate in scores]
+        # of a single rate there is nothing to choose: its run is measured once, with its answers
+        due += [Task(arm, rate, first, False) for arm in arms if len(rates := self.rates(arm)) > 1 for rate in rates]
         open_arms = [task for task in due if task not in done]
         settled = not open_arms and not running & set(due)
         later: list[Task] = []
