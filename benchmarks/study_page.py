@@ -90,9 +90,13 @@ def results_text(found: Found) -> str:
         names = [arm for arm in arms if from_writer(arm) is chosen]
         if names:
             parts += [f"### {title}: all arms, first seed", _arms_table(found, names)]
-    finalists = [arm for arm in arms if len(found.scored[arm]) > 1]
-    if all(found.baseline(arm) in finalists for arm in finalists) and finalists:
-        parts += ["### Finalists, several training seeds", _finalists(found, finalists)]
+    if len(found.facts["options"]["seeds"]) > 1:
+        compared = [arm for arm in arms if len(found.scored[arm]) > 1]
+        title = "Finalists, several training seeds"
+    else:
+        compared, title = arms, "Compared with forward KL from the same start, one training seed"
+    if compared and all(found.baseline(arm) in compared for arm in compared):
+        parts += [f"### {title}", _comparisons(found, compared)]
     sizes = [name for name in found.facts["sizes"] if name in found.scored]
     if len(sizes) > 1:
         parts += ["### A smaller cache", _sizes(found, sizes)]
@@ -104,12 +108,13 @@ def results_text(found: Found) -> str:
 
 def _setting(found: Found) -> str:
     options = found.facts["options"]
-    elsewhere = sum(_is_elsewhere(found, line) for line in found.runs)
+    runs = {(line["arm"], line["rate"], line["seed"]): _is_elsewhere(found, line) for line in found.runs}
+    elsewhere = sum(runs.values())
     marked = f" {elsewhere} runs, marked *, on the CPU: their seconds are longer." if elsewhere else ""
     return (
         f"{options['rows']} training rows, {options['select_rows']} selection rows, {options['eval_rows']} rows of "
         f"{', '.join(found.sets)}, {options['steps']} steps of 8 rows, answers of at most {options['max_new_tokens']} "
-        f"tokens with seeds {', '.join(map(str, options['eval_seeds']))}; {len(found.runs)} runs, "
+        f"tokens with seeds {', '.join(map(str, options['eval_seeds']))}; {len(runs)} runs, "
         f"{options['jobs']} at once.{marked}"
     )
 
@@ -134,9 +139,17 @@ def _references(found: Found) -> str:
     rows = []
     for name in ("teacher", "start", "writer"):
         line = found.start[name]
-        scores = [line[f"{data}_rouge_l"], line[f"{data}_num_words"], line[f"{data}_self_repetition"]]
-        rows.append([name, *(f"{line[key]:.3f}" for key in _COLUMNS), *(f"{value:.2f}" for value in scores)])
-    return markdown_table(["model", *_HEADS, f"Rouge-L, {data}", "words", "repeated"], rows)
+        scores = [line[f"{name}_rouge_l"] for name in found.sets]
+        scores += [line[f"{data}_{key}"] for key in ("num_words", "self_repetition")]
+        row = [name, *(f"{line[key]:.3f}" for key in _COLUMNS), *(f"{value:.2f}" for value in scores)]
+        rows.append([*row, _cut(line, data)])
+    scores = [f"Rouge-L, {name}" for name in found.sets]
+    return markdown_table(["model", *_HEADS, *scores, "words", "repeated", "cut"], rows)
+
+
+def _cut(line: Line, data: str) -> str:
+    """Share of the answers that ended at the limit of tokens."""
+    return f"{line[f'{data}_unfinished']:.0f}%"
 
 
 def _arms_table(found: Found, arms: Sequence[str]) -> str:
@@ -152,9 +165,10 @@ def _arms_table(found: Found, arms: Sequence[str]) -> str:
         name = f"{arm} *" if _is_elsewhere(found, line) else arm
         row = [name, f"{line['rate']:g}", *(f"{line[key]:.3f}" for key in _COLUMNS), _interval(rouge)]
         row += [f"{line['selection_rouge_l']:.2f}", f"{line[f'{data}_num_words']:.0f}"]
-        rows.append([*row, f"{line[f'{data}_self_repetition']:.1f}", *(f"{value:.0f}" for value in seconds)])
+        row += [f"{line[f'{data}_self_repetition']:.1f}", _cut(line, data)]
+        rows.append([*row, *(f"{value:.0f}" for value in seconds)])
     rows.sort(key=lambda row: float(row[2]))
-    last = (f"Rouge-L, {data}", "selection", "words", "repeated", "train s", "rounds s")
+    last = (f"Rouge-L, {data}", "selection", "words", "repeated", "cut", "train s", "rounds s")
     return markdown_table(["arm", "rate", *_HEADS, *last], rows)
 
 
@@ -166,7 +180,7 @@ def _shared_round_s(found: Found, arm: str) -> float:
     return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))
 
 
-def _finalists(found: Found, arms: Sequence[str]) -> str:
+def _comparisons(found: Found, arms: Sequence[str]) -> str:
     parts = []
     for data in found.sets:
         means = {arm: found.rows(arm, data).mean(axis=0) for arm in arms}

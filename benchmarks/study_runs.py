@@ -51,7 +51,7 @@ def _run_steps(study: Study, steps: Sequence[Step]) -> dict[str, float]:
     for step in steps:
         started_s = time.perf_counter()
         COMMANDS[step.command].run(_on_machine(study, step))
-        seconds[step.output_name] = round(time.perf_counter() - started_s, 1)
+        seconds[step.output_name.replace(str(study.out), "OUT")] = round(time.perf_counter() - started_s, 1)
     return seconds
 
 

@@ -23,7 +23,7 @@ def load_bridge(name: str) -> Callable[..., Any]:
             f"the installation of dpkd is incomplete: it does not register {name!r}",
             found=", ".join(sorted(registered)) or "no entry points",
             where=f"entry points {GROUP}",
-            advice="Install dpkd again: pip install dpkd, or pip install -e . in a clone",
+            advice="Install dpkd again. In the clone: pip install -e .",
         )
     function: Callable[..., Any] = registered[name].load()
     return function

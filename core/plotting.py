@@ -27,7 +27,9 @@ _LEGEND_CHARACTERS, _COMMAND_CHARACTERS = 110, 360
 def require_matplotlib() -> None:
     """Raise `UserError` when matplotlib is missing; call it before long work whose end is a plot."""
     if find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib, which is not installed", advice="pip install 'dpkd[report]'")
+        raise UserError(
+            "plots need matplotlib, which is not installed", advice="In the clone: pip install -e '.[report]'"
+        )
 
 
 def new_figure(

@@ -29,7 +29,10 @@ def check_adapters(source: ModelSource, config: TrainConfig) -> None:
     if config.lora_rank is None:
         return
     if importlib.util.find_spec("peft") is None:
-        raise UserError("--lora-rank needs the package peft, which is not installed", advice="pip install 'dpkd[lora]'")
+        raise UserError(
+            "--lora-rank needs the package peft, which is not installed",
+            advice="In the clone: pip install -e '.[lora]'",
+        )
     from transformers.pytorch_utils import Conv1D
 
     names = [

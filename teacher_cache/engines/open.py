@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
 _INSTALL = {
-    "vllm": "Install dpkd[teacher-cpu] or dpkd[teacher-gpu], or choose --engine transformers",
-    "ray": "Install dpkd[ray], or choose another --engine",
+    "vllm": "In the clone: pip install -e '.[teacher-cpu]' or '.[teacher-gpu]', or choose --engine transformers",
+    "ray": "In the clone: pip install -e '.[ray]', or choose another --engine",
 }
 
 

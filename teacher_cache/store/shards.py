@@ -82,7 +82,7 @@ def newer_dpkd(found: str, expected: str, where: object) -> UserError:
         found=found,
         expected=expected,
         where=where,
-        advice="Install that version: `pip install --upgrade dpkd`",
+        advice="Install that version: in the clone, `git pull`, then `pip install -e .`",
     )
 
 
