@@ -23,7 +23,7 @@ from dpkd.pipelines.process import EXIT_INVALID, run_process
 _ABOUT = "Distil a large language model into a small one without keeping the large one in memory."
 _CODES = (
     "Exit codes: 0 success; 1 internal error (traceback path printed); 2 invalid input or options; 3 finished, but "
-    "some rows failed or an alarm stopped training; 130 interrupted."
+    "some rows failed, an alarm stopped training or a budget was spent; 130 interrupted."
 )
 
 

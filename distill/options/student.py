@@ -32,8 +32,8 @@ class InitStudentConfig(Settings):
     )
     keep: Literal["importance", "spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
         "importance",
-        description="which layers to keep: those that the teacher needs most on rows of --cache or --data (the best "
-        "start, docs/results/students.md), evenly spread ones, the first ones, the last ones, or comma-separated "
+        description="which layers to keep: those that the teacher needs most on rows of --cache or --data (the "
+        "nearest start, docs/results/students.md), evenly spread ones, the first ones, the last ones, or comma-separated "
         "numbers from 0",
     )
     mlp_width: int | None = Field(
