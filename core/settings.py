@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -154,11 +154,23 @@ class Settings(BaseModel):
 
             raise explain(cls, error, values, where, flags) from None
 
+    @classmethod
+    def layered(cls, *layers: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by option name of several layers, such as a file and the flags; later ones override earlier ones."""
+        return {key: value for layer in layers for key, value in layer.items()}
+
+    def implied(self) -> Mapping[str, Any]:
+        """The values that options have where a file leaves them out."""
+        return {key: field.get_default() for key, field in type(self).model_fields.items()}
+
     def to_toml(self) -> str:
-        """The resolved options as TOML; those that are None are left out, since TOML has no null."""
+        """The resolved options as TOML, which has no null: None is left out, or "none" where it is not implied."""
         import tomli_w
 
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        implied = self.implied()
+        values = self.model_dump(mode="json")
+        texts = {key: "none" for key, value in values.items() if value is None and implied[key] is not None}
+        return tomli_w.dumps({key: value for key, value in (values | texts).items() if value is not None})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

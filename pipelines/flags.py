@@ -184,4 +184,4 @@ def resolve(
         if key in flags:
             raise UserError(f"{key} is given twice, as a flag and by --set")
         flags[key] = value.strip()
-    return options.parse(values | flags, where=path or "the command line", flags=flags)
+    return options.parse(options.layered(values, flags), where=path or "the command line", flags=flags)

@@ -46,7 +46,10 @@ class DataOptions(Settings):
         "teacher's for pairs, for --mix and for seqkd, else all",
     )
     top_k: int | None = Field(
-        None, ge=1, description="use only so many of the cache's entries at each position, the likeliest; none: all"
+        None,
+        ge=1,
+        description="use only so many of the cache's entries at each position, the likeliest, in the loss and in "
+        "the logged KL; none: all",
     )
     top_mass: float | None = Field(
         None, gt=0, lt=1, description="use only the fewest entries that reach this probability; none: all"

@@ -81,6 +81,8 @@ class ValidationOptions(Settings):
 
     @model_validator(mode="after")
     def _metrics_are_measured(self) -> Self:
+        if self.validate_every is not None and self.validation_examples == 0:
+            raise ValueError("--validate-every needs --validation-examples of 1 or more")
         keeps_best = self.best_metric not in (None, "last")
         if keeps_best and self.validation_examples == 0:
             raise ValueError(f"--best-metric {self.best_metric} needs --validation-examples of 1 or more")

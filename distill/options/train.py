@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import model_validator
@@ -35,8 +36,22 @@ class TrainConfig(
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
+        return _preset_of(values) | values if isinstance(values, dict) else values
+
+    @classmethod
+    def layered(cls, *layers: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Settings.layered`; a preset counts as options of the layer that names it, and ends an earlier one."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            if "preset" in layer:
+                earlier = _preset_of(merged)
+                merged = {key: value for key, value in merged.items() if key not in earlier or value != earlier[key]}
+                merged |= _preset_of(layer)
+            merged |= layer
+        return merged
+
+    def implied(self) -> Mapping[str, Any]:
+        return {**super().implied(), **PRESETS.get(self.preset or "", {})}
 
     @model_validator(mode="after")
     def _groups_fit_together(self) -> Self:
@@ -55,6 +70,8 @@ class TrainConfig(
             return "--data replaces --cache and needs --objective sft"
         if self.data is not None and (self.top_k or self.top_mass):
             return "--top-k and --top-mass cut the distributions of a --cache, and --data has none"
+        if self.data is not None and self.responses is not None:
+            return "--responses chooses rows of a --cache: --data has references alone"
         if (problem := self._problem_of_the_caches()) is not None:
             return problem
         if self.follow and self.round is not None:
@@ -62,7 +79,7 @@ class TrainConfig(
         if self.follow and self.batch_tokens is not None:
             return "--batch-tokens needs a finished --cache: it sorts all rows by length first"
         if self.cache is None or self.follow:
-            for key in ("validation_examples", "best_metric", "patience", "on_alarm"):
+            for key in ("validation_examples", "validate_every", "best_metric", "patience", "on_alarm"):
                 if getattr(self, key) not in (None, 0, "last", "warn"):
                     return f"{self.flag(key)} needs a finished --cache"
         if self.student_samples == "live" and (self.follow or self.cache is None):
@@ -131,11 +148,11 @@ class TrainConfig(
     def _problem_of_the_terms(self) -> str | None:
         own = OBJECTIVE_TERMS[self.objective]
         for term in ("dpkd", "minillm"):
-            weight = getattr(self, f"{term}_weight")
-            if weight is not None and term not in own:
+            if getattr(self, f"{term}_weight") is not None and term not in own:
                 return f"--{term}-weight does not go with --objective {self.objective}"
-            if weight == 0 and term in own:
-                return f"--{term}-weight 0 leaves nothing of --objective {self.objective}; choose another objective"
+        main = [*own][-1]  # of kd, the distributions: without them it is sft
+        if getattr(self, f"{main}_weight") == 0:
+            return f"--{main}-weight 0 leaves nothing of --objective {self.objective}; choose another objective"
         if self.lm_weight and self.lm_data is None:
             return "the language-model loss needs --lm-data (or --lm-weight 0)"
         if self.kd_weight and self.data is not None:
@@ -163,6 +180,11 @@ class TrainConfig(
         pairs = self.token_pairs if by_token else None
         skewed = objective.startswith("skewed") or self.contrasts or pairs == "all"
         for keys, is_read, reader in (
+            (
+                ("beta",),
+                by_token or of_responses,
+                "a preference as --objective (jsd has --jsd-beta, alpha-beta --ab-beta)",
+            ),
             (("gamma",), objective == "simpo", "--objective simpo"),
             (("dpop_lambda",), objective == "dpop", "--objective dpop"),
             (("jsd_beta",), objective == "jsd", "--objective jsd"),
@@ -267,6 +289,12 @@ class TrainConfig(
         given = {name: getattr(self, f"{name}_weight") for name in names}
         merged = {name: own.get(name, 0.0) if given[name] is None else given[name] for name in names}
         return {name: float(weight) for name, weight in merged.items() if weight}
+
+
+def _preset_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the preset of `values` stands for; none without one (a wrong name is refused later)."""
+    preset = values.get("preset")
+    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
 
 
 def _is_zero(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.store.reader import CacheReader, Round
@@ -12,23 +14,40 @@ _MOST_OUTCOMES = 2**12
 
 def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
     """Most entries a position of the responses to learn from: of the round's, of the cache's, or the fewer of both."""
-    if student_round is None or config.needs_pairs:
-        return cache.top_k
-    of_round = int(student_round.manifest.identities["logprobs"]["top_k"])
-    return of_round if config.mix is None else min(of_round, cache.top_k)
+    return min(int(logprobs["top_k"]) for logprobs in _read_of(cache, student_round, config).values())
+
+
+def _read_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What cache and round record about their distributions, for those of the two whose distributions are read."""
+    read: dict[str, dict[str, Any]] = {}
+    if student_round is None or config.needs_pairs or config.mix is not None:
+        read["cache"] = cache.identities["logprobs"]
+    if student_round is not None and (config.contrasts or not config.needs_pairs):
+        read["round"] = student_round.manifest.identities["logprobs"]
+    return read
 
 
 def check_distributions(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs distributions and its responses have none, or fewer than `top_k`."""
-    most = top_k_of(cache, student_round, config)
-    if config.top_k is not None and config.top_k > most:
-        raise UserError(
-            "top_k is more than the cache keeps",
-            found=f"top_k {config.top_k}",
-            expected=f"at most {most}",
-            where=cache.folder,
-            advice="Lower --top-k, or leave it out",
-        )
+    read = _read_of(cache, student_round, config)
+    lacking = [name for name, logprobs in read.items() if not logprobs["top_k"]]
+    if config.needs_distributions and lacking:
+        both = " on both responses" if config.contrasts else ""
+        objective = f"--objective {config.objective}" + ("" if config.contrasts else f" --level {config.level}")
+        what = f"the {lacking[0]} has no distributions, which {objective} needs{both}"
+        otherwise = "--level sequence" if config.contrasts else "--level sequence or --objective sft"
+        raise no_distributions(what, cache, f"train with {otherwise}", f"Build a {lacking[0]}")
+    for name, logprobs in read.items():
+        for key, given in (("top_k", config.top_k), ("top_mass", config.top_mass)):
+            kept = logprobs.get(key)
+            if given is not None and kept is not None and given > kept:
+                raise UserError(
+                    f"{key} is more than the {name} keeps",
+                    found=f"{key} {given:g}",
+                    expected=f"at most {kept:g}",
+                    where=cache.folder,
+                    advice=f"Lower {config.flag(key)}, or leave it out",
+                )
     by_pairs = config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all"
     if by_pairs and config.tail == "uniform" and cache.vocab_size > _MOST_OUTCOMES:
         raise UserError(
@@ -45,15 +64,7 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
             where=cache.folder,
             advice="Leave --tail out",
         )
-    if config.needs_distributions and most == 0:
-        source = "cache" if student_round is None or config.needs_pairs or cache.top_k == 0 else "round"
-        what = f"the {source} has no distributions, which --objective {config.objective} --level {config.level} needs"
-        raise no_distributions(what, cache, "train with --level sequence or --objective sft")
-
     check_known(cache, student_round, config)
-    if student_round is not None and config.contrasts and not student_round.manifest.identities["logprobs"]["top_k"]:
-        what = f"the round has no distributions, which --objective {config.objective} needs on both responses"
-        raise no_distributions(what, cache, "train with --level sequence", "Build the round")
     if student_round is not None and config.needs_sampling_logprobs:
         _check_sampling(cache, student_round, config)
 
@@ -78,6 +89,15 @@ def check_known(cache: CacheReader, student_round: Round | None, config: TrainCo
             expected="--sft-weight above 0",
             where=cache.folder,
             advice="Add --sft-weight 0.1, which learns the end as the teacher wrote it",
+        )
+    by_argmax = config.compares_tokens and config.token_pairs == "argmax"
+    if logprobs.get("remainder") == "unknown" and by_argmax:
+        raise UserError(
+            "the cache does not know the tail mass, and a student's likeliest token may be in the tail",
+            found="--token-pairs argmax",
+            expected="--token-pairs all or drawn, with --tail renormalise",
+            where=cache.folder,
+            advice="Leave --token-pairs out and give --tail renormalise, which compares the kept tokens alone",
         )
     if logprobs.get("remainder") == "unknown" and config.needs_distributions and config.tail != "renormalise":
         raise UserError(

@@ -20,6 +20,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -72,7 +73,8 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # given as a number, it would give way to the environment's, and the optimizer would skip steps of the loop
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         fsdp_plugin=plugin,
         log_with=choose_tracker(config.tracker),
         project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out / TRACKER_DIR)),
@@ -89,6 +91,13 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # accelerate takes this from a data loader, of which there is none here
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise UserError(
+            "the configuration of accelerate or DeepSpeed accumulates gradients over another number of batches",
+            found=f"{accelerator.gradient_accumulation_steps}",
+            expected=f"{config.gradient_accumulation_steps}, as --gradient-accumulation-steps",
+            advice="Give both the same number, or `auto` in DeepSpeed's file",
+        )
     on_all_ranks(accelerator, lambda: _check_sharding(accelerator, config))
     return accelerator
 

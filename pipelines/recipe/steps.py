@@ -150,11 +150,13 @@ def _read_step(
     if command is None:
         advice = did_you_mean(str(name), _STEPS) or f"Choose one of {', '.join(_STEPS)}"
         raise UserError("unknown command of a step", found=repr(name), where=where, advice=advice)
-    options = recipe.defaults.get(command.name, {}) | {k: v for k, v in table.items() if k not in ("command", "repeat")}
+    layers = [recipe.defaults.get(command.name, {})]
+    layers += [{key: value for key, value in table.items() if key not in ("command", "repeat")}]
     if number is not None and command.name == "train":
-        options |= recipe.variants[variant]
-    filled = _filled(options, {**values, **recipe.values}, where)
-    return Step(command.name, command.options_class().parse(filled, where=where), number, variant)
+        layers += [recipe.variants[variant]]
+    options_class = command.options_class()
+    options = options_class.layered(*_filled(layers, {**values, **recipe.values}, where))
+    return Step(command.name, options_class.parse(options, where=where), number, variant)
 
 
 def _filled(value: Any, values: Mapping[str, str], where: str) -> Any:

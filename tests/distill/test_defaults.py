@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,45 @@ def test_presets_pin_what_they_mean() -> None:
     assert (code.token_pairs, code.beta, code.smoothing, code.dropout) == ("argmax", 0.1, 0.0, True)
 
 
+def test_a_preset_pins_its_options_over_the_file_below_it_and_flags_override_it() -> None:
+    plain = tomllib.loads(parse(lm_data="text").to_toml())  # as a run keeps it: every option with its value
+    code = TrainConfig.parse(TrainConfig.layered(plain, {"preset": "released-code"}), where="here")
+    assert code == parse(preset="released-code", lm_data="text")
+    own = TrainConfig.parse(TrainConfig.layered(plain, {"preset": "released-code", "beta": 0.3}), where="here")
+    assert (own.beta, own.token_pairs) == (0.3, "argmax")
+    # another preset, or none, takes back what the one of the file stood for, and no more
+    ran = tomllib.loads(code.to_toml())
+    saved = tomllib.loads(parse(preset="recommended", learning_rate=1e-3).to_toml())
+    other = TrainConfig.parse(TrainConfig.layered(ran, saved), where="here")
+    assert other == parse(preset="recommended", learning_rate=1e-3, lm_data="text")
+    assert TrainConfig.parse(TrainConfig.layered(ran, {"preset": "none"}), where="here") == parse(lm_data="text")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "paper", "round": "r0", "kd_weight": "none", "label_smoothing": "none", "lm_weight": 0},
+        {"preset": "recommended", "objective": "dpkd", "skew_alpha": "none"},
+        {"preset": "released-code", "sft_weight": "none", "lm_weight": "none", "student_samples": "none"},
+        {"save_every": "none", "validation_examples": "none"},
+    ],
+)
+def test_a_saved_file_gives_the_same_options_again(options: dict[str, Any]) -> None:
+    config = parse(**options)
+    assert TrainConfig.parse(tomllib.loads(config.to_toml()), where="here") == config
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"objective": "jsd", "beta": 0.1}, r"--beta goes with a preference as --objective \(jsd has --jsd-beta"),
+        ({"objective": "sft", "beta": 0.1}, "--beta goes with a preference"),
+        ({"objective": "jsd", "kd_weight": 0, "sft_weight": 1}, "--kd-weight 0 leaves nothing of --objective jsd"),
+        ({"objective": "kd", "kd_weight": 0}, "--kd-weight 0 leaves nothing of --objective kd"),
+        ({"objective": "seqkd", "sft_weight": 0, "kd_weight": 1}, "--sft-weight 0 leaves nothing of --objective seqkd"),
+        ({"validate_every": 5, "validation_examples": 0}, "--validate-every needs --validation-examples of 1 or more"),
+        ({"validate_every": 5, "follow": True}, "--validate-every needs a finished --cache"),
+        ({"cache": None, "data": "d", "objective": "sft", "responses": "reference"}, "--responses chooses rows of a"),
         ({"objective": "kd", "round": "r0"}, "the student's own responses, and cross-entropy on them teaches nothing"),
         ({"sft_weight": 1.0, "round": "r0"}, "the student's own responses, and cross-entropy on them teaches nothing"),
         ({"objective": "ipo"}, "compares single tokens: give --token-pairs drawn or argmax"),
