@@ -160,6 +160,16 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: 
             assert math.isclose(one[key], two[key], rel_tol=1e-4), key
 
 
+def test_the_environment_does_not_set_how_many_batches_a_step_has(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's own variable would make its optimizer skip steps, so a run would end where it began."""
+    expected = metrics(train(config(tmp_path / "a", toy_cache, toy_student, steps=3)))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = metrics(train(config(tmp_path / "b", toy_cache, toy_student, steps=3)))
+    assert without_times(found) == without_times(expected)
+
+
 def test_a_chunked_head_changes_nothing(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     whole = metrics(train(config(tmp_path / "a", toy_cache, toy_student, token_pairs="drawn")))
     parts = metrics(train(config(tmp_path / "b", toy_cache, toy_student, token_pairs="drawn", logits_chunk=7)))

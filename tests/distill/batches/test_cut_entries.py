@@ -46,6 +46,11 @@ def test_a_cut_cache_trains_as_one_that_was_built_so(
         # stored logs lie on a grid of 1/128 nat, so masses near the limit and the tail differ a little
         assert math.isclose(one[name], two[name], rel_tol=0.02), name
     assert one["loss"] < whole["loss"] - 0.05  # merging outcomes lowers a divergence
+    ((key, value),) = cut.items()
+    with pytest.raises(
+        UserError, match=f"{key} is more than the cache keeps: found {key} .*, expected at most {value}"
+    ):
+        first_line(tmp_path / "d", tmp_path / "small", toy_student, **{key: value * 1.5 if value < 1 else value + 1})
 
 
 def test_no_mass_is_lost(toy_cache: Path) -> None:

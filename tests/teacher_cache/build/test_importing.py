@@ -90,6 +90,9 @@ def test_what_distillkit_does_not_store_is_unknown_and_refused(
     if form == "recommended":
         with pytest.raises(UserError, match=r"does not know the tail mass.*Give --tail renormalise"):
             train(TrainConfig(**common, out=str(tmp_path / "refused")))
+        argmax = {"token_pairs": "argmax", "kd_weight": 0.1, "tail": "renormalise"}  # where q's arg-max is in the tail
+        with pytest.raises(UserError, match=r"likeliest token may be in the tail: found --token-pairs argmax"):
+            train(TrainConfig(**common, **argmax, out=str(tmp_path / "refused")))
     known = {} if form == "exact" else {"tail": "renormalise"}
     run = train(TrainConfig(**common, out=str(tmp_path / "run"), objective="forward-kl", **known))
     # widths are chosen, and the student is measured, without log-probs of the responses

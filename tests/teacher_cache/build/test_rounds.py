@@ -153,6 +153,10 @@ def test_a_round_without_distributions_is_refused_by_distillm2(
     options = {"cache": cache_copy, "student": str(toy_student), "device": "cpu", "tracker": "none", "steps": 1}
     with pytest.raises(UserError, match="the round has no distributions, which --objective distillm2 needs"):
         train(TrainConfig(**options, out=tmp_path / "run", objective="distillm2", round="bare"))
+    build_round("few", top_k=4)  # its cache keeps 16
+    for given in ({"objective": "distillm2"}, {"objective": "jsd"}, {"objective": "jsd", "mix": 0.5}):
+        with pytest.raises(UserError, match="top_k is more than the round keeps: found top_k 8, expected at most 4"):
+            train(TrainConfig(**options, out=tmp_path / "run", round="few", top_k=8, **given))
 
 
 @pytest.mark.parametrize("objective", ["distillm2", "minillm"])
