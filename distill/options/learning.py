@@ -95,7 +95,7 @@ class ObjectiveOptions(Settings):
     preset: PresetName | None = Field(
         None,
         description="options that belong together: what our study recommends, those of the released code, or of the "
-        "paper; options that you give override it",
+        "paper; it overrides a --config file, and options that you give override it",
     )
     beta: float = Field(1.0, gt=0, description="beta of the preference")
     sft_weight: float | None = Field(
