@@ -134,7 +134,8 @@ def skew_by_gap(gap_B: Float[Tensor, " B"], anchor: float, alpha: float) -> Floa
     To first order log p - log(a p + (1 - a) q) is (1 - a)(p - q). The skew keeps this at (1 - alpha) anchor: it is
     1 - (1 - alpha) anchor / (gap + 1e-5), from 0.01 to alpha, so a response that is already learned has the smaller
     skew. `gap_B` is the difference of the two models' geometric mean probabilities of a response's tokens, p - q for
-    the teacher's responses and q - p for the student's. Bounds and constants are those of the authors' code.
+    the teacher's responses and q - p for the student's. Bounds and constants are those of the authors' code,
+    where a gap below 0 has alpha too.
     """
     return (1 - (1 - alpha) * anchor / (gap_B + 1e-5)).clamp(min=min(0.01, alpha), max=alpha)
 

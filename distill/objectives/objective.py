@@ -57,7 +57,7 @@ class Objective:
 
     def __init__(self, config: TrainConfig, vocab_size: int, num_logits: int | None = None) -> None:
         self._num_logits = num_logits if num_logits is not None and num_logits < vocab_size else None
-        self._beta = config.beta
+        self._beta, self._length_normalize = config.beta, config.length_normalize
         self.weights = {str(name): weight for name, weight in config.weights.items()}
         self.needs_pairs, self.needs_distributions = config.needs_pairs, config.needs_distributions
         self._caches = [choice.name for choice in config.caches]
@@ -88,7 +88,7 @@ class Objective:
         metrics = [target_logprob, distance_from_teacher, *([entropy_and_agreement] if measure else [])]
         values = self._evaluate(score, rows, micro_batch, metrics, sums)
         if "reward_chosen" not in sums.metrics:
-            _add_metrics(sums, chosen_reward(values, rows, self._beta))
+            _add_metrics(sums, chosen_reward(values, rows, self._beta, self._length_normalize))
         _add_metrics(sums, distance_metrics(values, rows) | response_metrics(rows))
         _add_metrics(sums, metrics_by_cache(values, rows, self._caches))
         if micro_batch.corpus is not None:
@@ -119,15 +119,17 @@ def _add_metrics(sums: StepSums, metrics: Mapping[str, Tensor]) -> None:
     sums.metrics |= {name: (value.detach().sum(), len(value)) for name, value in metrics.items()}
 
 
-def chosen_reward(values: Mapping[str, Tensor], batch: Batch, beta: float) -> dict[str, Tensor]:
-    """Eq. 29 of each response, divided by its length and not; of no response where the teacher did not score all."""
+def chosen_reward(values: Mapping[str, Tensor], batch: Batch, beta: float, length_normalize: bool) -> dict[str, Tensor]:
+    """Eq. 29 of each chosen response, as it is compared and as a sum; of none where the teacher did not score all."""
     student_B = sum_by_row(values["target"].detach(), batch.row_T, batch.num_rows)
     if batch.teacher_logprob_T is None:  # empty, not absent: all micro-batches of a step must have the same metrics
         return dict.fromkeys(("reward_chosen", "reward_chosen_sum"), student_B[:0])
     teacher_B = sum_by_row(batch.teacher_logprob_T, batch.row_T, batch.num_rows)
     return {
-        f"reward_chosen{suffix}": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta, normalize)
-        for suffix, normalize in (("", True), ("_sum", False))
+        f"reward_chosen{suffix}": implicit_reward(student_B, teacher_B, batch.num_tokens_B, beta, normalize)[
+            : batch.num_chosen
+        ]
+        for suffix, normalize in (("", length_normalize), ("_sum", False))
     }
 
 
@@ -135,9 +137,11 @@ def distance_metrics(values: Mapping[str, Tensor], batch: Batch) -> dict[str, Te
     """Entropy and divergences at the positions of the chosen responses, and at their first tokens (Table 3)."""
     chosen_T = batch.row_T < batch.num_chosen
     first_T = torch.cat([chosen_T[:1], batch.row_T[1:] != batch.row_T[:-1]]) & chosen_T
-    names = [name for name in ("entropy", "kld", "rkld", "top1_agreement") if name in values]
-    metrics = {name: values[name][chosen_T] for name in names}
-    return metrics | {f"{name}_first": values[name][first_T] for name in ("kld", "rkld") if name in values}
+    # an endpoint may not say how likely the end of a response was: no distance there
+    known_T = chosen_T if batch.entry_counts_T is None else chosen_T & (batch.entry_counts_T > 0)
+    metrics = {"entropy": values["entropy"][chosen_T]} if "entropy" in values else {}
+    metrics |= {name: values[name][known_T] for name in ("kld", "rkld", "top1_agreement") if name in values}
+    return metrics | {f"{name}_first": values[name][first_T & known_T] for name in ("kld", "rkld") if name in values}
 
 
 def metrics_by_cache(values: Mapping[str, Tensor], batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:

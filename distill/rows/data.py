@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from dpkd.core.errors import UserError
@@ -54,8 +56,8 @@ def open_data_rows(
             if isinstance(response, SkippedRow):
                 skipped.append(response)
             else:
-                ids, spans = response.ids, response.spans
-                rows.append(unscored_row(response.prompt.ids, ids, item.example_id, sample, spans))
+                row = unscored_row(response.prompt.ids, response.ids, item.example_id, sample, response.spans)
+                rows.append(replace(row, finish_reason="length") if response.is_cut else row)
         if not found:
             skipped.append(SkippedRow(item.line, NO_REFERENCE))
     text.say()

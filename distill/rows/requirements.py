@@ -81,6 +81,16 @@ def check_known(cache: CacheReader, student_round: Round | None, config: TrainCo
             advice="Train with --objective seqkd, or build a cache with --engine vllm or transformers",
         )
     learns_from_cache = student_round is None or config.needs_pairs or config.mix is not None
+    by_argmax = config.compares_tokens and config.token_pairs == "argmax"
+    if logprobs.get("end") == "unknown" and learns_from_cache and (config.tail == "uniform" or by_argmax):
+        raise UserError(
+            "the endpoint of the cache did not say how likely the end of a response is: no token is known there, and "
+            "the student would unlearn the end",
+            found="--token-pairs argmax" if by_argmax else "--tail uniform",
+            expected="--token-pairs all or drawn, and --tail bucket or renormalise",
+            where=cache.folder,
+            advice="Leave it out" if by_argmax else "Leave --tail out",
+        )
     if logprobs.get("end") == "unknown" and learns_from_cache and not config.weights.get("sft"):
         raise UserError(
             "the endpoint of the cache did not say how likely the end of a response is, so a student of "
@@ -90,7 +100,6 @@ def check_known(cache: CacheReader, student_round: Round | None, config: TrainCo
             where=cache.folder,
             advice="Add --sft-weight 0.1, which learns the end as the teacher wrote it",
         )
-    by_argmax = config.compares_tokens and config.token_pairs == "argmax"
     if logprobs.get("remainder") == "unknown" and by_argmax:
         raise UserError(
             "the cache does not know the tail mass, and a student's likeliest token may be in the tail",

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dpkd.core.bridges import load_bridge
 from dpkd.core.progress import say
-from dpkd.distill.batches.batch import MicroBatch
+from dpkd.distill.batches.batch import MicroBatch, cut_entries
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.objectives.gradient_share import gradient_norms, preference_share
 from dpkd.distill.objectives.objective import Objective, StepSums
@@ -145,7 +145,8 @@ def validate(
         torch.manual_seed(number)
         found = [rows.row(*index) for index in batches[number]]
         both = run.config.contrasts and all(row.rejected is not None for row in found)
-        micro_batch = MicroBatch(collate(found, with_distributions=run.keeps_distributions, of_rejected=both))
+        whole = collate(found, with_distributions=run.keeps_distributions, of_rejected=both)
+        micro_batch = MicroBatch(cut_entries(whole, run.config.top_k, run.config.top_mass))
         batch_sums = objective(scorer, micro_batch.to(accelerator.device))
         batch_counts = objective.counts(micro_batch)
         if number != start + rank:

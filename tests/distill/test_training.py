@@ -234,6 +234,10 @@ def test_sft_on_data_needs_no_teacher(tmp_path: Path, toy_data: Path, toy_studen
     lines = metrics(out)
     assert lines[0]["reward_chosen"] is None
     assert math.isclose(lines[0]["loss"], lines[0]["loss_sft"], rel_tol=1e-6)
+    assert lines[0]["unfinished_chosen"] == 0
+    cut = {"data": str(toy_data), "student": str(toy_student), "template": "chat", "device": "cpu", "objective": "sft"}
+    out = train(TrainConfig(out=tmp_path / "cut", steps=1, batch_size=4, max_new_tokens=2, **cut))
+    assert (metrics(out)[0]["unfinished_chosen"], metrics(out)[0]["chosen_length"]) == (1, 2)
 
 
 def test_data_with_tokens_that_the_student_has_no_embedding_for(

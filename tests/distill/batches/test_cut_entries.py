@@ -23,9 +23,10 @@ from dpkd.teacher_cache.store.reader import TeacherCache
 
 def first_line(out: Path, cache: Path, student: Path, **options: Any) -> dict[str, Any]:
     shared = {"steps": 1, "batch_size": 8, "device": "cpu", "responses": "teacher", "objective": "forward-kl"}
+    shared |= {"validation_examples": 4}
     run = train(TrainConfig(out=out, cache=str(cache), student=str(student), **(shared | options)))
-    line: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    return line
+    line, start = (json.loads((run / f"{log}.jsonl").read_text().splitlines()[0]) for log in ("metrics", "validation"))
+    return line | {f"{name} at the start": start[name] for name in ("loss", "kld")}
 
 
 @pytest.mark.parametrize(("cut", "built"), [({"top_k": 4}, {"top_k": 4}), ({"top_mass": 0.5}, {"top_mass": 0.5})])
@@ -42,10 +43,11 @@ def test_a_cut_cache_trains_as_one_that_was_built_so(
     one = first_line(tmp_path / "a", tmp_path / "large", toy_student, **cut)
     two = first_line(tmp_path / "b", tmp_path / "small", toy_student)
     whole = first_line(tmp_path / "c", tmp_path / "large", toy_student)
-    for name in ("loss", "kld", "rkld", "grad_norm"):
+    for name in ("loss", "kld", "rkld", "grad_norm", "loss at the start", "kld at the start"):
         # stored logs lie on a grid of 1/128 nat, so masses near the limit and the tail differ a little
         assert math.isclose(one[name], two[name], rel_tol=0.02), name
-    assert one["loss"] < whole["loss"] - 0.05  # merging outcomes lowers a divergence
+    for name in ("loss", "kld at the start"):
+        assert one[name] < whole[name] - 0.05  # merging outcomes lowers a divergence
     ((key, value),) = cut.items()
     with pytest.raises(
         UserError, match=f"{key} is more than the cache keeps: found {key} .*, expected at most {value}"

@@ -14,6 +14,7 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.losses.divergence import forward_kl, skew_by_gap
+from dpkd.distill.objectives.objective import chosen_reward
 from dpkd.distill.objectives.sample_terms import Contrast
 from dpkd.distill.objectives.statistics import Outcomes
 from dpkd.distill.options.train import TrainConfig
@@ -117,6 +118,18 @@ def test_the_schedule_moves_weight_to_the_students_responses(progress: float, we
     found = loss(batch, torch.tensor(teacher), torch.tensor(student), schedule=True)
     expected = [(2 - weight) * parts[0] + weight * parts[2], (2 - weight) * parts[1] + weight * parts[3]]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("length_normalize", [True, False])
+def test_the_chosen_reward_is_that_of_the_teachers_responses(length_normalize: bool) -> None:
+    """Eq. 29 of the two chosen responses alone, by hand; the students' responses have another sign here."""
+    batch, *_ = world()
+    assert batch.teacher_logprob_T is not None
+    gap_T = torch.where(batch.row_T < 2, -1.0, 3.0)
+    found = chosen_reward({"target": batch.teacher_logprob_T + gap_T}, batch, 0.5, length_normalize)
+    sums = torch.tensor([-1.5, -1.0])  # 0.5 times 3 and 2 tokens
+    torch.testing.assert_close(found["reward_chosen_sum"], sums)
+    torch.testing.assert_close(found["reward_chosen"], torch.tensor([-0.5, -0.5]) if length_normalize else sums)
 
 
 def test_the_skew_by_hand() -> None:

@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from dpkd.core.errors import UserError
 from dpkd.core.models import locate_model
-from dpkd.distill.objectives.statistics import Positions, argmax_pair, entropy_and_agreement, target_logprob
+from dpkd.distill.losses.preference import PreferenceOptions
+from dpkd.distill.objectives.preference_terms import AllPairs
+from dpkd.distill.objectives.statistics import (
+    Outcomes,
+    Positions,
+    argmax_pair,
+    entropy_and_agreement,
+    target_logprob,
+)
 from dpkd.distill.objectives.student_forward import StudentScorer, check_head, head_logits
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -49,6 +57,26 @@ def batch() -> dict[str, torch.Tensor]:
         "target_id_T": ids[rows, predict + 1],
         "entry_ids_T": torch.randint(1, 90, (11, 2), generator=generator),
     }
+
+
+def test_statistics_are_in_float32_under_autocast(toy_student: Path) -> None:
+    """The same hidden states give the same values: sums over pairs and over the vocabulary are not rounded."""
+    torch.manual_seed(0)
+    scorer = StudentScorer(locate_model(str(toy_student), "student").load("float32"), num_tokens=600)
+    hidden_TD = torch.randn(6, scorer.model.config.hidden_size)
+    ids_TK = torch.stack([torch.randperm(600)[:16] for _ in range(6)])
+    log_p_TN = torch.log_softmax(torch.randn(6, 17), dim=1)
+    fields = {
+        "entry_ids": ids_TK, "entry_logprobs": log_p_TN[:, :16], "entry_counts": torch.full((6,), 16),
+        "log_tail": log_p_TN[:, 16], "target_id": ids_TK[:, 3],
+    }  # fmt: skip
+    (all_pairs,) = AllPairs(options=PreferenceOptions(beta=1.0), skew=0.0, outcomes=Outcomes("bucket", 600)).needs
+    statistics = (target_logprob, all_pairs, entropy_and_agreement)
+    expected = scorer.evaluate(hidden_TD, fields, statistics)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scorer.evaluate(hidden_TD, fields, statistics)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

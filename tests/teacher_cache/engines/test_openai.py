@@ -396,6 +396,11 @@ def test_an_end_of_unknown_probability_needs_a_term_that_teaches_it(
     }  # fmt: skip
     with pytest.raises(UserError, match=r"how likely the end of a response is.*Add --sft-weight 0.1"):
         train(TrainConfig(**common, out=str(tmp_path / "none")))
+    # where nothing is known, all tokens would be equal and no token the likeliest
+    for given, found in (({"objective": "forward-kl", "tail": "uniform"}, "tail uniform"),
+                         ({"token_pairs": "argmax"}, "token-pairs argmax")):  # fmt: skip
+        with pytest.raises(UserError, match=f"would unlearn the end: found --{found}"):
+            train(TrainConfig(**common, **given, out=str(tmp_path / "none"), sft_weight=0.1))
     train(TrainConfig(**common, out=str(tmp_path / "run"), sft_weight=0.1))
 
 
