@@ -80,7 +80,7 @@ class LiveRows:
         self._blocks: dict[int, Block] = {}
         self._refreshed_at: int | None = None  # the step whose weights the sampler has
         self._changed = threading.Condition()
-        self._cancelled = threading.Event()
+        self._released, self._cancelled = threading.Event(), threading.Event()
         self._failure: Exception | None = None
         self._teacher = TeacherServers(
             cache, config.teacher_url, student, longest_of_teacher, config.teacher_tolerance, patience_s
@@ -140,7 +140,7 @@ class LiveRows:
         """The rows `row_indices`, those with the student's responses of `step` first; waits until these are scored.
 
         A response that the teacher could not score gives no row. Raises `UserError` when no row is left or the samples
-        cannot be made, and `KeyboardInterrupt` after `cancel`.
+        cannot be made, and `KeyboardInterrupt` after `release`.
         """
         sampled = [row_index for row_index in row_indices if self._is_sampled(row_index)]
         rows = self._sampled_rows(step, sampled) if sampled else []
@@ -160,7 +160,7 @@ class LiveRows:
     def _sampled_rows(self, step: int, row_indices: Sequence[RowIndex]) -> list[TrainingRow]:
         number = step // self._config.sample_every
         with self._changed:
-            self._wait(lambda: number in self._blocks and self._blocks[number].is_over)
+            self._wait(lambda: number in self._blocks and self._blocks[number].is_over, until=self._released)
             block = self._blocks[number]
         if block.error is not None:
             raise block.error
@@ -185,24 +185,25 @@ class LiveRows:
         self._wait(lambda: all(block.is_settled for block in newer))
         self._wait(lambda: all(block.is_over for block in newer) or time.monotonic() > deadline_s)
 
-    def cancel(self) -> None:
-        """End every wait; any thread may call it."""
-        self._cancelled.set()
+    def release(self) -> None:
+        """End every wait for rows; any thread may call it. Draws go on: a checkpoint waits for them (`settle`)."""
+        self._released.set()
         with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
         """Give up running work and leave the servers."""
-        self.cancel()
+        self._cancelled.set()
+        self.release()
         self._teacher.close()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._sampler.close()
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready`; raises `KeyboardInterrupt` after `cancel`."""
+    def _wait(self, ready: Callable[[], bool], until: threading.Event | None = None) -> None:
+        """Return once `ready`; raises `KeyboardInterrupt` once `until` is set, or after `close`."""
         with self._changed:
             while not ready():
-                if self._cancelled.is_set():
+                if self._cancelled.is_set() or (until is not None and until.is_set()):
                     raise KeyboardInterrupt
                 self._changed.wait(_POLL_S)  # with a timeout, so that a second Ctrl-C gets through
 

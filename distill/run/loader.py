@@ -47,7 +47,7 @@ class StepLoader:
             self._stack.callback(self._live.close)
         steps = range(first, run.steps)
         self._batches = prefetched(
-            self.micro_batches, steps, should_stop=lambda: interrupts.should_stop, on_close=self._cancel
+            self.micro_batches, steps, should_stop=lambda: interrupts.should_stop, on_close=self._release
         )
         self._stack.callback(self._batches.close)
 
@@ -113,12 +113,12 @@ class StepLoader:
         growing = self._followed is not None and not self._followed.is_finished()
         return bool(all_reduce_sums(self._accelerator, [{"ranks": int(growing)}])["ranks"])
 
-    def _cancel(self) -> None:
-        """End a wait for rows, whatever they come from."""
+    def _release(self) -> None:
+        """End a wait for rows, whatever they come from. What the student is drawing is still to be stored."""
         if self._followed is not None:
             self._followed.cancel()
         if self._live is not None:
-            self._live.cancel()
+            self._live.release()
 
     def __enter__(self) -> Self:
         return self

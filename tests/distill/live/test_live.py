@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -32,6 +34,7 @@ from dpkd.distill.live.transformers_sampler import TransformersSampler
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.distill.rows.sources import open_cache_rows
+from dpkd.distill.training import train
 from dpkd.teacher_cache.engines.engine import (
     EngineOptions,
     EngineResult,
@@ -402,7 +405,7 @@ def test_a_wait_ends_when_the_run_is_given_up(loop: Callable[..., Loop], gate: G
     live = trainer.open()
     gate.shut()
     live.before_step(0)
-    threading.Timer(1.0, live.cancel).start()
+    threading.Timer(1.0, live.release).start()
     started_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         live.rows(0, trainer.places(0))
@@ -522,3 +525,44 @@ def test_a_killed_run_learns_from_the_same_samples(
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (cut, whole)]
     assert [line["step"] for line in lines[0]] == list(range(1, 9))
     assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], abs=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["the server is lost", "Ctrl-C"])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_that_ends_in_a_wait_has_a_checkpoint_and_goes_on(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, gate: Gate, staleness: int, ending: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No other checkpoint is written, so every step would be lost without the one at the end."""
+    monkeypatch.setattr(live_module, "SETTLE_S", 1.0)
+    monkeypatch.setitem(LiveRows.__init__.__kwdefaults__, "patience_s", 2.0 if ending != "Ctrl-C" else 60.0)
+    options: dict[str, Any] = {
+        "cache": str(toy_cache), "student": str(toy_student), "level": "sequence", "student_samples": "live",
+        "teacher_url": (gate.url,), "steps": 12, "batch_size": 4, "device": "cpu", "staleness": staleness,
+        "save_every": None, "learning_rate": 1e-3, "sample_max_new_tokens": 12,
+    }  # fmt: skip
+
+    def lines_of(run: Path) -> list[dict[str, Any]]:
+        path = run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    whole, cut = lines_of(train(TrainConfig(out=tmp_path / "whole", **options))), tmp_path / "cut"
+
+    def lose_the_server() -> None:
+        while len(lines_of(cut)) < 3:
+            time.sleep(0.005)
+        gate.shut()
+        if ending == "Ctrl-C":
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=lose_the_server, daemon=True).start()
+    reason = KeyboardInterrupt if ending == "Ctrl-C" else UserError
+    with pytest.raises(reason, match=None if ending == "Ctrl-C" else "no server has answered for 2 s"):
+        train(TrainConfig(out=cut, **options))
+    done = len(lines_of(cut))
+    assert 3 <= done < 12
+    assert [path.name for path in cut.glob("checkpoint-*")] == [f"checkpoint-{done}"]
+    gate.open()
+    train(TrainConfig(out=cut, **options))
+    assert [line["loss"] for line in lines_of(cut)] == pytest.approx([line["loss"] for line in whole], abs=1e-4)
