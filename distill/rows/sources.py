@@ -104,7 +104,8 @@ class BestRows(SubsetRows):
 class CacheSplit:
     """The rows of a cache to train on, and those held out of training, of `held_out` of the cache's `examples`.
 
-    Without validation rows, `reason` says why in words.
+    Without validation rows, `reason` says why in words. `references` are the reference responses of the held-out
+    examples, whatever rows the run trains on; None where the cache has none, or where Rouge-L is not measured.
     """
 
     training: RowSource
@@ -112,6 +113,7 @@ class CacheSplit:
     held_out: int = 0
     examples: int = 0
     reason: str = "--validation-examples is 0"
+    references: RowSource | None = None
 
 
 def open_cache_rows(
@@ -193,7 +195,18 @@ def _split(
         if may_do_without:
             return CacheSplit(source, reason=str(error))
         raise
-    return CacheSplit(training, validation, len(held_out), len(examples))
+    references = _references(cache, held_out) if config.best_metric == "rouge_l" else None
+    return CacheSplit(training, validation, len(held_out), len(examples), references=references)
+
+
+def _references(cache: TeacherCache, held_out: Collection[str]) -> RowSource | None:
+    """The reference responses of the `held_out` examples; None where the cache has no references."""
+    shards = cache.shards("reference")
+    if not shards:
+        return None
+    rows = CacheRows(cache, shards)
+    masks = [[conversation_of(cache, name) in held_out for name in group] for group in rows.ids_by_group()]
+    return SubsetRows(rows, [np.flatnonzero(mask) for mask in masks])
 
 
 def choose_held_out(examples: Collection[str], config: TrainConfig) -> frozenset[str]:
