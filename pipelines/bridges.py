@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 _MOST_HELD_OUT = 64  # examples of a pilot: no more than `dpkd train` holds out by default
 
 
-def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
+def rouge_l_evaluator(config: TrainConfig, max_new_tokens: int) -> EvaluateFn:
     """The function that measures `best_metric` rouge_l: greedy answers to held-out prompts, scored as `dpkd eval` does.
 
-    It runs in the trainer's own process and returns the mean over the prompts, 0 to 100.
+    It runs in the trainer's own process and returns the mean over the prompts, 0 to 100. `max_new_tokens` is the limit
+    of the cache: responses to compare with are no longer.
     """
     from dpkd.evaluate.metrics.rouge import rouge
     from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
@@ -39,8 +40,8 @@ def rouge_l_evaluator(config: TrainConfig) -> EvaluateFn:
     def evaluate(student_dir: Path, prompts: Sequence[HeldOutPrompt]) -> float:
         student = locate_model(str(student_dir), "student")
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
-        free = config.max_new_tokens if student.max_positions is None else student.max_positions - longest
-        new_tokens = min(config.max_new_tokens, free)
+        free = max_new_tokens if student.max_positions is None else student.max_positions - longest
+        new_tokens = min(max_new_tokens, free)
         sampling = Sampling(0.0, 1.0, new_tokens, tuple(student.stop_token_ids()))
         options = EngineOptions(max_length=longest + new_tokens, top_k=0, dtype=config.dtype, device=config.device)
         requests = [GenerateRequest(index, prompt.prompt_ids, seed=0) for index, prompt in enumerate(prompts)]

@@ -63,6 +63,9 @@ def plan_block(
 
 
 def samples_of(row: CachedRow, config: TrainConfig) -> Sequence[int]:
-    """Numbers of the samples that are paired with a row of the cache."""
+    """Numbers of the samples that are drawn for a row of the cache.
+
+    One with `index`, also where the loss compares no pairs.
+    """
     number = config.num_student_samples
     return [row.sample % number] if config.pairing == "index" else range(number)

@@ -216,7 +216,12 @@ class StudentSampleOptions(Settings):
         (), description="live: server of the cache's teacher (dpkd serve-teacher), http://HOST:PORT; repeatable"
     )
     sampler: Literal["transformers", "vllm"] = Field("transformers", description="live: engine that draws responses")
-    num_student_samples: int = Field(1, ge=1, description="live: responses per prompt")
+    num_student_samples: int = Field(
+        1,
+        ge=1,
+        description="live: responses per prompt; with --pairing index, or without pairs, at most as many as the cache "
+        "has samples of it",
+    )
     sample_temperature: float = Field(1.0, ge=0, description="live: sampling temperature; 0 is greedy")
     sample_top_p: float = Field(1.0, gt=0, le=1, description="live: top-p (nucleus) of sampling")
     sample_max_new_tokens: int | None = Field(

@@ -157,12 +157,14 @@ def joined_split(caches: Sequence[RunCache]) -> CacheSplit | None:
     if len(caches) < 2:
         return splits[0] if splits else None
     validating = [(number, split.validation) for number, split in enumerate(splits) if split.validation is not None]
+    references = [(number, split.references) for number, split in enumerate(splits) if split.references is not None]
     return CacheSplit(
         JoinedRows([(number, split.training) for number, split in enumerate(splits)]),
         JoinedRows(validating) if validating else None,
         sum(split.held_out for split in splits),
         sum(split.examples for split in splits),
         "; ".join(f"{cache.choice.name}: {split.reason}" for cache, split in zip(caches, splits, strict=True)),
+        JoinedRows(references) if references else None,
     )
 
 

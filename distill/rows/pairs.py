@@ -4,7 +4,8 @@
 `best-vs-worst`  one pair an example: the chosen response with the highest mean teacher log-prob of its tokens (EOS
                  counted), and the student response with the lowest; the first one of equal values
 
-(`index`, the third rule, pairs rows of equal keys: `dpkd.distill.rows.sources.CacheRows`.) Rows that failed in the
+(`index`, the third rule, pairs rows of equal keys: `dpkd.distill.rows.sources.CacheRows`. Where responses are sampled
+live, `best_responses` are the chosen ones of `best-vs-worst`.) Rows that failed in the
 round, and examples without a student response, are in no pair. Only responses in the given shards count: with
 `--responses teacher`, student responses to the reference rows' shards do not.
 
@@ -58,6 +59,16 @@ def paired_rows(cache: TeacherCache, student_round: Round, shards: Sequence[Shar
         )
     pairs = np.stack([chosen.shard[i], chosen.index[i], rejected.shard[j], rejected.index[j]], axis=1)
     return PairedRows(cache, student_round, shards, pairs, first_shard[chosen.example[i]])
+
+
+def best_responses(folder: Folder, shards: Sequence[ShardRecord]) -> list[np.ndarray]:
+    """For each of `shards`, the indices of the rows that are the best response to their example, ascending.
+
+    Reads all example ids and log-probs once.
+    """
+    responses = _read_responses(folder, shards, {}, with_scores=True)
+    best = responses.take(_lowest(responses, -responses.score))
+    return [np.sort(best.index[best.shard == shard]) for shard in range(len(shards))]
 
 
 class PairedRows:

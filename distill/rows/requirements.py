@@ -1,12 +1,16 @@
-"""What an objective needs of a cache and of a round: distributions, and how likely the student's tokens were."""
+"""What an objective needs of a cache and of a round: distributions, how likely tokens were, samples of a prompt."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.rows.columns import read_keys
 from dpkd.teacher_cache.store.reader import CacheReader, Round
+from dpkd.teacher_cache.store.shards import ShardRecord
 
 #: outcomes of a position whose pairs fit into memory
 _MOST_OUTCOMES = 2**12
@@ -156,6 +160,28 @@ def _check_sampling(cache: CacheReader, student_round: Round, config: TrainConfi
             expected=str(ours),
             where=student_round.folder,
             advice="Build cache and round at temperature 1 and top-p 1, with the same --max-new-tokens",
+        )
+
+
+def check_samples(cache: CacheReader, shards: Sequence[ShardRecord], config: TrainConfig) -> None:
+    """Raise `UserError` where `num_student_samples` live responses to a prompt would never be drawn.
+
+    `index` draws one for each sample number that the cache has of a prompt. Reads these once, where more than one
+    response is asked for.
+    """
+    if config.pairing != "index" or config.num_student_samples == 1:
+        return
+    keys = {key for record in shards for key in read_keys(cache.folder, record)}
+    most = max(Counter(example_id for example_id, _ in keys).values())
+    if config.num_student_samples > most:
+        loss = "with --pairing index" if config.needs_pairs else "without pairs of responses"
+        other = "give --pairing all or best-vs-worst, " if config.needs_pairs else ""
+        raise UserError(
+            f"{loss}, training draws no more live responses to a prompt than the cache has samples of it",
+            found=f"--num-student-samples {config.num_student_samples}",
+            expected=f"at most {most}",
+            where=cache.folder,
+            advice=f"Lower --num-student-samples, {other}or build a cache with a larger --num-samples",
         )
 
 

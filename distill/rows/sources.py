@@ -12,9 +12,10 @@ from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
-from dpkd.distill.rows.pairs import PairedRows, paired_rows
-from dpkd.distill.rows.requirements import check_distributions, no_distributions
+from dpkd.distill.rows.pairs import PairedRows, best_responses, paired_rows
+from dpkd.distill.rows.requirements import check_distributions, check_samples, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
+from dpkd.distill.rows.views import SubsetRows
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.shards import ShardRecord
 
@@ -83,11 +84,28 @@ class CacheRows:
         return [read_example_ids(folder, self._in_round(record)) for record in self._shards]
 
 
+class BestRows(SubsetRows):
+    """The teacher's best response to each example: the rows of `best-vs-worst` where the student's are sampled live.
+
+    `shards` are those of `rows`, a shard to a group.
+    """
+
+    def __init__(self, rows: CacheRows, cache: TeacherCache, shards: list[ShardRecord]) -> None:
+        super().__init__(rows, best_responses(cache.folder, shards))
+        self._rows = rows
+
+    def ids_by_group(self) -> list[list[str]]:
+        """Example id of every row."""
+        ids = self._rows.ids_by_group()
+        return [[ids[group][index] for index in indices] for group, indices in self._groups]
+
+
 @dataclass(frozen=True)
 class CacheSplit:
     """The rows of a cache to train on, and those held out of training, of `held_out` of the cache's `examples`.
 
-    Without validation rows, `reason` says why in words.
+    Without validation rows, `reason` says why in words. `references` are the reference responses of the held-out
+    examples, whatever rows the run trains on; None where the cache has none, or where Rouge-L is not measured.
     """
 
     training: RowSource
@@ -95,6 +113,7 @@ class CacheSplit:
     held_out: int = 0
     examples: int = 0
     reason: str = "--validation-examples is 0"
+    references: RowSource | None = None
 
 
 def open_cache_rows(
@@ -123,13 +142,17 @@ def open_cache_rows(
             where=cache.folder,
             advice="Change --responses, or build a cache with --responses both",
         )
-    source: CacheRows | PairedRows
+    source: CacheRows | PairedRows | BestRows
     if student_round is not None and config.needs_pairs and config.pairing != "index":
         source = paired_rows(cache, student_round, shards, config.pairing)
     else:
         sampled = longest_sample(cache, config) if config.student_samples == "live" else None
         pairs = config.needs_pairs or config.mix is not None
         source = CacheRows(cache, shards, student_round, pairs=pairs, sampled=sampled)
+        if config.student_samples == "live":
+            check_samples(cache, shards, config)
+            if config.pairing == "best-vs-worst":
+                source = BestRows(source, cache, shards)
     return _split(cache, shards, student_round, source, config, held_out)
 
 
@@ -137,7 +160,7 @@ def _split(
     cache: TeacherCache,
     shards: list[ShardRecord],
     student_round: Round | None,
-    source: CacheRows | PairedRows,
+    source: CacheRows | PairedRows | BestRows,
     config: TrainConfig,
     held_out: Collection[str] | None,
 ) -> CacheSplit:
@@ -151,7 +174,9 @@ def _split(
     if not held_out:
         return CacheSplit(source, reason=f"the cache has only {len(examples)} examples")
     measured = source
-    if student_round is not None and not config.needs_pairs:
+    if isinstance(source, BestRows):
+        measured = CacheRows(cache, shards)  # all responses, so that KL can be compared with that of other pairings
+    elif student_round is not None and not config.needs_pairs:
         # on the student's own rows a run could not be compared with any other, nor with itself after another round
         measured = CacheRows(cache, shards, None, pairs=False)
         if config.needs_distributions and cache.top_k == 0:
@@ -170,7 +195,18 @@ def _split(
         if may_do_without:
             return CacheSplit(source, reason=str(error))
         raise
-    return CacheSplit(training, validation, len(held_out), len(examples))
+    references = _references(cache, held_out) if config.best_metric == "rouge_l" else None
+    return CacheSplit(training, validation, len(held_out), len(examples), references=references)
+
+
+def _references(cache: TeacherCache, held_out: Collection[str]) -> RowSource | None:
+    """The reference responses of the `held_out` examples; None where the cache has no references."""
+    shards = cache.shards("reference")
+    if not shards:
+        return None
+    rows = CacheRows(cache, shards)
+    masks = [[conversation_of(cache, name) in held_out for name in group] for group in rows.ids_by_group()]
+    return SubsetRows(rows, [np.flatnonzero(mask) for mask in masks])
 
 
 def choose_held_out(examples: Collection[str], config: TrainConfig) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,22 @@ def take_best(directory: Path, target: Path, step: int | None) -> int | None:
     return step
 
 
-def held_out_prompts(rows: RowSource, tokenizer: ModelSource) -> list[HeldOutPrompt]:
-    """Each held-out example once, with its reference responses; with the teacher's if it has no reference."""
-    prompts: dict[str, list[int]] = {}
-    texts: dict[str, list[tuple[str, str]]] = {}
+def held_out_prompts(rows: RowSource, references: RowSource | None, tokenizer: ModelSource) -> list[HeldOutPrompt]:
+    """Each example of `rows` once, with its responses in `references`; with those in `rows` if it has none there."""
+    prompts = _with_responses(rows, tokenizer)
+    given = {} if references is None else _with_responses(references, tokenizer)
+    return [
+        replace(prompt, references=given[name].references) if name in given else prompt
+        for name, prompt in prompts.items()
+    ]
+
+
+def _with_responses(rows: RowSource, tokenizer: ModelSource) -> dict[str, HeldOutPrompt]:
+    """Each example with all its responses in `rows`; of a conversation, the last one."""
+    prompts: dict[str, HeldOutPrompt] = {}
     for index in indices_of(rows):
         row = rows.row(*index).chosen.by_span()[-1]
-        prompts[row.example_id] = row.prompt_ids.tolist()
+        earlier = prompts[row.example_id].references if row.example_id in prompts else []
         text = tokenizer.decode(row.response_ids.tolist())
-        texts.setdefault(row.example_id, []).append((row.origin, text))
-    references = {name: [text for origin, text in found if origin == "reference"] for name, found in texts.items()}
-    return [
-        HeldOutPrompt(prompts[name], references[name] or [text for _, text in found]) for name, found in texts.items()
-    ]
+        prompts[row.example_id] = HeldOutPrompt(row.prompt_ids.tolist(), [*earlier, text])
+    return prompts

@@ -25,7 +25,8 @@ class ValidationPlan:
     """Validation `rows` (None: no validation), measured before the first step, `every` so many steps and at the end.
 
     `best_metric` picks the student that is the run's result; None: the last one is. `note` is a sentence for the
-    person about what no option asked for, and `facts` what the run's files say.
+    person about what no option asked for, and `facts` what the run's files say. `references` are the reference
+    responses that rouge_l compares answers with, where the cache has any.
     """
 
     rows: RowSource | None = None
@@ -33,6 +34,7 @@ class ValidationPlan:
     best_metric: str | None = None
     note: str | None = None
     examples: int = 0
+    references: RowSource | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def plan_validation(
             f"validation: {split.held_out} of {split.examples} examples are held out and measured {often}; "
             f"the result is the {result} (--validation-examples 0 trains on all)"
         )
-    return ValidationPlan(split.validation, every, best_metric, note, split.held_out)
+    return ValidationPlan(split.validation, every, best_metric, note, split.held_out, split.references)
 
 
 def tail_note(config: TrainConfig, rows: RowSource) -> str | None:

@@ -73,6 +73,11 @@ class Run:
         """Whether every cache is finished and keeps the teacher's distributions on its own responses."""
         return keep_distributions(self.caches)
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest response that any of the caches may have, in tokens."""
+        return max(int(cache.reader.identities["generation"]["max_new_tokens"]) for cache in self.caches)
+
     def epochs(self, step: int) -> dict[str, int]:
         """The epoch (from 0) of the first row of `step`; of several caches also `epoch/NAME`, the epoch of each."""
         epochs = {"epoch": self.order.epoch_of(step)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from dpkd.distill.objectives.gradient_share import gradient_norms, preference_sh
 from dpkd.distill.objectives.objective import Objective, StepSums
 from dpkd.distill.rows.row import RowSource, indices_of
 from dpkd.distill.run.alarms import ALARMS_LOG, Watch
-from dpkd.distill.run.best import BEST_DIR, EvaluateFn, held_out_prompts
+from dpkd.distill.run.best import BEST_DIR, EvaluateFn, HeldOutPrompt, held_out_prompts
 from dpkd.distill.run.checkpointer import Checkpointer
 from dpkd.distill.run.logs import VALIDATION_LOG, append_line
 from dpkd.distill.run.ranks import all_reduce_sums, is_sharded, on_rank_zero, step_means
@@ -47,7 +48,7 @@ class Validator:
         self._student, self._objective, self._checkpointer = student, objective, checkpointer
         self._evaluate_fn = evaluate_fn
         if run.validation.best_metric == "rouge_l" and evaluate_fn is None:
-            self._evaluate_fn = load_bridge("rouge_l")(run.config)
+            self._evaluate_fn = load_bridge("rouge_l")(run.config, run.max_new_tokens)
         self._is_sharded = is_sharded(accelerator)
         self._watch = Watch()
         if run.validation.rows is not None:
@@ -110,13 +111,17 @@ class Validator:
         scorer.train()
         return share
 
+    @cached_property
+    def _prompts(self) -> list[HeldOutPrompt]:
+        plan = self._run.validation
+        assert plan.rows is not None
+        return held_out_prompts(plan.rows, plan.references, self._run.student)
+
     def _rouge_l(self, done: int) -> float:
         assert self._evaluate_fn is not None
-        assert self._run.validation.rows is not None
-        evaluate_fn, prompts = self._evaluate_fn, held_out_prompts(self._run.validation.rows, self._run.student)
-        directory = self._config.out / ".candidate"
+        evaluate_fn, directory = self._evaluate_fn, self._config.out / ".candidate"
         self._checkpointer.save_student(directory, done, with_card=False)
-        score = on_rank_zero(self._accelerator, lambda: evaluate_fn(directory, prompts))
+        score = on_rank_zero(self._accelerator, lambda: evaluate_fn(directory, self._prompts))
         on_rank_zero(self._accelerator, lambda: shutil.rmtree(directory))
         return float(score)
 

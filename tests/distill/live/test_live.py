@@ -267,15 +267,19 @@ def test_pairs_of_several_samples(loop: Callable[..., Loop]) -> None:
     for sample in range(3):
         assert ids_of(students[sample::3]) == drawn_by(everyone, 0, 0, cached, sample)
 
-    worst = rejected(loop("worst", pairing="best-vs-worst", **options).run()[0])
-    assert len(worst) == len(cached)
-    for place, row in enumerate(worst):
-        three = students[3 * place : 3 * place + 3]
+    worst = loop("worst", pairing="best-vs-worst", **options)
+    rows = worst.run()[0]
+    drawn = list(stored_rows(worst.config.out))
+    assert len(drawn) == 3 * len(rows) == 3 * BATCH
+    for row in rows:  # one of each example, of its teacher's and its reference response
+        three = [other for other in drawn if other.example_id == row.chosen.example_id]
         expected = min(three, key=lambda one: one.response_logprobs.sum() / len(one.response_logprobs))
-        assert row.response_ids.tolist() == expected.response_ids.tolist()
+        assert ids_of(rejected([row])) == ids_of([expected])
+    for sample in range(3):
+        assert ids_of(drawn[sample::3]) == drawn_by(worst, 0, 0, drawn[::3], sample)
 
-    by_index = rejected(loop("index", pairing="index", **options).run()[0])
-    assert [row.sample for row in by_index] == [row.sample % 3 for row in cached]
+    with pytest.raises(UserError, match=r"--pairing index.*: found --num-student-samples 3, expected at most 1"):
+        loop("index", pairing="index", **options)
 
 
 def test_what_was_trained_on_is_stored_and_read_back_bitwise(loop: Callable[..., Loop]) -> None:

@@ -7,48 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.local_teacher import LocalTeacher
 from support.samples import stored_rows
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dpkd.core.models import ModelSource, locate_model
+from dpkd.core.models import locate_model
 from dpkd.distill.live import rows as live_module
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FailedRequest, ScoreRequest
-from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store.reader import TeacherCache
 
 MAX_NEW_TOKENS = 12
-
-
-class LocalTeacher:
-    """The engine of transformers in place of the servers: same requests, same results."""
-
-    directory: Path
-
-    def __init__(
-        self, cache: TeacherCache, urls: Sequence[str], student: ModelSource, max_length: int, *others: object
-    ) -> None:
-        teacher = locate_model(str(self.directory), "teacher")
-        options = EngineOptions(max_length=max_length, top_k=cache.top_k, dtype="float32", device="cpu")
-        self._stack = ExitStack()
-        self._engine = self._stack.enter_context(open_engine("transformers", teacher, options))
-
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        return self._engine.score(requests)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def logprobs(model: PreTrainedModel, prompt_ids: list[int], response_ids: list[int]) -> np.ndarray:

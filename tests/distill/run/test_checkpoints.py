@@ -186,7 +186,7 @@ def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     assert not (run / ".candidate").exists()
     by_default = train(config(tmp_path / "other", toy_cache, toy_student, best_metric="rouge_l", steps=2))
     assert all(0 <= line["rouge_l"] <= 100 for line in lines(by_default, "validation"))
-    assert 0 <= rouge_l_evaluator(options)(run, seen[0][1]) <= 100
+    assert 0 <= rouge_l_evaluator(options, 12)(run, seen[0][1]) <= 100
 
 
 def test_a_metric_that_validation_does_not_give(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
