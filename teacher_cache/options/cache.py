@@ -188,6 +188,8 @@ class CacheConfig(
             raise ValueError(problem)
         if self.engine_arg and self.engine in ("server", "transformers", "openai"):
             raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
+        if self.engine_arg and self.teacher_mix is not None:
+            raise ValueError("--engine-arg is for vLLM; --teacher-mix needs --engine transformers, which takes none")
         return self
 
     def _problem_of_the_endpoint(self) -> str | None:

@@ -236,6 +236,7 @@ def test_minillm_learns_from_a_mixture(
     ("options", "message"),
     [
         ({"teacher_mix": 0.2, "engine": "vllm"}, "--teacher-mix needs both models at once"),
+        ({"teacher_mix": 0.2, "engine_arg": "quantization=fp8"}, "--engine-arg is for vLLM; --teacher-mix needs"),
         ({"teacher_mix": 0.2, "temperature": 0.5}, "leave --temperature and --top-p at 1"),
         ({"teacher_mix": 0.2, "round": None, "student": None, "data": "d"}, "--teacher-mix goes with --round"),
         ({"score_cached": True, "round": None, "student": None, "data": "d"}, "--score-cached goes with --round"),
