@@ -17,7 +17,7 @@ from dpkd.teacher_cache.build.derived.merging import plan_merge
 from dpkd.teacher_cache.build.derived.writing import DerivedCache, fill_derived
 from dpkd.teacher_cache.build.plan import RowPlan
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
-from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.cache import OF_DRAWING, CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
@@ -186,10 +186,16 @@ def _say_bad(job: RepairJob) -> None:
 
 
 def _saved_options(folder: Folder, location: str) -> CacheConfig:
-    """The options that the cache or round was built with, for the cache at `location`."""
+    """The options that the cache or round was built with, for the cache at `location`.
+
+    Earlier versions took options of sampling where nothing is drawn. They are part of the cache's identity and stay.
+    """
     where, values = folder.where(_OPTIONS), _saved_values(folder, location)
     refuse_newer_fields(values, CacheConfig.model_fields, where)
-    return CacheConfig.parse(values, where=where)
+    read, unread = dict(values), {}
+    if read.get("responses") == "reference" and "round" not in read:
+        unread = {key: read.pop(key) for key in OF_DRAWING if key in read}
+    return CacheConfig.parse(read, where=where).model_copy(update=unread)
 
 
 def _saved_values(folder: Folder, location: str) -> dict[str, Any]:
