@@ -33,8 +33,8 @@ class InitStudentConfig(Settings):
     keep: Literal["importance", "spread", "first", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
         "importance",
         description="which layers to keep: those that the teacher needs most on rows of --cache or --data (the "
-        "nearest start, docs/results/students.md), evenly spread ones, the first ones, the last ones, or comma-separated "
-        "numbers from 0",
+        "nearest start, docs/results/students.md), evenly spread ones, the first ones, the last ones, or "
+        "comma-separated numbers from 0",
     )
     mlp_width: int | None = Field(
         None, ge=1, description="number of neurons to keep in each MLP, by activation; none: all, or as --params allows"
@@ -132,6 +132,8 @@ class InitStudentConfig(Settings):
                 f"{chooser} chooses on rows: give --cache CACHE, or --data FILE --template NAME; without rows, "
                 "give --layers N and --keep spread"
             )
+        if self.cache is None and self.data is None and (unread := self.changed("cache_rows")):
+            raise ValueError(f"{unread[0]} goes with --cache or --data: nothing else has rows to read")
         if self.seed and self.from_config is None:
             raise ValueError("--seed goes with --from-config: nothing else is random")
         return self
