@@ -132,6 +132,8 @@ class InitStudentConfig(Settings):
                 f"{chooser} chooses on rows: give --cache CACHE, or --data FILE --template NAME; without rows, "
                 "give --layers N and --keep spread"
             )
+        if self.cache is None and self.data is None and (unread := self.changed("cache_rows")):
+            raise ValueError(f"{unread[0]} goes with --cache or --data: nothing else has rows to read")
         if self.seed and self.from_config is None:
             raise ValueError("--seed goes with --from-config: nothing else is random")
         return self

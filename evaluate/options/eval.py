@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
 from dpkd.core.settings import DeviceName, Location, Settings, TemplateArguments, named_values, split_commas
@@ -246,6 +246,12 @@ class EvalConfig(InputOptions, AnswerOptions, MetricOptions, ComparingOptions, E
             if name in info.data.get("model", {}):
                 raise ValueError(f"the name {name!r} is also the name of a model")
         return value
+
+    @model_validator(mode="after")
+    def _rows_have_a_cache(self) -> Self:
+        if self.cache is None and (unread := self.changed("cache_rows")):
+            raise ValueError(f"{unread[0]} goes with --cache: nothing else reads it")
+        return self
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from dpkd.teacher_cache.build.derived.filtering import plan_filter
 from dpkd.teacher_cache.build.derived.merging import plan_merge
 from dpkd.teacher_cache.build.derived.writing import DerivedCache, fill_derived
 from dpkd.teacher_cache.build.plan import RowPlan
+from dpkd.teacher_cache.build.round_options import OF_PROMPTS
 from dpkd.teacher_cache.build.rounds import discard_stages, fill_round, open_round, round_identities
-from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.options.cache import OF_DRAWING, CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
@@ -156,7 +157,7 @@ def _repair_round(part: _Part, cache: _Part, location: str) -> int:
     if not part.bad:
         return _without_bad(job)
     opened = TeacherCache.open(location)
-    inputs = open_round(opened, _saved_options(part.folder, location))
+    inputs = open_round(opened, _saved_options(part.folder, location, OF_PROMPTS))
     _refuse_other(part, round_identities(opened, inputs))
     with job.repairing():
         _say_bad(job)
@@ -185,11 +186,19 @@ def _say_bad(job: RepairJob) -> None:
         say(f"{job.folder.where(path)} {how}")
 
 
-def _saved_options(folder: Folder, location: str) -> CacheConfig:
-    """The options that the cache or round was built with, for the cache at `location`."""
+def _saved_options(folder: Folder, location: str, without: Sequence[str] = ()) -> CacheConfig:
+    """The options that the cache or round was built with, for the cache at `location`.
+
+    Earlier versions saved options that they did not read. Those in `without` are left out; those of sampling where
+    nothing is drawn are part of the cache's identity and stay.
+    """
     where, values = folder.where(_OPTIONS), _saved_values(folder, location)
     refuse_newer_fields(values, CacheConfig.model_fields, where)
-    return CacheConfig.parse(values, where=where)
+    read = {key: value for key, value in values.items() if key not in without}
+    unread = {}
+    if read.get("responses") == "reference" and "round" not in read:
+        unread = {key: read.pop(key) for key in OF_DRAWING if key in read}
+    return CacheConfig.parse(read, where=where).model_copy(update=unread)
 
 
 def _saved_values(folder: Folder, location: str) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tomllib
+from typing import Any
+
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.prompts.sources import open_examples
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
+#: what made the cache's prompts. A round reads the prompts themselves, so its results do not depend on these
+OF_PROMPTS = ("turns", "thinking", "template_arg")
+
 
 def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
     """`config` with the options of the cache; raises `UserError` for one that is given and differs."""
     cache.check_one_teacher()
     identities = cache.manifest.identities
-    generation = identities["generation"]
     if config.data is not None:
         actual = open_examples(config.data).identity["sha256"]
         if actual != identities["data"]["sha256"]:
@@ -24,31 +29,19 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
                 where=cache.folder,
                 advice="Leave --data out: a round uses the cache's prompts",
             )
-    shared = {
-        "dtype": identities["teacher"]["dtype"],
-        "template": identities["template"]["name"],
-        "limit": identities["data"]["limit"],
-        "responses": generation["responses"],
-        "num_samples": generation["num_samples"],
-        "max_prompt_tokens": generation["max_prompt_tokens"],
-        "rows_per_shard": cache.rows_per_shard,
-    }
-    of_prompts = {
-        "thinking": generation.get("thinking") or "keep",
-        "template_arg": identities["template"].get("args", {}),
-    }
-    for key, value in (shared | of_prompts).items():
+    taken = _taken_from(cache)
+    for key, value in taken.items():
         given = getattr(config, key)
-        if given not in (value, CacheConfig.model_fields[key].default):
+        if key in config.model_fields_set and given != value:  # also a default: someone wrote it down
             raise UserError(
                 f"a round uses the {key} of its cache",
-                found=given,
+                found="none" if given is None else given,
                 expected=value,
                 where=cache.folder,
                 advice=f"Leave {config.flag(key)} out",
             )
     # responses of other lengths or another temperature are not what training compares: only if someone asks for them
-    drawn = {key: generation[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    drawn = {key: identities["generation"][key] for key in ("max_new_tokens", "temperature", "top_p")}
     given = {key: getattr(config, key) for key in drawn if key in config.model_fields_set}
     if unknown := [key for key, value in drawn.items() if value is None and key not in given]:
         raise UserError(
@@ -59,7 +52,7 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
     if differing := [key for key, value in given.items() if drawn[key] not in (None, value)]:
         ours, theirs = (", ".join(f"{key} {values[key]}" for key in differing) for values in (given, drawn))
         say(f"the student's responses are drawn with {ours}; those of the cache were with {theirs}")
-    config = config.model_copy(update=shared | drawn | given)
+    config = config.model_copy(update=taken | drawn | given)
     if config.teacher_mix is not None and (config.temperature, config.top_p) != (1, 1):
         raise UserError(
             "a mixture with the teacher is one of the models' own distributions",
@@ -69,3 +62,31 @@ def with_cache_options(cache: TeacherCache, config: CacheConfig) -> CacheConfig:
             advice="Give --temperature 1 --top-p 1, or leave --teacher-mix out",
         )
     return config
+
+
+def _taken_from(cache: TeacherCache) -> dict[str, Any]:
+    """The options that a round takes from its cache, with the cache's values."""
+    identities = cache.manifest.identities
+    generation, template = identities["generation"], identities["template"]
+    return {
+        "dtype": identities["teacher"]["dtype"],
+        "template": template["name"],
+        "limit": identities["data"]["limit"],
+        "responses": generation["responses"],
+        "num_samples": generation["num_samples"],
+        "max_prompt_tokens": generation["max_prompt_tokens"],
+        "rows_per_shard": cache.rows_per_shard,
+        "turns": _turns(cache),
+        "thinking": generation.get("thinking") or "keep",
+        "template_arg": template.get("args", {}),
+    }
+
+
+def _turns(cache: TeacherCache) -> str:
+    """The `turns` of the cache. Its identity has them only where some row has several; its saved options always."""
+    if "turns" in cache.manifest.identities["generation"]:
+        return "all"
+    try:
+        return str(tomllib.loads(cache.folder.read("dpkd.toml").decode()).get("turns", "last"))
+    except (FileNotFoundError, ValueError):
+        return "last"

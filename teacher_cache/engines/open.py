@@ -12,8 +12,9 @@ from dpkd.teacher_cache.engines.vllm.environment import check_temperature
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
 
+_INSTALL_VLLM = "pip install -e '.[teacher-cpu]' or '.[teacher-gpu]'"
 _INSTALL = {
-    "vllm": "In the clone: pip install -e '.[teacher-cpu]' or '.[teacher-gpu]', or choose --engine transformers",
+    "vllm": f"In the clone: {_INSTALL_VLLM}, or choose --engine transformers",
     "ray": "In the clone: pip install -e '.[ray]', or choose another --engine",
 }
 
@@ -35,6 +36,12 @@ def check_engine(
     `scores`: whether the engine will score given responses. `temperature`: at which it will draw some.
     """
     check_fits(model, options)
+    if name == "transformers" and options.engine_args:  # of `auto`: the options refuse --engine transformers
+        raise UserError(
+            "--engine-arg is for vLLM, which is not installed, and transformers takes none",
+            found=", ".join(f"{key}={value}" for key, value in options.engine_args.items()),
+            advice=f"Leave --engine-arg out, or install vLLM. In the clone: {_INSTALL_VLLM}",
+        )
     if name in ("vllm", "ray", "server"):
         check_temperature(temperature)
     if name in ("vllm", "ray"):

@@ -54,6 +54,9 @@ class FidelityConfig(Settings):
     def _pilot_has_a_student(self) -> Self:
         if self.pilot != (self.student is not None):
             raise ValueError("--pilot needs --student, and the other way round")
+        unread = self.changed("pilot_k", "pilot_steps", "pilot_learning_rate", "pilot_seeds")
+        if unread and not self.pilot:
+            raise ValueError(f"{', '.join(unread)} goes with --pilot: nothing else reads it")
         if any(k < 1 for k in self.pilot_k):
             raise ValueError("--pilot-k must be 1 or more")
         return self

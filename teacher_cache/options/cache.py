@@ -21,6 +21,8 @@ EngineArguments = Annotated[
     dict[str, str], BeforeValidator(lambda value: named_values(value, "KEY=VALUE", "tensor_parallel_size=4"))
 ]
 
+#: options of how the teacher draws responses: a cache of references alone reads none of them
+OF_DRAWING = ("num_samples", "temperature", "top_p", "seed")
 _OF_RAY = ("ray_replicas", "ray_cpus", "ray_gpus")
 #: options of models on this machine, by the engines that have none here. A server's dtype is what the cache records
 _LOCAL_ON = {"server": ("device",), "openai": ("device", "dtype")}
@@ -168,6 +170,11 @@ class CacheConfig(
             raise ValueError(f"--teacher-mix needs both models at once: --engine transformers, not {self.engine}")
         if self.teacher_mix is not None and (self.temperature, self.top_p) != (1, 1):
             raise ValueError("--teacher-mix mixes the models' own distributions: leave --temperature and --top-p at 1")
+        # a round draws from the student, whatever the responses of its cache are
+        if self.responses == "reference" and self.round is None and (given := self.changed(*OF_DRAWING)):
+            raise ValueError(
+                f"{', '.join(given)} goes with --responses teacher or both: references are given, and nothing is drawn"
+            )
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError("--temperature 0 gives the same response every time: --num-samples must be 1")
         if self.top_k is not None and (self.top_mass is not None or self.max_top_k is not None):
@@ -188,6 +195,8 @@ class CacheConfig(
             raise ValueError(problem)
         if self.engine_arg and self.engine in ("server", "transformers", "openai"):
             raise ValueError(f"--engine-arg is for vLLM; --engine {self.engine} takes none")
+        if self.engine_arg and self.teacher_mix is not None:
+            raise ValueError("--engine-arg is for vLLM; --teacher-mix needs --engine transformers, which takes none")
         return self
 
     def _problem_of_the_endpoint(self) -> str | None:

@@ -88,6 +88,8 @@ def test_buckets_come_as_text() -> None:
         ({"device": "tpu"}, r"`device` must be auto, cpu or cuda, found tpu"),
         ({"limit": 0}, r"`limit` must be above 0, found 0"),
         ({"num_sign_flips": 10}, r"`num_sign_flips` must be 100 or more, found 10"),
+        ({"cache_rows": 9}, r"--cache-rows goes with --cache: nothing else reads it"),
+        ({"cache_rows": 0}, r"--cache-rows goes with --cache"),
         ({"tempreature": 1}, r"unknown option `tempreature` .did you mean `temperature`.. .in "),
     ],
 )

@@ -124,6 +124,10 @@ def test_what_cannot_be_piloted_is_refused(world: dict[str, Path], tmp_path: Pat
     for wrong in ({"pilot": True}, {"student": "s"}, {"pilot": True, "student": "s", "pilot_k": "0"}):
         with pytest.raises(UserError, match="--pilot"):
             FidelityConfig.parse(plain | wrong, where="a test")
+    for unread in ({"pilot_k": "4"}, {"pilot_steps": 9}, {"pilot_seeds": 2}, {"pilot_learning_rate": 1e-3}):
+        with pytest.raises(UserError, match=f"{FidelityConfig.flag(next(iter(unread)))} goes with --pilot: nothing"):
+            FidelityConfig.parse(plain | unread, where="a test")
+    FidelityConfig.parse(plain | {"pilot_steps": 60, "pilot_seeds": 3}, where="defaults that are spelt out")
     shutil.copytree(world["student"], tmp_path / "student")
     (tmp_path / "student" / "model.safetensors").unlink()
     result = fidelity(world, "--pilot", "--student", tmp_path / "student")

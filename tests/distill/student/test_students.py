@@ -285,6 +285,8 @@ def test_a_failure_while_it_is_written_leaves_nothing(
         ({"from_config": "c.json", "from_checkpoint": "d"}, "give --from-config or --from, not both"),
         ({"from_config": "c.json", "layers": 2}, "--layers selects the teacher's weights .* --from-config"),
         ({"from_checkpoint": "d", "mlp_width": 2, "cache": "c"}, "--mlp-width selects .* does not go with --from"),
+        ({"layers": 2, "keep": "last", "cache_rows": 9}, "--cache-rows goes with --cache or --data: nothing else has"),
+        ({"from_checkpoint": "d", "cache_rows": 9}, "--cache-rows goes with --cache or --data"),
         ({"layers": 2, "keep": "last", "seed": 1}, "--seed goes with --from-config"),
     ],
 )  # fmt: skip

@@ -27,6 +27,7 @@ from dpkd.pipelines.flags import add_command
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.run import _wait, run_steps
 from dpkd.pipelines.recipe.shipped import shipped_recipes
+from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 
@@ -60,6 +61,26 @@ def test_every_shipped_recipe_parses_and_says_what_it_takes() -> None:
         assert re.match(r"# [A-Z].{20,110}\.\n", header), f"{path} begins with no sentence that says what it does"
         for word in ("Command:", "Hardware:", "Time:", "You will see:"):
             assert word in header, f"{path} promises no {word}"
+
+
+def test_the_rounds_of_shipped_recipes_say_what_their_caches_say() -> None:
+    """A round takes these options from its cache, and refuses others only once the cache is built."""
+    taken = (
+        "dtype", "template", "limit", "responses", "num_samples", "max_prompt_tokens", "rows_per_shard", "turns",
+        "thinking", "template_arg",
+    )  # fmt: skip
+    num_rounds = 0
+    for name in shipped_recipes():
+        configs = [step.config for step in read_recipe(name)]
+        made = [config for config in configs if isinstance(config, CacheConfig)]
+        caches = {config.out: config for config in made if config.round is None}
+        for config in made:
+            if config.round is None:
+                continue
+            num_rounds += 1
+            for key in config.model_fields_set.intersection(taken):
+                assert getattr(config, key) == getattr(caches[config.out], key), (name, config.round, key)
+    assert num_rounds > 100
 
 
 ROUNDS = """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from dpkd.core.models import locate_model
 from dpkd.teacher_cache.audit.info import describe_cache
 from dpkd.teacher_cache.audit.verify import row_problems, verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.engines import open as open_module
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
 from dpkd.teacher_cache.store.folders import open_folder
@@ -236,6 +239,49 @@ def test_bad_options_write_nothing(
     with pytest.raises(UserError, match=message):
         build_cache(CacheConfig(**values))
     assert not (tmp_path / "a").exists()
+
+
+def test_arguments_of_vllm_are_refused_where_auto_is_transformers(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_module, "find_spec", lambda name: None)
+    given = {"engine": "auto", "engine_arg": "quantization=fp8"}
+    message = r"--engine-arg is for vLLM, which is not installed.*found quantization=fp8\. Leave --engine-arg out"
+    with pytest.raises(UserError, match=message):
+        build_cache(config(tmp_path / "a", toy_teacher, toy_data, **given))
+    assert not (tmp_path / "a").exists()
+    build_cache(config(tmp_path / "a", toy_teacher, toy_data, limit=2, engine="auto"))
+    with pytest.raises(UserError, match=message):
+        build_cache(
+            CacheConfig(
+                teacher=str(toy_teacher), student=str(toy_student), round="r0", out=str(tmp_path / "a"), **given
+            )
+        )
+    assert not (tmp_path / "a" / "rounds").exists()
+
+
+@pytest.mark.parametrize("option", [{"num_samples": 4}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 3}])
+def test_options_of_drawing_are_refused_where_nothing_is_drawn(option: dict[str, Any]) -> None:
+    given = {"teacher": "t", "data": "d", "out": "o", "responses": "reference"}
+    flag = CacheConfig.flag(next(iter(option)))
+    with pytest.raises(UserError, match=f"{flag} goes with --responses teacher or both: references are given"):
+        CacheConfig.parse(given | option, where="a test")
+    for responses in ("teacher", "both"):
+        CacheConfig.parse(given | option | {"responses": responses}, where="a test")
+
+
+def test_a_round_on_references_is_drawn_as_asked(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+) -> None:
+    spelt_out = {"num_samples": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    options = config(tmp_path / "a", toy_teacher, toy_data, limit=2, top_k=0, responses="reference", **spelt_out)
+    build_cache(CacheConfig.parse(tomllib.loads(options.to_toml()), where="its dpkd.toml"))
+    of_round = {"student": str(toy_student), "round": "r0", "engine": "transformers", "top_k": 0}
+    drawn = {"temperature": 0.5, "seed": 3}
+    build_cache(CacheConfig(teacher=str(toy_teacher), out=tmp_path / "a", **of_round, **drawn))
+    saved = tomllib.loads((tmp_path / "a" / "rounds" / "r0" / "dpkd.toml").read_text())
+    assert (saved["responses"], saved["temperature"], saved["seed"]) == ("reference", 0.5, 3)
+    build_cache(CacheConfig.parse(saved, where="its dpkd.toml"))  # finished: nothing to do
 
 
 def test_a_directory_of_other_things_is_refused(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:

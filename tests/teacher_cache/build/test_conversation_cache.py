@@ -282,6 +282,7 @@ def test_a_round_has_the_turns_of_its_cache(tmp_path: Path, models: tuple[Path, 
     build_round(tmp_path / "cache", models)
     assert verify_cache(str(tmp_path / "cache"))["rows"] == 16
     student_round = TeacherCache.open(tmp_path / "cache").round("r0")
+    assert 'turns = "all"' in student_round.folder.read("dpkd.toml").decode()
     assert [shard.path for shard in student_round.manifest.shards] == [shard.path for shard in cache.shards()]
     for record in cache.shards():
         ours, theirs = cache.read(record), cache.read_round(student_round, record)

@@ -44,7 +44,7 @@ def built(
     data = folder / "train.jsonl"
     data.write_bytes(toy_data.read_bytes())
     build_cache(options(toy_teacher, data, str(folder / "cache")))
-    of_round = {"student": str(toy_student), "round": "r0", "score_cached": True, "limit": None, "responses": "teacher"}
+    of_round = {"student": str(toy_student), "round": "r0", "score_cached": True}
     build_cache(options(toy_teacher, data, str(folder / "cache"), **of_round))
     return folder / "cache", data
 
@@ -228,6 +228,27 @@ def test_touched_options_are_a_warning_and_newer_fields_say_so(
         folder.write("manifest.json", canonical_json(manifest | {"manifest_sha256": fingerprint(manifest)}) + b"\n")
         with pytest.raises(UserError, match="made by a newer dpkd: found the field signature"):
             TeacherCache.open(str(folder))
+
+
+def test_options_that_earlier_versions_did_not_read_are_no_obstacle(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+) -> None:
+    """Sampling options of references are in the identity of the cache, and a round recorded `turns` as it was given."""
+    out = str(tmp_path / "cache")
+    cached = options(toy_teacher, toy_data, out, responses="reference", limit=5)
+    build_cache(cached.model_copy(update={"temperature": 0.5, "seed": 3, "num_samples": 2}))
+    of_round = {"student": str(toy_student), "round": "r0", "responses": "reference", "limit": 5}
+    build_cache(options(toy_teacher, toy_data, out, **of_round, num_samples=2))
+    folder = open_folder(out)
+    toml = folder.read("rounds/r0/dpkd.toml")
+    folder.write("rounds/r0/dpkd.toml", toml.replace(b'turns = "last"', b'turns = "all"'))
+    before = contents(folder)
+    bad = ["shards/reference-000001.parquet", "rounds/r0/shards/reference-000000.parquet"]
+    for name in bad:
+        damage(folder, name, "missing")
+    repaired = repair_cache(out)
+    assert (repaired.shards, repaired.bad, repaired.different) == (4, 2, 0)
+    assert contents(folder) == before
 
 
 def test_later_turns_follow_an_answer_that_is_drawn_otherwise(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.commands import Command
+from support.commands import Command, dpkd
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
@@ -22,6 +24,7 @@ from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
+from dpkd.teacher_cache.build.round_options import with_cache_options
 from dpkd.teacher_cache.engines.engine import EngineOptions, GenerateRequest, Sampling, results_only
 from dpkd.teacher_cache.engines.mixed_engine import MixedEngine
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -134,6 +137,75 @@ def test_a_round_refuses_options_of_prompts_that_it_would_not_use(
         build_round("other", **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("option", "of_cache"),
+    [
+        ("dtype", "bfloat16"),
+        ("template", "chat"),
+        ("limit", 20),
+        ("responses", "both"),
+        ("num_samples", 2),
+        ("max_prompt_tokens", 80),
+        ("rows_per_shard", 6),
+        ("turns", "all"),
+        ("thinking", "drop"),
+        ("template_arg", {"enable_thinking": "false"}),
+    ],
+)
+def test_a_round_refuses_a_default_that_is_not_its_caches(option: str, of_cache: object, cache_copy: Path) -> None:
+    """An option that somebody wrote down, with a value that only looks as if nobody had."""
+    cache, default = TeacherCache.open(cache_copy), CacheConfig.model_fields[option].default
+    identities = cache.manifest.identities
+    place = {
+        "dtype": "teacher", "template": "template", "limit": "data", "rows_per_shard": "layout",
+        "template_arg": "template",
+    }.get(option, "generation")  # fmt: skip
+    name = {"template": "name", "template_arg": "args"}.get(option, option)
+    identities[place][name] = of_cache
+    options: dict[str, Any] = {"teacher": "t", "student": "s", "round": "other", "out": str(cache_copy)}
+    found = re.escape(f"found {'none' if default is None else default}, expected {of_cache}")
+    with pytest.raises(UserError, match=rf"a round uses the {option} of its cache: {found} .*Leave --"):
+        with_cache_options(cache, CacheConfig(**options | {option: default}))
+    for given in ({}, {option: of_cache}):  # left out, or that of the cache
+        config = with_cache_options(cache, CacheConfig(**options | given))
+        assert getattr(config, option) == of_cache
+        again = CacheConfig.parse(tomllib.loads(config.to_toml()), where="its dpkd.toml")
+        assert with_cache_options(cache, again) == config
+
+
+def test_the_command_refuses_options_that_a_round_would_not_read(
+    cache_copy: Path, toy_teacher: Path, toy_student: Path
+) -> None:
+    models = ("--teacher", toy_teacher, "--student", toy_student, "--engine", "transformers")
+    command = ("cache-teacher", *models, "--out", cache_copy, "--round", "other")
+    for given, found in (
+        (("--template", "alpaca"), "found alpaca, expected chat"),
+        (("--responses", "teacher"), "found teacher, expected both"),
+        (("--rows-per-shard", "128"), "found 128, expected 6"),
+        (("--turns", "all"), "found all, expected last"),
+    ):
+        done = dpkd(*command, *given)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"a round uses the {given[0][2:].replace('-', '_')} of its cache: {found}" in done.stderr
+        assert f"Leave {given[0]} out" in done.stderr
+    assert not (cache_copy / "rounds" / "other").exists()
+
+
+def test_turns_that_made_no_difference_to_the_cache_are_those_of_the_round(
+    tmp_path: Path, toy_teacher: Path, toy_student: Path, toy_data: Path
+) -> None:
+    """The options of a recipe for several data sets: rows of one turn leave no trace of --turns in the identity."""
+    options: dict[str, Any] = {
+        "teacher": str(toy_teacher), "out": str(tmp_path / "cache"), "engine": "transformers", "device": "cpu",
+        "turns": "all", "max_new_tokens": 4, "top_k": 0, "limit": 2, "template": "chat",
+    }  # fmt: skip
+    build_cache(CacheConfig(**options, data=str(toy_data)))
+    build_cache(CacheConfig(**options, student=str(toy_student), round="r0"))
+    saved = tomllib.loads((tmp_path / "cache" / "rounds" / "r0" / "dpkd.toml").read_text())
+    assert saved["turns"] == "all"
+    build_cache(CacheConfig.parse(saved, where="its dpkd.toml"))  # finished: nothing to do
+
+
 def test_minillm_refuses_a_round_of_another_distribution(
     build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +312,7 @@ def test_minillm_learns_from_a_mixture(
     ("options", "message"),
     [
         ({"teacher_mix": 0.2, "engine": "vllm"}, "--teacher-mix needs both models at once"),
+        ({"teacher_mix": 0.2, "engine_arg": "quantization=fp8"}, "--engine-arg is for vLLM; --teacher-mix needs"),
         ({"teacher_mix": 0.2, "temperature": 0.5}, "leave --temperature and --top-p at 1"),
         ({"teacher_mix": 0.2, "round": None, "student": None, "data": "d"}, "--teacher-mix goes with --round"),
         ({"score_cached": True, "round": None, "student": None, "data": "d"}, "--score-cached goes with --round"),

@@ -118,7 +118,7 @@ def test_references_lose_their_thinking_before_they_are_encoded(tmp_path: Path, 
         ],
     }  # fmt: skip
     data = write(tmp_path / "data.jsonl", [given | {"id": "talk"}])
-    options: dict[str, Any] = {"responses": "reference", "turns": "all", "thinking": "drop"}
+    options: dict[str, Any] = {"responses": "reference", "temperature": 1.0, "turns": "all", "thinking": "drop"}
     [row] = build(tmp_path / "cache", thinker, data, **options).values()
     assert tokenizer.decode(row.response_ids) == "red<|im_end|>blue<|im_end|>"
     assert "think" not in tokenizer.decode(row.sequence_ids())

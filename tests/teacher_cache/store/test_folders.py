@@ -77,7 +77,7 @@ def test_a_cache_by_url_is_the_cache_of_a_directory(
     folder = open_folder(location)
     assert sorted(folder.sizes()) == ["dpkd.toml", "manifest.json", *(shard.path for shard in manifest.shards)]
 
-    build_cache(config(location, toy_teacher, toy_data, limit=None, student=str(toy_student), round="r0"))
+    build_cache(config(location, toy_teacher, toy_data, student=str(toy_student), round="r0"))
     assert TeacherCache.open(location).round_names == ["r0"]
     run = train(
         TrainConfig(
