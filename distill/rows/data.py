@@ -56,8 +56,8 @@ def open_data_rows(
             if isinstance(response, SkippedRow):
                 skipped.append(response)
             else:
-                row = unscored_row(response.prompt.ids, response.ids, item.example_id, sample, response.spans)
-                rows.append(replace(row, finish_reason="length") if response.is_cut else row)
+                cached = unscored_row(response.prompt.ids, response.ids, item.example_id, sample, response.spans)
+                rows.append(replace(cached, finish_reason="length") if response.is_cut else cached)
         if not found:
             skipped.append(SkippedRow(item.line, NO_REFERENCE))
     text.say()

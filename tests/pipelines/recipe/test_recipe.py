@@ -432,7 +432,9 @@ def test_the_shipped_data_do_not_overlap_and_are_attributed() -> None:
 
 def test_the_version_is_in_the_changelog() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    version, _, dev = project["version"].partition(".dev")
+    heading = f"## {version} (unreleased)" if dev else f"## {version}"
+    assert f"\n{heading}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_parent_of_recipe_steps_touches_no_device() -> None:
