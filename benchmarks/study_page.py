@@ -174,7 +174,7 @@ def _arms_table(found: Found, arms: Sequence[str]) -> str:
 
 def _shared_round_s(found: Found, arm: str) -> float:
     """Seconds of the first round, which all arms with the student's responses share."""
-    if not arm.startswith(("own", "mix", "minillm", "distillm2", "eq", "writer-mix")):
+    if not arm.startswith(("own", "mix", "minillm", "distillm2", "eq", "writer-mix", "writer-distillm2")):
         return 0.0
     name = "writer" if from_writer(arm) else "student-mixed" if arm == "minillm-mixed" else "student"
     return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))

@@ -27,7 +27,7 @@ METRICS = (
     *("kld", "rkld", "kld_first", "rkld_first", "entropy", "top1_agreement"),
     *("teacher_miss_rate", "zero_gradient_share", "clipped_share"),
     *("skew_gap_chosen", "skew_gap_rejected", "skew"),
-    *("chosen_length", "rejected_length", "unfinished_chosen", "unfinished_rejected"),
+    *("chosen_length", "rejected_length", "unfinished_chosen", "unfinished_rejected", "end_gap"),
 )
 
 
@@ -89,7 +89,7 @@ class Objective:
         values = self._evaluate(score, rows, micro_batch, metrics, sums)
         if "reward_chosen" not in sums.metrics:
             _add_metrics(sums, chosen_reward(values, rows, self._beta, self._length_normalize))
-        _add_metrics(sums, distance_metrics(values, rows) | response_metrics(rows))
+        _add_metrics(sums, distance_metrics(values, rows) | response_metrics(values, rows))
         _add_metrics(sums, metrics_by_cache(values, rows, self._caches))
         if micro_batch.corpus is not None:
             self._evaluate(score, micro_batch.corpus, micro_batch, [], sums)
@@ -160,9 +160,19 @@ def metrics_by_cache(values: Mapping[str, Tensor], batch: Batch, names: Sequence
     }
 
 
-def response_metrics(batch: Batch) -> dict[str, Tensor]:
-    """Length in tokens and whether the token limit ended it, of chosen and of rejected responses."""
-    metrics = {}
+def response_metrics(values: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Length in tokens and whether the token limit ended it, of chosen and of rejected responses; `end_gap`.
+
+    `end_gap` is log q - log p of the EOS (nats) where chosen responses ended: far below 0, the student never stops.
+    """
+    ends_T = torch.cat([batch.row_T[1:] != batch.row_T[:-1], batch.row_T.new_ones(1, dtype=torch.bool)])
+    ended_T = ends_T & (batch.row_T < batch.num_chosen) & ~batch.unfinished_B[batch.row_T]
+    if batch.entry_counts_T is not None:  # an endpoint may not say how likely the end was
+        ended_T &= batch.entry_counts_T > 0
+    if batch.teacher_logprob_T is None:
+        metrics = {"end_gap": values["target"][:0]}
+    else:
+        metrics = {"end_gap": (values["target"] - batch.teacher_logprob_T)[ended_T]}
     for name, rows in (("chosen", slice(batch.num_chosen)), ("rejected", slice(batch.num_chosen, batch.num_rows))):
         if len(batch.num_tokens_B[rows]):
             metrics[f"{name}_length"] = batch.num_tokens_B[rows].float()

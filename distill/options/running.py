@@ -75,8 +75,9 @@ class ValidationOptions(Settings):
 
     on_alarm: Literal["warn", "stop"] = Field(
         "warn",
-        description="when a validation gives an alarm (KL above its start, entropy running away, both sides of the "
-        "pairs unlearned, a used-up round, an idle preference): warn once, or stop the run, exit code 3",
+        description="when a validation gives an alarm (KL above its start, entropy running away, ends unlearned, "
+        "both sides of the pairs unlearned, a used-up round, an idle preference): warn once, or stop the run, exit "
+        "code 3",
     )
 
     @model_validator(mode="after")

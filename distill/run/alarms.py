@@ -21,6 +21,8 @@ _KL_SHARE, _KL_NOISE = 0.02, 0.01
 _ENTROPY_RISE, _ENTROPY_EXCESS = 0.5, 1.0
 #: share of its start and of the teacher's entropy below which an entropy has run down, and the least nats below
 _ENTROPY_SHARE, _ENTROPY_FALL = 0.5, 0.1
+#: nats by which log q - log p at the ends of responses must have fallen, and by which it must be below 0
+_END_FALL = 3.0
 #: nats a token by which both sides of the pairs must have fallen
 _FALL = 0.1
 #: share of the gradient below which a preference hardly changes the student
@@ -88,7 +90,7 @@ class Alarms:
 
 def find_alarms(start: dict[str, Any], line: dict[str, Any], watch: Watch) -> list[Alarm]:
     """What the validation `line` says against a run whose first validation was `start`."""
-    rules = (_kl_worse, _entropy_rises, _entropy_falls, _both_fall, _round_used_up, _small_preference)
+    rules = (_kl_worse, _entropy_rises, _entropy_falls, _end_unlearned, _both_fall, _round_used_up, _small_preference)
     return [alarm for rule in rules if (alarm := rule(start, line, watch)) is not None]
 
 
@@ -130,6 +132,18 @@ def _entropy_falls(start: dict[str, Any], line: dict[str, Any], watch: Watch) ->
         "more. It is surer than the teacher and repeats itself: train for fewer steps, or add --kd-weight"
     )
     return Alarm("entropy-falls", text, {"entropy_start": before, "entropy": now, "teacher_entropy": teachers})
+
+
+def _end_unlearned(start: dict[str, Any], line: dict[str, Any], _: Watch) -> Alarm | None:
+    before, now = start.get("end_gap"), line.get("end_gap")
+    if before is None or now is None or now > min(before, 0.0) - _END_FALL:
+        return None
+    text = (
+        "the student unlearns to end its answers: log q - log p at the ends of held-out responses "
+        f"{before:.1f} -> {now:.1f} nats. They will run to the token limit. Start from a student that writes already "
+        "(train it with --objective forward-kl first), or lower --learning-rate"
+    )
+    return Alarm("end-unlearned", text, {"end_gap_start": before, "end_gap": now})
 
 
 def _both_fall(start: dict[str, Any], line: dict[str, Any], watch: Watch) -> Alarm | None:

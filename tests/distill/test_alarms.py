@@ -227,6 +227,13 @@ def test_noise_gives_no_alarm_and_each_is_given_once() -> None:
     # far from the teacher, an unsure student is right to be unsure
     assert find_alarms(start, start | {"entropy": 5.4}, round_watch) == []
     assert [alarm.name for alarm in find_alarms(start, start | {"entropy": 5.6}, round_watch)] == ["entropy-rises"]
+    # ends: the study's start, and what forward KL and distillm2 make of it in 36 steps (docs/results/rounds.md)
+    start |= {"end_gap": -1.6}
+    assert find_alarms(start, start | {"end_gap": -1.4}, round_watch) == []
+    assert find_alarms(start, start | {"end_gap": -4.5}, round_watch) == []
+    assert [alarm.name for alarm in find_alarms(start, start | {"end_gap": -8.0}, round_watch)] == ["end-unlearned"]
+    # a student that ends too readily has 3 nats more to fall
+    assert find_alarms(start | {"end_gap": 2.0}, start | {"end_gap": -2.9}, round_watch) == []
     assert find_alarms(start, start | {"reward_margin": -1e-3}, round_watch) == []
     assert find_alarms(start, start | {"reward_margin": 0.5}, Watch(pairs="tokens")) == []
     alarms = Alarms()

@@ -14,7 +14,7 @@ from dpkd.core.errors import UserError
 from dpkd.distill.batches.batch import Batch
 from dpkd.distill.batches.collate import collate
 from dpkd.distill.losses.divergence import forward_kl, skew_by_gap
-from dpkd.distill.objectives.objective import chosen_reward
+from dpkd.distill.objectives.objective import chosen_reward, response_metrics
 from dpkd.distill.objectives.sample_terms import Contrast
 from dpkd.distill.objectives.statistics import Outcomes
 from dpkd.distill.options.train import TrainConfig
@@ -130,6 +130,19 @@ def test_the_chosen_reward_is_that_of_the_teachers_responses(length_normalize: b
     sums = torch.tensor([-1.5, -1.0])  # 0.5 times 3 and 2 tokens
     torch.testing.assert_close(found["reward_chosen_sum"], sums)
     torch.testing.assert_close(found["reward_chosen"], torch.tensor([-0.5, -0.5]) if length_normalize else sums)
+
+
+def test_the_gap_at_the_ends_is_that_of_the_chosen_responses_that_ended() -> None:
+    batch, *_ = world()
+    assert batch.teacher_logprob_T is not None
+    gap_T = torch.arange(len(batch.row_T), dtype=torch.float32)  # ends of the chosen ones: positions 2 and 4
+    values = {"target": batch.teacher_logprob_T - gap_T}
+    torch.testing.assert_close(response_metrics(values, batch)["end_gap"], torch.tensor([-2.0, -4.0]))
+    one_is_cut = Batch(**(vars(batch) | {"unfinished_B": torch.tensor([True, False, True, False])}))
+    torch.testing.assert_close(response_metrics(values, one_is_cut)["end_gap"], torch.tensor([-4.0]))
+    unknown_T = torch.where(gap_T == 4, 0, 6)
+    unknown = Batch(**(vars(batch) | {"entry_counts_T": unknown_T}))
+    torch.testing.assert_close(response_metrics(values, unknown)["end_gap"], torch.tensor([-2.0]))
 
 
 def test_the_skew_by_hand() -> None:
