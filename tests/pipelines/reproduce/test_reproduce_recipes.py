@@ -313,7 +313,12 @@ def edited(tmp_path: Path, name: str, old: str, new: str) -> Path:
         ("table1-tiny.toml", "limit = 32\n", "limit = 32\nbuckets = [10]\n", None),
         ("fig2-tiny.toml", "seeds = [0, 1]", "seeds = [0, 3]", "a copy with noise is not evaluated: found .*seed-3"),
         ("fig4-tiny.toml", "tiny/dpkd-1", "tiny/dpkd-7", "no train step writes it: found runs/paper/tiny/dpkd-7"),
-        ("dpkd-tiny.toml", "validation_examples = 24", "validation_examples = 0", None),
+        (
+            "dpkd-tiny.toml",
+            'validation_examples = 24\nbest_metric = "last"\nvalidate_every = 2',
+            'validation_examples = 0\nbest_metric = "last"',
+            None,
+        ),
         ("fig4-tiny.toml", 'artefact = "fig4"', 'artefact = "fig9"', "`artefact` must be table1, .*found fig9"),
     ],
 )
