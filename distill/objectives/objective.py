@@ -133,12 +133,17 @@ def chosen_reward(values: Mapping[str, Tensor], batch: Batch, beta: float, lengt
     }
 
 
+def _known_positions(batch: Batch) -> Tensor:
+    """Which positions of chosen responses the teacher is known at: an endpoint may not say how likely an end was."""
+    chosen_T = batch.row_T < batch.num_chosen
+    return chosen_T if batch.entry_counts_T is None else chosen_T & (batch.entry_counts_T > 0)
+
+
 def distance_metrics(values: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     """Entropy and divergences at the positions of the chosen responses, and at their first tokens (Table 3)."""
     chosen_T = batch.row_T < batch.num_chosen
     first_T = torch.cat([chosen_T[:1], batch.row_T[1:] != batch.row_T[:-1]]) & chosen_T
-    # an endpoint may not say how likely the end of a response was: no distance there
-    known_T = chosen_T if batch.entry_counts_T is None else chosen_T & (batch.entry_counts_T > 0)
+    known_T = _known_positions(batch)
     metrics = {"entropy": values["entropy"][chosen_T]} if "entropy" in values else {}
     metrics |= {name: values[name][known_T] for name in ("kld", "rkld", "top1_agreement") if name in values}
     return metrics | {f"{name}_first": values[name][first_T & known_T] for name in ("kld", "rkld") if name in values}
@@ -151,9 +156,9 @@ def metrics_by_cache(values: Mapping[str, Tensor], batch: Batch, names: Sequence
     """
     if batch.cache_B is None:
         return {}
-    chosen_T, cache_T = batch.row_T < batch.num_chosen, batch.cache_B[batch.row_T]
+    known_T, cache_T = _known_positions(batch), batch.cache_B[batch.row_T]
     return {
-        f"{metric}/{name}": values[metric][chosen_T & (cache_T == number)]
+        f"{metric}/{name}": values[metric][known_T & (cache_T == number)]
         for metric in ("kld", "rkld", "top1_agreement")
         if metric in values
         for number, name in enumerate(names)
@@ -166,9 +171,7 @@ def response_metrics(values: Mapping[str, Tensor], batch: Batch) -> dict[str, Te
     `end_gap` is log q - log p of the EOS (nats) where chosen responses ended: far below 0, the student never stops.
     """
     ends_T = torch.cat([batch.row_T[1:] != batch.row_T[:-1], batch.row_T.new_ones(1, dtype=torch.bool)])
-    ended_T = ends_T & (batch.row_T < batch.num_chosen) & ~batch.unfinished_B[batch.row_T]
-    if batch.entry_counts_T is not None:  # an endpoint may not say how likely the end was
-        ended_T &= batch.entry_counts_T > 0
+    ended_T = ends_T & _known_positions(batch) & ~batch.unfinished_B[batch.row_T]
     if batch.teacher_logprob_T is None:
         metrics = {"end_gap": values["target"][:0]}
     else:
