@@ -18,6 +18,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -230,6 +232,7 @@ def main() -> None:
         limit_s = options.time_limit
         return limit_s is not None and time.monotonic() - started_s > limit_s - _GRACE_S
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the workers must not outlive the study
     try:
         workers.work(results, is_over)
     finally:

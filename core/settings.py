@@ -22,10 +22,14 @@ def _as_location(value: Any) -> Any:
     return text
 
 
+class Metavar(str):
+    """How `--help` writes a value of a type, as part of its annotation."""
+
+
 #: a directory, or the URL of one in an object store; one that may hold a secret is refused before anything is saved
-Location = Annotated[str, BeforeValidator(_as_location)]
+Location = Annotated[str, BeforeValidator(_as_location), Metavar("PATH|URL")]
 #: the URL of a server, under the same rule
-Address = Annotated[str, BeforeValidator(_as_location)]
+Address = Annotated[str, BeforeValidator(_as_location), Metavar("URL")]
 
 
 def split_commas(value: Any) -> Any:

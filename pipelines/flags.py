@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.settings import Location, Settings, read_toml
+from dpkd.core.settings import Metavar, Settings, read_toml
 from dpkd.pipelines.commands.registry import Command
 
 #: a description may begin with the form of the value, `NAME=DIR: `
@@ -113,14 +113,22 @@ def _write_row(formatter: Any, spelled: str, text: str) -> None:
 def _declaration(options: type[Settings], key: str) -> tuple[Any, Any]:
     """Type and typer's declaration of a field. All but switches take text: flags, TOML and --set give equal errors."""
     annotation, flag = options.model_fields[key].annotation, options.flag(key)
-    one_or_several = tuple[Location, ...] in get_args(annotation)
-    repeatable = get_origin(annotation) is dict or annotation == tuple[str, ...] or one_or_several
-    kind: Any = list[str] | None if repeatable else str | None
+    kind: Any = list[str] | None if _is_repeatable(annotation) else str | None
     if options.is_positional(key):
         return kind, typer.Argument(metavar=flag, show_default=False)
     if annotation is bool or bool in get_args(annotation):
         return bool | None, typer.Option(f"{flag}/--no-{flag[2:]}")
     return kind, typer.Option(flag)
+
+
+def _is_repeatable(annotation: Any) -> bool:
+    """Whether it is a dict or several texts; several numbers are one text with commas."""
+    several = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is tuple]
+    return get_origin(annotation) is dict or any(_is_text(get_args(kind)[0]) for kind in several)
+
+
+def _is_text(annotation: Any) -> bool:
+    return annotation is str or (get_origin(annotation) is Annotated and get_args(annotation)[0] is str)
 
 
 def _help(options: type[Settings], parameter: Any, key: str) -> tuple[str, str]:
@@ -159,8 +167,9 @@ def _choices(annotation: Any) -> list[str]:
 def _metavar(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is dict:
         return "NAME=VALUE"
-    if get_args(Location)[1] in metadata or Location in get_args(annotation):
-        return "PATH|URL"
+    of_parts = (mark for kind in get_args(annotation) for mark in getattr(kind, "__metadata__", ()))
+    if form := next((mark for mark in (*metadata, *of_parts) if isinstance(mark, Metavar)), None):
+        return form
     if choices := "|".join(_choices(annotation)):
         return choices if len(choices) <= _LONG_CHOICE else "NAME"
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
