@@ -91,7 +91,7 @@ def distances(
     for start in range(0, len(rows), _MEASURED):
         chosen = [TrainingRow(unscored_row(*row)) for row in rows[start : start + _MEASURED]]
         batch: Batch = collate(chosen, with_distributions=False).to(device)
-        read: Any = (batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, {}, (_log_softmax,))
+        read: Any = (batch.input_ids_BS, batch.row_T, batch.predict_T, {}, (_log_softmax,))
         log_p_TV, log_q_TV = teacher(*read)["logs"], student(*read)["logs"]
         width = min(log_p_TV.shape[1], log_q_TV.shape[1])
         gap_TV = log_p_TV[:, :width] - log_q_TV[:, :width]

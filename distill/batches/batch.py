@@ -60,8 +60,8 @@ class Batch(_OnDevice):
 
     @property
     def sequences(self) -> dict[str, Tensor]:
-        """What the student reads, by the names of `StudentScorer.forward`."""
-        names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
+        """What the student reads, by the names of `StudentScorer.forward`; right padding needs no mask."""
+        names = ("input_ids_BS", "row_T", "predict_T")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -95,7 +95,7 @@ class SharedPrompts(_OnDevice):
     def sequences(self) -> dict[str, Tensor]:
         """What the student reads, by the names of `StudentScorer.forward`."""
         of_pairs = {"input_ids_BS": self.input_ids_PS, "position_ids_BS": self.position_ids_PS}
-        return of_pairs | {"attention_mask_BS": self.mask(), "row_T": self.row_T, "predict_T": self.predict_T}
+        return of_pairs | {"attention_mask_B1SS": self.mask(), "row_T": self.row_T, "predict_T": self.predict_T}
 
     def mask(self) -> Tensor:
         """Attention mask [P, 1, S, S], true where a query (third dimension) sees a key; padding sees itself alone."""

@@ -29,18 +29,18 @@ class StudentScorer(nn.Module):
     def forward(
         self,
         input_ids_BS: Tensor,
-        attention_mask_BS: Tensor,
         row_T: Tensor,
         predict_T: Tensor,
         fields: dict[str, Tensor],
         statistics: Sequence[Statistic],
+        attention_mask_B1SS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The values of `statistics` at the T positions of `hidden_at`.
 
         `fields` have one row a position and are cut into the same chunks.
         """
-        hidden_TD = hidden_at(self.model, input_ids_BS, attention_mask_BS, row_T, predict_T, position_ids_BS)
+        hidden_TD = hidden_at(self.model, input_ids_BS, row_T, predict_T, attention_mask_B1SS, position_ids_BS)
         return self.evaluate(hidden_TD, fields, statistics)
 
     def evaluate(
@@ -70,18 +70,21 @@ class StudentScorer(nn.Module):
 def hidden_at(
     model: nn.Module,
     input_ids_BS: Tensor,
-    attention_mask_BS: Tensor,
     row_T: Tensor,
     predict_T: Tensor,
+    attention_mask_B1SS: Tensor | None = None,
     position_ids_BS: Tensor | None = None,
 ) -> Tensor:
     """The model's last hidden states [T, D] at the positions `(row_T, predict_T)`.
 
-    The mask is [B, S] for right padding, or [B, 1, S, S] with `position_ids_BS` (`SharedPrompts`).
+    Mask and position ids are for shared prompts (`SharedPrompts`). Sequences that are padded on the right need neither:
+    no token attends to what follows it. Without a mask the attention's fast kernels run, and no layer keeps one.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
-    positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
-    hidden_BSD = decoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions)[0]
+    shared = {}
+    if attention_mask_B1SS is not None:
+        shared = {"attention_mask": attention_mask_B1SS, "position_ids": position_ids_BS}
+    hidden_BSD = decoder(input_ids=input_ids_BS, use_cache=False, **shared)[0]
     hidden_TD: Tensor = hidden_BSD[row_T, predict_T]
     return hidden_TD
 
@@ -105,12 +108,14 @@ def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module, name: str) -> None:
-    """Raise `UserError` unless our way from hidden states to logits is the model's own, on a few tokens."""
+    """Raise `UserError` unless our way to logits is the model's own on a few tokens: its head, padding not masked."""
     device = next(model.parameters()).device
-    ids = torch.arange(1, 9, device=device)[None]
+    ids = torch.arange(1, 9, device=device).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[1, 5:], mask[1, 5:] = 0, 0  # three tokens of padding
     was_training = model.training
     model.eval()
-    theirs = model(input_ids=ids).logits.float()
+    theirs = model(input_ids=ids, attention_mask=mask).logits.float()[mask.bool()]
     if not bool(theirs.isfinite().all()):
         raise UserError(
             "the student's logits are not numbers before the first step",
@@ -120,7 +125,7 @@ def check_head(model: nn.Module, name: str) -> None:
             advice="Give a checkpoint whose weights are finite",
         )
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0]  # type: ignore[operator]
-    ours = head_logits(model, hidden).float()
+    ours = head_logits(model, hidden).float()[mask.bool()]
     model.train(was_training)
     gap = float((ours - theirs).abs().max())
     if not gap <= 1e-3 * max(1.0, float(theirs.abs().max())):

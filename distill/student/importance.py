@@ -108,7 +108,7 @@ class Trials:
         try:
             with running_only(self.layers, kept):
                 decoder = cast(Any, self._model).get_decoder()
-                decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
+                decoder(input_ids=batch.input_ids_BS, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -154,7 +154,7 @@ def over_inputs(
         for batch in batches:
             real_N = batch.attention_mask_BS.flatten().bool()
             num_tokens += int(real_N.sum())
-            decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False)
+            decoder(input_ids=batch.input_ids_BS, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -71,14 +71,11 @@ def logprobs_and_gradient(model: PreTrainedModel, pairs: list[TrainingRow], *, s
         packed = share_prompts(pairs)
         assert packed.input_ids_PS.shape[0] == len(pairs)
         read = scorer(
-            packed.input_ids_PS, packed.mask(), packed.row_T, packed.predict_T, fields,
-            (target_logprob,), packed.position_ids_PS,
+            packed.input_ids_PS, packed.row_T, packed.predict_T, fields, (target_logprob,), packed.mask(),
+            packed.position_ids_PS,
         )  # fmt: skip
     else:
-        read = scorer(
-            batch.input_ids_BS, batch.attention_mask_BS, batch.row_T, batch.predict_T, fields,
-            (target_logprob,),
-        )  # fmt: skip
+        read = scorer(batch.input_ids_BS, batch.row_T, batch.predict_T, fields, (target_logprob,))
     # every position has a different weight, so none can be mistaken for another
     (read["target"] * torch.linspace(-1, 1, len(read["target"]))).sum().backward()
     gradient = torch.cat([parameter.grad.ravel() for parameter in model.parameters() if parameter.grad is not None])

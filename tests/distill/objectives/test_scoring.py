@@ -37,8 +37,8 @@ def entropy(at: Positions) -> dict[str, torch.Tensor]:
 
 
 def score(scorer: StudentScorer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = ("input_ids_BS", "attention_mask_BS", "row_T", "predict_T")
-    fields = {name.removesuffix("_T"): value for name, value in inputs.items() if name not in names}
+    names = ("input_ids_BS", "row_T", "predict_T")
+    fields = {name.removesuffix("_T"): value for name, value in inputs.items() if name not in (*names, "mask_BS")}
     return scorer(*(inputs[name] for name in names), fields, (target_logprob, argmax_pair, entropy))  # type: ignore[no-any-return]
 
 
@@ -51,7 +51,7 @@ def batch() -> dict[str, torch.Tensor]:
     predict = torch.tensor([6, 7, 8, 9, 10, 6, 7, 3, 4, 5, 6])
     return {
         "input_ids_BS": ids,
-        "attention_mask_BS": mask,
+        "mask_BS": mask,
         "row_T": rows,
         "predict_T": predict,
         "target_id_T": ids[rows, predict + 1],
@@ -88,7 +88,7 @@ def test_chunks_equal_full_logits_in_value_and_gradient(family: str, chunk: int)
     check_head(model, family)
 
     full = torch.log_softmax(
-        model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"]).logits.float(), dim=-1
+        model(input_ids=inputs["input_ids_BS"], attention_mask=inputs["mask_BS"]).logits.float(), dim=-1
     )[inputs["row_T"], inputs["predict_T"]]
     own = full.argmax(dim=1)
     likeliest = inputs["entry_ids_T"][:, 0]
@@ -130,6 +130,40 @@ def test_an_unknown_change_of_the_logits_is_refused(toy_student: Path) -> None:
         return output
 
     model.forward = scaled  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="changes its logits in a way that is not known here"):
+        check_head(model, "toy")
+
+
+def test_padded_sequences_need_no_attention_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask keeps the fast attention kernels from running, and each layer keeps a copy of it for its gradient."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama-untied"])
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*states: torch.Tensor, **options: object) -> torch.Tensor:
+        calls.append((states[1].shape[1], options))
+        return attention(*states, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    score(StudentScorer(model, num_tokens=97), batch())
+    assert len(calls) == 2
+    for heads, options in calls:
+        assert (heads, options["attn_mask"], options["is_causal"]) == (2, None, True)  # 2 of 4 heads: none was copied
+
+
+def test_a_model_whose_tokens_see_padding_is_refused(toy_student: Path) -> None:
+    model = locate_model(str(toy_student), "student").load("float32")
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def mixed(*, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: object) -> object:
+        """As experts with a limited number of places do, each token depends on how many there are in all."""
+        output = forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+        num_tokens = input_ids.numel() if attention_mask is None else int(attention_mask.sum())
+        output.last_hidden_state = output.last_hidden_state * (1 + 1 / num_tokens)
+        return output
+
+    decoder.forward = mixed
     with pytest.raises(UserError, match="changes its logits in a way that is not known here"):
         check_head(model, "toy")
 
