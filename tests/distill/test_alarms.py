@@ -190,7 +190,11 @@ def test_the_gradient_of_each_term_is_measured_where_it_enters_the_head(world: d
     model = AutoModelForCausalLM.from_pretrained(world["student"]).eval()
     objective = Objective(options, cache.vocab_size)
     scorer = StudentScorer(model, num_tokens=600, logits_chunk=4)  # in chunks, which are computed again
+    kept: list[bool] = []  # by the layers, for a backward pass
+    layer = model.get_decoder().layers[0].register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
     norms = gradient_norms(objective, scorer, MicroBatch(collate([row], with_distributions=True)))
+    layer.remove()
+    assert kept == [False]
     assert all(parameter.grad is None for parameter in model.parameters())
 
     hidden, logs = [], []
