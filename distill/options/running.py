@@ -152,7 +152,8 @@ class DeviceOptions(Settings):
 
     device: DeviceName = Field("auto", description="device to train on; auto: CUDA if it is available")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="precision of the forward pass; bfloat16 uses autocast"
+        "float32",
+        description="precision of the forward pass; bfloat16 uses autocast, and TF32 for the LM head on a CUDA device",
     )
     sharding: Literal["fsdp2"] | None = Field(
         None,

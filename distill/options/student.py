@@ -78,6 +78,11 @@ class InitStudentConfig(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of the random weights of --from-config")
     device: DeviceName = Field("auto", description="device to choose and measure on; auto: CUDA if it is available")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="number type of the teacher while its weights are chosen, and of the student's files; bfloat16 "
+        "halves the memory and rounds the KL that layers are chosen by",
+    )
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -134,6 +139,8 @@ class InitStudentConfig(Settings):
             )
         if self.cache is None and self.data is None and (unread := self.changed("cache_rows")):
             raise ValueError(f"{unread[0]} goes with --cache or --data: nothing else has rows to read")
+        if whole and self.changed("dtype"):
+            raise ValueError(f"--dtype is that of the teacher's weights and does not go with {whole[0]}")
         if self.seed and self.from_config is None:
             raise ValueError("--seed goes with --from-config: nothing else is random")
         return self

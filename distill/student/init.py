@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ from dpkd.core.progress import say
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.student.calibration import Calibration, rows_of_cache, rows_of_data
 from dpkd.distill.student.sizes import count_parameters
+from dpkd.teacher_cache.engines.engine import is_out_of_memory
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration |
     from dpkd.distill.student.choosing import choose, size_of
 
     size = size_of(config, teacher.config)
-    made_of: dict[str, Any] = {"teacher": teacher.identity("float32")}
+    made_of: dict[str, Any] = {"teacher": teacher.identity(config.dtype)}
     made_of["layers"] = size.layers or f"{config.layers or 'any'}, by importance"
     asked = {"params": config.params, "mlp_width": config.mlp_width, "heads": config.heads}
     made_of |= {name: value for name, value in asked.items() if value is not None}
@@ -102,18 +104,35 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration |
         from dpkd.distill.student.calibration import with_teacher
         from dpkd.distill.student.measures import batches_of
 
-        model, batches = teacher.load("float32"), []
-        if config.needs_rows:
-            assert rows is not None
-            device = choose_device(config.device)
-            model = cast(Any, model).to(device)
-            say(f"choosing on {len(rows.choose)} rows of {rows.where}")
-            batches = with_teacher(model, batches_of(rows.choose, device), len(teacher.tokenizer))
-        student, kept = choose(model, size, batches, len(teacher.tokenizer))
+        model, batches = teacher.load(config.dtype), []
+        with _memory_advice(config):
+            if config.needs_rows:
+                assert rows is not None
+                device = choose_device(config.device)
+                model = cast(Any, model).to(device)
+                say(f"choosing on {len(rows.choose)} rows of {rows.where}")
+                batches = with_teacher(model, batches_of(rows.choose, device), len(teacher.tokenizer))
+            student, kept = choose(model, size, batches, len(teacher.tokenizer))
         student.cpu().save_pretrained(directory)
         return kept.words(int(model.config.get_text_config().num_hidden_layers))
 
     return _Plan(made_of, write)
+
+
+@contextmanager
+def _memory_advice(config: InitStudentConfig) -> Iterator[None]:
+    """Inside, running out of memory is a `UserError` that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower --cache-rows, or start from a smaller model of the family with --from"
+        raise UserError(
+            f"the teacher does not fit: {first_line(error)}",
+            where=config.teacher,
+            advice=f"Give --dtype bfloat16, {advice}" if config.dtype == "float32" else advice.capitalize(),
+        ) from error
 
 
 def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:
@@ -225,7 +244,7 @@ def _measure(config: InitStudentConfig, teacher: ModelSource, rows: Calibration)
     if rows.is_cached:
         batches = list(batches_of(rows.held, device, with_distributions=rows.held[0].chosen.distributions is not None))
     else:
-        model = cast(Any, teacher.load("float32")).to(device)
+        model = cast(Any, teacher.load(config.dtype)).to(device)
         batches = with_teacher(model, batches_of(rows.held, device), len(teacher.tokenizer))
     source = locate_model(str(config.out), "student")
     student = cast(Any, source.load("float32")).to(device)

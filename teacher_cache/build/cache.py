@@ -31,7 +31,7 @@ from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import CACHE_KIND
-from dpkd.teacher_cache.store.shards import read_shard
+from dpkd.teacher_cache.store.shards import read_table
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.store.folder import Folder
@@ -139,8 +139,9 @@ def earlier_answers(job: Job) -> AnswerOf:
     texts: dict[tuple[str, int], str] = {}
     for record in list(job.committed.values()):
         if record.origin == "teacher":
-            shard = read_shard(job.folder, record)
-            texts |= {shard.key(index): shard.texts(index)[1] for index in range(len(shard))}
+            table = read_table(job.folder, record, ("example_id", "sample", "response"))
+            names, samples, responses = (table[name].to_pylist() for name in table.column_names)
+            texts |= zip(zip(names, samples, strict=True), responses, strict=True)
     return lambda name, sample: texts.get((name, sample))
 
 

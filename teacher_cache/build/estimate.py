@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpkd.core.devices import choose_device
+from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.progress import say
 from dpkd.teacher_cache.build.cache import CacheInputs, open_inputs
@@ -23,7 +24,7 @@ from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.build.rounds import RoundInputs, open_round, planned_rows
 from dpkd.teacher_cache.build.survey import Part
-from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, results_only
+from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, is_out_of_memory, results_only
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
 from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
 from dpkd.teacher_cache.options.cache import CacheConfig
@@ -142,6 +143,15 @@ def _live_epoch(inputs: CacheInputs, scored: list[tuple[PilotRun, int]]) -> tupl
     if _num_devices(inputs.config) > 1:
         return None, "because the teacher takes more than one device"
     say("pilot: timing a live teacher on the same rows")
+    try:
+        return _seconds_of_scoring(inputs, scored), ""
+    except (UserError, RuntimeError, MemoryError) as error:  # the cache's own cost is known: that must not be lost
+        if not is_out_of_memory(error):
+            raise
+        return None, "because it runs out of memory by transformers"
+
+
+def _seconds_of_scoring(inputs: CacheInputs, scored: list[tuple[PilotRun, int]]) -> float:
     seconds = 0.0
     with open_engine("transformers", inputs.teacher, engine_options(inputs.config, top_k=0)) as live:
         for run, num_rows in scored:
@@ -153,7 +163,7 @@ def _live_epoch(inputs: CacheInputs, scored: list[tuple[PilotRun, int]]) -> tupl
             started_s = time.monotonic()
             answered = sum(1 for _ in results_only(live.score(iter(requests))))
             seconds += (time.monotonic() - started_s) * num_rows / answered
-    return seconds, ""
+    return seconds
 
 
 def _num_devices(config: CacheConfig) -> int:

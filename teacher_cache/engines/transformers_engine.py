@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 # most requests at once on a CPU, where larger batches take longer per token; a GPU takes max_num_seqs, and a quarter of
 # it for scoring
 _GENERATE_BATCH = 16
-_SCORE_BATCH = 4  # scoring builds full logits over the response: [4, T, V] float32
+_SCORE_BATCH = 4
+#: scoring builds full logits over the responses [B, T, V]: at most so many values, 4 GB in float32, unless of one row
+_MOST_LOGITS = 2**30
 
 
 class BatchSizes(NamedTuple):
@@ -68,7 +70,7 @@ class TransformersEngine(Engine):
             yield from self._answered(batch, lambda part: self._generate_batch(part, sampling))
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[EngineResult | FailedRequest]:
-        for batch in _batched(requests, self._batch.scored):
+        for batch in batches_to_score(requests, self._batch.scored, _MOST_LOGITS // self.vocab_size):
             yield from self._answered(batch, self._score_batch)
 
     def _answered(
@@ -160,6 +162,23 @@ class _Table(NamedTuple):
         chosen_T = logprobs_TV.gather(1, ids_T[:, None])[:, 0]
         top = torch.topk(logprobs_TV, top_k, dim=1)
         return cls(chosen_T.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy())
+
+
+def batches_to_score(requests: Iterable[ScoreRequest], rows: int, positions: int) -> Iterator[list[ScoreRequest]]:
+    """`requests` in batches of at most `rows`, and of `positions` when the responses are padded to the longest one.
+
+    A response that is longer than that is a batch of its own.
+    """
+    batch: list[ScoreRequest] = []
+    longest = 0
+    for request in requests:
+        longest = max(longest, len(request.response_ids) + 1)
+        if batch and (len(batch) == rows or (len(batch) + 1) * longest > positions):
+            yield batch
+            batch, longest = [], len(request.response_ids) + 1
+        batch.append(request)
+    if batch:
+        yield batch
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

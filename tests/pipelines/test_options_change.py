@@ -77,6 +77,7 @@ CHANGES: dict[str, dict[str, tuple[Options, Any]]] = {
         "data": (CHOSEN_ON_DATA, "{other_data}"),
         "template": (CHOSEN_ON_DATA, "alpaca"),
         "seed": (MADE_ANEW | {"from_config": "{config}"}, 1),
+        "dtype": ({}, "bfloat16"),
     },
     "eval": {
         "data": ({}, {"d": "{other_data}"}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.toys import make_toy
 from transformers import AutoTokenizer, GPT2Config
 
@@ -17,6 +18,7 @@ from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.student import calibration
 from dpkd.distill.student.calibration import rows_of_cache
 from dpkd.distill.student.init import init_student
 from dpkd.distill.training import train
@@ -46,6 +48,34 @@ def test_a_student_has_the_layers_and_tokenizer_of_its_teacher(tmp_path: Path, t
     parameters = 600 * 64 + a_layer + 64
     share = parameters / (parameters + a_layer)
     assert report(student) == {"kept": "layers 0 of 2", "parameters": parameters, "share": share}
+
+
+def test_a_teacher_in_bfloat16_gives_nearly_the_same_student(
+    tmp_path: Path, toy_teacher: Path, toy_cache: Path
+) -> None:
+    asked: dict[str, Any] = {"layers": 1, "mlp_width": 64, "cache": str(toy_cache)}
+    full = made(tmp_path / "full", toy_teacher, **asked)
+    half = made(tmp_path / "half", toy_teacher, **asked, dtype="bfloat16")
+    weights = load_file(half.path / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    with pytest.raises(UserError, match=r"differing: teacher\.dtype: \"bfloat16\" -> \"float32\""):
+        made(tmp_path / "half", toy_teacher, **asked)
+    kl, rounded = (report(student)["before_training"]["kl"] for student in (full, half))
+    assert report(full)["kept"] == report(half)["kept"]
+    assert rounded != kl
+    assert rounded == pytest.approx(kl, rel=0.02)
+
+
+def test_a_teacher_that_does_not_fit_is_one_line(
+    tmp_path: Path, toy_teacher: Path, toy_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 40.00 GiB")
+
+    monkeypatch.setattr(calibration, "with_teacher", out_of_memory)
+    with pytest.raises(UserError, match=r"the teacher does not fit: CUDA out of memory.*Give --dtype bfloat16, lower"):
+        made(tmp_path / "s", toy_teacher, layers=1, cache=str(toy_cache))
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_student_is_known_again(tmp_path: Path, toy_teacher: Path) -> None:

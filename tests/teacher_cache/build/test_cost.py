@@ -15,6 +15,7 @@ from support.commands import dpkd
 from support.openai_endpoint import rows_of, serving_toy
 
 from dpkd.core.errors import UserError
+from dpkd.teacher_cache.build import estimate
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.build.cost import CacheCost, Phase
 from dpkd.teacher_cache.build.estimate import estimate_cost
@@ -122,6 +123,27 @@ def test_a_round_is_estimated_in_both_phases(cache_copy: Path, toy_teacher: Path
     assert [phase.label for phase in cost.phases] == ["student responses", "teacher scores"]
     assert all(phase.start_s > 0 for phase in cost.phases)
     assert "live teacher: not measured" in cost.text()
+
+
+def test_a_teacher_that_does_not_fit_live_leaves_the_caches_cost(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is filled by another engine, which may hold a teacher that transformers cannot."""
+    opened = estimate.open_engine
+
+    def open_engine(name: str, *arguments: Any, **options: Any) -> Any:
+        engine = opened(name, *arguments, **options)
+        monkeypatch.setattr(engine, "_score_batch", out_of_memory)
+        return engine
+
+    def out_of_memory(_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 40.00 GiB")
+
+    monkeypatch.setattr(estimate, "open_engine", open_engine)
+    cost = estimate_cost(CacheConfig(**job, dry_run=True, pilot_rows=4))
+    assert cost.seconds > 0
+    assert cost.live_epoch_s is None
+    assert "live teacher: not measured, because it runs out of memory by transformers" in cost.text()
 
 
 def test_the_text_has_hours_sizes_and_price() -> None:

@@ -23,6 +23,7 @@ from dpkd.teacher_cache.engines.engine import (
     ScoreRequest,
 )
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
+from dpkd.teacher_cache.engines.transformers_engine import batches_to_score
 from dpkd.teacher_cache.engines.vllm.engine import VllmEngine
 from dpkd.teacher_cache.options.cache import CacheConfig
 
@@ -155,6 +156,18 @@ def test_the_kv_cache_on_a_cpu_is_that_of_the_engine_argument(vllm: VllmEngine) 
     assert vllm._llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == KV_BYTES
     # nothing is left behind for the next engine in this process
     assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+
+
+def test_long_responses_are_scored_in_smaller_batches() -> None:
+    """Batches hold full logits of every padded response: rows alone do not bound them."""
+    lengths = [3, 3, 3, 3, 3, 9, 3, 3, 40, 3]
+    requests = [ScoreRequest(index, [1], [2] * length) for index, length in enumerate(lengths)]
+    batches = list(batches_to_score(requests, rows=4, positions=20))
+    assert [request for batch in batches for request in batch] == requests
+    # 4 rows of 4 positions; 4 and then 10 are 20; a third row would make 30
+    assert [[len(request.response_ids) for request in batch] for batch in batches] == [
+        [3, 3, 3, 3], [3, 9], [3, 3], [40], [3],
+    ]  # fmt: skip
 
 
 def test_auto_is_vllm_where_it_is_installed() -> None:
