@@ -6,14 +6,17 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from pydantic import ValidationError
 from support.commands import dpkd
 from support.toys import ROOT
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.commands.registry import COMMANDS
+from dpkd.pipelines.cli import make_app
+from dpkd.pipelines.commands.registry import COMMANDS, Command
 from dpkd.pipelines.recipe.format import read_recipe
 
 OPTIONS = [(name, key) for name, command in COMMANDS.items() for key in command.options_class().model_fields]
@@ -114,6 +117,30 @@ def test_wrong_values_are_refused_in_plain_words(name: str, key: str) -> None:
         except UserError as error:
             messages.append(str(error))
     assert not re.search(r"[Ii]nput should|pydantic|Config|Options|Value error|cannot have this", "\n".join(messages))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_that_say_so_and_no_others_take_several_values(name: str) -> None:
+    """Of an option that is no list, only the last value would count."""
+    command: Any = typer.main.get_command(make_app(name.split()))
+    for part in name.split():
+        command = command.commands[part]
+    described = COMMANDS[name].options_class().model_fields
+    several = {item.name for item in command.params if getattr(item, "multiple", False)}
+    assert several - {"set"} == {key for key, field in described.items() if "repeatable" in str(field.description)}
+
+
+def test_all_servers_of_a_repeated_flag_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+    given: list[Any] = []
+    for name, flag, words in (
+        ("cache-teacher", "--server-url", "--teacher t --data d.jsonl --out c --template chat --engine server"),
+        ("train", "--teacher-url", "--cache c --student s --out r --student-samples live"),
+    ):
+        monkeypatch.setattr(Command, "run", lambda _, config: given.append(config) or 0)
+        code, text = output_of(name, *words.split(), *(part for url in urls for part in (flag, url)))
+        assert code == 0, text
+    assert [given[0].server_url, given[1].teacher_url] == [urls, urls]
 
 
 def test_missing_and_misspelt_options_have_one_line_of_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -269,7 +270,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_a_budget_stops_the_job_and_the_next_run_goes_on": "cache-teacher: max_cost price_in price_out",
     },
     "teacher_cache/engines/test_server_engine.py": {
-        "test_no_address_is_an_error": "cache-teacher: server_url",
+        "test_a_cache_is_filled_by_both_servers": "cache-teacher: server_url",
     },
     "distill/rows/test_following.py": {
         "test_both_processes_run_and_a_killed_trainer_resumes": "train: follow",
@@ -304,7 +305,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     "evaluate/test_turns.py": {"test_a_model_is_asked_after_its_own_answers": "eval: turns"},
     "distill/student/test_importance.py": {
-        "test_removing_silent_heads_keeps_the_logits": "init-student: heads",
+        "test_a_student_with_fewer_heads": "init-student: heads",
         "test_rows_of_data_have_the_caches_template_arguments": "init-student: template_arg",
     },
     "distill/test_alarms.py": {
@@ -312,8 +313,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     "teacher_cache/build/test_cost.py": {
         "test_an_estimate_is_near_the_real_job": "cache-teacher: dry_run",
-        "test_the_text_has_hours_sizes_and_price": "cache-teacher: price_per_hour",
-        "test_the_command_prints_the_estimate_and_writes_nothing": "cache-teacher: pilot_rows",
+        "test_the_command_prints_the_estimate_and_writes_nothing": "cache-teacher: pilot_rows price_per_hour",
     },
     "teacher_cache/build/test_rounds.py": {
         "test_the_offset_of_pairs_is_that_of_both_models": "train: offset; cache-teacher: score_cached",
@@ -390,7 +390,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_info_as_json_has_the_main_facts": "cache verify: location",
     },
     "teacher_cache/build/test_derived.py": {
-        "test_equal_keys_are_refused_renumbered_or_renamed": "cache merge: caches out duplicates",
+        "test_a_merged_cache_is_the_cache_of_the_union": "cache merge: caches out",
+        "test_equal_keys_are_refused_renumbered_or_renamed": "cache merge: duplicates",
         "test_a_filtered_cache_is_the_cache_of_those_rows": "cache filter: cache out",
         "test_exactly_the_rows_that_meet_the_rules_stay": (
             "cache filter: min_tokens max_tokens finish_reason min_logprob where"
@@ -404,8 +405,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_vllm_scores_a_cache_of_its_own": "cache fidelity: engine max_num_seqs",
     },
     "pipelines/test_plan.py": {
-        "test_each_step_is_timed_and_nothing_is_left": "plan: recipe",
-        "test_the_command_prints_times_and_the_price": "plan: pilot_rows price_per_hour set",
+        "test_the_command_prints_times_and_the_price": "plan: recipe pilot_rows price_per_hour set",
     },
     "pipelines/test_pilot_of_k.py": {
         "test_a_student_learns_more_from_more_entries": "cache fidelity: pilot student pilot_k pilot_steps pilot_seeds "
@@ -604,6 +604,23 @@ def options_elsewhere() -> dict[tuple[str, str], tuple[str, str]]:
     }
 
 
+def text_of(source: str, test: str) -> str:
+    """The text of a test, and of the functions, fixtures and constants of its file that it names."""
+    lines, parts = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        stored = [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else stored
+        first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
+        parts |= dict.fromkeys(names, "\n".join(lines[first - 1 : node.end_lineno]))
+    found, due = dict[str, str](), [test]
+    while due:
+        name = due.pop()
+        if name in parts and name not in found:
+            found[name] = parts[name]
+            due += re.findall(r"\w+", parts[name])
+    return "\n".join(found.values())
+
+
 def test_every_option_is_shown_to_change_something() -> None:
     elsewhere, here = options_elsewhere(), {(command, key) for command, keys in CHANGES.items() for key in keys}
     everything = {(name, key) for name, command in COMMANDS.items() for key in command.options_class().model_fields}
@@ -614,8 +631,10 @@ def test_every_option_is_shown_to_change_something() -> None:
     for (command, key), (file, test) in elsewhere.items():
         source = (ROOT / "tests" / file).read_text()
         assert f"def {test}(" in source, test
-        name = command.split()[-1] if COMMANDS[command].options_class().is_positional(key) else key
-        assert re.search(rf"\b{name}\b|--{name.replace('_', '-')}\b", source), (file, key)
+        names = [key, key.replace("_", "-")]
+        if COMMANDS[command].options_class().is_positional(key):  # on a command line its value follows the command
+            names.append(command.split()[-1])
+        assert re.search(rf"\b({'|'.join(names)})\b", text_of(source, test)), (test, key)
 
 
 @pytest.mark.parametrize("command", ON_DEVICES)

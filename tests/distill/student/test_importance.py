@@ -267,6 +267,17 @@ def test_a_share_is_split_to_stay_nearest_to_the_teacher(
         made_student(tmp_path / "t", params=0.3, layers=5, **rows)
 
 
+def test_a_student_with_fewer_heads(tmp_path: Path, toy_tokenizer: Path, toy_data: Path) -> None:
+    teacher = make_toy(tmp_path / "teacher", toy_tokenizer, layers=2, seed=1)
+    config = LlamaConfig.from_pretrained(teacher, num_key_value_heads=2)  # heads that share none can be removed alone
+    AutoModelForCausalLM.from_config(config).save_pretrained(teacher)
+    rows = {"teacher": str(teacher), "data": str(toy_data), "template": "chat"}
+    student, report = made_student(tmp_path / "s", **rows, heads=1)
+    config = AutoModelForCausalLM.from_pretrained(student).config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (1, 1)
+    assert "1 heads in every layer" in report["kept"]
+
+
 def test_chosen_layers_are_known_again(tmp_path: Path, toy_teacher: Path, toy_cache: Path) -> None:
     options = {"teacher": str(toy_teacher), "cache": toy_cache, "layers": 1}
     student, report = made_student(tmp_path / "s", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,8 +161,11 @@ def test_the_text_has_hours_sizes_and_price() -> None:
 
 def test_the_command_prints_the_estimate_and_writes_nothing(job: dict[str, Any]) -> None:
     options = [part for key, value in job.items() for part in (f"--{key.replace('_', '-')}", value)]
-    result = dpkd("cache-teacher", *options, "--dry-run", "--pilot-rows", 6)
+    result = dpkd("cache-teacher", *options, "--dry-run", "--pilot-rows", 6, "--price-per-hour", 3.6e6)
     assert result.returncode == 0, result.stderr
+    price = re.search(r"price +([\d.]+)", result.stdout)
+    assert price
+    assert float(price[1]) > 1  # a millisecond costs 1
     assert "from a pilot of 6 rows (transformers on cpu)" in result.stdout
     assert not Path(job["out"]).exists()
 

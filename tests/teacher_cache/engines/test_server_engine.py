@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from support.commands import free_port
+from support.commands import dpkd, free_port
 from support.vllm_servers import VllmServer
 
 from dpkd.core.errors import UserError
@@ -37,6 +37,7 @@ from dpkd.teacher_cache.engines.open import open_engine
 from dpkd.teacher_cache.engines.server.checks import ServerChecks
 from dpkd.teacher_cache.engines.server.engine import ServerEngine
 from dpkd.teacher_cache.engines.server.http import KEY_VARIABLE, base_urls
+from dpkd.teacher_cache.store.reader import TeacherCache
 
 pytestmark = pytest.mark.engine
 
@@ -497,6 +498,20 @@ def refused(match: str, model: ModelSource, *urls: str, **changes: object) -> No
 
 def test_no_address_is_an_error(teacher: ModelSource) -> None:
     refused("the engine server needs the address of a server. Give --server-url", teacher)
+
+
+def test_a_cache_is_filled_by_both_servers(servers: Servers, toy_teacher: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Two flags on the command line are two servers."""
+    proxies = [Proxy(servers.one.url), Proxy(servers.one.url)]
+    with contextlib.ExitStack() as stack:
+        flags = [part for proxy in proxies for part in ("--server-url", stack.enter_context(proxied(proxy)))]
+        made = dpkd(
+            "cache-teacher", "--teacher", toy_teacher, "--data", toy_data, "--out", tmp_path / "cache", "--limit", 12,
+            "--template", "chat", "--max-new-tokens", 8, "--max-num-seqs", 2, "--engine", "server", *flags,
+        )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert TeacherCache.open(tmp_path / "cache").manifest.counts["rows"] == 12
+    assert min(proxy.served for proxy in proxies) >= 3
 
 
 def test_addresses_are_taken_with_and_without_v1() -> None:
