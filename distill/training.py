@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
+from dpkd.core.devices import explained_out_of_memory
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.progress import say
@@ -48,7 +50,8 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
         on_rank_zero(accelerator, lambda: say(f"the run {config.out} is complete"))
         return config.out
     checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(config.out, config.resume_from))
-    student = load_student(run, accelerator, checkpoint)
+    with out_of_memory(config):
+        student = load_student(run, accelerator, checkpoint)
     objective = Objective(config, run.vocab_size, run.student.vocab_size)
     checkpointer = Checkpointer(run, accelerator, student, checkpoint)
     validator = Validator(run, accelerator, student, objective, checkpointer, evaluate_fn)
@@ -57,6 +60,7 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
         RunLog(run, accelerator, done) as log,
         Interrupts(quiet=not accelerator.is_main_process) as interrupts,
         StepLoader(run, accelerator, student.model, done, interrupts) as loader,
+        out_of_memory(config),
     ):
         if done == 0:
             validator.validate_if_due(0)
@@ -93,6 +97,17 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             checkpointer.save(done, loader)
             loader.wait_for_end_of_cache()
     return checkpointer.finish(done)
+
+
+def out_of_memory(config: TrainConfig) -> AbstractContextManager[None]:
+    """Inside, running out of memory is a `UserError` that says what makes a step smaller."""
+    size = f"{config.batch_size} rows" if config.batch_tokens is None else f"{config.batch_tokens} tokens"
+    smaller = "Halve --batch-size and double --gradient-accumulation-steps, or give --gradient-checkpointing"
+    if config.batch_tokens is not None:
+        smaller = "Give --gradient-checkpointing, or a lower --batch-tokens and another --out"
+    return explained_out_of_memory(
+        "training ran out of memory", found=f"micro-batches of {size}", advice=f"{smaller}; the last checkpoint is kept"
+    )
 
 
 def find_non_finite(

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpkd.core.errors import UserError, first_line
+from dpkd.core.devices import explained_out_of_memory
 from dpkd.distill.live.store import Drawn
 from dpkd.teacher_cache.engines.decoding import decode, left_padded
-from dpkd.teacher_cache.engines.engine import GenerateRequest, Sampling, is_out_of_memory
+from dpkd.teacher_cache.engines.engine import GenerateRequest, Sampling
 
 #: sequences that are drawn together
 DRAW_BATCH = 32
@@ -67,17 +67,15 @@ class TransformersSampler:
         prompts = left_padded([request.prompt_ids for request in batch], self._model, self._device)
         was_training = self._model.training
         self._model.eval()
+        out_of_memory = explained_out_of_memory(
+            "drawing the student's responses ran out of memory",
+            found=f"{len(batch)} responses of up to {self._sampling.max_new_tokens} tokens",
+            advice="Lower sample_max_new_tokens, or the memory that training takes (--batch-size)",
+        )
+        autocast = torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
         try:
-            with torch.no_grad(), torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            with out_of_memory, torch.no_grad(), autocast:
                 responses = decode(forward, prompts, [request.seed for request in batch], self._sampling)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"drawing the student's responses ran out of memory: {first_line(error)}",
-                found=f"{len(batch)} responses of up to {self._sampling.max_new_tokens} tokens",
-                advice="Lower sample_max_new_tokens, or the memory that training takes (--batch-size)",
-            ) from error
         finally:
             self._model.train(was_training)
         return [

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dpkd.core.devices import choose_device
+from dpkd.core.devices import choose_device, explained_out_of_memory
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.files import replacing_directory, write_atomic
 from dpkd.core.identity import canonical_json, tokenizer_sha256
@@ -20,7 +19,6 @@ from dpkd.core.progress import say
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.student.calibration import Calibration, rows_of_cache, rows_of_data
 from dpkd.distill.student.sizes import count_parameters
-from dpkd.teacher_cache.engines.engine import is_out_of_memory
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 if TYPE_CHECKING:
@@ -105,7 +103,8 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration |
         from dpkd.distill.student.measures import batches_of
 
         model, batches = teacher.load(config.dtype), []
-        with _memory_advice(config):
+        advice = "Lower --cache-rows, give --dtype bfloat16, or start from a smaller model of the family with --from"
+        with explained_out_of_memory("the teacher does not fit", where=config.teacher, advice=advice):
             if config.needs_rows:
                 assert rows is not None
                 device = choose_device(config.device)
@@ -117,22 +116,6 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration |
         return kept.words(int(model.config.get_text_config().num_hidden_layers))
 
     return _Plan(made_of, write)
-
-
-@contextmanager
-def _memory_advice(config: InitStudentConfig) -> Iterator[None]:
-    """Inside, running out of memory is a `UserError` that says what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = "lower --cache-rows, or start from a smaller model of the family with --from"
-        raise UserError(
-            f"the teacher does not fit: {first_line(error)}",
-            where=config.teacher,
-            advice=f"Give --dtype bfloat16, {advice}" if config.dtype == "float32" else advice.capitalize(),
-        ) from error
 
 
 def _random(path: Path, seed: int, teacher: ModelSource) -> _Plan:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpkd.core.devices import choose_device
-from dpkd.core.errors import UserError, first_line
+from dpkd.core.devices import choose_device, explained_out_of_memory
+from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.progress import Progress, say
 from dpkd.teacher_cache.audit.fidelity_measures import CutLoss, Scores, compare, full_distributions, spread
@@ -20,7 +20,6 @@ from dpkd.teacher_cache.engines.engine import (
     EngineOptions,
     ResolvedEngine,
     ScoreRequest,
-    is_out_of_memory,
     results_only,
 )
 from dpkd.teacher_cache.engines.open import check_engine, open_engine, resolve_engine
@@ -85,16 +84,9 @@ def measure_fidelity(
         live = _score(running, rows, sorted_order, "live scores")
         again = _score(running, rows, mixed_order, "live scores again")
     cached = Scores.joined([Scores(row.response_logprobs, row.distributions) for row in rows])
-    try:
+    advice = "Full distributions need the teacher in transformers: choose --device cpu"
+    with explained_out_of_memory("transformers ran out of memory", where=teacher.path, advice=advice):
         full, loss = _score_fully(teacher, rows, options)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"transformers ran out of memory: {first_line(error)}",
-            where=teacher.path,
-            advice="Full distributions need the teacher in transformers: choose --device cpu",
-        ) from error
     passes = {
         "cached_vs_live": (cached, live),
         "cached_vs_transformers": (cached, full),

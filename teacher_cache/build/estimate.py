@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpkd.core.devices import choose_device
+from dpkd.core.devices import choose_device, is_out_of_memory
 from dpkd.core.errors import UserError
 from dpkd.core.identity import derive_seed
 from dpkd.core.progress import say
@@ -24,7 +24,7 @@ from dpkd.teacher_cache.build.pilot import PilotRun, Slots, run_pilot
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.build.rounds import RoundInputs, open_round, planned_rows
 from dpkd.teacher_cache.build.survey import Part
-from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, is_out_of_memory, results_only
+from dpkd.teacher_cache.engines.engine import Sampling, ScoreRequest, results_only
 from dpkd.teacher_cache.engines.open import open_engine, resolve_engine
 from dpkd.teacher_cache.engines.transformers_engine import batch_sizes
 from dpkd.teacher_cache.options.cache import CacheConfig

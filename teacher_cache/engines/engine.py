@@ -167,13 +167,3 @@ def results_only(answers: Iterable[EngineResult | FailedRequest]) -> Iterator[En
         if isinstance(answer, FailedRequest):
             raise UserError(f"the engine cannot answer request {answer.index}: {answer.reason}")
         yield answer
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine ran out of memory."""
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(phrase in text for phrase in ("out of memory", "can't allocate memory", "cannot allocate memory"))
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from dpkd.core.devices import choose_device
+from dpkd.core.devices import choose_device, is_out_of_memory
 from dpkd.core.errors import UserError, first_line
 from dpkd.teacher_cache.engines.decoding import decode, left_padded
 from dpkd.teacher_cache.engines.engine import (
@@ -21,7 +21,6 @@ from dpkd.teacher_cache.engines.engine import (
     GenerateRequest,
     Sampling,
     ScoreRequest,
-    is_out_of_memory,
 )
 from dpkd.teacher_cache.engines.top_k import build_result
 

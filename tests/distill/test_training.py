@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.core.errors import UserError
-from dpkd.distill.objectives.objective import METRICS
+from dpkd.distill.objectives.objective import METRICS, Objective
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.training import train
 from dpkd.teacher_cache.build.cache import build_cache
@@ -191,6 +191,32 @@ def test_resuming_gives_the_run_that_was_never_stopped(tmp_path: Path, toy_cache
     assert without_times(metrics(again)) == without_times(metrics(whole))
     ours, theirs = load_file(again / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_smaller_parts(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"batch_size": 4, "save_every": 2}
+    whole = train(config(tmp_path / "whole", toy_cache, toy_student, **options))
+    evaluate, num_steps = Objective.__call__, 0
+
+    def does_not_fit(*arguments: Any, **given: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return evaluate(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "__call__", does_not_fit)
+        with pytest.raises(UserError, match=r"training ran out of memory: CUDA .*of 4 rows.*Halve --batch-size and"):
+            train(config(tmp_path / "run", toy_cache, toy_student, **options))
+    options |= {"batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = train(config(tmp_path / "run", toy_cache, toy_student, **options))
+    assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4]
+    ours, theirs = (load_file(run / "model.safetensors") for run in (resumed, whole))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_complete_run_is_left_alone_and_another_is_refused(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpkd.core.devices import is_out_of_memory
 from dpkd.core.errors import UserError, first_line
 from dpkd.core.progress import say
 from dpkd.teacher_cache.engines.engine import (
@@ -23,7 +24,6 @@ from dpkd.teacher_cache.engines.engine import (
     GenerateRequest,
     Sampling,
     ScoreRequest,
-    is_out_of_memory,
 )
 from dpkd.teacher_cache.engines.top_k import build_result
 from dpkd.teacher_cache.engines.vllm.engine_args import parse_engine_args

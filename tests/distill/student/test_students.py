@@ -73,7 +73,9 @@ def test_a_teacher_that_does_not_fit_is_one_line(
         raise RuntimeError("CUDA out of memory. Tried to allocate 40.00 GiB")
 
     monkeypatch.setattr(calibration, "with_teacher", out_of_memory)
-    with pytest.raises(UserError, match=r"the teacher does not fit: CUDA out of memory.*Give --dtype bfloat16, lower"):
+    with pytest.raises(
+        UserError, match=r"the teacher does not fit: CUDA out of memory.*Lower --cache-rows, give --dtype bf"
+    ):
         made(tmp_path / "s", toy_teacher, layers=1, cache=str(toy_cache))
     assert not (tmp_path / "s").exists()
 
