@@ -82,7 +82,7 @@ class Checkpointer:
         if self._accelerator.is_main_process:
             for text in progress_to_teacher(out / VALIDATION_LOG, step, self._run.validation.best_metric):
                 say(text)
-            alarms = f", {len(names)} alarms ({out / ALARMS_LOG})" if names else ""
+            alarms = f", {len(names)} alarm{'s' if len(names) > 1 else ''} ({out / ALARMS_LOG})" if names else ""
             say(f"the run {out} is complete: {done} steps{alarms}")
         return out
 
