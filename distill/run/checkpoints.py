@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import replacing_directory, write_atomic
+from dpkd.core.files import replacing_directory, sync, write_atomic
 from dpkd.core.identity import canonical_json, file_sha256, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.models import ModelSource
@@ -160,10 +160,14 @@ def save_student(
 
 
 def finish_run(run_dir: Path, student_dir: Path, facts: dict[str, Any]) -> None:
-    """Move the student of `student_dir` to the run directory, then write `run.json`: the run is complete."""
+    """Move the student of `student_dir` to the run directory, then write `run.json`: the run is complete.
+
+    The student's files are on the disk before `run.json` is, and `run.json` before the best student is deleted.
+    """
     for file in sorted(student_dir.iterdir()):
         file.replace(run_dir / file.name)
     student_dir.rmdir()
+    sync(run_dir)
     write_atomic(run_dir / "run.json", canonical_json({"complete": True, **facts}))
     shutil.rmtree(run_dir / BEST_DIR, ignore_errors=True)  # the run directory has it now
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -116,6 +117,36 @@ def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_stu
     run = train(config(tmp_path / "run", toy_cache, toy_student, keep_checkpoints=1))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
     assert_same_run(run, reference)
+
+
+def test_the_student_is_on_the_disk_before_the_run_is_complete(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss a file has only what was synced, and a directory only the names that were."""
+    run, fsync, replace = tmp_path / "run", os.fsync, os.replace
+    synced: set[int] = set()
+    unsynced_names: list[str] = []
+    at_the_end: list[list[str]] = []
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+        if run.is_dir() and os.fstat(descriptor).st_ino == run.stat().st_ino:
+            unsynced_names.clear()
+
+    def record_replace(source: Path, target: Path) -> None:
+        if Path(target) == run / "run.json":
+            student = [run / name for name in ("model.safetensors", "config.json", "tokenizer.json", "dpkd.json")]
+            at_the_end.append([file.name for file in student if file.stat().st_ino not in synced] + unsynced_names)
+            assert (run / "best").is_dir()
+        replace(source, target)
+        if Path(target).parent == run:
+            unsynced_names.append(Path(target).name)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    train(config(run, toy_cache, toy_student, steps=2))
+    assert at_the_end == [[]]
 
 
 def test_training_stops_early_without_improvement(
