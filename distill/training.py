@@ -44,55 +44,56 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     accelerator = open_accelerator(config)
     on_all_ranks(accelerator, lambda: verify_share(config, accelerator.process_index, accelerator.num_processes))
     run = on_all_ranks(accelerator, lambda: open_run(config, accelerator.num_processes))
-    if on_rank_zero(accelerator, lambda: claim_directory(run, accelerator.num_processes)):
-        on_rank_zero(accelerator, lambda: say(f"the run {config.out} is complete"))
-        return config.out
-    checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(config.out, config.resume_from))
-    student = load_student(run, accelerator, checkpoint)
-    objective = Objective(config, run.vocab_size, run.student.vocab_size)
-    checkpointer = Checkpointer(run, accelerator, student, checkpoint)
-    validator = Validator(run, accelerator, student, objective, checkpointer, evaluate_fn)
-    done = checkpointer.first
-    with (
-        RunLog(run, accelerator, done) as log,
-        Interrupts(quiet=not accelerator.is_main_process) as interrupts,
-        StepLoader(run, accelerator, student.model, done, interrupts) as loader,
-    ):
-        if done == 0:
-            validator.validate_if_due(0)
-        student.scorer.train()
-        while done < run.steps and not validator.should_stop():
-            log.start_step()
-            micro_batches = loader.next(done)
-            if micro_batches is None:  # interrupted, or the rows ended: keep what was learned
+    with claim_directory(run, accelerator) as is_complete:
+        if is_complete:
+            on_rank_zero(accelerator, lambda: say(f"the run {config.out} is complete"))
+            return config.out
+        checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(config.out, config.resume_from))
+        student = load_student(run, accelerator, checkpoint)
+        objective = Objective(config, run.vocab_size, run.student.vocab_size)
+        checkpointer = Checkpointer(run, accelerator, student, checkpoint)
+        validator = Validator(run, accelerator, student, objective, checkpointer, evaluate_fn)
+        done = checkpointer.first
+        with (
+            RunLog(run, accelerator, done) as log,
+            Interrupts(quiet=not accelerator.is_main_process) as interrupts,
+            StepLoader(run, accelerator, student.model, done, interrupts) as loader,
+        ):
+            if done == 0:
+                validator.validate_if_due(0)
+            student.scorer.train()
+            while done < run.steps and not validator.should_stop():
+                log.start_step()
+                micro_batches = loader.next(done)
+                if micro_batches is None:  # interrupted, or the rows ended: keep what was learned
+                    checkpointer.save(done, loader)
+                    loader.raise_reason()
+                # all that is random follows from the seed and the step, so a resumed run needs no generator state
+                torch.manual_seed(derive_seed(config.seed, done, accelerator.process_index))
+                counts = all_reduce_sums(accelerator, [objective.counts(micro_batch) for micro_batch in micro_batches])
+                measure, sums = done % MEASURE_EVERY == 0, list[StepSums]()
+                losses: list[torch.Tensor] = []
+                for micro_batch in micro_batches:
+                    with accelerator.accumulate(student.scorer):
+                        sums.append(objective(student.scorer, micro_batch.to(accelerator.device), measure=measure))
+                        loss = objective.total(sums[-1], counts)
+                        losses.append(loss.detach())
+                        # accelerate averages over micro-batches and ranks; the counts divide by the whole step already
+                        accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
+                means, grad_norm = step_means(accelerator, sums, counts, objective.weights), student.clip_gradients()
+                raise_first(accelerator, find_non_finite(sum(losses), grad_norm, done + 1, micro_batches, config.out))
+                learning_rate = student.update()
+                tokens = all_reduce_sums(accelerator, [{"tokens": part.num_positions} for part in micro_batches])
+                line = {"step": done + 1, **run.epochs(done), **means, "learning_rate": learning_rate}
+                log.log_step(line | {"grad_norm": grad_norm, **tokens}, loader.wait_s)
+                done += 1
+                validator.validate_if_due(done, micro_batches)
+                if checkpointer.is_due(done):
+                    checkpointer.save(done, loader)
+            if done == run.steps and loader.cache_grows:
                 checkpointer.save(done, loader)
-                loader.raise_reason()
-            # everything random in a step follows from the seed and the step, so a resumed run needs no generator state
-            torch.manual_seed(derive_seed(config.seed, done, accelerator.process_index))
-            counts = all_reduce_sums(accelerator, [objective.counts(micro_batch) for micro_batch in micro_batches])
-            measure, sums = done % MEASURE_EVERY == 0, list[StepSums]()
-            losses: list[torch.Tensor] = []
-            for micro_batch in micro_batches:
-                with accelerator.accumulate(student.scorer):
-                    sums.append(objective(student.scorer, micro_batch.to(accelerator.device), measure=measure))
-                    loss = objective.total(sums[-1], counts)
-                    losses.append(loss.detach())
-                    # accelerate averages over micro-batches and ranks; the counts divide by the whole step already
-                    accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
-            means, grad_norm = step_means(accelerator, sums, counts, objective.weights), student.clip_gradients()
-            raise_first(accelerator, find_non_finite(sum(losses), grad_norm, done + 1, micro_batches, config.out))
-            learning_rate = student.update()
-            tokens = all_reduce_sums(accelerator, [{"tokens": part.num_positions} for part in micro_batches])
-            line = {"step": done + 1, **run.epochs(done), **means, "learning_rate": learning_rate}
-            log.log_step(line | {"grad_norm": grad_norm, **tokens}, loader.wait_s)
-            done += 1
-            validator.validate_if_due(done, micro_batches)
-            if checkpointer.is_due(done):
-                checkpointer.save(done, loader)
-        if done == run.steps and loader.cache_grows:
-            checkpointer.save(done, loader)
-            loader.wait_for_end_of_cache()
-    return checkpointer.finish(done)
+                loader.wait_for_end_of_cache()
+        return checkpointer.finish(done)
 
 
 def find_non_finite(

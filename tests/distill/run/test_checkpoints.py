@@ -19,6 +19,7 @@ from support.commands import Command, train_arguments
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
+from dpkd.core.outputs import LOCK, lock_directory
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.best import Best, HeldOutPrompt
 from dpkd.distill.run.interrupts import Interrupts
@@ -117,6 +118,42 @@ def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_stu
     run = train(config(tmp_path / "run", toy_cache, toy_student, keep_checkpoints=1))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
     assert_same_run(run, reference)
+
+
+def test_a_second_run_in_the_directory_is_refused_until_the_first_one_ends(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
+) -> None:
+    """The first one goes on; when it is killed, the next one resumes at once."""
+    run = tmp_path / "run"
+    first = Command(*train_arguments({"out": run, "cache": toy_cache, "student": toy_student, **COMMON}))
+    while len(lines_of(run)) < 3:
+        assert first.poll() is None, first.stderr
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)
+    seen = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    try:
+        with pytest.raises(UserError, match=r"another dpkd job is writing to this directory \(in .*run\)\. Wait until"):
+            train(config(run, toy_cache, toy_student))
+        assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == seen
+        assert (run / LOCK).is_file()
+    finally:
+        first.kill()
+    assert train(config(run, toy_cache, toy_student)) == run
+    assert not (run / LOCK).exists()
+    assert_same_run(run, reference)
+    with lock_directory(run, LOCK):  # a complete run is only read
+        train(config(run, toy_cache, toy_student))
+
+
+def test_a_directory_with_only_the_lock_of_a_killed_run_is_free(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOCK).touch()
+    (run / ".dpkd-run.4711.tmp.json").write_text("{")
+    train(config(run, toy_cache, toy_student, steps=1))
+    assert (run / "run.json").is_file()
 
 
 def test_the_student_is_on_the_disk_before_the_run_is_complete(
