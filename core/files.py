@@ -26,9 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
-        sync(temporary)
+        _sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,11 +46,11 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
-            sync(entry)
+            _sync(entry)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
-        sync(path.parent)
+        _sync(path.parent)
     except Exception as error:
         if (reason := _reason(error)) is None:
             raise
@@ -59,13 +59,13 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Wait until the bytes of a file, or the names in a directory, are on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Wait until the bytes of files, or the names in directories, are on the disk; `UserError` when it refuses."""
+    for path in paths:
+        try:
+            _sync(path)
+        except OSError as error:
+            raise _cannot_write("file", path, error.strerror or str(error)) from error
 
 
 def is_temporary(name: str) -> bool:
@@ -109,3 +109,11 @@ def _reason(error: Exception) -> str | None:
 def _cannot_write(what: str, path: Path, reason: str) -> UserError:
     advice = "Free space and run the same command again: it resumes"
     return UserError(f"the {what} cannot be written: {reason}", where=path, advice=advice)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

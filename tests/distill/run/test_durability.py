@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Any
 
 import pytest
 from support.commands import dpkd, train_arguments
+
+from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.training import train
 
 COMMON: dict[str, Any] = {"steps": 4, "batch_size": 3, "learning_rate": 1e-3, "device": "cpu", "tracker": "none"}
 
@@ -23,6 +28,12 @@ def refusing_files_as_large_as(file: Path) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def config(out: Path, cache: Path, student: Path, **options: object) -> TrainConfig:
+    """A run that is validated after every step."""
+    validation = {"validation_examples": 4, "validate_every": 1}
+    return TrainConfig(out=out, cache=str(cache), student=str(student), **(COMMON | validation | options))
 
 
 def refused(directory: Path) -> str:
@@ -58,3 +69,51 @@ def test_a_student_that_the_disk_refuses_is_one_line(tmp_path: Path, toy_teacher
         done = dpkd(*words)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, refused(tmp_path / "student"))
     assert not any(tmp_path.iterdir())
+
+
+def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_their_lines(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fsync, replace = tmp_path / "run", os.fsync, os.replace
+    synced: dict[int, int] = {}
+    seen: list[tuple[str, list[bool]]] = []
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def record_replace(source: Path, target: Path) -> None:
+        if Path(target).name.startswith(("checkpoint-", "run.json")):
+            logs = [(run / name).stat() for name in ("metrics.jsonl", "validation.jsonl")]
+            seen.append((Path(target).name, [synced.get(log.st_ino) == log.st_size for log in logs]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    train(config(run, toy_cache, toy_student, save_every=2))
+    assert seen == [("checkpoint-2", [True, True]), ("run.json", [True, True])]
+
+
+@pytest.mark.parametrize("first", ["validation", "metrics"])
+def test_a_damaged_log_does_not_stop_a_resume_and_is_reported(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str], first: str
+) -> None:
+    """After a power loss a log may have a block of zeros, or end early."""
+    options = config(tmp_path / "run", toy_cache, toy_student, save_every=3)
+    log = train(options) / f"{first}.jsonl"
+    (log.parent / "run.json").unlink()
+    lines = log.read_bytes().splitlines(keepends=True)  # of steps 0 to 4 and 1 to 4
+    log.write_bytes(bytes(len(lines[0]) - 1) + b"\n" + b'{"loss": 1}\n' + b"".join(lines[1:-3]))
+    capfd.readouterr()
+    train(options)
+    missing = {"validation": "3 of 4, from step 0 on", "metrics": "3 of 3, from step 1 on"}[first]
+    assert [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line] == [
+        f"warning: {log} is damaged (unreadable lines, dropped: 2; missing lines up to step 3: {missing}). "
+        "The student is not affected"
+    ]
+    written = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert written == {"validation": [1, 4], "metrics": [4]}[first]
+    (log.parent / "run.json").unlink()
+    log.unlink()
+    train(options)
+    assert f"{log} is damaged (missing lines up to step 3" in capfd.readouterr().err
