@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import dpkd, train_arguments
+from support.commands import Command, dpkd, train_arguments
 
 from dpkd.distill.options.train import TrainConfig
+from dpkd.distill.run.interrupts import Interrupts
 from dpkd.distill.training import train
 
 COMMON: dict[str, Any] = {"steps": 4, "batch_size": 3, "learning_rate": 1e-3, "device": "cpu", "tracker": "none"}
@@ -117,3 +120,43 @@ def test_a_damaged_log_does_not_stop_a_resume_and_is_reported(
     log.unlink()
     train(options)
     assert f"{log} is damaged (missing lines up to step 3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_lost_terminal_costs_no_step(tmp_path: Path, toy_cache: Path, toy_student: Path, ignored: bool) -> None:
+    """`nohup` starts the command with SIGHUP ignored, and it stays so."""
+    run = tmp_path / "run"
+    given = {"out": run, "cache": toy_cache, "student": toy_student, **COMMON, "steps": 60 if ignored else 4000}
+    process = Command(*train_arguments(given), prepare=_ignore_sighup if ignored else None)
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    for _ in range(2):  # of the shell, and of the kernel
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.01)
+    done = process.finish()
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    assert done.returncode == (0 if ignored else 130), done.stderr
+    assert done.stderr.count("finishing this step and writing a checkpoint") == (not ignored)
+    assert [path.name for path in run.glob("checkpoint-*")] == ([] if ignored else [f"checkpoint-{steps}"])
+
+
+def _ignore_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_second_lost_terminal_does_not_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("dpkd.distill.run.interrupts.time.monotonic", lambda: now[0])
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupts.should_stop
+            now[0] += 5
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
