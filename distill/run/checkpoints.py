@@ -110,19 +110,33 @@ def save_checkpoint(
 def latest_checkpoint(run_dir: Path, choice: Literal["latest", "previous"] = "latest") -> Checkpoint | None:
     """The newest checkpoint, or None; raises `UserError` when one of its files is corrupt.
 
-    With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned.
+    With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned; `UserError`
+    when all of them are corrupt.
     """
+    corrupt: list[tuple[Path, UserError]] = []
     for directory in reversed(_directories(run_dir)):
         try:
-            return _verified(directory)
+            checkpoint = _verified(directory)
         except UserError as error:
             if choice == "latest":
                 raise
-            damaged = directory.with_name(f"{directory.name}.damaged")
+            corrupt.append((directory, error))
+            continue
+        for path, reason in corrupt:
+            damaged = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(damaged, ignore_errors=True)
-            directory.replace(damaged)
-            say(f"renamed to {damaged.name}: {error}")
-    return None
+            path.replace(damaged)
+            say(f"renamed to {damaged.name}: {reason}")
+        return checkpoint
+    if not corrupt:
+        return None
+    # a run that started again would empty its logs
+    raise UserError(
+        "every checkpoint of the run is corrupt (checksum mismatch), so it cannot resume",
+        found=", ".join(path.name for path, _ in corrupt),
+        where=run_dir,
+        advice="Choose another --out, or delete these checkpoints to start again at step 0",
+    )
 
 
 def _verified(directory: Path) -> Checkpoint:

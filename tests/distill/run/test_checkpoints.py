@@ -234,6 +234,25 @@ def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     assert_same_run(run, reference)
 
 
+def test_a_run_without_a_sound_checkpoint_does_not_start_again(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
+) -> None:
+    run = as_killed(reference, tmp_path / "run")
+    for directory in run.glob("checkpoint-*"):
+        (directory / "optimizer.safetensors").write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError,
+        match=r"every checkpoint .* is corrupt .*found checkpoint-6, checkpoint-4, checkpoint-2 \(in .*run\)\. Choose",
+    ):
+        train(config(run, toy_cache, toy_student, resume_from="previous"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for directory in run.glob("checkpoint-*"):
+        shutil.rmtree(directory)
+    train(config(run, toy_cache, toy_student, resume_from="previous"))
+    assert_same_run(run, reference)
+
+
 def test_rouge_l_is_measured_by_the_function_that_is_handed_in(
     tmp_path: Path, toy_cache: Path, toy_student: Path
 ) -> None:
