@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +51,21 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        raise _cannot_write("directory", path, error) from error
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise _cannot_write("directory", path, reason) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(*paths: Path) -> None:
+    """Wait until the bytes of files, or the names in directories, are on the disk; `UserError` when it refuses."""
+    for path in paths:
+        try:
+            _sync(path)
+        except OSError as error:
+            raise _cannot_write("file", path, error.strerror or str(error)) from error
 
 
 def is_temporary(name: str) -> bool:
@@ -67,7 +79,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise _cannot_write("file", path, error) from error
+        raise _cannot_write("file", path, error.strerror or str(error)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,9 +92,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _cannot_write(what: str, path: Path, error: OSError) -> UserError:
+def _reason(error: Exception) -> str | None:
+    """What the system said when it refused a read or write; None for an error of another kind.
+
+    safetensors and tokenizers have errors of their own for a full disk, with the system's number in the text.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # an error of `shutil.copytree` has a list of those of the files
+    number = re.search(r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)", str(error))
+    if number is None or isinstance(error, UserError):
+        return str(error) if isinstance(error, OSError) else None
+    return os.strerror(int(number[1]))
+
+
+def _cannot_write(what: str, path: Path, reason: str) -> UserError:
     advice = "Free space and run the same command again: it resumes"
-    return UserError(f"the {what} cannot be written: {error.strerror or error}", where=path, advice=advice)
+    return UserError(f"the {what} cannot be written: {reason}", where=path, advice=advice)
 
 
 def _sync(path: Path) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.core.files import is_temporary
 from dpkd.core.identity import differences
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 
+#: file of `lock_directory` in an output directory
+LOCK = "job.lock"
 ADVICE = "Choose another --out; nothing was overwritten"
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -37,7 +40,8 @@ def output_exists(
         made_of: the same record for the present command; JSON values.
         what: what the directory holds, in words: "student", "run".
         ignore: top-level keys of the record that may differ, such as paths.
-        result: file that must not exist without the marker. None: no file may.
+        result: file that must not exist without the marker. None: no file may, except a lock and what a killed
+            process has left of a file that it was writing.
         advice: what to do about another output.
 
     Raises:
@@ -47,7 +51,7 @@ def output_exists(
     if directory.exists() and not directory.is_dir():
         raise UserError("the output is a file, not a directory", where=directory, advice=advice)
     if not path.is_file():
-        if directory.exists() and ((directory / result).exists() if result else any(directory.iterdir())):
+        if directory.exists() and ((directory / result).exists() if result else _has_files(directory)):
             raise UserError(
                 f"the output directory is not empty and holds no {what} of dpkd",
                 expected=f"a file {marker}, or an empty directory",
@@ -70,6 +74,10 @@ def output_exists(
             advice=advice,
         )
     return True
+
+
+def _has_files(directory: Path) -> bool:
+    return any(entry.name != LOCK and not is_temporary(entry.name) for entry in directory.iterdir())
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from dpkd.core.devices import explained_out_of_memory
 from dpkd.core.errors import UserError
@@ -31,7 +32,7 @@ from dpkd.distill.run.ranks import (
     raise_first,
     step_means,
 )
-from dpkd.distill.run.setup import claim_directory, open_run
+from dpkd.distill.run.setup import Run, claim_directory, open_run
 from dpkd.distill.run.student_state import load_student
 from dpkd.distill.run.validation import Validator
 
@@ -46,12 +47,18 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
     accelerator = open_accelerator(config)
     on_all_ranks(accelerator, lambda: verify_share(config, accelerator.process_index, accelerator.num_processes))
     run = on_all_ranks(accelerator, lambda: open_run(config, accelerator.num_processes))
-    if on_rank_zero(accelerator, lambda: claim_directory(run, accelerator.num_processes)):
+    with claim_directory(run, accelerator) as is_complete:
+        if not is_complete:
+            with out_of_memory(config):
+                return _train(run, accelerator, evaluate_fn)
         on_rank_zero(accelerator, lambda: say(f"the run {config.out} is complete"))
         return config.out
+
+
+def _train(run: Run, accelerator: Accelerator, evaluate_fn: EvaluateFn | None) -> Path:
+    config = run.config
     checkpoint = on_rank_zero(accelerator, lambda: latest_checkpoint(config.out, config.resume_from))
-    with out_of_memory(config):
-        student = load_student(run, accelerator, checkpoint)
+    student = load_student(run, accelerator, checkpoint)
     objective = Objective(config, run.vocab_size, run.student.vocab_size)
     checkpointer = Checkpointer(run, accelerator, student, checkpoint)
     validator = Validator(run, accelerator, student, objective, checkpointer, evaluate_fn)
@@ -60,7 +67,6 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
         RunLog(run, accelerator, done) as log,
         Interrupts(quiet=not accelerator.is_main_process) as interrupts,
         StepLoader(run, accelerator, student.model, done, interrupts) as loader,
-        out_of_memory(config),
     ):
         if done == 0:
             validator.validate_if_due(0)

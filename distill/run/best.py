@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.core.files import replacing_directory
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
 from dpkd.distill.rows.row import RowSource, indices_of
@@ -78,8 +79,9 @@ def take_best(directory: Path, target: Path, step: int | None) -> int | None:
         what = "is missing" if kept is None else f"is that of step {kept}"
         say(f"the best student is that of step {step}, but {directory} {what}: the last student is the result")
         return None
-    shutil.rmtree(target, ignore_errors=True)  # of a process that was killed here
-    shutil.copytree(directory, target)
+    # `directory` is deleted in the end: the copy must be on the disk before that
+    with replacing_directory(target) as temporary:
+        shutil.copytree(directory, temporary, dirs_exist_ok=True)
     return step
 
 

@@ -13,7 +13,7 @@ from dpkd.distill.run.alarms import ALARMS_LOG, Alarms
 from dpkd.distill.run.best import BEST_DIR, Best, take_best
 from dpkd.distill.run.checkpoints import Checkpoint, finish_run, save_checkpoint, save_student
 from dpkd.distill.run.loader import StepLoader
-from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line, progress_to_teacher
+from dpkd.distill.run.logs import METRICS_LOG, VALIDATION_LOG, last_line, progress_to_teacher, sync_logs
 from dpkd.distill.run.model_card import model_card
 from dpkd.distill.run.ranks import on_rank_zero
 from dpkd.distill.run.setup import Run
@@ -57,7 +57,12 @@ class Checkpointer:
         state = {"best": self.best and asdict(self.best), "alarms": asdict(self.alarms)}
         arguments = (files, self._student.weights(), self._student.moments(), facts, state)
         directory = config.out / f"checkpoint-{done}"
-        on_rank_zero(self._accelerator, lambda: save_checkpoint(directory, *arguments, keep=config.keep_checkpoints))
+
+        def save() -> None:
+            sync_logs(config.out)  # a resumed run keeps their lines up to this step
+            save_checkpoint(directory, *arguments, keep=config.keep_checkpoints)
+
+        on_rank_zero(self._accelerator, save)
 
     def save_student(self, directory: Path, done: int, *, with_card: bool = True) -> None:
         """Replace `directory` by the student after `done` steps, ready for use."""
@@ -76,6 +81,7 @@ class Checkpointer:
         names = self.alarms.names
         facts = self._run.facts | {"steps": done, "student_step": step, "alarms": names}
         facts["stopped_by_alarm"] = self.stops_by_alarm
+        on_rank_zero(self._accelerator, lambda: sync_logs(out))
         on_rank_zero(self._accelerator, lambda: finish_run(out, final, facts))
         for tracker in self._accelerator.trackers:
             tracker.finish()

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import PreTrainedModel
 
 from dpkd.core.errors import UserError
-from dpkd.core.files import replacing_directory, write_atomic
+from dpkd.core.files import replacing_directory, sync, write_atomic
 from dpkd.core.identity import canonical_json, file_sha256, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.models import ModelSource
@@ -100,6 +100,8 @@ def save_checkpoint(
     with replacing_directory(directory) as temporary:
         student.save(temporary, weights, facts, merged=False)
         save_file(moments, temporary / _OPTIMIZER)
+        # safetensors writes its files alone: to hash while writing, all tensors would be in memory a second time. The
+        # bytes come from the page cache, not from the disk, in half the time that writing them took
         files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         record = {"step": facts["steps"], "files": files, "state": state}
         (temporary / _STATE).write_bytes(canonical_json(record | {"sha256": fingerprint(record)}))
@@ -110,19 +112,33 @@ def save_checkpoint(
 def latest_checkpoint(run_dir: Path, choice: Literal["latest", "previous"] = "latest") -> Checkpoint | None:
     """The newest checkpoint, or None; raises `UserError` when one of its files is corrupt.
 
-    With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned.
+    With `previous` a corrupt checkpoint is renamed to `NAME.damaged`, and the one before it is returned; `UserError`
+    when all of them are corrupt.
     """
+    corrupt: list[tuple[Path, UserError]] = []
     for directory in reversed(_directories(run_dir)):
         try:
-            return _verified(directory)
+            checkpoint = _verified(directory)
         except UserError as error:
             if choice == "latest":
                 raise
-            damaged = directory.with_name(f"{directory.name}.damaged")
+            corrupt.append((directory, error))
+            continue
+        for path, reason in corrupt:
+            damaged = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(damaged, ignore_errors=True)
-            directory.replace(damaged)
-            say(f"renamed to {damaged.name}: {error}")
-    return None
+            path.replace(damaged)
+            say(f"renamed to {damaged.name}: {reason}")
+        return checkpoint
+    if not corrupt:
+        return None
+    # a run that started again would empty its logs
+    raise UserError(
+        "every checkpoint of the run is corrupt (checksum mismatch), so it cannot resume",
+        found=", ".join(path.name for path, _ in corrupt),
+        where=run_dir,
+        advice="Choose another --out, or delete these checkpoints to start again at step 0",
+    )
 
 
 def _verified(directory: Path) -> Checkpoint:
@@ -160,10 +176,14 @@ def save_student(
 
 
 def finish_run(run_dir: Path, student_dir: Path, facts: dict[str, Any]) -> None:
-    """Move the student of `student_dir` to the run directory, then write `run.json`: the run is complete."""
+    """Move the student of `student_dir` to the run directory, then write `run.json`: the run is complete.
+
+    The student's files are on the disk before `run.json` is, and `run.json` before the best student is deleted.
+    """
     for file in sorted(student_dir.iterdir()):
         file.replace(run_dir / file.name)
     student_dir.rmdir()
+    sync(run_dir)
     write_atomic(run_dir / "run.json", canonical_json({"complete": True, **facts}))
     shutil.rmtree(run_dir / BEST_DIR, ignore_errors=True)  # the run directory has it now
 

@@ -15,9 +15,10 @@ _ONE_REQUEST_S = 1.0
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM end the step first: `should_stop` turns true. A second one, a second later, interrupts.
+    """Ctrl-C, SIGTERM and SIGHUP end the step first: `should_stop` turns true.
 
-    `quiet` says nothing, as for all ranks but the main one.
+    A second one, a second later, interrupts; but not a SIGHUP, of which a lost terminal may send several: the shell's
+    and the kernel's. `quiet` says nothing, as for all ranks but the main one.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -28,7 +29,7 @@ class Interrupts:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:
-            if time.monotonic() - self._asked_s < _ONE_REQUEST_S:
+            if number == signal.SIGHUP or time.monotonic() - self._asked_s < _ONE_REQUEST_S:
                 return
             raise KeyboardInterrupt
         self.should_stop, self._asked_s = True, time.monotonic()
@@ -37,7 +38,10 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,14 +10,15 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 
-from dpkd.core.files import write_atomic
-from dpkd.core.json_lines import complete_lines
+from dpkd.core.files import sync, write_atomic
+from dpkd.core.json_lines import complete_lines, loads
 from dpkd.core.progress import Progress, say
 from dpkd.distill.run.alarms import ALARMS_LOG
 from dpkd.distill.run.ranks import on_all_ranks
@@ -26,6 +27,7 @@ from dpkd.distill.run.trackers import start_tracker, track
 
 METRICS_LOG = "metrics.jsonl"
 VALIDATION_LOG = "validation.jsonl"
+_LOGS = (METRICS_LOG, VALIDATION_LOG, ALARMS_LOG)
 _SPIKE_FACTOR = 10.0
 _SPIKE_WINDOW, _SPIKE_LEAST = 100, 20  # steps
 
@@ -46,8 +48,9 @@ class RunLog:
         config = self._run.config
         on_all_ranks(self._accelerator, lambda: start_tracker(self._accelerator, config, self._first))
         if self._accelerator.is_main_process:
-            for name in (METRICS_LOG, VALIDATION_LOG, ALARMS_LOG):
-                keep_lines(config.out / name, self._first)
+            validated = [step for step in range(self._first + 1) if self._run.validation.is_due(step, self._run.steps)]
+            for name, steps in zip(_LOGS, (range(1, self._first + 1), validated, ()), strict=True):
+                keep_lines(config.out / name, self._first, steps)
             self._file = self._stack.enter_context((config.out / METRICS_LOG).open("a", encoding="utf-8"))
             self._progress = self._stack.enter_context(Progress("train", self._run.steps, "steps", self._first))
         return self
@@ -149,9 +152,35 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         log.write(json.dumps(line) + "\n")
 
 
-def keep_lines(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again; a new run (step 0) starts an empty log."""
-    if not path.is_file():
-        return
-    kept = [line for line in complete_lines(path) if step > 0 and json.loads(line)["step"] <= step]
-    write_atomic(path, b"".join(kept))
+def sync_logs(out: Path) -> None:
+    """Wait until all lines so far are on the disk; `UserError` when it refuses."""
+    sync(*(out / name for name in _LOGS if (out / name).is_file()), out)
+
+
+def keep_lines(path: Path, step: int, expected: Collection[int] = ()) -> None:
+    """Drop the lines after `step`, which a resumed run writes again; a new run (step 0) starts an empty log.
+
+    Lines that cannot be read, as a power loss leaves them, are dropped too. A warning counts them, and those of the
+    `expected` steps that have no line.
+    """
+    lines = [(_step_of(line), line) for line in complete_lines(path)]
+    kept = [(number, line) for number, line in lines if number is not None and number <= step and step > 0]
+    if path.is_file():
+        write_atomic(path, b"".join(line for _, line in kept))
+    unreadable = sum(number is None for number, _ in lines)
+    there = {number for number, _ in kept}
+    missing = [number for number in expected if number not in there]
+    texts = [f"unreadable lines, dropped: {unreadable}"] if unreadable else []
+    if missing:
+        texts.append(f"missing lines up to step {step}: {len(missing)} of {len(expected)}, from step {missing[0]} on")
+    if texts and step > 0:
+        say(f"warning: {path} is damaged ({'; '.join(texts)}). The student is not affected")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of a log; None if the line cannot be read."""
+    try:
+        step = loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
+
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_atomic
 from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.models import ModelSource, locate_model
-from dpkd.core.outputs import output_exists
+from dpkd.core.outputs import LOCK, lock_directory, output_exists
 from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
@@ -26,6 +29,7 @@ from dpkd.distill.rows.sources import check_lengths, check_positions
 from dpkd.distill.rows.views import MixedRows
 from dpkd.distill.run.adapters import check_adapters
 from dpkd.distill.run.plan import ValidationPlan, plan_validation, tail_note
+from dpkd.distill.run.ranks import on_rank_zero
 from dpkd.teacher_cache.store.growing import GrowingCache
 
 if TYPE_CHECKING:
@@ -147,27 +151,50 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     )
 
 
-def claim_directory(run: Run, num_processes: int) -> bool:
-    """Create the run directory, or reopen it to resume; True when its run is complete. Refuses another run's.
+@contextlib.contextmanager
+def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
+    """Create the run directory, or reopen it to resume, and keep other jobs out of it while the block runs.
 
-    A run may resume with another number of processes or other micro-batches if a step keeps its number of rows.
+    The block gets True when the run is complete. Every rank calls it; rank zero holds the lock. Raises `UserError` when
+    another job is writing to the directory, or it holds another run.
     """
-    config, out = run.config, run.config.out
+    out, identity = run.config.out, _identity(run, accelerator.num_processes)
+    advice = "Choose another --out, or repeat the options that the run was started with"
+
+    def is_run() -> bool:
+        return output_exists(out, "dpkd-run.json", identity, "run", advice=advice)
+
+    def is_complete() -> bool:
+        return is_run() and (out / "run.json").is_file()
+
+    def claim() -> bool:
+        if is_complete():  # it may be a read-only copy, which cannot be locked
+            return True
+        stack.enter_context(lock_directory(out, LOCK))
+        if not is_run():
+            write_atomic(out / "dpkd-run.json", canonical_json(identity))
+            write_atomic(out / "dpkd.toml", run.config.to_toml().encode())
+            for note in _notes(run):
+                say(note)
+        return is_complete()  # another job may have completed it just before it gave the lock back
+
+    with contextlib.ExitStack() as stack:
+        yield on_rank_zero(accelerator, claim)
+
+
+def _identity(run: Run, num_processes: int) -> dict[str, Any]:
+    """What a run must have in common with the one that it resumes.
+
+    It may resume with another number of processes or other micro-batches if a step keeps its number of rows.
+    """
+    config = run.config
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_processes
-    identity = {
+    return {
         "options": config.model_dump(mode="json", exclude=_FREE_OPTIONS | _SPLIT),
         "rows_per_step": rows_per_step,
         "passes_per_step": None if config.batch_tokens is None else config.gradient_accumulation_steps * num_processes,
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
-    advice = "Choose another --out, or repeat the options that the run was started with"
-    if output_exists(out, "dpkd-run.json", identity, "run", advice=advice):
-        return (out / "run.json").is_file()
-    write_atomic(out / "dpkd-run.json", canonical_json(identity))
-    write_atomic(out / "dpkd.toml", config.to_toml().encode())
-    for note in _notes(run):
-        say(note)
-    return False
 
 
 def _notes(run: Run) -> Iterator[str]:

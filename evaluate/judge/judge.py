@@ -11,7 +11,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import write_json, write_text
-from dpkd.core.outputs import lock_directory
+from dpkd.core.outputs import LOCK, lock_directory
 from dpkd.core.plotting import require_matplotlib
 from dpkd.core.progress import Progress, say
 from dpkd.evaluate.judge.client import JudgeClient, read_key
@@ -73,7 +73,7 @@ def judge(config: JudgeConfig) -> Path:
     if is_complete(path, identity, _ADVICE):
         say(f"the judging in {config.out} is complete already")
         return path
-    with lock_directory(plan.verdicts.path.parent, "job.lock"):
+    with lock_directory(plan.verdicts.path.parent, LOCK):
         answered = plan.verdicts.read()
         save_options(config, config.out)
         _ask(plan, answered, key)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import replacing_directory
@@ -30,6 +33,33 @@ def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path: Path) -
         (new / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in target.parent.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+    ],
+)
+def test_a_full_disk_is_one_line_whichever_library_meets_it(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(
+            UserError, match=r"^the directory cannot be written: No space left on device \(in .*student\)\. F"
+        ),
+        replacing_directory(tmp_path / "student"),
+    ):
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_errors_while_a_directory_is_written_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("a shape"), SafetensorError("a shape"), UserError("(os error 28)")):
+        with pytest.raises(type(error)) as raised, replacing_directory(tmp_path / "student"):
+            raise error
+        assert raised.value is error
 
 
 def test_leftovers_of_a_killed_process_do_not_enter_the_next_directory(tmp_path: Path) -> None:

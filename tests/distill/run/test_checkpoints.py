@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ from support.commands import Command, train_arguments
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
+from dpkd.core.outputs import LOCK, lock_directory
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.best import Best, HeldOutPrompt
 from dpkd.distill.run.interrupts import Interrupts
@@ -118,6 +120,72 @@ def test_the_best_student_is_kept_whole(tmp_path: Path, toy_cache: Path, toy_stu
     assert_same_run(run, reference)
 
 
+def test_a_second_run_in_the_directory_is_refused_until_the_first_one_ends(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
+) -> None:
+    """The first one goes on; when it is killed, the next one resumes at once."""
+    run = tmp_path / "run"
+    first = Command(*train_arguments({"out": run, "cache": toy_cache, "student": toy_student, **COMMON}))
+    while len(lines_of(run)) < 3:
+        assert first.poll() is None, first.stderr
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)
+    seen = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    try:
+        with pytest.raises(UserError, match=r"another dpkd job is writing to this directory \(in .*run\)\. Wait until"):
+            train(config(run, toy_cache, toy_student))
+        assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == seen
+        assert (run / LOCK).is_file()
+    finally:
+        first.kill()
+    assert train(config(run, toy_cache, toy_student)) == run
+    assert not (run / LOCK).exists()
+    assert_same_run(run, reference)
+    with lock_directory(run, LOCK):  # a complete run is only read
+        train(config(run, toy_cache, toy_student))
+
+
+def test_a_directory_with_only_the_lock_of_a_killed_run_is_free(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOCK).touch()
+    (run / ".dpkd-run.4711.tmp.json").write_text("{")
+    train(config(run, toy_cache, toy_student, steps=1))
+    assert (run / "run.json").is_file()
+
+
+def test_the_student_is_on_the_disk_before_the_run_is_complete(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss a file has only what was synced, and a directory only the names that were."""
+    run, fsync, replace = tmp_path / "run", os.fsync, os.replace
+    synced: set[int] = set()
+    unsynced_names: list[str] = []
+    at_the_end: list[list[str]] = []
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+        if run.is_dir() and os.fstat(descriptor).st_ino == run.stat().st_ino:
+            unsynced_names.clear()
+
+    def record_replace(source: Path, target: Path) -> None:
+        if Path(target) == run / "run.json":
+            student = [run / name for name in ("model.safetensors", "config.json", "tokenizer.json", "dpkd.json")]
+            at_the_end.append([file.name for file in student if file.stat().st_ino not in synced] + unsynced_names)
+            assert (run / "best").is_dir()
+        replace(source, target)
+        if Path(target).parent == run:
+            unsynced_names.append(Path(target).name)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    train(config(run, toy_cache, toy_student, steps=2))
+    assert at_the_end == [[]]
+
+
 def test_training_stops_early_without_improvement(
     tmp_path: Path, toy_cache: Path, toy_student: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +231,25 @@ def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     said = capfd.readouterr().err
     assert f"renamed to checkpoint-6.damaged: the checkpoint's {name}" in said
     assert "resuming from step 4 of 8" in said
+    assert_same_run(run, reference)
+
+
+def test_a_run_without_a_sound_checkpoint_does_not_start_again(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, reference: Path
+) -> None:
+    run = as_killed(reference, tmp_path / "run")
+    for directory in run.glob("checkpoint-*"):
+        (directory / "optimizer.safetensors").write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError,
+        match=r"every checkpoint .* is corrupt .*found checkpoint-6, checkpoint-4, checkpoint-2 \(in .*run\)\. Choose",
+    ):
+        train(config(run, toy_cache, toy_student, resume_from="previous"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for directory in run.glob("checkpoint-*"):
+        shutil.rmtree(directory)
+    train(config(run, toy_cache, toy_student, resume_from="previous"))
     assert_same_run(run, reference)
 
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from support.commands import TwoRanks, free_port, train_arguments
 
+from dpkd.core.outputs import LOCK, lock_directory
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows import caches
@@ -204,6 +205,13 @@ def test_sigterm_on_all_ranks_leaves_one_checkpoint(tmp_path: Path, options: dic
     assert [line["step"] for line in written] == list(range(1, len(written) + 1))
     assert len(written) >= seen
     assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{len(written)}"]
+
+
+def test_all_ranks_end_where_another_run_holds_the_directory(tmp_path: Path, options: dict[str, Any]) -> None:
+    with lock_directory(tmp_path / "run", LOCK):
+        texts = TwoRanks({"out": tmp_path / "run", **options, **TWO}).finish(2)
+    assert ["another dpkd job is writing to this directory" in text for text in texts] == [True, False]
+    assert not any((tmp_path / "run").iterdir())
 
 
 def lines_so_far(run: Path) -> list[str]:
