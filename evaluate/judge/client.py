@@ -14,8 +14,14 @@ Messages = Sequence[dict[str, str]]
 
 def read_key(config: JudgeConfig) -> str:
     """The key from the environment, or an empty text; raises `UserError` if it cannot be used or must not be sent."""
-    url = "https://any" if config.key_may_be_sent else config.judge_url
-    return client.read_key(config.api_key_env, KEY_VARIABLE, url, "--judge-url", over_http="give --allow-plain-http")
+    return client.read_key(
+        config.api_key_env,
+        KEY_VARIABLE,
+        config.judge_url,
+        "--judge-url",
+        allow_plain_http=config.allow_plain_http,
+        to_allow="give --allow-plain-http",
+    )
 
 
 class JudgeClient(client.EndpointClient):
