@@ -76,17 +76,18 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
 def check_known(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs what the cache records as unknown."""
     logprobs = cache.identities["logprobs"]
-    if config.needs_pairs and not config.contrasts and "unknown" in (logprobs.get("responses"), logprobs.get("end")):
+    responses_known = logprobs.get("responses") != "unknown"
+    if config.needs_pairs and not config.contrasts and not (responses_known and cache.ends_known):
         raise UserError(
             "the cache does not know how likely whole responses are, which --level sequence needs",
-            found="texts alone" if logprobs.get("responses") == "unknown" else "responses whose end has no log-prob",
+            found="responses whose end has no log-prob" if responses_known else "texts alone",
             expected="log-probs of every token",
             where=cache.folder,
             advice="Train with --objective seqkd, or build a cache with --engine vllm or transformers",
         )
     learns_from_cache = student_round is None or config.needs_pairs or config.mix is not None
     by_argmax = config.compares_tokens and config.token_pairs == "argmax"
-    if logprobs.get("end") == "unknown" and learns_from_cache and (config.tail == "uniform" or by_argmax):
+    if not cache.ends_known and learns_from_cache and (config.tail == "uniform" or by_argmax):
         raise UserError(
             "the endpoint of the cache did not say how likely the end of a response is: no token is known there, and "
             "the student would unlearn the end",
@@ -95,7 +96,7 @@ def check_known(cache: CacheReader, student_round: Round | None, config: TrainCo
             where=cache.folder,
             advice="Leave it out" if by_argmax else "Leave --tail out",
         )
-    if logprobs.get("end") == "unknown" and learns_from_cache and not config.weights.get("sft"):
+    if not cache.ends_known and learns_from_cache and not config.weights.get("sft"):
         raise UserError(
             "the endpoint of the cache did not say how likely the end of a response is, so a student of "
             f"--objective {config.objective} alone never learns to stop",

@@ -88,6 +88,11 @@ class CacheReader:
         return int(self.identities["logprobs"]["top_k"])
 
     @property
+    def ends_known(self) -> bool:
+        """Whether the log-prob of every EOS is known; an endpoint may not say it."""
+        return self.identities["logprobs"].get("end") != "unknown"
+
+    @property
     def has_spans(self) -> bool:
         """Whether rows may have several spans."""
         return "spans" in self.identities["layout"].get("columns", ())
