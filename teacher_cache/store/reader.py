@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint, tokenizer_sha256
 from dpkd.core.models import other_eos
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.job import JOB
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
 from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard, read_shards
 
 if TYPE_CHECKING:
