@@ -12,8 +12,8 @@ from dpkd.distill.rows.columns import read_keys
 from dpkd.teacher_cache.store.reader import CacheReader, Round
 from dpkd.teacher_cache.store.shards import ShardRecord
 
-#: outcomes of a position whose pairs fit into memory
-_MOST_OUTCOMES = 2**12
+#: tokens of a position whose pairs fit into memory, beside the tail: `all_pairs_preference_loss` takes 270 MB for them
+_MOST_PAIRED_TOKENS = 2**12
 
 
 def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
@@ -52,15 +52,8 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
                     where=cache.folder,
                     advice=f"Lower {config.flag(key)}, or leave it out",
                 )
-    by_pairs = config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all"
-    if by_pairs and config.tail == "uniform" and cache.vocab_size > _MOST_OUTCOMES:
-        raise UserError(
-            "--tail uniform makes every token an outcome, and all pairs of them are too many",
-            found=f"{cache.vocab_size} tokens",
-            expected=f"at most {_MOST_OUTCOMES}",
-            where=cache.folder,
-            advice="Leave --tail out, or give --objective jeffreys, which has the same optimum",
-        )
+    if config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all":
+        _check_pairs(cache, [int(logprobs["top_k"]) for logprobs in read.values()], config)
     if config.tail == "uniform" and len(cache.vocab_sizes) > 1:
         raise UserError(
             "--tail uniform spreads the tail over a teacher's tokens, and the teachers differ in their number",
@@ -71,6 +64,24 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
     check_known(cache, student_round, config)
     if student_round is not None and config.needs_sampling_logprobs:
         _check_sampling(cache, student_round, config)
+
+
+def _check_pairs(cache: CacheReader, top_ks: Sequence[int], config: TrainConfig) -> None:
+    """Raise `UserError` where a position has too many outcomes to compare all pairs of them."""
+    uniform = config.tail == "uniform"
+    num_tokens = cache.vocab_size
+    if not uniform:
+        num_tokens = min(max(top_ks), config.top_k or num_tokens, num_tokens)
+    if num_tokens > _MOST_PAIRED_TOKENS:
+        what = "--tail uniform makes every token an outcome" if uniform else "every kept token is an outcome"
+        fewer = "Leave --tail out" if uniform else f"Give --top-k {_MOST_PAIRED_TOKENS}"
+        raise UserError(
+            f"{what}, and all pairs of them are too many",
+            found=f"{num_tokens} tokens",
+            expected=f"at most {_MOST_PAIRED_TOKENS}",
+            where=cache.folder,
+            advice=f"{fewer}, or give --objective jeffreys, which has the same optimum",
+        )
 
 
 def check_known(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
