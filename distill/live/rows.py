@@ -188,7 +188,7 @@ class LiveRows:
         self._wait(lambda: all(block.is_over for block in newer) or time.monotonic() > deadline_s)
 
     def release(self) -> None:
-        """End every wait for rows; any thread may call it. Draws go on: a checkpoint waits for them (`settle`)."""
+        """End every wait for rows; any thread may call it. Drawing continues: a checkpoint waits for it (`settle`)."""
         self._released.set()
         with self._changed:
             self._changed.notify_all()

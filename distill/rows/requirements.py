@@ -167,7 +167,7 @@ def _check_sampling(cache: CacheReader, student_round: Round, config: TrainConfi
     ours, theirs = ({key: made[key] for key in keys} for made in (cache.identities["generation"], generation))
     if config.offset and ours != theirs:
         raise UserError(
-            "the round was drawn otherwise than the cache, and --offset compares their probabilities",
+            "the round was drawn with other settings than the cache, and --offset compares their probabilities",
             found=str(theirs),
             expected=str(ours),
             where=student_round.folder,

@@ -380,7 +380,7 @@ def test_the_offset_is_refused_without_what_it_compares(
     pairs = {"level": "sequence", "offset": True, "length_normalize": False}
     with pytest.raises(UserError, match="the round has no scores of the cache's responses, which --offset needs"):
         train(TrainConfig(**options, **pairs, round="r0"))
-    with pytest.raises(UserError, match=r"drawn otherwise than the cache.*max_new_tokens': 5"):
+    with pytest.raises(UserError, match=r"drawn with other settings than the cache.*max_new_tokens': 5"):
         train(TrainConfig(**options, **pairs, round="short"))
     for more, message in (
         ({"length_normalize": True}, "--offset needs --no-length-normalize"),
