@@ -14,7 +14,7 @@ from dpkd.core.models import other_eos
 from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
-from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard, read_shards
+from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, read_shards
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
@@ -168,7 +168,7 @@ class CacheReader:
 
 
 class TeacherCache(CacheReader):
-    """A finished cache. Its manifest is checked; its shards are checked as they are read, or by `verify_shards`."""
+    """A finished cache. Its manifest is checked; its shards are checked as they are read."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         super().__init__(folder, manifest.identities)
@@ -228,11 +228,6 @@ class TeacherCache(CacheReader):
     def read_round(self, round_: Round, record: ShardRecord) -> ShardRows:
         """The decoded rows of the round's shard that has the rows of the cache's shard `record`."""
         return self._read(round_.folder, round_.shards_by_path[record.path])
-
-    def verify_shards(self) -> None:
-        """Check every shard; raises `UserError` at the first that is missing or corrupt."""
-        for record in self.manifest.shards:
-            check_shard(self.folder, record)
 
 
 def _tokenizer(identity: dict[str, Any]) -> str:
