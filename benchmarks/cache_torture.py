@@ -38,10 +38,9 @@ from support.commands import PRELOAD, Command
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.teacher_cache.audit.verify import verify_cache
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.locks import LOCK
-from dpkd.teacher_cache.store.manifest import MANIFEST
 
 ROWS_PER_SHARD = 2
 TIMEOUT_S = 300.0

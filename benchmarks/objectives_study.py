@@ -239,7 +239,7 @@ def main() -> None:
         left = workers.running
         workers.close()
     print(summary(options.out))
-    print(f"stopped: {len(left)} runs were in progress; start again to go on" if left else "the study is complete")
+    print(f"stopped: {len(left)} runs were in progress; start it again to resume" if left else "the study is complete")
 
 
 def parse() -> argparse.Namespace:
@@ -255,7 +255,7 @@ def parse() -> argparse.Namespace:
     add("--select-rows", type=int, default=64, help="selection rows")
     add("--eval-rows", type=int, default=250, help="rows of each evaluation set")
     add("--max-new-tokens", type=int, default=96, help="longest response and answer, in tokens")
-    add("--steps", type=int, default=120, help="optimizer steps of a run, 8 rows each")
+    add("--steps", type=int, default=120, help="optimiser steps of a run, 8 rows each")
     add("--rates", type=_floats, default=(1e-4, 3e-4, 1e-3), help="learning rates, comma-separated")
     add("--writer-rates", type=_floats, default=(3e-5, 1e-4, 3e-4), help="those of arms that start from the writer")
     add("--seeds", type=_ints, default=(0, 1, 2, 3, 4), help="training seeds, comma-separated")

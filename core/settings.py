@@ -12,6 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from dpkd.core.errors import UserError
 from dpkd.core.urls import url_problem
 
+#: the file of an output directory with the options that made it
+SAVED_OPTIONS = "dpkd.toml"
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 

@@ -29,6 +29,12 @@ def url_problem(text: str) -> str | None:
     return None
 
 
+def exposes_key(url: str) -> bool:
+    """Whether others could read a key that is sent to `url`: it goes over plain http to another machine."""
+    parts = urlsplit(url)
+    return parts.scheme != "https" and not is_loopback(parts.hostname or "")
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine."""
     from ipaddress import ip_address  # only here: --help should be quick

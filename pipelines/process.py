@@ -97,7 +97,7 @@ def _open_standard_streams() -> None:
 
 
 class _Tolerant:
-    """A stream for messages: work goes on when it cannot be written to."""
+    """A stream for messages: work continues when it cannot be written to."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

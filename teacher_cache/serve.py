@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from dpkd.teacher_cache.engines.server.key_filter import KeyFilter
 from dpkd.teacher_cache.engines.vllm.engine_args import check_engine_args, parse_engine_args
 from dpkd.teacher_cache.engines.vllm.environment import own_environment, own_settings, runs_on_cpu
 from dpkd.teacher_cache.options.audit import ServeConfig
+from dpkd.teacher_cache.store.job import read_saved_options
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (the address to ask if a server listens on all)
@@ -115,12 +115,11 @@ def _guard(config: ServeConfig) -> str:
 
 def _teacher_as_built(cache: TeacherCache) -> str:
     """The --teacher that the cache was built with."""
-    try:
-        return str(tomllib.loads(cache.folder.read("dpkd.toml").decode())["teacher"])
-    except (FileNotFoundError, ValueError, KeyError):
-        raise UserError(
-            "the cache does not record where its teacher is", where=cache.folder, advice="Give --teacher"
-        ) from None
+    advice = "Give --teacher"
+    teacher = read_saved_options(cache.folder, advice).get("teacher")
+    if teacher is None:
+        raise UserError("the cache does not record where its teacher is", where=cache.folder, advice=advice)
+    return str(teacher)
 
 
 def _name(cache: TeacherCache) -> str:

@@ -12,6 +12,7 @@ from dpkd.core.prompts.examples import Example, SkippedRow
 from dpkd.core.prompts.sources import ExampleSource, iter_examples
 from dpkd.core.prompts.templates import EncodedPrompt, PromptEncoder
 
+#: why a row is skipped where its reference would be cached or learnt from
 NO_REFERENCE = "no reference response"
 
 

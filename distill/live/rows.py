@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -38,6 +38,7 @@ from dpkd.teacher_cache.engines.engine import EngineResult, FailedRequest, Gener
 from dpkd.teacher_cache.engines.server.pool import PATIENCE_S
 from dpkd.teacher_cache.engines.top_k import answer_problem
 from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.tables import mean_logprobs
 
 #: how long a checkpoint waits for the scores of a drawn block, in seconds; unscored blocks are scored on resuming
 SETTLE_S = 30.0
@@ -171,7 +172,8 @@ class LiveRows:
             indices = [block.index_of[step, cached.example_id, sample] for sample in samples_of(cached, self._config)]
             samples = [row for row in (block.rows[index] for index in indices) if row is not None]
             if samples and self._config.pairing == "best-vs-worst":
-                samples = [min(samples, key=lambda row: float(np.mean(row.response_logprobs)))]
+                scores = pa.table({"response_logprobs": [row.response_logprobs for row in samples]})
+                samples = [samples[int(mean_logprobs(scores, ends_known=True).argmin())]]
             rows += [TrainingRow(cached, row) if self._config.needs_pairs else TrainingRow(row) for row in samples]
         return rows
 
@@ -186,7 +188,7 @@ class LiveRows:
         self._wait(lambda: all(block.is_over for block in newer) or time.monotonic() > deadline_s)
 
     def release(self) -> None:
-        """End every wait for rows; any thread may call it. Draws go on: a checkpoint waits for them (`settle`)."""
+        """End every wait for rows; any thread may call it. Drawing continues: a checkpoint waits for it (`settle`)."""
         self._released.set()
         with self._changed:
             self._changed.notify_all()

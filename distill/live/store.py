@@ -42,11 +42,11 @@ class Drawn:
 class SampleStore:
     """The blocks of one rank of a run. A block is identified by its first step, its rows by their order."""
 
-    def __init__(self, run_dir: Path, rank: int, tokenizer: ModelSource) -> None:
+    def __init__(self, run_dir: Path, rank: int, student: ModelSource) -> None:
         self._folder = LocalFolder(run_dir / SAMPLES)
         self._ledger = Ledger(self._folder)
         self._records = self._ledger.committed()
-        self._rank, self._tokenizer = rank, tokenizer
+        self._rank, self._student = rank, student
 
     def is_drawn(self, first_step: int, planned: Sequence[PlannedRow]) -> bool:
         """Whether the block's responses are stored, scored or not."""
@@ -86,7 +86,7 @@ class SampleStore:
             ids, response = answer.response_ids, responses[plan.index]
             result = EngineResult(plan.index, ids, response.finish_reason, answer.logprobs_T, answer.distributions)
             sampled = replace(plan, sampling_logprobs=response.logprobs)
-            rows.append((sampled, result, self._tokenizer.decode(ids.tolist())))
+            rows.append((sampled, result, self._student.decode(ids.tolist())))
         data, record = encode_shard(to_table(rows), self._shard(first_step), "student", failed)
         self._ledger.commit(data, record)
         self._records[record.path] = record

@@ -185,7 +185,7 @@ def _skew(alpha: float | Tensor) -> float | Tensor:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DivergenceFunction:
     """A divergence as an objective: its function, and the options of `dpkd train` that it takes, by keyword."""
 
     function: Callable[..., Tensor]
@@ -196,14 +196,14 @@ class Divergence:
         return partial(self.function, **{keyword: getattr(config, name) for keyword, name in self.options.items()})
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "forward-kl": Divergence(forward_kl),
-    "reverse-kl": Divergence(reverse_kl),
-    "jeffreys": Divergence(jeffreys),
-    "alpha-beta": Divergence(alpha_beta, {"alpha": "ab_alpha", "beta": "ab_beta"}),
-    "jsd": Divergence(jsd, {"beta": "jsd_beta"}),
-    "tvd": Divergence(tvd),
-    "akl": Divergence(akl, {"mu": "akl_mu", "tail": "tail"}),
-    "skewed-forward-kl": Divergence(skewed_forward_kl, {"alpha": "skew"}),
-    "skewed-reverse-kl": Divergence(skewed_reverse_kl, {"alpha": "skew"}),
+DIVERGENCES: dict[str, DivergenceFunction] = {
+    "forward-kl": DivergenceFunction(forward_kl),
+    "reverse-kl": DivergenceFunction(reverse_kl),
+    "jeffreys": DivergenceFunction(jeffreys),
+    "alpha-beta": DivergenceFunction(alpha_beta, {"alpha": "ab_alpha", "beta": "ab_beta"}),
+    "jsd": DivergenceFunction(jsd, {"beta": "jsd_beta"}),
+    "tvd": DivergenceFunction(tvd),
+    "akl": DivergenceFunction(akl, {"mu": "akl_mu", "tail": "tail"}),
+    "skewed-forward-kl": DivergenceFunction(skewed_forward_kl, {"alpha": "skew"}),
+    "skewed-reverse-kl": DivergenceFunction(skewed_reverse_kl, {"alpha": "skew"}),
 }

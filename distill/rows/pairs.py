@@ -1,8 +1,9 @@
 """Pairs of a chosen and a rejected response where a round has several student responses to an example.
 
 `all`            every chosen response of an example with every student response to it, each pair once
-`best-vs-worst`  one pair an example: the chosen response with the highest mean teacher log-prob of its tokens (EOS
-                 counted), and the student response with the lowest; the first one of equal values
+`best-vs-worst`  one pair an example: the chosen response with the highest mean teacher log-prob of its tokens (the
+                 EOS too, where its log-prob is known), and the student response with the lowest; the first one of
+                 equal values
 
 (`index`, the third rule, pairs rows of equal keys: `dpkd.distill.rows.sources.CacheRows`. Where responses are sampled
 live, `best_responses` are the chosen ones of `best-vs-worst`.) Rows that failed in the
@@ -20,7 +21,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import pyarrow.compute as pc
 
 from dpkd.core.errors import UserError
 from dpkd.distill.rows.columns import read_columns, read_example_ids, read_lengths
@@ -29,6 +29,7 @@ from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard
+from dpkd.teacher_cache.store.tables import mean_logprobs
 
 PairRule = Literal["all", "best-vs-worst"]
 
@@ -40,7 +41,7 @@ def paired_rows(cache: TeacherCache, student_round: Round, shards: Sequence[Shar
     """
     numbers: dict[str, int] = {}
     with_scores = rule == "best-vs-worst"
-    chosen = _read_responses(cache.folder, shards, numbers, with_scores)
+    chosen = _read_responses(cache.folder, shards, numbers, with_scores, cache.ends_known)
     student_shards = [student_round.shards_by_path[record.path] for record in shards]
     rejected = _read_responses(student_round.folder, student_shards, numbers, with_scores)
     # the group of an example is the shard of its first chosen response; an example without one is in no pair
@@ -61,12 +62,12 @@ def paired_rows(cache: TeacherCache, student_round: Round, shards: Sequence[Shar
     return PairedRows(cache, student_round, shards, pairs, first_shard[chosen.example[i]])
 
 
-def best_responses(folder: Folder, shards: Sequence[ShardRecord]) -> list[np.ndarray]:
+def best_responses(cache: TeacherCache, shards: Sequence[ShardRecord]) -> list[np.ndarray]:
     """For each of `shards`, the indices of the rows that are the best response to their example, ascending.
 
     Reads all example ids and log-probs once.
     """
-    responses = _read_responses(folder, shards, {}, with_scores=True)
+    responses = _read_responses(cache.folder, shards, {}, with_scores=True, ends_known=cache.ends_known)
     best = responses.take(_lowest(responses, -responses.score))
     return [np.sort(best.index[best.shard == shard]) for shard in range(len(shards))]
 
@@ -129,27 +130,22 @@ class _Responses:
 
 
 def _read_responses(
-    folder: Folder, records: Sequence[ShardRecord], numbers: dict[str, int], with_scores: bool
+    folder: Folder,
+    records: Sequence[ShardRecord],
+    numbers: dict[str, int],
+    with_scores: bool,
+    ends_known: bool = True,
 ) -> _Responses:
     """The responses of shards in order. `numbers` maps example ids to numbers; new ids are added to it."""
-    names = ["example_id", "response_logprobs"] if with_scores else ["example_id"]
+    names = ["example_id", *(("response_logprobs", "finish_reason") if with_scores else ())]
     parts: list[tuple[np.ndarray, ...]] = []
     for shard, record in enumerate(records):
         table = read_columns(folder, record, names)
         ids = table["example_id"].to_pylist()
         example = np.array([numbers.setdefault(example_id, len(numbers)) for example_id in ids], np.int32)
-        score = _means(table["response_logprobs"]) if with_scores else np.zeros(len(ids))
+        score = mean_logprobs(table, ends_known=ends_known) if with_scores else np.zeros(len(ids))
         parts.append((example, np.full(len(ids), shard, np.int32), np.arange(len(ids), dtype=np.int32), score))
     return _Responses(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _means(lists: object) -> np.ndarray:
-    """Mean of every list of a column of lists; 0 for an empty one."""
-    lengths = pc.list_value_length(lists).to_numpy()
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    # each list is summed by itself, so that equal lists have equal means
-    sums = np.bincount(owners, weights=pc.list_flatten(lists).to_numpy(), minlength=len(lengths))
-    return sums / np.maximum(lengths, 1)
 
 
 def _lowest(responses: _Responses, score: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from dpkd.distill.rows.columns import read_keys
 from dpkd.teacher_cache.store.reader import CacheReader, Round
 from dpkd.teacher_cache.store.shards import ShardRecord
 
-#: outcomes of a position whose pairs fit into memory
-_MOST_OUTCOMES = 2**12
+#: tokens of a position whose pairs fit into memory, beside the tail: `all_pairs_preference_loss` takes 270 MB for them
+_MOST_PAIRED_TOKENS = 2**12
 
 
 def top_k_of(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> int:
@@ -52,15 +52,8 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
                     where=cache.folder,
                     advice=f"Lower {config.flag(key)}, or leave it out",
                 )
-    by_pairs = config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all"
-    if by_pairs and config.tail == "uniform" and cache.vocab_size > _MOST_OUTCOMES:
-        raise UserError(
-            "--tail uniform makes every token an outcome, and all pairs of them are too many",
-            found=f"{cache.vocab_size} tokens",
-            expected=f"at most {_MOST_OUTCOMES}",
-            where=cache.folder,
-            advice="Leave --tail out, or give --objective jeffreys, which has the same optimum",
-        )
+    if config.objective == "dpkd" and config.level == "token" and config.token_pairs == "all":
+        _check_pairs(cache, [int(logprobs["top_k"]) for logprobs in read.values()], config)
     if config.tail == "uniform" and len(cache.vocab_sizes) > 1:
         raise UserError(
             "--tail uniform spreads the tail over a teacher's tokens, and the teachers differ in their number",
@@ -73,20 +66,39 @@ def check_distributions(cache: CacheReader, student_round: Round | None, config:
         _check_sampling(cache, student_round, config)
 
 
+def _check_pairs(cache: CacheReader, top_ks: Sequence[int], config: TrainConfig) -> None:
+    """Raise `UserError` where a position has too many outcomes to compare all pairs of them."""
+    uniform = config.tail == "uniform"
+    num_tokens = cache.vocab_size
+    if not uniform:
+        num_tokens = min(max(top_ks), config.top_k or num_tokens, num_tokens)
+    if num_tokens > _MOST_PAIRED_TOKENS:
+        what = "--tail uniform makes every token an outcome" if uniform else "every kept token is an outcome"
+        fewer = "Leave --tail out" if uniform else f"Give --top-k {_MOST_PAIRED_TOKENS}"
+        raise UserError(
+            f"{what}, and all pairs of them are too many",
+            found=f"{num_tokens} tokens",
+            expected=f"at most {_MOST_PAIRED_TOKENS}",
+            where=cache.folder,
+            advice=f"{fewer}, or give --objective jeffreys, which has the same optimum",
+        )
+
+
 def check_known(cache: CacheReader, student_round: Round | None, config: TrainConfig) -> None:
     """Raise `UserError` when the objective needs what the cache records as unknown."""
     logprobs = cache.identities["logprobs"]
-    if config.needs_pairs and not config.contrasts and "unknown" in (logprobs.get("responses"), logprobs.get("end")):
+    responses_known = logprobs.get("responses") != "unknown"
+    if config.needs_pairs and not config.contrasts and not (responses_known and cache.ends_known):
         raise UserError(
             "the cache does not know how likely whole responses are, which --level sequence needs",
-            found="texts alone" if logprobs.get("responses") == "unknown" else "responses whose end has no log-prob",
+            found="responses whose end has no log-prob" if responses_known else "texts alone",
             expected="log-probs of every token",
             where=cache.folder,
             advice="Train with --objective seqkd, or build a cache with --engine vllm or transformers",
         )
     learns_from_cache = student_round is None or config.needs_pairs or config.mix is not None
     by_argmax = config.compares_tokens and config.token_pairs == "argmax"
-    if logprobs.get("end") == "unknown" and learns_from_cache and (config.tail == "uniform" or by_argmax):
+    if not cache.ends_known and learns_from_cache and (config.tail == "uniform" or by_argmax):
         raise UserError(
             "the endpoint of the cache did not say how likely the end of a response is: no token is known there, and "
             "the student would unlearn the end",
@@ -95,7 +107,7 @@ def check_known(cache: CacheReader, student_round: Round | None, config: TrainCo
             where=cache.folder,
             advice="Leave it out" if by_argmax else "Leave --tail out",
         )
-    if logprobs.get("end") == "unknown" and learns_from_cache and not config.weights.get("sft"):
+    if not cache.ends_known and learns_from_cache and not config.weights.get("sft"):
         raise UserError(
             "the endpoint of the cache did not say how likely the end of a response is, so a student of "
             f"--objective {config.objective} alone never learns to stop",
@@ -155,7 +167,7 @@ def _check_sampling(cache: CacheReader, student_round: Round, config: TrainConfi
     ours, theirs = ({key: made[key] for key in keys} for made in (cache.identities["generation"], generation))
     if config.offset and ours != theirs:
         raise UserError(
-            "the round was drawn otherwise than the cache, and --offset compares their probabilities",
+            "the round was drawn with other settings than the cache, and --offset compares their probabilities",
             found=str(theirs),
             expected=str(ours),
             where=student_round.folder,

@@ -91,7 +91,7 @@ class BestRows(SubsetRows):
     """
 
     def __init__(self, rows: CacheRows, cache: TeacherCache, shards: list[ShardRecord]) -> None:
-        super().__init__(rows, best_responses(cache.folder, shards))
+        super().__init__(rows, best_responses(cache, shards))
         self._rows = rows
 
     def ids_by_group(self) -> list[list[str]]:

@@ -22,7 +22,8 @@ from dpkd.evaluate.options.eval import EvalConfig
 _NUM_PRINTED = 3
 _NOTHING_LOST = LostText(0, 0, 0)
 #: why a row is left out that has none
-NO_REFERENCE = "no reference to score against"
+#: why a row of an evaluation set is skipped; reports record it
+NOT_SCORABLE = "no reference to score against"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class EvalSet:
     @property
     def num_without_reference(self) -> int:
         """Rows left out because they have no reference."""
-        return sum(row.reason == NO_REFERENCE for row in self.skipped)
+        return sum(row.reason == NOT_SCORABLE for row in self.skipped)
 
     def asked(self, index: int, texts: Sequence[str | None]) -> Example:
         """`examples[index]` as a model is asked it that answered `texts` to the examples before it."""
@@ -172,7 +173,7 @@ def _encode(
 ) -> list[EncodedPrompt] | SkippedRow:
     most = config.max_prompt_tokens
     if not example.references:
-        return SkippedRow(example.line, NO_REFERENCE)
+        return SkippedRow(example.line, NOT_SCORABLE)
     prompts = []
     for candidate in candidates:
         try:

@@ -8,14 +8,21 @@ from typing import Any
 from dpkd.evaluate.judge.verdicts import Reply
 from dpkd.evaluate.options.judge import KEY_VARIABLE, JudgeConfig
 from dpkd.teacher_cache.engines.openai import client
+from dpkd.teacher_cache.engines.openai.messages import to_count
 
 Messages = Sequence[dict[str, str]]
 
 
 def read_key(config: JudgeConfig) -> str:
     """The key from the environment, or an empty text; raises `UserError` if it cannot be used or must not be sent."""
-    url = "https://any" if config.key_may_be_sent else config.judge_url
-    return client.read_key(config.api_key_env, KEY_VARIABLE, url, "--judge-url", over_http="give --allow-plain-http")
+    return client.read_key(
+        config.api_key_env,
+        KEY_VARIABLE,
+        config.judge_url,
+        "--judge-url",
+        allow_plain_http=config.allow_plain_http,
+        to_allow="give --allow-plain-http",
+    )
 
 
 class JudgeClient(client.EndpointClient):
@@ -54,13 +61,9 @@ class JudgeClient(client.EndpointClient):
             self.clean(content or ""),
             self._text(choice.get("finish_reason")),
             self._text(body.get("model")),
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
+            to_count(usage.get("prompt_tokens")),
+            to_count(usage.get("completion_tokens")),
         )
 
     def _text(self, value: object) -> str | None:
         return self.clean(value) if isinstance(value, str) else None
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -8,7 +8,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint
 from dpkd.evaluate.answers.scoring import ScoredSet
-from dpkd.evaluate.inputs.eval_sets import NO_REFERENCE, EvalSet
+from dpkd.evaluate.inputs.eval_sets import NOT_SCORABLE, EvalSet
 from dpkd.evaluate.merge.evaluations import Evaluation
 from dpkd.evaluate.merge.grades import grades_identity
 from dpkd.evaluate.merge.matching import SCORING, Part, by_set
@@ -111,7 +111,7 @@ def _about_data(parts: Sequence[Part], eval_set: EvalSet, skipped: list[dict[str
         "file": found[0]["file"],
         **about_set(eval_set),
         "num_rows": max(about["num_rows"] for about in found),
-        "num_without_reference": sum(row["reason"] == NO_REFERENCE for row in skipped),
+        "num_without_reference": sum(row["reason"] == NOT_SCORABLE for row in skipped),
         "num_not_common": len(evaluated) - len(eval_set.examples),
     }
 

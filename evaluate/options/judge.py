@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.settings import Settings, named_values
-from dpkd.core.urls import is_loopback
 from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedFiles, NamedSets
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
@@ -190,12 +189,6 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
         given = {key: getattr(self, key) for key in ("predictions", "data", "data_dir", "field", "out", "buckets")}
         values = {key: value for key, value in given.items() if value}
         return EvalConfig.parse(values, where="the options", flags=given)
-
-    @property
-    def key_may_be_sent(self) -> bool:
-        """Whether nobody else can read the key on its way, or the user allows it."""
-        parts = urlsplit(self.judge_url)
-        return parts.scheme == "https" or is_loopback(parts.hostname or "") or self.allow_plain_http
 
     def verdicts_path(self) -> Path:
         """The file of verdicts."""

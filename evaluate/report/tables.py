@@ -163,7 +163,7 @@ def teacher_table(report: Mapping[str, Any]) -> Table | None:
     over = "; ".join(f"{num_rows} rows, {num_tokens} tokens" for num_rows, num_tokens in counts)
     note = (
         f"Over cached responses ({over}). KL(teacher || model) and the reverse are in nats per token and treat all "
-        "tokens outside the kept entries as one outcome. In brackets: 95% intervals over rows."
+        "tokens in the tail as one outcome. In brackets: 95% intervals over rows."
     )
     return Table("Divergence from the teacher of the cache", list(_TEACHER_COLUMNS), rows, note=note)
 

@@ -12,14 +12,14 @@ from dpkd.core.files import write_json, write_text
 from dpkd.core.identity import differences, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.outputs import output_exists
-from dpkd.core.settings import Settings
+from dpkd.core.settings import SAVED_OPTIONS, Settings
 from dpkd.evaluate.answers.scoring import ScoredSet, write_per_example
 from dpkd.evaluate.views.figures import write_figures
 from dpkd.evaluate.views.markdown import report_markdown
 from dpkd.evaluate.views.page.examples import Grades
 from dpkd.evaluate.views.page.page import html_page
 
-REPORT, ROWS, OPTIONS = "report.json", "per_example.parquet", "dpkd.toml"
+REPORT, ROWS = "report.json", "per_example.parquet"
 _ADVICE = "Choose another --out (--generations reuses the answers of this one); nothing was overwritten"
 
 
@@ -41,13 +41,13 @@ def write_all(
 def check_options(config: Settings, out: Path, free: frozenset[str], result: str, advice: str = _ADVICE) -> None:
     """Raise `UserError` if a command with other options has written to `out`; those in `free` may differ."""
     options = tomllib.loads(config.to_toml())
-    output_exists(out, OPTIONS, options, "report", ignore=free, result=result, advice=advice)
+    output_exists(out, SAVED_OPTIONS, options, "report", ignore=free, result=result, advice=advice)
 
 
 def save_options(config: Settings, out: Path) -> None:
     """Write the resolved options beside the report."""
     try:
-        write_text(out / OPTIONS, config.to_toml())
+        write_text(out / SAVED_OPTIONS, config.to_toml())
     except UserError as error:
         reason = f"the output directory cannot be written: {error.__cause__}"
         raise UserError(reason, where=out, advice="Choose another --out") from None

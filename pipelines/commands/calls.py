@@ -85,7 +85,7 @@ def compare_with_teacher(config: FidelityConfig) -> None:
     from dpkd.teacher_cache.audit.fidelity_table import fidelity_table
 
     if config.pilot:
-        from dpkd.pipelines.bridges import pilot_of_k
+        from dpkd.pipelines.commands.pilot_of_k import pilot_of_k
 
         report = measure_fidelity(config, pilot_of_k)
     else:

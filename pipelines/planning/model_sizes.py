@@ -28,7 +28,7 @@ class ModelSizes:
             name = maker.student
         if name not in self._known:
             config = self._config(name)
-            self._known[name] = self._assumed.get(name) if config is None else count_parameters(config)
+            self._known[name] = self._assumed.get(name) if config is None else _parameters_of(config)
         return self._known[name]
 
     def _config(self, name: str) -> dict[str, Any] | None:
@@ -57,17 +57,15 @@ def _config_file(name: str) -> Path:
     return Path(name) / "config.json"
 
 
-def count_parameters(config: dict[str, Any]) -> int | None:
+def _parameters_of(config: dict[str, Any]) -> int | None:
     """Parameters of a model of this config.json; no memory is taken for them. None for an unknown architecture."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from dpkd.distill.student.sizes import count_parameters
 
     # settings of single layers do not fit another number of them, and change no size
     content = {key: value for key, value in config.items() if key not in ("model_type", "layer_types", "auto_map")}
     try:
-        model_config = AutoConfig.for_model(config["model_type"], **content)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+        return count_parameters(AutoConfig.for_model(config["model_type"], **content))
     except (KeyError, ValueError):
         return None
-    return sum(parameter.numel() for parameter in model.parameters())

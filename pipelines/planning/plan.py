@@ -18,6 +18,7 @@ from dpkd.pipelines.planning.model_sizes import ModelSizes
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig, ImportConfig
+from dpkd.teacher_cache.store.folder import MANIFEST
 
 # bytes that a cached position takes beside its entries, and each entry (docs/results/cache-size.md)
 _BYTES_A_POSITION, _BYTES_AN_ENTRY = 15.0, 2.4
@@ -29,8 +30,8 @@ _PROMPT_TOKENS = 400  # of the judge's own prompt, at most
 #: the file that each command but cache-teacher writes last, in its output
 _LAST_FILES = {
     "prepare-data": "", "init-student": "dpkd-student.json", "train": "run.json", "add-noise": "noise.json",
-    "eval": "report.json", "report": "report.json", "judge": "judge.json", "cache import": "manifest.json",
-    "cache merge": "manifest.json", "cache filter": "manifest.json",
+    "eval": "report.json", "report": "report.json", "judge": "judge.json", "cache import": MANIFEST,
+    "cache merge": MANIFEST, "cache filter": MANIFEST,
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class PlannedStep:
         if "://" in out:
             return False
         if isinstance(config, CacheConfig):
-            return Path(out, *(("rounds", config.round) if config.round else ()), "manifest.json").is_file()
+            return Path(out, *(("rounds", config.round) if config.round else ()), MANIFEST).is_file()
         return Path(out, _LAST_FILES[self.step.command]).is_file()
 
 

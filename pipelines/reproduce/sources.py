@@ -9,7 +9,7 @@ from typing import Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint, software_versions
 from dpkd.core.json_lines import read_json_lines
-from dpkd.core.settings import read_toml
+from dpkd.core.settings import SAVED_OPTIONS, read_toml
 from dpkd.evaluate.report.provenance import SHOWN_DIGITS, software_text
 from dpkd.evaluate.report.provenance import how_made as report_lines
 from dpkd.pipelines.commands.noise import REPORT as NOISE_REPORT
@@ -120,7 +120,7 @@ def _run_text(run: Path) -> str:
 
 
 def _options_of(run: Path) -> dict[str, Any]:
-    return read_toml(run / "dpkd.toml")
+    return read_toml(run / SAVED_OPTIONS)
 
 
 def _cache_text(location: str) -> str:

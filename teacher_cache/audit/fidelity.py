@@ -185,7 +185,7 @@ def _loss_facts(loss: CutLoss) -> dict[str, Any]:
         "kl_cut": kl_cut,
         "kl_grid": kl - kl_cut,
         "mass_kept": float(loss.mass_kept_T.mean()),
-        "remainder_error": spread(loss.tail_error_T),
+        "tail_error": spread(loss.tail_error_T),
         "total_error": spread(loss.total_error_T),
     }
 

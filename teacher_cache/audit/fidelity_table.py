@@ -47,10 +47,10 @@ def fidelity_table(report: dict[str, Any]) -> str:
             "of it from the cut": f"{kept['kl_cut']:.5f}",
             "of it from the grid": f"{kept['kl_grid']:.2e}",
             "probability kept": f"{kept['mass_kept']:.4f}",
-            "error of the stored tail mass, max and mean": f"{_pair(kept['remainder_error'])}",
+            "error of the stored tail mass, max and mean": f"{_pair(kept['tail_error'])}",
             "error of the stored total, max and mean": f"{_pair(kept['total_error'])}",
         }
-    lines.append(markdown_table(("measure", "value"), facts.items()))
+    lines.append(markdown_table(("metric", "value"), facts.items()))
     if report["bound"] is not None:
         bound = report["bound"]
         lines.append(

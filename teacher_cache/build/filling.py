@@ -15,8 +15,9 @@ from dpkd.teacher_cache.build.assembling import ShardLayout, fill
 from dpkd.teacher_cache.build.request import engine_options, sampling
 from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, ResolvedEngine, Sampling
 from dpkd.teacher_cache.engines.open import open_engine
+from dpkd.teacher_cache.store.folder import MANIFEST
 from dpkd.teacher_cache.store.job import ANSWERS, Job, read_job
-from dpkd.teacher_cache.store.manifest import MANIFEST, load_manifest
+from dpkd.teacher_cache.store.manifest import load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND
 from dpkd.teacher_cache.store.rows import PlannedRow
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import Progress, say
+from dpkd.core.settings import SAVED_OPTIONS
 from dpkd.teacher_cache.build.assembling import ShardLayout
 from dpkd.teacher_cache.build.cache import cache_identities, earlier_answers, fill_cache, open_inputs
 from dpkd.teacher_cache.build.derived.filtering import plan_filter
@@ -22,13 +22,14 @@ from dpkd.teacher_cache.options.cache import OF_DRAWING, CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
+from dpkd.teacher_cache.store.job import read_saved_options
 from dpkd.teacher_cache.store.ledger import bad_shards
 from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, load_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, ROUND_KIND, TeacherCache, round_folder
 from dpkd.teacher_cache.store.repairing import RepairJob, has_leftovers
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, refuse_newer_fields
 
-_OPTIONS = "dpkd.toml"
+_ADVICE = "Restore it: a repair needs the options that the cache was built with"
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,13 @@ def _repair_cache(cache: _Part, rounds: list[_Part], location: str) -> int:
 
 def _filler(cache: _Part, job: RepairJob, location: str) -> Callable[[], None]:
     """What makes the cache's bad shards again; raises `UserError` unless it is made of what the cache was made of."""
+    values = _saved_values(cache.folder, location)
     lineage = cache.manifest.identities.get("lineage")
     if lineage is not None:
-        derived = _DERIVED[lineage["operation"]](_saved_values(cache.folder, location), cache.folder.where(_OPTIONS))
+        derived = _DERIVED[lineage["operation"]](values, cache.folder.where(SAVED_OPTIONS))
         _refuse_other(cache, derived.identities)
         return lambda: fill_derived(job, derived)
-    config = _saved_options(cache.folder, location)
+    config = _cache_config(values, cache.folder)
     inputs = open_inputs(config, cache.folder)
     _refuse_other(cache, cache_identities(inputs))
     job.check_source = inputs.source.check_unchanged
@@ -157,7 +159,8 @@ def _repair_round(part: _Part, cache: _Part, location: str) -> int:
     if not part.bad:
         return _without_bad(job)
     opened = TeacherCache.open(location)
-    inputs = open_round(opened, _saved_options(part.folder, location, OF_PROMPTS))
+    values = _saved_values(part.folder, location)
+    inputs = open_round(opened, _cache_config(values, part.folder, OF_PROMPTS))
     _refuse_other(part, round_identities(opened, inputs))
     with job.repairing():
         _say_bad(job)
@@ -184,15 +187,21 @@ def _say_bad(job: RepairJob) -> None:
     for path in job.bad:
         how = "was made again by an earlier repair" if path in job.committed else "is bad: its rows are made again"
         say(f"{job.folder.where(path)} {how}")
+    say(f"bad shards are made again with the models, data and options of {job.folder.where(SAVED_OPTIONS)}")
 
 
-def _saved_options(folder: Folder, location: str, without: Sequence[str] = ()) -> CacheConfig:
-    """The options that the cache or round was built with, for the cache at `location`.
+def _saved_values(folder: Folder, location: str) -> dict[str, Any]:
+    """The saved options of a cache that is at `location` now, or of one of its rounds."""
+    return {**read_saved_options(folder, _ADVICE), "out": location}
+
+
+def _cache_config(values: Mapping[str, Any], folder: Folder, without: Sequence[str] = ()) -> CacheConfig:
+    """The options that the cache or round in `folder` was built with, from its saved `values`.
 
     Earlier versions saved options that they did not read. Those in `without` are left out; those of sampling where
     nothing is drawn are part of the cache's identity and stay.
     """
-    where, values = folder.where(_OPTIONS), _saved_values(folder, location)
+    where = folder.where(SAVED_OPTIONS)
     refuse_newer_fields(values, CacheConfig.model_fields, where)
     read = {key: value for key, value in values.items() if key not in without}
     unread = {}
@@ -201,27 +210,10 @@ def _saved_options(folder: Folder, location: str, without: Sequence[str] = ()) -
     return CacheConfig.parse(read, where=where).model_copy(update=unread)
 
 
-def _saved_values(folder: Folder, location: str) -> dict[str, Any]:
-    where = folder.where(_OPTIONS)
-    try:
-        values: Mapping[str, Any] = tomllib.loads(folder.read(_OPTIONS).decode())
-    except FileNotFoundError:
-        raise _unusable("is missing", where) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _unusable(f"is not TOML: {error}", where) from None
-    say(f"bad shards are made again with the models, data and options of {where}")
-    return {**values, "out": location}
-
-
-def _unusable(how: str, where: str) -> UserError:
-    advice = "Restore it: a repair needs the options that the cache was built with"
-    return UserError(f"the file of options {how}", where=where, advice=advice)
-
-
 def _refuse_other(part: _Part, identities: dict[str, Any]) -> None:
     if changed := changed_identities(part.manifest.identities, identities):
         raise UserError(
             f"the bad shards cannot be made again from what is here now; differing: {'; '.join(changed)}",
             where=part.folder,
-            advice=f"Restore what differs (its path is in {_OPTIONS}), or build the cache again",
+            advice=f"Restore what differs (its path is in {SAVED_OPTIONS}), or build the cache again",
         )

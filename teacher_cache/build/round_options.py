@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
 from dpkd.core.prompts.sources import open_examples
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.job import read_saved_options
 from dpkd.teacher_cache.store.reader import TeacherCache
 
 #: what made the cache's prompts. A round reads the prompts themselves, so its results do not depend on these
@@ -83,10 +83,11 @@ def _taken_from(cache: TeacherCache) -> dict[str, Any]:
 
 
 def _turns(cache: TeacherCache) -> str:
-    """The `turns` of the cache. Its identity has them only where some row has several; its saved options always."""
+    """The `turns` of the cache. Its identity has them only where some row has several; its saved options always.
+
+    Caches of dpkd 0.1.0, and imported and merged ones, have no such option: their rows end with the last turn.
+    """
     if "turns" in cache.manifest.identities["generation"]:
         return "all"
-    try:
-        return str(tomllib.loads(cache.folder.read("dpkd.toml").decode()).get("turns", "last"))
-    except (FileNotFoundError, ValueError):
-        return "last"
+    saved = read_saved_options(cache.folder, "Restore it: a round takes options of its cache from it")
+    return str(saved.get("turns", "last"))

@@ -13,6 +13,9 @@ _HIGHEST_LOGPROB = 1e-5  # nats: rounding of a float32 log-softmax, the bound of
 _HIGHEST_TAIL = 1e-6
 _NO_ID = -1  # stands for ids outside the vocabulary
 
+#: What vLLM sends in JSON for a log-prob of -inf, which JSON does not have.
+LOWEST_SENT_LOGPROB = -9999.0
+
 #: Entries below this log-prob (nats) are not kept: their probability is 0 in every float type.
 LOWEST_KEPT_LOGPROB = -500.0
 

@@ -31,8 +31,8 @@ class CacheMergeConfig(Settings):
     duplicates: Literal["refuse", "renumber", "rename"] = Field(
         "refuse",
         description="what to do about rows of equal example id and sample: refuse them; renumber: they are more "
-        "responses to the same prompts, so sample numbers go on; rename: ids mean other examples in each cache, so "
-        "every id gets the last part of its cache's path in front",
+        "responses to the same prompts, so samples are numbered on from the first cache's last; rename: ids mean other "
+        "examples in each cache, so every id gets the last part of its cache's path in front",
     )
 
     @field_validator("caches")

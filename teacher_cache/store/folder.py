@@ -15,6 +15,9 @@ from typing import NamedTuple, Protocol
 from dpkd.core.errors import UserError
 from dpkd.core.files import is_temporary, write_atomic
 
+#: the file of a finished cache or round that describes it, and that of an unfinished one
+MANIFEST, JOB = "manifest.json", "job.json"
+
 
 class StoredFile(NamedTuple):
     """A file in a listing: its size in bytes, and its `Folder.version` where the listing has it."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import read_job
 from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.locks import Watch
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
 from dpkd.teacher_cache.store.reader import CACHE_KIND, CacheReader
 from dpkd.teacher_cache.store.shards import ShardRecord
 

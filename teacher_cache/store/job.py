@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,16 +12,16 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, software_versions
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
+from dpkd.core.settings import SAVED_OPTIONS
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder, LocalFolder
 from dpkd.teacher_cache.store.ledger import Ledger
 from dpkd.teacher_cache.store.locks import FLOCK, LOCK, Lock
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, changed_identities, read_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, changed_identities, read_manifest
 from dpkd.teacher_cache.store.rows import Origin
 from dpkd.teacher_cache.store.schema import format_of
 from dpkd.teacher_cache.store.shards import ShardRecord
 
-JOB = "job.json"
 #: answers of an endpoint whose rows are not committed yet
 ANSWERS = "answers"
 
@@ -76,7 +77,7 @@ class Job:
             self.folder.write_checked(JOB, canonical_json(body), self._check_hold)
         else:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
-        self.folder.write_checked("dpkd.toml", config_toml.encode(), self._check_hold)
+        self.folder.write_checked(SAVED_OPTIONS, config_toml.encode(), self._check_hold)
         self._num_rows = dict(num_rows)
         self.committed = self._sound_shards()
 
@@ -150,7 +151,7 @@ class Job:
             shards=[self.committed[path] for path in sorted(self.committed)],
             skipped=skipped,
             text=dict(text or {}),
-            files={"dpkd.toml": hashlib.sha256(self.folder.read("dpkd.toml")).hexdigest()},
+            files={SAVED_OPTIONS: hashlib.sha256(self.folder.read(SAVED_OPTIONS)).hexdigest()},
             software=software_versions(),
             format_version=format_of(self.kind, self.identities),
         )
@@ -210,3 +211,14 @@ def read_job(folder: Folder) -> dict[str, Any] | None:
         raise UserError(
             "the job file cannot be read", where=folder.where(JOB), advice="Delete the directory and start again"
         ) from None
+
+
+def read_saved_options(folder: Folder, advice: str) -> dict[str, Any]:
+    """The options that the cache or round in `folder` was built with; raises `UserError` where they cannot be read."""
+    try:
+        return tomllib.loads(folder.read(SAVED_OPTIONS).decode())
+    except FileNotFoundError:
+        problem = "is missing"
+    except (ValueError, RecursionError) as error:
+        problem = f"is not TOML: {error}"
+    raise UserError(f"the file of options {problem}", where=folder.where(SAVED_OPTIONS), advice=advice)

@@ -11,11 +11,10 @@ from dpkd.core.errors import UserError
 from dpkd.core.identity import canonical_json, differences, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
 from dpkd.teacher_cache.store.schema import FORMAT_VERSION
 from dpkd.teacher_cache.store.shards import ShardRecord, newer_dpkd, refuse_newer_fields, repair_advice
 
-MANIFEST = "manifest.json"
 _FIELDS = ("kind", "identities", "skipped", "files", "software", "format_version")
 _DERIVED = ("fingerprint", "counts", "mass_kept", "skipped_by_reason")
 
@@ -177,7 +176,7 @@ def load_manifest(folder: Folder, kind: str) -> Manifest:
 def _without_manifest(folder: Folder) -> UserError:
     if not folder.sizes():
         return UserError("the cache directory is missing", where=folder, advice="Build it with `dpkd cache-teacher`")
-    if folder.exists("job.json"):
+    if folder.exists(JOB):
         what, advice = "the cache is unfinished", "Run the same `dpkd cache-teacher` command again: it resumes"
     else:
         what, advice = "the directory is not a cache", "Give the --out of a finished `dpkd cache-teacher`"

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dpkd.core.errors import UserError
 from dpkd.core.identity import fingerprint, tokenizer_sha256
 from dpkd.core.models import other_eos
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.job import JOB
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
-from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard, read_shards
+from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
+from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, read_shards
 
 if TYPE_CHECKING:
     from dpkd.core.models import ModelSource
@@ -86,6 +85,11 @@ class CacheReader:
     def top_k(self) -> int:
         """Largest number of entries kept per position; 0 if the cache has no distributions."""
         return int(self.identities["logprobs"]["top_k"])
+
+    @property
+    def ends_known(self) -> bool:
+        """Whether the log-prob of every EOS is known; an endpoint may not say it."""
+        return self.identities["logprobs"].get("end") != "unknown"
 
     @property
     def has_spans(self) -> bool:
@@ -164,7 +168,7 @@ class CacheReader:
 
 
 class TeacherCache(CacheReader):
-    """A finished cache. Its manifest is checked; its shards are checked as they are read, or by `verify_shards`."""
+    """A finished cache. Its manifest is checked; its shards are checked as they are read."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         super().__init__(folder, manifest.identities)
@@ -224,11 +228,6 @@ class TeacherCache(CacheReader):
     def read_round(self, round_: Round, record: ShardRecord) -> ShardRows:
         """The decoded rows of the round's shard that has the rows of the cache's shard `record`."""
         return self._read(round_.folder, round_.shards_by_path[record.path])
-
-    def verify_shards(self) -> None:
-        """Check every shard; raises `UserError` at the first that is missing or corrupt."""
-        for record in self.manifest.shards:
-            check_shard(self.folder, record)
 
 
 def _tokenizer(identity: dict[str, Any]) -> str:

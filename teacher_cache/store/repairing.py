@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folder import Folder
-from dpkd.teacher_cache.store.job import JOB, Job
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
+from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.ledger import LEDGER, is_sound
 from dpkd.teacher_cache.store.locks import LOCK
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, load_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, load_manifest
 from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
 

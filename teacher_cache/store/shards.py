@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.core.errors import UserError
-from dpkd.teacher_cache.store.folder import Folder
+from dpkd.teacher_cache.store.folder import MANIFEST, Folder
 from dpkd.teacher_cache.store.schema import DICTIONARY_COLUMNS, ROW_SCHEMA, column_encodings, is_row_schema
 from dpkd.teacher_cache.store.tables import ShardRows
 
@@ -173,7 +173,7 @@ def check_shard(folder: Folder, record: ShardRecord) -> bytes:
 
 
 def _advice(folder: Folder, record: ShardRecord) -> str:
-    if folder.exists("manifest.json"):
+    if folder.exists(MANIFEST):
         return repair_advice(folder, of_round=record.origin == "student")
     return "Delete the file, then run the command that wrote it again: it makes the shard again"
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpkd.teacher_cache.engines.engine import Distributions, EngineResult
 from dpkd.teacher_cache.store.codec import decode_logprobs, encode_logprobs
@@ -57,6 +58,24 @@ def to_table(rows: Sequence[tuple[PlannedRow, EngineResult, str]]) -> pa.Table:
         for name, column in columns.items():
             column.append(values[name])
     return pa.table({field.name: _column(columns[field.name], field.type) for field in schema}, schema=schema)
+
+
+def mean_logprobs(table: pa.Table, *, ends_known: bool) -> np.ndarray:
+    """Mean log-prob of a token of every response, its EOS included, in nats; 0 for a response without tokens.
+
+    Reads `response_logprobs`, and `finish_reason` unless `ends_known`. Without it, an EOS stored with a log-prob of 0
+    is left out: how likely it was is unknown.
+    """
+    lists = table["response_logprobs"]
+    lengths = pc.list_value_length(lists).to_numpy()
+    values = pc.list_flatten(lists).to_numpy()
+    # each response is summed by itself, so that equal ones have equal means
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=values, minlength=len(lengths))
+    if not ends_known:
+        ended = np.flatnonzero((np.array(table["finish_reason"].to_pylist()) == "stop") & (lengths > 0))
+        is_unknown = values[np.cumsum(lengths)[ended] - 1] == 0
+        lengths = lengths - np.bincount(ended[is_unknown], minlength=len(lengths))
+    return sums / np.maximum(lengths, 1)
 
 
 def select_positions(result: EngineResult, mask_T: np.ndarray) -> EngineResult:

@@ -81,9 +81,27 @@ def test_a_cache_that_keeps_enough_is_not_mentioned(
     assert "the cached entries hold" not in capfd.readouterr().err  # this teacher is sure: one entry is enough
 
 
-def test_all_pairs_of_a_whole_vocabulary_are_refused(tmp_path: Path) -> None:
-    cache = CacheReader(open_folder(tmp_path), {"teacher": {"vocab_size": 49_152}, "logprobs": {"top_k": 64}})
-    options = TrainConfig(cache="c", student="s", out=Path("o"), tail="uniform")
-    with pytest.raises(UserError, match="all pairs of them are too many: found 49152 tokens, expected at most 4096"):
-        check_distributions(cache, None, options)
-    check_distributions(cache, None, options.model_copy(update={"objective": "jeffreys"}))
+@pytest.mark.parametrize(
+    ("top_k", "tail", "found", "advice"),
+    [
+        (64, "uniform", 49_152, "Leave --tail out"),
+        (4097, "bucket", 4097, "Give --top-k 4096"),
+        (60_000, "renormalise", 49_152, "Give --top-k 4096"),
+    ],
+)
+def test_all_pairs_of_too_many_tokens_are_refused(
+    tmp_path: Path, top_k: int, tail: str, found: int, advice: str
+) -> None:
+    """One position would take gigabytes: 16 bytes for each pair of its outcomes."""
+
+    def cache_of(top_k: int) -> CacheReader:
+        return CacheReader(open_folder(tmp_path), {"teacher": {"vocab_size": 49_152}, "logprobs": {"top_k": top_k}})
+
+    given = {"cache": "c", "student": "s", "out": Path("o"), "tail": tail}
+    message = rf"all pairs of them are too many: found {found} tokens, expected at most 4096 .*\. {advice}, or give --o"
+    with pytest.raises(UserError, match=message):
+        check_distributions(cache_of(top_k), None, TrainConfig(**given))
+    check_distributions(cache_of(top_k), None, TrainConfig(**given, objective="jeffreys"))
+    if tail != "uniform":
+        check_distributions(cache_of(top_k), None, TrainConfig(**given, top_k=4096))
+        check_distributions(cache_of(4096), None, TrainConfig(**given))

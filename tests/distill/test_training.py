@@ -163,7 +163,7 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path: Path, toy_cache: 
 def test_the_environment_does_not_set_how_many_batches_a_step_has(
     tmp_path: Path, toy_cache: Path, toy_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """accelerate's own variable would make its optimizer skip steps, so a run would end where it began."""
+    """accelerate's own variable would make its optimiser skip steps, so a run would end where it began."""
     expected = metrics(train(config(tmp_path / "a", toy_cache, toy_student, steps=3)))
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     found = metrics(train(config(tmp_path / "b", toy_cache, toy_student, steps=3)))

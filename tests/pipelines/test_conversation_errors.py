@@ -83,8 +83,8 @@ def test_overlapping_spans_are_found_by_verify(tmp_path: Path, models: tuple[Pat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from dpkd.teacher_cache.store.folder import MANIFEST
     from dpkd.teacher_cache.store.folders import open_folder
-    from dpkd.teacher_cache.store.manifest import MANIFEST
     from dpkd.teacher_cache.store.reader import TeacherCache
     from dpkd.teacher_cache.store.shards import encode_shard
 

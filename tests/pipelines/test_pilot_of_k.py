@@ -15,7 +15,7 @@ from support.world import learn, rows
 from transformers import AutoModelForCausalLM
 
 from dpkd.core.errors import UserError
-from dpkd.pipelines.bridges import pilot_of_k
+from dpkd.pipelines.commands.pilot_of_k import pilot_of_k
 from dpkd.teacher_cache.audit.fidelity_table import fidelity_table
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.audit import FidelityConfig
@@ -86,7 +86,7 @@ def test_the_kl_is_that_of_both_models_in_memory(world: dict[str, Path]) -> None
     """In float64, over the cache's entries and one outcome for all other tokens."""
     from dpkd.distill import TrainConfig
     from dpkd.distill.rows.sources import open_cache_rows
-    from dpkd.pipelines.bridges import _held_out_kl
+    from dpkd.pipelines.commands.pilot_of_k import _held_out_kl
 
     cache = TeacherCache.open(world["cache"])
     options = TrainConfig(

@@ -200,6 +200,18 @@ def test_another_teacher_is_refused(toy_cache: Path, toy_student: Path, other_st
         serve_teacher(ServeConfig(cache=toy_cache, teacher=str(tmp_path / "none")))
 
 
+def test_a_cache_without_its_options_needs_the_teacher(cache_copy: Path) -> None:
+    saved = cache_copy / "dpkd.toml"
+    for content, problem in (
+        ("seed = 0\n", "the cache does not record where its teacher is"),
+        ("seed =\n", "the file of options is not TOML"),
+        (None, "the file of options is missing"),
+    ):
+        saved.unlink() if content is None else saved.write_text(content)
+        with pytest.raises(UserError, match=rf"{problem}.*\. Give --teacher"):
+            serve_teacher(ServeConfig(cache=str(cache_copy)))
+
+
 def test_a_taken_port_is_one_clear_line(toy_cache: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]

@@ -18,6 +18,7 @@ from dpkd.teacher_cache.build.derived.writing import DerivedCache, Piece, lineag
 from dpkd.teacher_cache.options.derive import CONDITION, CacheFilterConfig
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.shards import read_table
+from dpkd.teacher_cache.store.tables import mean_logprobs
 
 if TYPE_CHECKING:
     from dpkd.teacher_cache.store.manifest import Manifest
@@ -90,12 +91,11 @@ def _rules(config: CacheFilterConfig, cache: TeacherCache) -> list[Rule]:
     if config.min_logprob is not None:
         _check_logprobs(cache)
         lowest = config.min_logprob
-        ends = cache.identities["logprobs"].get("end") != "unknown"
         rules.append(
             Rule(
                 f"--min-logprob {lowest:g}",
                 ("response_logprobs", "finish_reason"),
-                lambda table: mean_logprobs(table, with_end=ends) >= lowest,
+                lambda table: mean_logprobs(table, ends_known=cache.ends_known) >= lowest,
             )
         )
     rules += [_condition(text, cache, f"--where {text!r}") for text in config.where]
@@ -105,20 +105,6 @@ def _rules(config: CacheFilterConfig, cache: TeacherCache) -> list[Rule]:
 def _lengths(table: pa.Table) -> np.ndarray:
     lengths: np.ndarray = pc.list_value_length(table["response_ids"]).to_numpy()
     return lengths
-
-
-def mean_logprobs(table: pa.Table, *, with_end: bool) -> np.ndarray:
-    """Mean log-prob of a response token of every row, in nats.
-
-    Without `with_end` the EOS of a row that has one is left out: its log-prob is unknown, and stored as 0.
-    """
-    lists = table["response_logprobs"]
-    lengths = pc.list_value_length(lists).to_numpy()
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    sums = np.bincount(owners, weights=pc.list_flatten(lists).to_numpy(), minlength=len(lengths))
-    if not with_end:
-        lengths = lengths - (np.array(table["finish_reason"].to_pylist()) == "stop")
-    return sums / np.maximum(lengths, 1)
 
 
 def _check_logprobs(cache: TeacherCache) -> None:

@@ -17,9 +17,9 @@ from dpkd.teacher_cache.build.assembling import ShardLayout, fill
 from dpkd.teacher_cache.build.ray.blocks import from_block, paths_of
 from dpkd.teacher_cache.engines.engine import Engine, EngineOptions, Sampling
 from dpkd.teacher_cache.engines.open import open_engine
-from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import JOB, Folder, LocalFolder
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.job import JOB, Job
+from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.locks import Lock
 from dpkd.teacher_cache.store.rows import PlannedRow
 from dpkd.teacher_cache.store.shards import ShardRecord

@@ -19,7 +19,7 @@ import httpx
 
 from dpkd.core.errors import UserError
 from dpkd.core.progress import say
-from dpkd.core.urls import is_loopback
+from dpkd.core.urls import exposes_key
 from dpkd.teacher_cache.engines.http import RequestRefusedError, cause_of, key_in, message_of, open_client, shortened
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -66,25 +66,37 @@ class Endpoint:
     missing: str
 
 
-def read_key(variable: str | None, default: str, url: str, url_flag: str, *, over_http: str | None = None) -> str:
-    """The key in the environment variable `variable` (None: `default`, if it is set), or an empty text.
+def read_key(
+    variable: str | None,
+    default: str,
+    url: str,
+    url_flag: str,
+    *,
+    allow_plain_http: bool = False,
+    to_allow: str | None = None,
+) -> str:
+    """The key for the endpoint at `url`, from the environment; an empty text if there is none.
 
-    Raises `UserError` if it is not set, cannot be used, or would be sent over plain http to another machine, which
-    `over_http` may allow; it then says so in advice: None, nothing allows it.
+    Args:
+        variable: the environment variable that the user named, which must be set; None: `default`, if that is set.
+        url_flag: the option that gave `url`.
+        allow_plain_http: whether the key may go over plain http to another machine.
+        to_allow: what the user can do to allow that, for the error's advice; None: nothing.
+
+    Raises `UserError` if `variable` is not set, or if the key cannot be used or must not be sent.
     """
     name = variable or default
     if not (key := key_in(name)):
         if variable is not None:
             raise UserError(f"the environment variable {name} is not set", where="--api-key-env", advice="Set it")
         return ""
-    parts = httpx.URL(url)
-    if parts.scheme != "https" and not is_loopback(parts.host):
+    if exposes_key(url) and not allow_plain_http:
         raise UserError(
             "the key would be sent over plain http to another machine, where others can read it",
             found=url,
             expected="https, or an address of this machine",
             where=url_flag,
-            advice=f"Use https, or unset {name}" if over_http is None else f"Use https, unset {name}, or {over_http}",
+            advice=f"Use https, or unset {name}" if to_allow is None else f"Use https, unset {name}, or {to_allow}",
         )
     return key
 

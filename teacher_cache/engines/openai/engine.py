@@ -266,7 +266,7 @@ class OpenAIEngine(Engine):
             found=f"{self._spent:.4f} spent, the next may cost {most:.4f}",
             expected=f"--max-cost {self._endpoint.max_cost:g}",
             where=self._url,
-            advice=f"{_KEPT}: run the same command again to go on, with as much again to spend",
+            advice=f"{_KEPT}: run the same command again to resume; it may spend --max-cost again",
         )
 
     def forget(self, indices: Iterable[int]) -> None:

@@ -152,8 +152,8 @@ class Answer:
             text or "",
             reason if isinstance(reason, str) else None,
             model if isinstance(model, str) and model else None,
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
+            to_count(usage.get("prompt_tokens")),
+            to_count(usage.get("completion_tokens")),
             tokens,
             tops,
             problem,
@@ -194,5 +194,6 @@ def _written(entry: dict[str, Any]) -> WrittenToken:
     return WrittenToken(str(entry["token"]), entry.get("bytes"), float(entry["logprob"]))
 
 
-def _count(value: object) -> int | None:
+def to_count(value: object) -> int | None:
+    """A number of tokens as an endpoint counts them; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None

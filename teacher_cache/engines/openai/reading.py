@@ -11,12 +11,11 @@ import numpy as np
 from dpkd.teacher_cache.engines.engine import EngineOptions, EngineResult, FinishReason, Sampling
 from dpkd.teacher_cache.engines.openai.messages import CALLS_TAKEN_OUT, Answer, WrittenToken
 from dpkd.teacher_cache.engines.openai.tokens import REPLACEMENT, TokenTable
-from dpkd.teacher_cache.engines.top_k import build_result
+from dpkd.teacher_cache.engines.top_k import LOWEST_SENT_LOGPROB, build_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 #: how endpoints say that an answer ended, and that it was cut
 _ENDS: dict[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "length": "length", "max_tokens": "length",
@@ -150,7 +149,9 @@ class AnswerReader:
             raise UnusableAnswerError(f"a log-prob at position {position} is not a number <= 0")
         if (mass := float(np.exp([token.logprob for token in row]).sum())) > 1 + _MASS_TOLERANCE:
             raise UnusableAnswerError(f"the probabilities at position {position} sum to {mass:.4f}")
-        ranked = sorted((token for token in row if token.logprob > _LOWEST_LOGPROB), key=lambda token: -token.logprob)
+        ranked = sorted(
+            (token for token in row if token.logprob > LOWEST_SENT_LOGPROB), key=lambda token: -token.logprob
+        )
         entries: list[tuple[int, float]] = []
         for token in ranked:
             token_id = self.table.find(token.text, token.data)

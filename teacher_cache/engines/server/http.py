@@ -12,7 +12,7 @@ from typing import Any, Literal
 import httpx
 
 from dpkd.core.errors import UserError
-from dpkd.core.urls import is_loopback
+from dpkd.core.urls import exposes_key
 from dpkd.teacher_cache.engines.http import RequestRefusedError, cause_of, key_in, message_of, open_client, shortened
 
 #: Longest wait for one answer, in seconds. Long, because a full queue is slow; health checks find a dead server.
@@ -108,7 +108,7 @@ def base_urls(urls: Sequence[str]) -> list[str]:
         if url.userinfo:
             # addresses are printed and logged, so they must not contain a secret
             raise UserError(f"the address of the server {url.host} contains a password", advice=f"Set {KEY_VARIABLE}")
-        if url.scheme == "http" and key_in(KEY_VARIABLE) and not is_loopback(url.host):
+        if key_in(KEY_VARIABLE) and exposes_key(str(url)):
             raise UserError(
                 f"the key in {KEY_VARIABLE} would be sent in plain text",
                 found=f"http://{url.host}",

@@ -12,11 +12,10 @@ import numpy as np
 
 from dpkd.teacher_cache.engines.engine import Sampling
 from dpkd.teacher_cache.engines.server.http import NoAnswerError
+from dpkd.teacher_cache.engines.top_k import LOWEST_SENT_LOGPROB
 
 #: exceptions that a malformed answer raises
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
-
-_LOWEST_LOGPROB = -9999.0  # JSON has no -inf: vLLM sends this instead
 
 
 def generation_body(ids: list[int], seed: int, sampling: Sampling, top_k: int) -> dict[str, Any]:
@@ -119,5 +118,5 @@ class LogprobTable:
 
 def _to_logprobs(values: list[float]) -> np.ndarray:
     logprobs = np.array(values, np.float32)
-    logprobs[logprobs <= _LOWEST_LOGPROB] = -np.inf
+    logprobs[logprobs <= LOWEST_SENT_LOGPROB] = -np.inf
     return logprobs

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import BatchOrder
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_rows
-from dpkd.distill.rows.pairs import PairRule, cross, paired_rows
+from dpkd.distill.rows.pairs import PairRule, best_responses, cross, paired_rows
 from dpkd.distill.rows.row import RowSource
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines.engine import EngineResult
@@ -57,6 +57,7 @@ def cache_of(
     rows: dict[Origin, Sequence[Response]],
     students: dict[Origin, Sequence[Response | None]],
     size: int,
+    end: str = "known",
 ) -> tuple[TeacherCache, Round]:
     """A cache with these rows, and a round with a student row, or none, for each."""
     ours, theirs = LocalFolder(directory), LocalFolder(directory / "rounds" / "r0")
@@ -64,7 +65,7 @@ def cache_of(
     beside = [
         record for origin in sorted(rows) for record in write_shards(theirs, "student", origin, students[origin], size)
     ]
-    cache = TeacherCache(ours, Manifest("teacher-cache", {}, records))
+    cache = TeacherCache(ours, Manifest("teacher-cache", {"logprobs": {"end": end}}, records))
     return cache, Round("r0", theirs, Manifest("round", {}, beside))
 
 
@@ -164,6 +165,21 @@ def test_responses_of_both_origins_pair_with_all_of_the_student(tmp_path: Path) 
         ("a", "teacher", 0, 0), ("a", "teacher", 0, 1), ("a", "teacher", 1, 0), ("a", "teacher", 1, 1),
         ("b", "teacher", 0, 1), ("b", "teacher", 1, 1),
     ]  # fmt: skip
+
+
+def test_an_end_of_unknown_log_prob_does_not_make_a_response_better(tmp_path: Path) -> None:
+    """An endpoint's EOS is stored as 0: it must not count, or the shorter of two responses gains more by it."""
+    # without the 0: -2 and -1.9 a token; with it: -1.33 and -1.52
+    rows: dict[Origin, list[Response]] = {
+        "teacher": [("a", 0, [-3.0, -1.0, 0.0]), ("a", 1, [-1.9, -1.9, -1.9, -1.9, 0.0])]
+    }
+    # of a round every EOS is known, one of log-prob 0 as well: -1.9 and -2 a token
+    students: dict[Origin, list[Response | None]] = {"teacher": [("a", 0, [-3.8, 0.0]), ("a", 1, [-2.0, -2.0])]}
+    for end, best in (("known", 0), ("unknown", 1)):
+        cache, held = cache_of(tmp_path / end, rows, students, 2, end)
+        assert pairs(paired_rows(cache, held, cache.shards(), "best-vs-worst")) == [("a", "teacher", best, 1)]
+        (chosen,) = best_responses(cache, cache.shards())
+        assert chosen.tolist() == [best]
 
 
 def test_an_epoch_decodes_every_shard_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

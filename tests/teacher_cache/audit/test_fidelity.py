@@ -105,7 +105,7 @@ def test_every_figure_is_the_one_found_by_hand(toy_cache: Path, toy_teacher: Pat
     assert loss["kl_grid"] == pytest.approx(kl - kl_cut, abs=1e-6)
     assert loss["mass_kept"] == pytest.approx(probs_TK.sum(axis=1).mean(), abs=1e-6)
     tail_errors = np.array([abs(outside - (1 - float(live_V[ids].exp().sum()))) for live_V, ids, _, outside in kept])
-    assert loss["remainder_error"]["max"] == pytest.approx(tail_errors.max(), abs=1e-6)
+    assert loss["tail_error"]["max"] == pytest.approx(tail_errors.max(), abs=1e-6)
     totals = np.array([abs(float(p["kept"].exp().sum()) + p["outside"] - 1) for p in at])
     assert loss["total_error"]["max"] == pytest.approx(totals.max(), abs=1e-6)
     assert loss["total_error"]["mean"] == pytest.approx(totals.mean(), abs=1e-6)
@@ -139,7 +139,7 @@ def test_the_whole_vocabulary_loses_only_the_grid(tmp_path: Path, toy_teacher: P
     assert abs(loss["kl_cut"]) < 1e-6
     assert 0 <= loss["kl"] < MAX_ERROR_NATS**2
     assert loss["mass_kept"] == pytest.approx(1, abs=1e-6)
-    assert loss["remainder_error"]["max"] < 1e-6
+    assert loss["tail_error"]["max"] < 1e-6
     live_V = positions_by_hand(cache, toy_teacher)[0]["live_V"]
     full = FullDistributions(live_V[None].float())
     ids_V = live_V.argsort(descending=True)

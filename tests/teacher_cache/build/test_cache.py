@@ -23,8 +23,9 @@ from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.engines import open as open_module
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.store.codec import MAX_ERROR_NATS
+from dpkd.teacher_cache.store.folder import MANIFEST
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
 from dpkd.teacher_cache.store.reader import TeacherCache
 from dpkd.teacher_cache.store.rows import CachedRow
 from dpkd.teacher_cache.store.shards import ShardRecord

@@ -26,13 +26,14 @@ from dpkd.distill.training import train
 from dpkd.teacher_cache.audit.info import describe_cache
 from dpkd.teacher_cache.audit.verify import verify_cache
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.build.derived.filtering import filter_cache, mean_logprobs
+from dpkd.teacher_cache.build.derived.filtering import filter_cache
 from dpkd.teacher_cache.build.derived.merging import merge_caches
 from dpkd.teacher_cache.build.repair import repair_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
 from dpkd.teacher_cache.options.derive import CacheFilterConfig, CacheMergeConfig
 from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.tables import mean_logprobs
 
 OPTIONS: dict[str, Any] = {
     "engine": "transformers", "template": "chat", "max_new_tokens": 24, "top_k": 16, "rows_per_shard": 6,
@@ -301,10 +302,12 @@ def test_exactly_the_rows_that_meet_the_rules_stay(
 
 
 def test_an_unknown_end_is_not_in_the_mean() -> None:
-    """By hand: a response of -3, -1 and an EOS of unknown log-prob, stored as 0, and one that was cut."""
-    table = pa.table({"response_logprobs": [[-3.0, -1.0, 0.0], [-3.0, -1.0]], "finish_reason": ["stop", "length"]})
-    assert mean_logprobs(table, with_end=False).tolist() == [-2, -2]
-    assert mean_logprobs(table, with_end=True).tolist() == [-4 / 3, -2]
+    """By hand: -3, -1 and an EOS of unknown log-prob, stored as 0; one that was cut; a known EOS; an EOS alone."""
+    logprobs = [[-3.0, -1.0, 0.0], [-3.0, -1.0], [-3.0, -1.0, -2.0], [0.0], [-1.0, 0.0]]
+    reasons = ["stop", "length", "stop", "stop", "length"]
+    table = pa.table({"response_logprobs": logprobs, "finish_reason": reasons})
+    assert mean_logprobs(table, ends_known=False).tolist() == [-2, -2, -2, 0, -0.5]
+    assert mean_logprobs(table.drop_columns("finish_reason"), ends_known=True).tolist() == [-4 / 3, -2, -2, 0, -0.5]
 
 
 def test_it_says_why_rows_went(tmp_path: Path, parts: dict[str, Path]) -> None:

@@ -13,9 +13,9 @@ from dpkd.core.settings import Settings
 from dpkd.distill.options.train import TrainConfig
 from dpkd.teacher_cache.build.cache import build_cache
 from dpkd.teacher_cache.options.cache import CacheConfig
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST
 from dpkd.teacher_cache.store.folders import open_folder
-from dpkd.teacher_cache.store.job import JOB, Job
-from dpkd.teacher_cache.store.manifest import MANIFEST
+from dpkd.teacher_cache.store.job import Job
 
 NUM_BEFORE = 2  # shards that are committed before the accident
 

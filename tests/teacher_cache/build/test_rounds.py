@@ -206,6 +206,16 @@ def test_turns_that_made_no_difference_to_the_cache_are_those_of_the_round(
     build_cache(CacheConfig.parse(saved, where="its dpkd.toml"))  # finished: nothing to do
 
 
+def test_saved_options_that_cannot_be_read_are_not_replaced_by_a_default(cache_copy: Path) -> None:
+    cache, saved = TeacherCache.open(cache_copy), cache_copy / "dpkd.toml"
+    config = CacheConfig(teacher="t", student="s", round="other", out=str(cache_copy))
+    assert with_cache_options(cache, config).turns == "last"
+    for content, problem in ((b"turns = all", "is not TOML: "), (b"\xff", "is not TOML: "), (None, "is missing ")):
+        saved.unlink() if content is None else saved.write_bytes(content)
+        with pytest.raises(UserError, match=rf"the file of options {problem}.*dpkd\.toml\)\. Restore it"):
+            with_cache_options(cache, config)
+
+
 def test_minillm_refuses_a_round_of_another_distribution(
     build_round: BuildRound, cache_copy: Path, toy_student: Path, tmp_path: Path
 ) -> None:
@@ -370,7 +380,7 @@ def test_the_offset_is_refused_without_what_it_compares(
     pairs = {"level": "sequence", "offset": True, "length_normalize": False}
     with pytest.raises(UserError, match="the round has no scores of the cache's responses, which --offset needs"):
         train(TrainConfig(**options, **pairs, round="r0"))
-    with pytest.raises(UserError, match=r"drawn otherwise than the cache.*max_new_tokens': 5"):
+    with pytest.raises(UserError, match=r"drawn with other settings than the cache.*max_new_tokens': 5"):
         train(TrainConfig(**options, **pairs, round="short"))
     for more, message in (
         ({"length_normalize": True}, "--offset needs --no-length-normalize"),

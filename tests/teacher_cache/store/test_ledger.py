@@ -12,12 +12,11 @@ import pytest
 
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
-from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder, LocalFolder
 from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
-from dpkd.teacher_cache.store.job import JOB, Job
+from dpkd.teacher_cache.store.job import Job
 from dpkd.teacher_cache.store.ledger import Ledger, bad_shards
 from dpkd.teacher_cache.store.locks import LOCK
-from dpkd.teacher_cache.store.manifest import MANIFEST
 from dpkd.teacher_cache.store.shards import ShardRecord, check_shard
 
 PATHS = ("shards/teacher-000000.parquet", "shards/teacher-000001.parquet")

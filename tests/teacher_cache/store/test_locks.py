@@ -22,10 +22,9 @@ import pytest
 from dpkd.core.errors import UserError
 from dpkd.teacher_cache.build.ray.replica import _ReplicaJob
 from dpkd.teacher_cache.store import locks
-from dpkd.teacher_cache.store.folder import Folder, LocalFolder
+from dpkd.teacher_cache.store.folder import MANIFEST, Folder, LocalFolder
 from dpkd.teacher_cache.store.folders import RemoteFolder, open_folder
 from dpkd.teacher_cache.store.job import Job
-from dpkd.teacher_cache.store.manifest import MANIFEST
 from dpkd.teacher_cache.store.shards import ShardRecord
 from dpkd.teacher_cache.store.tables import ShardRows
 
