@@ -16,7 +16,7 @@ from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
 from dpkd.distill.batches.shares import CacheShares, open_shares, shares_note
-from dpkd.distill.batches.token_budget import TokenBatchOrder
+from dpkd.distill.batches.token_budget import TOKEN_ORDER, TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.caches import RunCache, cache_facts, joined_split, keep_distributions, open_caches
 from dpkd.distill.rows.data import open_data_rows
@@ -150,7 +150,8 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
 def claim_directory(run: Run, num_processes: int) -> bool:
     """Create the run directory, or reopen it to resume; True when its run is complete. Refuses another run's.
 
-    A run may resume with another number of processes or other micro-batches if a step keeps its number of rows.
+    A run may resume with another number of processes or other micro-batches if a step keeps its number of rows. One of
+    `batch_tokens` also needs the order of rows that it was begun in, until it is complete.
     """
     config, out = run.config, run.config.out
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_processes
@@ -158,11 +159,16 @@ def claim_directory(run: Run, num_processes: int) -> bool:
         "options": config.model_dump(mode="json", exclude=_FREE_OPTIONS | _SPLIT),
         "rows_per_step": rows_per_step,
         "passes_per_step": None if config.batch_tokens is None else config.gradient_accumulation_steps * num_processes,
+        "token_order": None if config.batch_tokens is None else TOKEN_ORDER,  # None also in runs of older versions
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
     advice = "Choose another --out, or repeat the options that the run was started with"
-    if output_exists(out, "dpkd-run.json", identity, "run", advice=advice):
-        return (out / "run.json").is_file()
+    if config.batch_tokens is not None:
+        advice += "; where token_order differs, another version of dpkd began the run: only that one can resume it"
+    is_complete = (out / "run.json").is_file()
+    ignore = frozenset({"token_order"}) if is_complete else frozenset[str]()
+    if output_exists(out, "dpkd-run.json", identity, "run", ignore=ignore, advice=advice):
+        return is_complete
     write_atomic(out / "dpkd-run.json", canonical_json(identity))
     write_atomic(out / "dpkd.toml", config.to_toml().encode())
     for note in _notes(run):
@@ -197,6 +203,7 @@ def _plan_steps(
             budget=config.batch_tokens,
             sequences=(2 if config.needs_pairs else 1) * config.samples_a_row,
             micro_batches_per_step=micro_batches,
+            shards_per_row=2 if config.round is not None and (config.needs_pairs or config.mix is not None) else 1,
             shares=shares,
         )
         return by_tokens, config.steps or by_tokens.num_steps(config.epochs or 1)

@@ -15,6 +15,7 @@ from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.job import JOB
 from dpkd.teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest
+from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 from dpkd.teacher_cache.store.shards import ShardRecord, check_shard, read_shard, read_shards
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 CACHE_KIND = "teacher-cache"
 ROUND_KIND = "round"
 _SHORT = 12  # digits shown of a sha256
-_DECODED_SHARDS = 16  # decoded shards that a reader keeps: two windows of the data order
+_DECODED_SHARDS = 2 * WINDOW_GROUPS  # that a reader keeps: two windows of the data order, one of pairs with a round
 
 
 def round_folder(cache: Folder, name: str) -> Folder:
