@@ -89,7 +89,7 @@ def train(config: TrainConfig, evaluate_fn: EvaluateFn | None = None) -> Path:
             validator.validate_if_due(done, micro_batches)
             if checkpointer.is_due(done):
                 checkpointer.save(done, loader)
-        if done == run.steps and loader.cache_grows:
+        if done == run.steps and loader.sync_followed_shards():
             checkpointer.save(done, loader)
             loader.wait_for_end_of_cache()
     return checkpointer.finish(done)

@@ -176,11 +176,10 @@ def _split(
     if not held_out:
         return CacheSplit(source, reason=f"the cache has only {len(examples)} examples")
     measured = source
-    if isinstance(source, BestRows):
-        measured = CacheRows(cache, shards)  # all responses, so that KL can be compared with that of other pairings
-    elif student_round is not None and not config.needs_pairs:
-        # on the student's own rows a run could not be compared with any other, nor with itself after another round
-        measured = CacheRows(cache, shards, None, pairs=False)
+    if isinstance(source, BestRows) or (student_round is not None and not config.needs_pairs):
+        # KL on the best responses alone compares with no other pairing; on the student's own rows with no other run,
+        # nor with the same one after another round
+        measured = CacheRows(cache, shards)
         if config.needs_distributions and cache.top_k == 0:
             what = "validation measures the teacher's responses, and the cache has no distributions of them"
             if may_do_without:
