@@ -99,7 +99,7 @@ def _train(run: Run, accelerator: Accelerator, evaluate_fn: EvaluateFn | None) -
             validator.validate_if_due(done, micro_batches)
             if checkpointer.is_due(done):
                 checkpointer.save(done, loader)
-        if done == run.steps and loader.cache_grows:
+        if done == run.steps and loader.sync_followed_shards():
             checkpointer.save(done, loader)
             loader.wait_for_end_of_cache()
     return checkpointer.finish(done)

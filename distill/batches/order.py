@@ -11,11 +11,11 @@ from typing import Protocol
 import numpy as np
 
 from dpkd.core.identity import derive_seed
-from dpkd.distill.batches.shares import CacheShares
+from dpkd.distill.batches.shares import CacheShares, GroupsOf
 from dpkd.distill.rows.following import FollowedRows
 from dpkd.distill.rows.row import RowIndex
 from dpkd.distill.rows.views import MixedRows
-from dpkd.teacher_cache.store.order import epoch_order
+from dpkd.teacher_cache.store.order import epoch_order, window_ends
 
 
 class RowOrder(Protocol):
@@ -118,6 +118,18 @@ class FollowOrder(BatchOrder):
 def rows_of_epoch(group_sizes: Sequence[int], seed: int, epoch: int, shares: CacheShares | None) -> np.ndarray:
     """The rows of an epoch as [N, 2] pairs (group, row inside the group): every row once, or as `shares` says."""
     return epoch_order(group_sizes, seed, epoch) if shares is None else shares.epoch(epoch)
+
+
+def window_ends_of_epoch(
+    group_sizes: Sequence[int], seed: int, epoch: int, shares: CacheShares | None, groups_of: GroupsOf
+) -> np.ndarray:
+    """Rows of `rows_of_epoch` up to each end of a window of groups, of whichever cache, and up to the epoch's end.
+
+    Between two ends, the rows of a cache are of as many of its groups as `groups_of` says of it, at most.
+    """
+    if shares is not None:
+        return shares.window_ends(epoch, groups_of)
+    return window_ends(group_sizes, seed, epoch, groups_of(group_sizes))
 
 
 class MixedOrder(RowOrder):

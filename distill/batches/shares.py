@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dpkd.core.identity import derive_seed
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.caches import RunCache
-from dpkd.teacher_cache.store.order import epoch_order
+from dpkd.teacher_cache.store.order import epoch_order, window_ends
+
+#: how many groups a window has, a multiple of `WINDOW_GROUPS`, by the rows in each group of a cache
+GroupsOf = Callable[[Sequence[int]], int]
 
 #: 2^64 divided by the golden ratio
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -53,11 +56,6 @@ class CacheShares:
         self._cached: tuple[int, list[np.ndarray]] = (-1, [])
         self._lock = threading.RLock()  # the loader's thread and the log read it
 
-    @property
-    def rows_without_repeats(self) -> int:
-        """How many rows of the run in a row hold each row of a cache about once at most."""
-        return max(1, int(min(self.sizes[number] / self.shares[number] for number in self._drawn)))
-
     def caches_of(self, start: int, count: int) -> np.ndarray:
         """The cache of each of rows `start` to `start + count - 1` of the run."""
         numbers = np.arange(start, start + count, dtype=np.uint64)
@@ -81,6 +79,22 @@ class CacheShares:
         return [
             int(count + np.searchsorted(of_cache, inside)) for count, of_cache in zip(before, positions, strict=True)
         ]
+
+    def window_ends(self, epoch: int, groups_of: GroupsOf) -> np.ndarray:
+        """Rows of an epoch up to each end of a window of groups of any cache, and up to the epoch's end, ascending.
+
+        The windows of a cache end with each of its own epochs, so between two ends no row comes twice.
+        """
+        with self._lock:
+            positions, before = self._positions(epoch), self._rows_before_epoch(epoch)
+        ends = [np.array([self.num_rows])]
+        for number in self._drawn:
+            size, start, count = self.sizes[number], int(before[number]), len(positions[number])
+            sizes, seed = self._group_sizes[number], self._seeds[number]
+            for own in range(start // size, (start + count) // size + 1):
+                inside = own * size + window_ends(sizes, seed, own, groups_of(sizes)) - start
+                ends.append(positions[number][inside[(inside > 0) & (inside <= count)] - 1] + 1)
+        return np.unique(np.concatenate(ends))
 
     def _stretch(self, number: int, start: int, count: int) -> np.ndarray:
         """Rows `start` to `start + count - 1` of the stream of a cache's own epochs."""

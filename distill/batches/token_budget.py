@@ -2,22 +2,28 @@
 
 Every row is read once an epoch. A micro-batch of short rows holds many of them and one of long rows few, so that a
 step's mean over positions weighs every token about equally. Batches of a fixed number of sorted rows would not do that.
+
+Windows end where the data order's windows of groups (shards) end. Windows of a fixed number of rows would each touch
+the shards of two of those, which a reader does not keep for pairs: it would decode every shard many times an epoch.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from dpkd.core.errors import UserError
-from dpkd.distill.batches.order import RowOrder, rows_of_epoch
+from dpkd.distill.batches.order import RowOrder, rows_of_epoch, window_ends_of_epoch
 from dpkd.distill.batches.shares import CacheShares
 from dpkd.distill.rows.row import RowIndex
+from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 
-#: rows that are sorted together: enough for little padding, few enough to keep the order random
+#: about so many rows are sorted together: enough for little padding, few enough to keep the order random
 WINDOW_ROWS = 1024
+#: raised with each change of the rows of a micro-batch: a run that was begun in another order cannot be resumed
+TOKEN_ORDER = 2
 
 
 class TokenBatchOrder(RowOrder):
@@ -30,6 +36,7 @@ class TokenBatchOrder(RowOrder):
         lengths_by_group: tokens of every row, prompt and response; of a pair, tokens of its longer sequence.
         sequences: sequences of a row: 1, or 2 for pairs, for each live sample of a row.
         micro_batches_per_step: over accumulation and ranks.
+        shards_per_row: decoded to read a row: 2 for rows of a cache with those of its round.
         shares: which rows an epoch holds, where they are of several caches.
     """
 
@@ -41,13 +48,12 @@ class TokenBatchOrder(RowOrder):
         budget: int,
         sequences: int,
         micro_batches_per_step: int,
+        shards_per_row: int = 1,
         shares: CacheShares | None = None,
     ) -> None:
         self._lengths, self._seed, self._budget = list(lengths_by_group), seed, budget
         self._sequences, self._per_step = sequences, micro_batches_per_step
-        self._shares = shares
-        # copies of a row have its length: in one window they would make micro-batches of one row
-        self._window = WINDOW_ROWS if shares is None else min(WINDOW_ROWS, shares.rows_without_repeats)
+        self._shares, self._shards_per_row = shares, shards_per_row
         self.num_rows = sum(map(len, self._lengths)) if shares is None else shares.num_rows
         longest = max(int(lengths.max(initial=0)) for lengths in self._lengths) * sequences
         if longest > budget:
@@ -108,17 +114,23 @@ class TokenBatchOrder(RowOrder):
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of an epoch in order, [N, 2], and where each micro-batch starts, followed by the end."""
-        order = rows_of_epoch([len(lengths) for lengths in self._lengths], self._seed, epoch, self._shares)
+        sizes = [len(lengths) for lengths in self._lengths]
+        order = rows_of_epoch(sizes, self._seed, epoch, self._shares)
+        ends = window_ends_of_epoch(sizes, self._seed, epoch, self._shares, self._window_groups)
+        random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch, 1])))
         batches: list[np.ndarray] = []
-        for window in range(0, len(order), self._window):
-            rows = order[window : window + self._window]
+        for rows in _windows(order, ends):
             lengths = np.array([self._lengths[group][row] for group, row in rows])
             by_length = np.argsort(lengths, kind="stable")
-            batches += np.split(rows[by_length], self._cuts(lengths[by_length]))
-        random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch, 1])))
-        # a window holds the rows of a few shards: to shuffle beyond it would make the reader decode many at a time
-        batches = [batches[index] for index in _shuffled(batches, self._window, random)]
+            cut = np.split(rows[by_length], self._cuts(lengths[by_length]))
+            # a window holds the rows of a few shards: to shuffle beyond it would make the reader decode many at a time
+            batches += [cut[index] for index in random.permutation(len(cut))]
         return np.concatenate(batches), np.cumsum([0, *map(len, batches)])
+
+    def _window_groups(self, group_sizes: Sequence[int]) -> int:
+        """Groups of a window: two windows of the data order where they are small and the reader keeps their shards."""
+        rows = WINDOW_GROUPS * sum(group_sizes) / len(group_sizes)
+        return 2 * WINDOW_GROUPS if self._shards_per_row == 1 and rows <= WINDOW_ROWS / 1.5 else WINDOW_GROUPS
 
     def _cuts(self, lengths: np.ndarray) -> list[int]:
         """Where to cut ascending `lengths` into micro-batches."""
@@ -130,15 +142,7 @@ class TokenBatchOrder(RowOrder):
         return cuts
 
 
-def _shuffled(batches: Sequence[np.ndarray], window_rows: int, random: np.random.Generator) -> list[int]:
-    """Indices of the micro-batches, in random order inside each window."""
-    order: list[int] = []
-    window: list[int] = []
-    rows = 0
-    for index, batch in enumerate(batches):
-        window.append(index)
-        rows += len(batch)
-        if rows >= window_rows or index == len(batches) - 1:
-            order += random.permutation(window).tolist()
-            window, rows = [], 0
-    return order
+def _windows(order: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows between two `ends`, in parts of equal size where they are many."""
+    for rows in np.split(order, ends[:-1]):
+        yield from np.array_split(rows, max(1, round(len(rows) / WINDOW_ROWS)))

@@ -102,8 +102,11 @@ class FollowedRows:
         """End every wait."""
         self._cancelled.set()
 
-    def is_finished(self) -> bool:
-        """Whether the cache is finished and all its shards have been seen; looks for new ones."""
+    def take_new_shards(self) -> bool:
+        """Look for new shards; whether the cache is finished and all of them have been seen.
+
+        The leader appends new ones to the run's log, which the other ranks read.
+        """
         if not self._leader:
             self._read_log()
             return self._cache.finished() and self.offsets[-1] >= self.num_planned
@@ -123,7 +126,7 @@ class FollowedRows:
         said = False
         active_s = time.monotonic()
         while True:
-            finished = self.is_finished()
+            finished = self.take_new_shards()
             if num_rows is not None and self.offsets[-1] >= num_rows:
                 return True
             if finished:

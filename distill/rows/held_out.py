@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from dpkd.core.errors import UserError
-from dpkd.distill.rows.columns import read_example_ids
+from dpkd.distill.rows.columns import read_each, read_example_ids
 from dpkd.distill.rows.row import RowSource
 from dpkd.distill.rows.views import SubsetRows
 from dpkd.teacher_cache.store.reader import CacheReader, TeacherCache
@@ -34,9 +34,8 @@ def choose_examples(example_ids: Iterable[str], num_examples: int, seed: int) ->
 
 def cache_examples(cache: TeacherCache) -> frozenset[str]:
     """The ids of all examples of a cache, including those that failed in a round. Reads this column once."""
-    return frozenset(
-        conversation_of(cache, name) for record in cache.shards() for name in read_example_ids(cache.folder, record)
-    )
+    ids = read_each(read_example_ids, cache.folder, cache.shards())
+    return frozenset(conversation_of(cache, name) for of_shard in ids for name in of_shard)
 
 
 def conversation_of(cache: CacheReader, example_id: str) -> str:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
 
 from dpkd.core.errors import UserError
-from dpkd.distill.rows.columns import read_columns, read_example_ids, read_lengths
+from dpkd.distill.rows.columns import read_columns, read_each, read_example_ids, read_lengths
 from dpkd.distill.rows.row import TrainingRow
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.order import WINDOW_GROUPS
@@ -103,8 +103,8 @@ class PairedRows:
 
     def lengths_by_group(self) -> list[np.ndarray]:
         """Reads the ids of all rows once."""
-        chosen = [read_lengths(self._cache_folder, record) for record in self._shards]
-        rejected = [read_lengths(self._round_folder, record) for record in self._round_shards]
+        chosen = read_each(read_lengths, self._cache_folder, self._shards)
+        rejected = read_each(read_lengths, self._round_folder, self._round_shards)
         return [
             np.array([max(chosen[shard][row], rejected[other][other_row]) for shard, row, other, other_row in group])
             for group in self._groups
@@ -112,7 +112,7 @@ class PairedRows:
 
     def ids_by_group(self) -> list[list[str]]:
         """Example id of every pair."""
-        ids = [read_example_ids(self._cache_folder, record) for record in self._shards]
+        ids = read_each(read_example_ids, self._cache_folder, self._shards)
         return [[ids[shard][row] for shard, row in group[:, :2].tolist()] for group in self._groups]
 
 
@@ -137,15 +137,23 @@ def _read_responses(
     ends_known: bool = True,
 ) -> _Responses:
     """The responses of shards in order. `numbers` maps example ids to numbers; new ids are added to it."""
-    names = ["example_id", *(("response_logprobs", "finish_reason") if with_scores else ())]
     parts: list[tuple[np.ndarray, ...]] = []
-    for shard, record in enumerate(records):
-        table = read_columns(folder, record, names)
-        ids = table["example_id"].to_pylist()
+    found = read_each(partial(_read_scores, with_scores=with_scores, ends_known=ends_known), folder, records)
+    for shard, (ids, score) in enumerate(found):
         example = np.array([numbers.setdefault(example_id, len(numbers)) for example_id in ids], np.int32)
-        score = mean_logprobs(table, ends_known=ends_known) if with_scores else np.zeros(len(ids))
         parts.append((example, np.full(len(ids), shard, np.int32), np.arange(len(ids), dtype=np.int32), score))
     return _Responses(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _read_scores(
+    folder: Folder, record: ShardRecord, *, with_scores: bool, ends_known: bool
+) -> tuple[list[str], np.ndarray]:
+    """Example ids of a shard's rows, and the mean log-prob of a token of each; zeros unless `with_scores`."""
+    if not with_scores:
+        ids = read_example_ids(folder, record)
+        return ids, np.zeros(len(ids))
+    table = read_columns(folder, record, ["example_id", "response_logprobs", "finish_reason"])
+    return table["example_id"].to_pylist(), mean_logprobs(table, ends_known=ends_known)
 
 
 def _lowest(responses: _Responses, score: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.columns import read_keys
+from dpkd.distill.rows.columns import read_each, read_keys
 from dpkd.teacher_cache.store.reader import CacheReader, Round
 from dpkd.teacher_cache.store.shards import ShardRecord
 
@@ -183,7 +183,7 @@ def check_samples(cache: CacheReader, shards: Sequence[ShardRecord], config: Tra
     """
     if config.pairing != "index" or config.num_student_samples == 1:
         return
-    keys = {key for record in shards for key in read_keys(cache.folder, record)}
+    keys = {key for of_shard in read_each(read_keys, cache.folder, shards) for key in of_shard}
     most = max(Counter(example_id for example_id, _ in keys).values())
     if config.num_student_samples > most:
         loss = "with --pairing index" if config.needs_pairs else "without pairs of responses"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from dpkd.core.errors import UserError
 from dpkd.distill.options.train import TrainConfig
-from dpkd.distill.rows.columns import read_example_ids, read_keys, read_lengths
+from dpkd.distill.rows.columns import read_each, read_example_ids, read_keyed_lengths, read_lengths
 from dpkd.distill.rows.held_out import cache_examples, choose_examples, conversation_of, split_rows
 from dpkd.distill.rows.pairs import PairedRows, best_responses, paired_rows
 from dpkd.distill.rows.requirements import check_distributions, check_samples, no_distributions
 from dpkd.distill.rows.row import RowSource, TrainingRow
 from dpkd.distill.rows.views import SubsetRows
+from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import Round, TeacherCache
 from dpkd.teacher_cache.store.shards import ShardRecord
 
@@ -64,24 +65,25 @@ class CacheRows:
     def lengths_by_group(self) -> list[np.ndarray]:
         """Reads the ids of all rows once."""
         if self._sampled is not None:
-            folder, with_response = self._cache.folder, self._pairs
-            return [read_lengths(folder, record, self._sampled, with_response) for record in self._shards]
+            read = partial(read_lengths, sampled=self._sampled, with_response=self._pairs)
+            return read_each(read, self._cache.folder, self._shards)
         if self._round is None:
-            return [read_lengths(self._cache.folder, record) for record in self._shards]
-        lengths = [read_lengths(self._round.folder, self._in_round(record)) for record in self._shards]
+            return read_each(read_lengths, self._cache.folder, self._shards)
         if not self._pairs:
-            return lengths
-        longer = []
-        for record, student_lengths in zip(self._shards, lengths, strict=True):
-            index_of = {key: index for index, key in enumerate(read_keys(self._cache.folder, record))}
-            indices = [index_of[key] for key in read_keys(self._round.folder, self._in_round(record))]
-            longer.append(np.maximum(student_lengths, read_lengths(self._cache.folder, record)[indices]))
-        return longer
+            return read_each(read_lengths, self._round.folder, [self._in_round(record) for record in self._shards])
+        return read_each(self._lengths_of_pairs, self._cache.folder, self._shards)
+
+    def _lengths_of_pairs(self, folder: Folder, record: ShardRecord) -> np.ndarray:
+        """Tokens of the longer sequence of each pair, in the order of the round's rows."""
+        assert self._round is not None
+        ours = dict(read_keyed_lengths(folder, record))
+        theirs = read_keyed_lengths(self._round.folder, self._in_round(record))
+        return np.array([max(length, ours[key]) for key, length in theirs], np.int64)
 
     def ids_by_group(self) -> list[list[str]]:
         """Example id of every row."""
         folder = self._cache.folder if self._round is None else self._round.folder
-        return [read_example_ids(folder, self._in_round(record)) for record in self._shards]
+        return read_each(read_example_ids, folder, [self._in_round(record) for record in self._shards])
 
 
 class BestRows(SubsetRows):
@@ -174,20 +176,17 @@ def _split(
     if not held_out:
         return CacheSplit(source, reason=f"the cache has only {len(examples)} examples")
     measured = source
-    if isinstance(source, BestRows):
-        measured = CacheRows(cache, shards)  # all responses, so that KL can be compared with that of other pairings
-    elif student_round is not None and not config.needs_pairs:
-        # on the student's own rows a run could not be compared with any other, nor with itself after another round
-        measured = CacheRows(cache, shards, None, pairs=False)
+    if isinstance(source, BestRows) or (student_round is not None and not config.needs_pairs):
+        # KL on the best responses alone compares with no other pairing; on the student's own rows with no other run,
+        # nor with the same one after another round
+        measured = CacheRows(cache, shards)
         if config.needs_distributions and cache.top_k == 0:
             what = "validation measures the teacher's responses, and the cache has no distributions of them"
             if may_do_without:
                 return CacheSplit(source, reason=what)
             raise no_distributions(what, cache, "train without --validation-examples")
-    ids, measured_ids = (
-        [[conversation_of(cache, name) for name in group] for group in rows.ids_by_group()]
-        for rows in (source, measured)
-    )
+    ids = _examples_by_group(cache, source)
+    measured_ids = ids if measured is source else _examples_by_group(cache, measured)
     try:
         training, _ = split_rows(source, ids, held_out)
         _, validation = split_rows(measured, measured_ids, held_out)
@@ -199,13 +198,17 @@ def _split(
     return CacheSplit(training, validation, len(held_out), len(examples), references=references)
 
 
+def _examples_by_group(cache: TeacherCache, rows: CacheRows | PairedRows | BestRows) -> list[list[str]]:
+    return [[conversation_of(cache, name) for name in group] for group in rows.ids_by_group()]
+
+
 def _references(cache: TeacherCache, held_out: Collection[str]) -> RowSource | None:
     """The reference responses of the `held_out` examples; None where the cache has no references."""
     shards = cache.shards("reference")
     if not shards:
         return None
     rows = CacheRows(cache, shards)
-    masks = [[conversation_of(cache, name) in held_out for name in group] for group in rows.ids_by_group()]
+    masks = [[example in held_out for example in group] for group in _examples_by_group(cache, rows)]
     return SubsetRows(rows, [np.flatnonzero(mask) for mask in masks])
 
 

@@ -7,7 +7,9 @@ ids become part of the tail (`dpkd.distill.batches.batch.narrowed`), and text th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 from dpkd.core.errors import UserError
 from dpkd.core.models import ModelSource
 from dpkd.core.progress import say
-from dpkd.distill.rows.columns import read_columns
+from dpkd.distill.rows.columns import read_columns, read_each
 from dpkd.teacher_cache.store.folder import Folder
 from dpkd.teacher_cache.store.reader import CacheReader
 from dpkd.teacher_cache.store.rows import CachedRow
@@ -40,18 +42,25 @@ def check_narrower(student: ModelSource, cache: CacheReader, shards: Iterable[tu
         return
     width = student.vocab_size
     num_rows, largest = 0, -1
-    for folder, record in shards:
-        table = read_columns(folder, record, ["prompt_ids", "response_ids", "between_ids"])
-        beyond = np.zeros(table.num_rows, bool)
-        for column in table.columns:
-            ids_of_rows = column.combine_chunks()
-            ids, row = ids_of_rows.flatten().to_numpy(), pc.list_parent_indices(ids_of_rows).to_numpy()
-            beyond[row[ids >= width]] = True
-            largest = max(largest, int(ids.max(initial=-1)))
-        num_rows += int(beyond.sum())
+    for folder, pairs in itertools.groupby(shards, key=lambda pair: pair[0]):
+        read = partial(_rows_beyond, width=width)
+        for num_beyond, largest_of_shard in read_each(read, folder, [record for _, record in pairs]):
+            num_rows, largest = num_rows + num_beyond, max(largest, largest_of_shard)
     if num_rows:
         found = f"{num_rows} rows with ids up to {largest}"
         raise ids_without_embedding("cache", found, width, largest, where=cache.folder)
+
+
+def _rows_beyond(folder: Folder, record: ShardRecord, *, width: int) -> tuple[int, int]:
+    """How many rows of a shard have ids of `width` and above, and its largest id."""
+    table, largest = read_columns(folder, record, ["prompt_ids", "response_ids", "between_ids"]), -1
+    beyond = np.zeros(table.num_rows, bool)
+    for column in table.columns:
+        ids_of_rows = column.combine_chunks()
+        ids, row = ids_of_rows.flatten().to_numpy(), pc.list_parent_indices(ids_of_rows).to_numpy()
+        beyond[row[ids >= width]] = True
+        largest = max(largest, int(ids.max(initial=-1)))
+    return int(beyond.sum()), largest
 
 
 def check_data(student: ModelSource, rows: Sequence[CachedRow], where: str) -> None:

@@ -107,11 +107,17 @@ class StepLoader:
             interrupts = self._interrupts
             on_all_ranks(self._accelerator, lambda: rows.wait_for(None, should_stop=lambda: interrupts.should_stop))
 
-    @property
-    def cache_grows(self) -> bool:
-        """Whether a followed cache is still being written, on any rank's view of it."""
-        growing = self._followed is not None and not self._followed.is_finished()
-        return bool(all_reduce_sums(self._accelerator, [{"ranks": int(growing)}])["ranks"])
+    def sync_followed_shards(self) -> bool:
+        """Collective: every rank calls it. Look for new shards of a followed cache; whether it is still being written.
+
+        Rank zero appends new shards to the run's `followed.jsonl`, and the other ranks read them there. True on all
+        ranks if one of them has not seen the end of the cache; False for rows of anything else. A `UserError` of one
+        rank ends all.
+        """
+        if (rows := self._followed) is None:
+            return False
+        finished = on_all_ranks(self._accelerator, rows.take_new_shards)
+        return bool(all_reduce_sums(self._accelerator, [{"growing": int(not finished)}])["growing"])
 
     def _release(self) -> None:
         """End a wait for rows, whatever they come from. What the student is drawing is still to be stored."""

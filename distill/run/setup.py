@@ -19,7 +19,7 @@ from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
 from dpkd.distill.batches.shares import CacheShares, open_shares, shares_note
-from dpkd.distill.batches.token_budget import TokenBatchOrder
+from dpkd.distill.batches.token_budget import TOKEN_ORDER, TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.caches import RunCache, cache_facts, joined_split, keep_distributions, open_caches
 from dpkd.distill.rows.data import open_data_rows
@@ -160,9 +160,12 @@ def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
     """
     out, identity = run.config.out, _identity(run, accelerator.num_processes)
     advice = "Choose another --out, or repeat the options that the run was started with"
+    if run.config.batch_tokens is not None:
+        advice += "; where token_order differs, another version of dpkd began the run: only that one can resume it"
 
     def is_run() -> bool:
-        return output_exists(out, "dpkd-run.json", identity, "run", advice=advice)
+        ignore = frozenset({"token_order"}) if (out / "run.json").is_file() else frozenset[str]()
+        return output_exists(out, "dpkd-run.json", identity, "run", ignore=ignore, advice=advice)
 
     def is_complete() -> bool:
         return is_run() and (out / "run.json").is_file()
@@ -185,7 +188,8 @@ def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
 def _identity(run: Run, num_processes: int) -> dict[str, Any]:
     """What a run must have in common with the one that it resumes.
 
-    It may resume with another number of processes or other micro-batches if a step keeps its number of rows.
+    It may resume with another number of processes or other micro-batches if a step keeps its number of rows. One of
+    `batch_tokens` also needs the order of rows that it was begun in, until it is complete.
     """
     config = run.config
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_processes
@@ -193,6 +197,7 @@ def _identity(run: Run, num_processes: int) -> dict[str, Any]:
         "options": config.model_dump(mode="json", exclude=_FREE_OPTIONS | _SPLIT),
         "rows_per_step": rows_per_step,
         "passes_per_step": None if config.batch_tokens is None else config.gradient_accumulation_steps * num_processes,
+        "token_order": None if config.batch_tokens is None else TOKEN_ORDER,  # None also in runs of older versions
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
 
@@ -224,6 +229,7 @@ def _plan_steps(
             budget=config.batch_tokens,
             sequences=(2 if config.needs_pairs else 1) * config.samples_a_row,
             micro_batches_per_step=micro_batches,
+            shards_per_row=2 if config.round is not None and (config.needs_pairs or config.mix is not None) else 1,
             shares=shares,
         )
         return by_tokens, config.steps or by_tokens.num_steps(config.epochs or 1)

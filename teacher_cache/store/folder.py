@@ -39,6 +39,13 @@ class Folder(Protocol):
         """The bytes of a file; raises `FileNotFoundError` if it does not exist."""
         ...
 
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file from `start` up to `end`, and no others: fewer where the file ends before.
+
+        Raises `FileNotFoundError` if it does not exist.
+        """
+        ...
+
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of those files that exist."""
         contents = {}
@@ -116,6 +123,14 @@ class LocalFolder(Folder):
     def read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(*error.args) from None
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        try:
+            with (self.path / name).open("rb") as file:
+                file.seek(start)
+                return file.read(end - start)
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ class RemoteFolder(Folder):
     def read(self, name: str) -> bytes:
         with self._storage_errors(name, may_be_absent=True):
             return bytes(self._filesystem.cat_file(self._key(name)))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        with self._storage_errors(name, may_be_absent=True):
+            try:
+                return bytes(self._filesystem.cat_file(self._key(name), start=start, end=end))
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # S3's error for a range of which no byte exists
+                    raise
+                return b""
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         keys = {self._key(name): name for name in names}

@@ -14,6 +14,7 @@ from dpkd.core.models import other_eos
 from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.manifest import Manifest, read_manifest
+from dpkd.teacher_cache.store.order import WINDOW_GROUPS
 from dpkd.teacher_cache.store.shards import ShardRecord, read_shard, read_shards
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 CACHE_KIND = "teacher-cache"
 ROUND_KIND = "round"
 _SHORT = 12  # digits shown of a sha256
-_DECODED_SHARDS = 16  # decoded shards that a reader keeps: two windows of the data order
+_DECODED_SHARDS = 2 * WINDOW_GROUPS  # that a reader keeps: two windows of the data order, one of pairs with a round
 
 
 def round_folder(cache: Folder, name: str) -> Folder:

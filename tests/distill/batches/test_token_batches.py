@@ -17,7 +17,7 @@ from dpkd.distill.batches.token_budget import TokenBatchOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.run.setup import open_run
 
-lengths = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=30), min_size=1, max_size=6)
+lengths = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=20)
 
 
 def make(groups: list[list[int]], seed: int = 0, budget: int = 120, passes: int = 1, sequences: int = 1):  # type: ignore[no-untyped-def]

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.commands import Command
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import FollowOrder
 from dpkd.distill.options.train import TrainConfig
 from dpkd.distill.rows.following import FollowedRows
+from dpkd.distill.run.interrupts import Interrupts
+from dpkd.distill.run.loader import StepLoader
+from dpkd.distill.run.ranks import open_accelerator
+from dpkd.distill.run.setup import open_run
 from dpkd.distill.training import train
 from dpkd.teacher_cache.store.folders import open_folder
 from dpkd.teacher_cache.store.growing import GrowingCache
@@ -168,6 +173,29 @@ def test_the_first_epoch_is_in_order_of_commitment_and_later_ones_are_permutatio
     follower = FollowedRows(cache, config(tmp_path / "run", tmp_path / "cache", toy_student, steps=1), None)
     follower.start(tmp_path / "run", leader=False)
     assert FollowOrder(follower, seed=3, global_batch_size=10).rows_of(2) == first[20:30]
+
+
+def test_new_shards_are_logged_when_the_loop_asks_for_them(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    settings = config(tmp_path / "run", unfinished(tmp_path / "cache", toy_cache, 3), toy_student, steps=1)
+    settings.out.mkdir()
+    run, log = open_run(settings), settings.out / "followed.jsonl"
+
+    def logged() -> list[str]:
+        """Paths of shards in the run's log."""
+        return [json.loads(line)["path"] for line in log.read_text().splitlines()[1:]] if log.exists() else []
+
+    with Interrupts() as interrupts, StepLoader(
+        run, open_accelerator(settings), torch.nn.Linear(1, 1), run.steps, interrupts
+    ) as loader:  # fmt: skip
+        for name in dir(loader):
+            getattr(loader, name)
+        assert not logged()  # to look at the loader writes nothing
+        paths = [shard.path for shard in TeacherCache.open(toy_cache).shards()]
+        assert loader.sync_followed_shards()
+        assert logged() == sorted(paths[:3])
+        grow(tmp_path / "cache", toy_cache)
+        assert not loader.sync_followed_shards()
+        assert sorted(logged()) == sorted(paths)
 
 
 def test_a_cache_that_no_job_writes_is_an_error(tmp_path: Path, toy_student: Path) -> None:

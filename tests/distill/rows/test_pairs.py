@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.shards import Response, cache_of, count_reads
 
 from dpkd.core.errors import UserError
 from dpkd.distill.batches.order import BatchOrder
@@ -18,55 +18,9 @@ from dpkd.distill.rows.held_out import cache_examples, choose_examples, split_ro
 from dpkd.distill.rows.pairs import PairRule, best_responses, cross, paired_rows
 from dpkd.distill.rows.row import RowSource
 from dpkd.teacher_cache.build.cache import build_cache
-from dpkd.teacher_cache.engines.engine import EngineResult
 from dpkd.teacher_cache.options.cache import CacheConfig
-from dpkd.teacher_cache.store import shards as shards_module
-from dpkd.teacher_cache.store.folder import LocalFolder
-from dpkd.teacher_cache.store.manifest import Manifest
-from dpkd.teacher_cache.store.reader import Round, TeacherCache
-from dpkd.teacher_cache.store.rows import Origin, PlannedRow
-from dpkd.teacher_cache.store.shards import ShardRecord, encode_shard
-from dpkd.teacher_cache.store.tables import to_table
-
-#: example id, sample, log-prob of every token
-Response = tuple[str, int, list[float]]
-
-
-def write_shards(
-    folder: LocalFolder, origin: Origin, stem: str, rows: Sequence[Response | None], size: int
-) -> list[ShardRecord]:
-    """Rows as shards of `size`; None is a row that failed."""
-    records = []
-    for start in range(0, len(rows), size):
-        planned = []
-        for index, row in enumerate(rows[start : start + size]):
-            if row is None:
-                continue
-            example_id, sample, logprobs = row
-            ids = np.full(len(logprobs), 5, np.int32)
-            result = EngineResult(index, ids, "stop", np.array(logprobs, np.float32), None)
-            planned.append((PlannedRow(index, example_id, sample, origin, "", [1, 2]), result, ""))
-        data, record = encode_shard(to_table(planned), f"shards/{stem}-{start // size:06d}.parquet", origin)
-        folder.write(record.path, data)
-        records.append(record)
-    return records
-
-
-def cache_of(
-    directory: Path,
-    rows: dict[Origin, Sequence[Response]],
-    students: dict[Origin, Sequence[Response | None]],
-    size: int,
-    end: str = "known",
-) -> tuple[TeacherCache, Round]:
-    """A cache with these rows, and a round with a student row, or none, for each."""
-    ours, theirs = LocalFolder(directory), LocalFolder(directory / "rounds" / "r0")
-    records = [record for origin in sorted(rows) for record in write_shards(ours, origin, origin, rows[origin], size)]
-    beside = [
-        record for origin in sorted(rows) for record in write_shards(theirs, "student", origin, students[origin], size)
-    ]
-    cache = TeacherCache(ours, Manifest("teacher-cache", {"logprobs": {"end": end}}, records))
-    return cache, Round("r0", theirs, Manifest("round", {}, beside))
+from dpkd.teacher_cache.store.reader import TeacherCache
+from dpkd.teacher_cache.store.rows import Origin
 
 
 def pairs(rows: RowSource) -> list[tuple[str, str, int, int]]:
@@ -185,14 +139,7 @@ def test_an_end_of_unknown_log_prob_does_not_make_a_response_better(tmp_path: Pa
 def test_an_epoch_decodes_every_shard_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Response] = [(f"e{number}", sample, [-1.0]) for number in range(90) for sample in range(3)]
     cache, held = cache_of(tmp_path, {"teacher": rows}, {"teacher": list(rows)}, 4)
-    reads: Counter[str] = Counter()
-    real = shards_module.check_shard
-
-    def counted(folder: LocalFolder, record: ShardRecord) -> bytes:
-        reads[folder.where(record.path)] += 1
-        return real(folder, record)
-
-    monkeypatch.setattr(shards_module, "check_shard", counted)
+    reads = count_reads(monkeypatch)
     source = paired_rows(cache, held, cache.shards(), "all")
     for place in BatchOrder(source.group_sizes, 0, sum(source.group_sizes)).rows_of(0):
         source.row(*place)

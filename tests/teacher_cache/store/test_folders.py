@@ -57,6 +57,11 @@ def test_a_folder_reads_what_was_written(location: str) -> None:
     folder.write("a/b", b"three")
     folder.write("c", b"x" * 3_000_000)
     assert folder.read("a/b") == b"three"
+    assert folder.read_range("a/b", 1, 4) == b"hre"
+    assert folder.read_range("c", 2_999_990, 4_000_000) == b"x" * 10
+    assert folder.read_range("a/b", 20, 30) == b""
+    with pytest.raises(FileNotFoundError):
+        folder.read_range("a/b/c", 0, 1)
     assert folder.read_many(["c", "a/b", "nothing"]) == {"c": b"x" * 3_000_000, "a/b": b"three"}
     assert folder.sizes() == {"a/b": 5, "c": 3_000_000}
     assert folder.sizes("a") == {"a/b": 5}
