@@ -103,6 +103,34 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
     return lines
 
 
+def content_differences(existing: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """As `differences`, of a record and what it should be: a model is what its hashes say, wherever it comes from.
+
+    A commit to a repository's README changes a model's revision, and a copy of its directory has another name: both
+    count only if a hash is unknown. One that the record lacks, as those of earlier versions do, is unknown, and is no
+    difference itself. Use it for records that have the hash of everything that their results depend on.
+    """
+    lines = []
+    ignored = _not_of_content(existing, ours)
+    for key in sorted({*existing, *ours} - ignored):
+        a, b = existing.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += content_differences(a, b, f"{prefix}{key}.")
+        else:
+            lines += differences({key: a}, {key: b}, prefix)
+    return lines
+
+
+def _not_of_content(existing: dict[str, Any], ours: dict[str, Any]) -> set[str]:
+    """Of two identities of a model: keys that say nothing about what is in it; of other dicts: none."""
+    if not {"name", "revision", "weights_sha256"} <= {*existing} & {*ours}:
+        return set()
+    hashes = {key for key in {*existing, *ours} if key.endswith("_sha256")}
+    unrecorded = {key for key in hashes if key not in existing}
+    are_known = all(existing.get(key) is not None and existing.get(key) == ours.get(key) for key in hashes)
+    return unrecorded | ({"name", "revision"} if are_known else set())
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 48 else f"{text[:45]}..."

@@ -15,6 +15,9 @@ from dpkd.core.json_lines import loads
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+#: keys of a generation config that say who wrote it
+_OF_TRANSFORMERS = ("transformers_version", "_from_model_config")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -104,7 +107,11 @@ class ModelSource:
         return cast("PreTrainedModel", model)
 
     def identity(self, dtype: str) -> dict[str, Any]:
-        """Name, revision, dtype, vocabulary width and content hashes of this model."""
+        """Name, revision, dtype, vocabulary width, and hashes of config and weights.
+
+        The files of the tokenizer and of generation are not in it: a cache has identities of their own for what it
+        takes from them.
+        """
         return {
             "name": self.path.resolve().name if self.revision is None else self.name,
             "revision": self.revision,
@@ -113,6 +120,15 @@ class ModelSource:
             "config_sha256": config_sha256(self.config),
             # None where a server holds the weights and this machine does not
             "weights_sha256": weights_sha256(self.path) if any(self.path.glob("*.safetensors")) else None,
+        }
+
+    def whole_identity(self, dtype: str) -> dict[str, Any]:
+        """`identity`, and hashes of what is copied with the weights: tokenizer, chat template, generation config."""
+        path = self.path / "generation_config.json"
+        return self.identity(dtype) | {
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+            "chat_template_sha256": fingerprint(self.tokenizer.chat_template),
+            "generation_config_sha256": fingerprint(_read_generation_config(path) if path.is_file() else None),
         }
 
     @cached_property
@@ -208,12 +224,18 @@ def other_eos(model: ModelSource, eos_token_id: int, teacher: str, role: str, *,
     )
 
 
-def _eos_of_generation(path: Path) -> Any:
-    """The EOS ids of a generation_config.json: a number, a list of numbers, or None."""
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    """What a generation_config.json says of generation; not which version of transformers wrote it."""
     try:
-        value = loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        values = loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in values.items() if key not in _OF_TRANSFORMERS}
     except (ValueError, AttributeError) as error:
         raise UserError(f"the generation config is not JSON: {first_line(error)}", where=path) from None
+
+
+def _eos_of_generation(path: Path) -> Any:
+    """The EOS ids of a generation_config.json: a number, a list of numbers, or None."""
+    value = _read_generation_config(path).get("eos_token_id")
     if not all(isinstance(item, int) for item in (value if isinstance(value, list) else [value or 0])):
         raise UserError("the EOS of the generation config is no token id", found=repr(value), where=path)
     return value

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpkd.core.errors import UserError
 from dpkd.core.files import is_temporary
-from dpkd.core.identity import differences
+from dpkd.core.identity import content_differences
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 
@@ -37,7 +37,8 @@ def output_exists(
     Args:
         directory: the output; it may be missing or empty.
         marker: file in it, `.json` or `.toml`, that records what it is made of.
-        made_of: the same record for the present command; JSON values.
+        made_of: the same record for the present command; JSON values. Models are compared by content, so their
+            identities are whole ones.
         what: what the directory holds, in words: "student", "run".
         ignore: top-level keys of the record that may differ, such as paths.
         result: file that must not exist without the marker. None: no file may, except a lock and what a killed
@@ -67,7 +68,7 @@ def output_exists(
         raise UserError(f"the record of the output cannot be read: {error}", where=path, advice=advice) from None
     ours = {key: value for key, value in made_of.items() if key not in ignore}
     # JSON knows no tuples, and a TOML file no null
-    if changed := differences(record, json.loads(json.dumps(ours))):
+    if changed := content_differences(record, json.loads(json.dumps(ours))):
         raise UserError(
             f"the output directory holds another {what}; differing: {'; '.join(changed)}",
             where=directory,

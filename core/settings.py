@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +26,18 @@ def _as_location(value: Any) -> Any:
     return text
 
 
+def _as_local_path(value: Any) -> Any:
+    """Refuse a URL, which `Path` would take for a directory of this machine; the error does not repeat it."""
+    # a Path made of a URL has lost one of its slashes
+    slashes = "/" if isinstance(value, Path) else "//"
+    if found := re.match(rf"([a-zA-Z][a-zA-Z0-9+.-]+):{slashes}", str(value)):
+        raise ValueError(
+            f"must be a local path, found a URL ({found[1]}://...); only teacher caches can be at URLs: "
+            "give a local path, and copy the files"
+        )
+    return value
+
+
 class Metavar(str):
     """How `--help` writes a value of a type, as part of its annotation."""
 
@@ -33,6 +46,9 @@ class Metavar(str):
 Location = Annotated[str, BeforeValidator(_as_location), Metavar("PATH|URL")]
 #: the URL of a server, under the same rule
 Address = Annotated[str, BeforeValidator(_as_location), Metavar("URL")]
+
+#: a file or directory of this machine
+LocalPath = Annotated[Path, BeforeValidator(_as_local_path), Metavar("PATH")]
 
 
 def split_commas(value: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import start_forkserver
+from support.hub import Hub
 from support.toys import ROOT, VOCAB_SIZE, dolly_texts, make_toy, train_tokenizer, write_toy_data
 from support.vllm_servers import VllmServer
 
@@ -122,6 +123,12 @@ def teacher_dir() -> Path:
     if not (directory / "config.json").is_file():
         pytest.fail(f"{directory} is not there: run the tests with `bash scripts/test.sh`")
     return directory
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub without models; a test commits to it."""
+    return Hub(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Address, Location, Settings, TemplateArguments, several_texts
+from dpkd.core.settings import Address, LocalPath, Location, Settings, TemplateArguments, several_texts
 from dpkd.distill.options.caches import CacheChoice, normalised_caches, parse_caches
 from dpkd.distill.options.objectives import ObjectiveName, PresetName
 
@@ -27,7 +26,7 @@ class DataOptions(Settings):
         "rows", description="with several caches: their weights are shares of the rows, or of the response tokens"
     )
     student: str = Field(description="student to start from: a checkpoint directory or a hub name")
-    out: Path = Field(description="directory of the run; the trained student is saved here")
+    out: LocalPath = Field(description="directory of the run; the trained student is saved here")
     data: str | None = Field(
         None, description="with --objective sft, instead of --cache: instruction data with reference responses"
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import DeviceName, Location, Settings, TemplateArguments
+from dpkd.core.settings import DeviceName, LocalPath, Location, Settings, TemplateArguments
 
 
 class InitStudentConfig(Settings):
@@ -17,7 +16,7 @@ class InitStudentConfig(Settings):
     example: ClassVar[str] = "dpkd init-student --teacher teacher --cache cache --out student --layers 20"
 
     teacher: str = Field(description="teacher: a checkpoint directory or a hub name")
-    out: Path = Field(description="directory of the student")
+    out: LocalPath = Field(description="directory of the student")
     params: float | None = Field(
         None,
         gt=0,
@@ -45,7 +44,7 @@ class InitStudentConfig(Settings):
         description="number of attention heads to keep in each layer, by activation; heads that share keys and values "
         "stay together; none: all",
     )
-    from_config: Path | None = Field(
+    from_config: LocalPath | None = Field(
         None, description="make a student with random weights from this config.json of transformers; none: do not"
     )
     from_checkpoint: str | None = Field(

@@ -99,7 +99,7 @@ def open_run(config: TrainConfig, num_processes: int = 1) -> Run:
     """
     student = locate_model(config.student, "student")
     check_adapters(student, config)
-    facts: dict[str, Any] = {"student": student.identity(config.dtype), "software": software_versions()}
+    facts: dict[str, Any] = {"student": student.whole_identity(config.dtype), "software": software_versions()}
     rows: RowSource
     caches = open_caches(config, student)
     split = joined_split(caches)

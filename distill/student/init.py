@@ -90,7 +90,7 @@ def _pruned(config: InitStudentConfig, teacher: ModelSource, rows: Calibration |
     from dpkd.distill.student.choosing import choose, size_of
 
     size = size_of(config, teacher.config)
-    made_of: dict[str, Any] = {"teacher": teacher.identity(config.dtype)}
+    made_of: dict[str, Any] = {"teacher": teacher.whole_identity(config.dtype)}
     made_of["layers"] = size.layers or f"{config.layers or 'any'}, by importance"
     asked = {"params": config.params, "mlp_width": config.mlp_width, "heads": config.heads}
     made_of |= {name: value for name, value in asked.items() if value is not None}
@@ -180,7 +180,7 @@ def _copied(name: str, teacher: ModelSource, *, eos_from_teacher: bool) -> _Plan
             advice="Give a checkpoint with the teacher's tokenizer, such as a smaller model of its family",
         )
     check_width(source, teacher.vocab_size)
-    made_of = {"checkpoint": source.identity("float32"), "tokenizer": theirs}
+    made_of = {"checkpoint": source.whole_identity("float32"), "tokenizer": theirs}
     if only_eos:
         made_of["eos_token_id"] = eos
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import DeviceName, Location, Settings, TemplateArguments, named_values, split_commas
+from dpkd.core.settings import DeviceName, LocalPath, Location, Settings, TemplateArguments, named_values, split_commas
 from dpkd.evaluate.metrics.buckets import Edge, Statistic
 from dpkd.evaluate.metrics.rouge import RougeTokenizer
 from dpkd.evaluate.options.comparing import ComparingOptions
@@ -98,8 +98,8 @@ class InputOptions(Settings):
         description="NAME=FILE: rows with references (.jsonl, .json, .parquet or a datasets name); or only the name of "
         f"a set in --data-dir: {', '.join(KNOWN_SETS)}; repeatable",
     )
-    out: Path = Field(description="directory for the report, the scores and the answers")
-    data_dir: Path | None = Field(
+    out: LocalPath = Field(description="directory for the report, the scores and the answers")
+    data_dir: LocalPath | None = Field(
         None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
     field: NamedFields = Field(
@@ -108,7 +108,7 @@ class InputOptions(Settings):
         "repeatable",
     )
     limit: int | None = Field(None, gt=0, description="use only the first N rows of each data set; none: all")
-    generations: Path | None = Field(
+    generations: LocalPath | None = Field(
         None,
         description="directory of generated answers, to share them between evaluations with other metrics or buckets; "
         "none: OUT/generations",

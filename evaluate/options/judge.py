@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.settings import Settings, named_values
+from dpkd.core.settings import LocalPath, Settings, named_values
 from dpkd.evaluate.options.eval import EvalConfig, NamedFields, NamedFiles, NamedSets
 
 KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
@@ -32,15 +32,15 @@ class JudgedOptions(Settings):
 
     title: ClassVar[str] = "Answers"
 
-    report: Path | None = Field(None, description="directory of a finished dpkd eval, whose answers to judge")
+    report: LocalPath | None = Field(None, description="directory of a finished dpkd eval, whose answers to judge")
     predictions: NamedFiles = Field(
         {}, description="NAME=FILE.jsonl: answers to judge, as in dpkd eval, instead of --report; repeatable"
     )
     data: NamedSets = Field(
         {}, description="NAME=FILE: the rows that --predictions answer, as in dpkd eval; repeatable"
     )
-    out: Path = Field(description="directory for judge.json, the verdicts, tables and figures")
-    data_dir: Path | None = Field(
+    out: LocalPath = Field(description="directory for judge.json, the verdicts, tables and figures")
+    data_dir: LocalPath | None = Field(
         None, description="directory of data sets given by name; none: that of the environment variable DPKD_DATA"
     )
     field: NamedFields = Field({}, description="NAME=FIELD: fields of the rows, as in dpkd eval; repeatable")
@@ -92,7 +92,7 @@ class QuestionOptions(Settings):
     grade_reference: bool = Field(
         False, description="pointwise: grade the reference in the same reply, and report the ratio of the two grades"
     )
-    prompt: Path | None = Field(None, description="file with the prompt; none: dpkd's prompt for the mode")
+    prompt: LocalPath | None = Field(None, description="file with the prompt; none: dpkd's prompt for the mode")
     reask: bool = Field(True, description="ask once more if a reply does not end in the required form")
     max_tokens: int = Field(512, gt=0, description="longest reply of the judge, in tokens")
     seed: int = Field(0, ge=0, description="seed of each request and of --sample")
@@ -103,7 +103,7 @@ class VerdictOptions(Settings):
 
     title: ClassVar[str] = "Verdicts and report"
 
-    verdicts: Path | None = Field(
+    verdicts: LocalPath | None = Field(
         None, description="file of verdicts, to share them between runs; none: verdicts.jsonl in --out"
     )
     estimate: bool = Field(False, description="count questions, estimate tokens and cost, and ask nothing")

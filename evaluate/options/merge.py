@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from dpkd.core.settings import Settings
+from dpkd.core.settings import LocalPath, Settings
 from dpkd.evaluate.options.comparing import ComparingOptions
 
 
@@ -21,7 +20,7 @@ class MergedOptions(Settings):
         description="directories of finished evaluations; NAME=DIR renames the model, or prefixes the names of several",
         json_schema_extra={"positional": "DIR..."},
     )
-    out: Path = Field(description="directory for the merged report")
+    out: LocalPath = Field(description="directory for the merged report")
     allow_different_decoding: bool = Field(
         False,
         description="compare answers from different settings (template, temperature, top-p, seeds, length); the report "

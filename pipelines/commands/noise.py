@@ -44,7 +44,7 @@ def add_noise(config: NoiseConfig) -> Path:
             where=config.cache,
             advice="Build a cache with --top-k 64",
         )
-    base = source.identity("float32")
+    base = source.whole_identity("float32")
     measured_on = {"cache": cache.fingerprint, "cache_rows": config.cache_rows, "beta": config.beta}
     copies = []
     for (scale, seed), directory in config.copies().items():

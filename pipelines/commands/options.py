@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from dpkd.core.settings import DeviceName, Location, Settings, named_values, split_commas
+from dpkd.core.settings import DeviceName, LocalPath, Location, Settings, named_values, split_commas
 
 ArtefactName = Literal["table1", "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "fig5"]
 ARTEFACTS: tuple[str, ...] = get_args(ArtefactName)
@@ -18,8 +18,8 @@ class PrepareConfig(Settings):
 
     example: ClassVar[str] = "dpkd prepare-data --data train.jsonl --out kept.jsonl --min-response-words 11"
 
-    data: Path = Field(description="instruction data, .jsonl")
-    out: Path = Field(description="file to write, .jsonl")
+    data: LocalPath = Field(description="instruction data, .jsonl")
+    out: LocalPath = Field(description="file to write, .jsonl")
     min_response_words: int = Field(
         1,
         ge=0,
@@ -50,7 +50,7 @@ class NoiseConfig(Settings):
 
     model: str = Field(description="model to copy: a checkpoint directory or a hub name")
     cache: Location = Field(description="directory or URL of the teacher cache to measure the copies on")
-    out: Path = Field(description="directory for the copies and noise.json")
+    out: LocalPath = Field(description="directory for the copies and noise.json")
     scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.01, 0.02, 0.05, 0.1),
         min_length=1,

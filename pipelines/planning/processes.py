@@ -18,7 +18,7 @@ from dpkd.core.prompts.sources import open_examples, raw_rows
 from dpkd.core.settings import Settings
 from dpkd.evaluate.options.eval import EvalConfig
 from dpkd.pipelines.commands.registry import COMMANDS
-from dpkd.pipelines.recipe.run import forking_context
+from dpkd.pipelines.recipe.forking import forking_context, obey_parent
 from dpkd.teacher_cache.build.pilot import even_indices
 from dpkd.teacher_cache.options.cache import CacheConfig
 
@@ -98,6 +98,7 @@ def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
 def _answer(
     sender: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    obey_parent()
     os.environ.clear()
     os.environ.update(environment)
     answer: tuple[Any, Exception | None]

@@ -3,15 +3,10 @@
 Every command skips its finished output, so running a recipe again resumes where it stopped. All steps of all rounds are
 validated before the first one starts. A step's process ends before the next one starts, so no memory is shared between
 a teacher and a student.
-
-Processes are forked from one that has imported the libraries: torch and transformers take seconds to import, which
-twenty finished steps would spend twenty times. That process runs nothing, holds no model and asks for no device.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.context
 import os
 import signal
 import sys
@@ -23,14 +18,15 @@ from typing import TYPE_CHECKING
 from dpkd.core.progress import say
 from dpkd.pipelines.commands.registry import COMMANDS
 from dpkd.pipelines.process import EXIT_INTERRUPTED, EXIT_PARTLY, StepFailed, Terminated, run_process
+from dpkd.pipelines.recipe.forking import forking_context, obey_parent
 from dpkd.pipelines.recipe.format import read_recipe
 from dpkd.pipelines.recipe.steps import Step
 
 if TYPE_CHECKING:
     from dpkd.pipelines.commands.options import RunOptions
 
-#: modules that most steps need
-PRELOAD = ["dpkd.distill.training", "dpkd.evaluate.evaluation", "dpkd.teacher_cache.build.cache"]
+#: the exit code that multiprocessing gives a process whose forkserver was killed
+_FORKSERVER_KILLED = 255
 
 
 def run(options: RunOptions) -> None:
@@ -70,13 +66,6 @@ def _announce(step: Step, number: int, total: int) -> None:
     say(f"== step {number} of {total}: dpkd {step.title} -> {step.out}")
 
 
-def forking_context() -> multiprocessing.context.ForkServerContext:
-    """What starts processes from one that has imported the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
 def _run_step(step: Step) -> int:
     process = forking_context().Process(target=_in_child, args=(dict(os.environ), step))
     process.start()
@@ -87,7 +76,12 @@ def _in_child(environment: Mapping[str, str], step: Step) -> None:
     os.environ.clear()
     os.environ.update(environment)
     command = f"a recipe's step, dpkd {step.title}, with\n{step.config.to_toml()}"
-    sys.exit(run_process(lambda: COMMANDS[step.command].run(step.config), command))
+
+    def run() -> int:
+        obey_parent()
+        return COMMANDS[step.command].run(step.config)
+
+    sys.exit(run_process(run, command))
 
 
 def _wait(process: BaseProcess) -> int:
@@ -104,9 +98,13 @@ def _wait(process: BaseProcess) -> int:
             process.terminate()
         except KeyboardInterrupt:
             interrupted = True
-    if process.exitcode >= 0 and not interrupted:
+    if interrupted:
+        return EXIT_INTERRUPTED
+    if process.exitcode == _FORKSERVER_KILLED:
+        say("the process that starts steps was killed, perhaps because memory ran out; the step ends as if interrupted")
+    elif process.exitcode >= 0:
         return process.exitcode
-    if not interrupted:  # it had no time to print anything
+    else:  # it had no time to print anything
         name = signal.Signals(-process.exitcode).name
         say(f"the step was killed ({name}), perhaps because memory ran out; run the same command again to resume")
     return EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.errors import UserError
-from dpkd.core.settings import Settings, read_toml
+from dpkd.core.settings import LocalPath, Settings, read_toml
 from dpkd.pipelines.commands.options import ArtefactName
 from dpkd.pipelines.recipe.steps import Step
 from dpkd.pipelines.reproduce.paper_values import Family, paper_values
@@ -30,14 +30,14 @@ class ReproduceConfig(Settings):
     """What a recipe's artefact is made from: outputs of its steps, and the paper's numbers to show next to ours."""
 
     artefact: ArtefactName = Field(description="the table or figure")
-    out: Path = Field(description="directory of the artefact")
+    out: LocalPath = Field(description="directory of the artefact")
     paper: Family = Field("gpt2-120m", description="model family whose numbers in the paper to show next to ours")
-    report: Path | None = Field(None, description="the `out` of an eval step")
-    judge: Path | None = Field(None, description="the `out` of a judge step")
-    noise: Path | None = Field(None, description="the `out` of an add-noise step")
+    report: LocalPath | None = Field(None, description="the `out` of an eval step")
+    judge: LocalPath | None = Field(None, description="the `out` of a judge step")
+    noise: LocalPath | None = Field(None, description="the `out` of an add-noise step")
     data: dict[str, str] = Field({}, description="our data set -> the paper's")
     rows: dict[str, str] = Field({}, description="our model -> the paper's method")
-    runs: dict[str, tuple[Path, ...]] = Field(
+    runs: dict[str, tuple[LocalPath, ...]] = Field(
         {}, description="our model -> the `out` of its train steps that are shown, in the order of training"
     )
     models: dict[str, str] = Field({}, description="checkpoint directory that must be there -> how to get it")

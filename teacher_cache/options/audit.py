@@ -5,12 +5,11 @@ Imports nothing heavy: `--help` reads it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dpkd.core.settings import DeviceName, Location, Settings, split_commas
+from dpkd.core.settings import DeviceName, LocalPath, Location, Settings, split_commas
 from dpkd.teacher_cache.engines.engine import LocalEngineName
 from dpkd.teacher_cache.options.cache import EngineArguments
 
@@ -115,5 +114,5 @@ class ServeConfig(Settings):
         None, ge=2, description="longest prompt and response together, in tokens; none: the cache's own limits"
     )
     engine_arg: EngineArguments = Field({}, description="argument of vLLM, such as tensor_parallel_size=4; repeatable")
-    log: Path | None = Field(None, description="file for the server's log; none: standard error")
+    log: LocalPath | None = Field(None, description="file for the server's log; none: standard error")
     start_timeout_s: float = Field(1800, gt=0, description="longest wait for the server to start, in seconds")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dpkd.core.prompts.templates import TemplateName
-from dpkd.core.settings import Location, Settings
+from dpkd.core.settings import LocalPath, Location, Settings
 from dpkd.core.urls import url_problem
 
 #: `column op value`
@@ -103,7 +102,7 @@ class ImportConfig(Settings):
 
     example: ClassVar[str] = "dpkd cache import answers.jsonl --from jsonl --out cache --tokenizer TEACHER"
 
-    source: Path = Field(
+    source: LocalPath = Field(
         description="a .jsonl file, or a directory of DistillKit's Parquet files",
         json_schema_extra={"positional": "SRC"},
     )
@@ -117,7 +116,7 @@ class ImportConfig(Settings):
     template: TemplateName = Field(
         "raw", description="with --from jsonl: prompt template of the cache's prompts; raw: as they are"
     )
-    compression: Path | None = Field(
+    compression: LocalPath | None = Field(
         None, description="with --from distillkit: its compression config; none: compression_config.yaml in SRC"
     )
     limit: int | None = Field(None, ge=1, description="import only the first N rows; none: all")

@@ -77,6 +77,7 @@ class Job:
             self.folder.write_checked(JOB, canonical_json(body), self._check_hold)
         else:
             self._refuse_other(existing["identities"], "an unfinished cache with other options")
+            self.identities = existing["identities"]  # what readers of the unfinished cache know it by
         self.folder.write_checked(SAVED_OPTIONS, config_toml.encode(), self._check_hold)
         self._num_rows = dict(num_rows)
         self.committed = self._sound_shards()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dpkd.core.errors import UserError
-from dpkd.core.identity import canonical_json, differences, fingerprint
+from dpkd.core.identity import canonical_json, content_differences, fingerprint
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
 from dpkd.teacher_cache.store.folder import JOB, MANIFEST, Folder
@@ -101,12 +101,14 @@ class Manifest:
 def changed_identities(existing: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between the identities of a cache and those of a command, in words.
 
-    Caches of dpkd 0.1.0 do not say how their tokenizer encodes the probe: this is no difference.
+    Caches of dpkd 0.1.0 do not say how their tokenizer encodes the probe: this is no difference. Nor are name and
+    revision of a model with the same weights and config: its tokenizer, its template and the ids that end its responses
+    have identities of their own.
     """
     tokenizer = existing.get("tokenizer", {})
     if tokenizer and "probe" not in tokenizer:
         ours = {**ours, "tokenizer": {key: value for key, value in ours["tokenizer"].items() if key != "probe"}}
-    return differences(existing, ours)
+    return content_differences(existing, ours)
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:

@@ -155,6 +155,39 @@ def test_missing_and_misspelt_options_have_one_line_of_help() -> None:
     )
 
 
+#: options of a file or directory of this machine
+LOCAL = [(name, key) for name, key in OPTIONS if "Path" in str(COMMANDS[name].options_class().model_fields[key])]
+
+
+@pytest.mark.parametrize(("name", "key"), LOCAL)
+def test_a_url_is_no_local_path(name: str, key: str) -> None:
+    """`Path` would make the directory `s3:` here."""
+    options = COMMANDS[name].options_class()
+    message = r": must be a local path, found a URL \((s3|file)://\.\.\.\); only teacher caches can be at URLs"
+    for value in ("s3://bucket/run", "file:///run", Path("s3://bucket/run")):
+        with pytest.raises(UserError, match=message):
+            options.parse({key: value}, where="a test", flags={key})
+    for value in ("runs/a:b", "./s3:/a"):
+        with pytest.raises(ValidationError) as caught:  # other options are missing
+            options.model_validate({key: value, "no option": 1})
+        assert key not in [error["loc"][0] for error in caught.value.errors()]
+
+
+def test_every_output_takes_urls_or_refuses_them() -> None:
+    assert {name for name, key in LOCAL if key == "out"} == {
+        "train", "init-student", "eval", "report", "judge", "add-noise", "prepare-data",
+    }  # fmt: skip
+    for name, key in {*OPTIONS} - {*LOCAL}:
+        if key == "out":
+            assert "URL" in str(COMMANDS[name].options_class().model_fields[key].description), name
+    words = ("train", "--cache", "s3://bucket/cache", "--student", "s", "--out", "s3://bucket/run")
+    code, page = output_of(*words)
+    assert (code, page.count("\n")) == (2, 1)
+    assert page.startswith(
+        "error: --out: must be a local path, found a URL (s3://...); only teacher caches can be at URLs"
+    )
+
+
 def _float_options() -> list[tuple[str, str]]:
     """Options that take a float, alone or in a list or a table."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -352,6 +354,76 @@ def test_a_step_that_the_system_kills_says_so(capsys: pytest.CaptureFixture[str]
     assert "the step was killed (SIGKILL), perhaps because memory ran out" in capsys.readouterr().err
 
 
+@pytest.fixture
+def long_training(tmp_path: Path, toy_cache: Path, toy_student: Path) -> Iterator[subprocess.Popen[str]]:
+    """`dpkd run` with a forkserver of its own, in a process group of its own, while its one step trains into `run`."""
+    recipe = f"""
+[[steps]]
+command = "train"
+cache = "{toy_cache}"
+student = "{toy_student}"
+out = "{tmp_path}/run"
+steps = 1000000
+save_every = "none"
+validation_examples = 0
+batch_size = 4
+device = "cpu"
+"""
+    words = [sys.executable, "-m", "dpkd.pipelines.cli", "run", str(write(tmp_path / "r.toml", recipe))]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline_s = time.monotonic() + 240
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not log.is_file() or not log.stat().st_size:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
+
+
+def forked_of(pid: int) -> int:
+    """The child of `pid` that is a forkserver, or of a forkserver the process that it has forked."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and "forkserver" in (stat.parent / "cmdline").read_text():
+                return int(stat.parent.name)
+    raise AssertionError(f"{pid} has no such child")
+
+
+def test_a_signal_to_the_whole_group_ends_the_recipe_after_its_steps_checkpoint(
+    tmp_path: Path, long_training: subprocess.Popen[str]
+) -> None:
+    step = forked_of(forked_of(long_training.pid))
+    os.kill(step, signal.SIGSTOP)  # a step that takes long to end
+    os.killpg(long_training.pid, signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        long_training.wait(2)
+    os.kill(step, signal.SIGCONT)
+    assert long_training.wait(120) == 130
+    assert len(checkpoints(tmp_path / "run")) == 1
+    assert "interrupted: finishing this step and writing a checkpoint" in long_training.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize("victim", ["recipe", "forkserver"])
+def test_a_step_ends_with_a_checkpoint_when_what_started_it_is_killed(
+    tmp_path: Path, long_training: subprocess.Popen[str], victim: str
+) -> None:
+    os.kill(long_training.pid if victim == "recipe" else forked_of(long_training.pid), signal.SIGKILL)
+    stderr = long_training.communicate(timeout=60)[1]  # to the end of the last process that writes to it
+    assert len(checkpoints(tmp_path / "run")) == 1
+    assert "run the same command again to resume" in stderr
+    assert long_training.returncode == (-signal.SIGKILL if victim == "recipe" else 130)
+
+
 def test_a_recipe_runs_once_and_resumes_where_it_failed(tmp_path: Path, toy_teacher: Path, toy_data: Path) -> None:
     text = recipe_of_toys(tmp_path, toy_teacher, tmp_path / "student", toy_data)
     command = ["run", str(tmp_path / "r.toml")]
@@ -441,7 +513,7 @@ def test_the_parent_of_recipe_steps_touches_no_device() -> None:
     """A forked process cannot use a GPU if its parent has even counted the GPUs."""
     code = (
         "import importlib, torch\n"
-        "from dpkd.pipelines.recipe.run import PRELOAD\n"
+        "from dpkd.pipelines.recipe.forking import PRELOAD\n"
         "asked = []\n"
         "for name in ('is_available', 'device_count', 'init', '_lazy_init'):\n"
         "    setattr(torch.cuda, name, lambda *_, name=name, **__: asked.append(name))\n"
