@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.core.errors import UserError
+from dpkd.core.files import is_temporary
 from dpkd.core.identity import content_differences
 from dpkd.core.json_lines import loads
 from dpkd.core.progress import say
@@ -26,6 +27,7 @@ def output_exists(
     what: str,
     *,
     ignore: frozenset[str] = frozenset(),
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     result: str | None = None,
     advice: str = ADVICE,
 ) -> bool:
@@ -38,7 +40,9 @@ def output_exists(
             identities are whole ones.
         what: what the directory holds, in words: "student", "run".
         ignore: top-level keys of the record that may differ, such as paths.
-        result: file that must not exist without the marker. None: no file may.
+        upgraded: what a record of an earlier version would be in this one.
+        result: file that must not exist without the marker. None: no file may, but what a killed process left of a
+            file that it was writing.
         advice: what to do about another output.
 
     Raises:
@@ -48,7 +52,7 @@ def output_exists(
     if directory.exists() and not directory.is_dir():
         raise UserError("the output is a file, not a directory", where=directory, advice=advice)
     if not path.is_file():
-        if directory.exists() and ((directory / result).exists() if result else any(directory.iterdir())):
+        if (directory / result).exists() if result else _has_files(directory):
             raise UserError(
                 f"the output directory is not empty and holds no {what} of dpkd",
                 expected=f"a file {marker}, or an empty directory",
@@ -59,8 +63,8 @@ def output_exists(
     try:
         text = path.read_text(encoding="utf-8")
         existing = tomllib.loads(text) if path.suffix == ".toml" else loads(text)
-        record = {key: value for key, value in existing.items() if key not in ignore}
-    except (ValueError, AttributeError) as error:
+        record = {key: value for key, value in upgraded(existing).items() if key not in ignore}
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the record of the output cannot be read: {error}", where=path, advice=advice) from None
     ours = {key: value for key, value in made_of.items() if key not in ignore}
     # JSON knows no tuples, and a TOML file no null
@@ -71,6 +75,10 @@ def output_exists(
             advice=advice,
         )
     return True
+
+
+def _has_files(directory: Path) -> bool:
+    return directory.exists() and not all(is_temporary(path.name) for path in directory.iterdir())
 
 
 @contextlib.contextmanager
