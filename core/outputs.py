@@ -29,6 +29,7 @@ def output_exists(
     what: str,
     *,
     ignore: frozenset[str] = frozenset(),
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     result: str | None = None,
     advice: str = ADVICE,
 ) -> bool:
@@ -41,6 +42,7 @@ def output_exists(
             identities are whole ones.
         what: what the directory holds, in words: "student", "run".
         ignore: top-level keys of the record that may differ, such as paths.
+        upgraded: what a record of an earlier version would be in this one.
         result: file that must not exist without the marker. None: no file may, except a lock and what a killed
             process has left of a file that it was writing.
         advice: what to do about another output.
@@ -52,7 +54,7 @@ def output_exists(
     if directory.exists() and not directory.is_dir():
         raise UserError("the output is a file, not a directory", where=directory, advice=advice)
     if not path.is_file():
-        if directory.exists() and ((directory / result).exists() if result else _has_files(directory)):
+        if (directory / result).exists() if result else _has_files(directory):
             raise UserError(
                 f"the output directory is not empty and holds no {what} of dpkd",
                 expected=f"a file {marker}, or an empty directory",
@@ -63,8 +65,8 @@ def output_exists(
     try:
         text = path.read_text(encoding="utf-8")
         existing = tomllib.loads(text) if path.suffix == ".toml" else loads(text)
-        record = {key: value for key, value in existing.items() if key not in ignore}
-    except (ValueError, AttributeError) as error:
+        record = {key: value for key, value in upgraded(existing).items() if key not in ignore}
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the record of the output cannot be read: {error}", where=path, advice=advice) from None
     ours = {key: value for key, value in made_of.items() if key not in ignore}
     # JSON knows no tuples, and a TOML file no null
@@ -78,7 +80,8 @@ def output_exists(
 
 
 def _has_files(directory: Path) -> bool:
-    return any(entry.name != LOCK and not is_temporary(entry.name) for entry in directory.iterdir())
+    there = directory.iterdir() if directory.exists() else ()
+    return any(entry.name != LOCK and not is_temporary(entry.name) for entry in there)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,11 +36,16 @@ from dpkd.teacher_cache.store.growing import GrowingCache
 if TYPE_CHECKING:
     from dpkd.distill.rows.corpus import Corpus
 
-#: options that may differ when a run is resumed: they say where things are or how fast it runs, not what it computes
+#: options that may differ when a run is resumed: they say where things are, what is kept and checked, or how fast it
+#: runs, not what it computes
 _FREE_OPTIONS = {
-    *("out", "cache", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"),
+    *("out", "cache", "data", "student", "device", "teacher_url", "lm_data", "sharding", "resume_from"),
     *("gradient_checkpointing", "share_prompt", "compile", "tracker"),
+    *("save_every", "keep_checkpoints", "verify", "follow_timeout_s"),
 }
+#: options whose default is not what versions without them did: all pairs, no dropout where log-probs are compared, and
+#: MiniLLM's ratio with its clip
+_CHANGED_RESULTS = {"token_pairs", "dropout", "minillm_clip"}
 #: how a step's rows are split into micro-batches; only their product belongs to the run
 _SPLIT = {"batch_size", "gradient_accumulation_steps"}
 
@@ -165,7 +171,7 @@ def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
 
     def is_run() -> bool:
         ignore = frozenset({"token_order"}) if (out / "run.json").is_file() else frozenset[str]()
-        return output_exists(out, "dpkd-run.json", identity, "run", ignore=ignore, advice=advice)
+        return output_exists(out, "dpkd-run.json", identity, "run", ignore=ignore, upgraded=_upgraded, advice=advice)
 
     def is_complete() -> bool:
         return is_run() and (out / "run.json").is_file()
@@ -200,6 +206,15 @@ def _identity(run: Run, num_processes: int) -> dict[str, Any]:
         "token_order": None if config.batch_tokens is None else TOKEN_ORDER,  # None also in runs of older versions
         **{key: value for key, value in run.facts.items() if key != "software"},
     }
+
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run of an earlier version as one of this: with the defaults of new options, without free ones."""
+    fields = TrainConfig.model_fields.items()
+    new = {key: field.get_default() for key, field in fields if not field.is_required()}
+    new |= dict.fromkeys(_CHANGED_RESULTS, "as an earlier version")
+    options = json.loads(canonical_json(new)) | record.get("options", {})
+    return record | {"options": {key: options[key] for key in options if key not in _FREE_OPTIONS | _SPLIT}}
 
 
 def _notes(run: Run) -> Iterator[str]:

@@ -136,6 +136,24 @@ def test_an_output_with_other_options_is_refused(tmp_path: Path) -> None:
         _exists(out, {"seed": 1})
 
 
+def test_a_record_of_an_earlier_version_is_upgraded_before_it_is_compared(tmp_path: Path) -> None:
+    (tmp_path / "made_of.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match=r"differing: depth: null -> 2"):
+        _exists(tmp_path, {"seed": 1, "depth": 2})
+    assert _exists(tmp_path, {"seed": 1, "depth": 2}, upgraded=lambda record: {"depth": 2} | record)
+    (tmp_path / "made_of.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read"):
+        _exists(tmp_path, {"seed": 1}, upgraded=lambda record: {"depth": 2} | record)
+
+
+def test_what_a_kill_leaves_of_a_write_makes_no_directory_foreign(tmp_path: Path) -> None:
+    (tmp_path / ".made_of.4711.tmp.json").write_text('{"se')
+    assert not _exists(tmp_path, {"seed": 1})
+    (tmp_path / ".hidden").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no student"):
+        _exists(tmp_path, {"seed": 1})
+
+
 def test_foreign_files_are_never_taken_over(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no student"):

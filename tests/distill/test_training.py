@@ -232,6 +232,69 @@ def test_a_complete_run_is_left_alone_and_another_is_refused(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def edit_record(run: Path, **options: Any) -> None:
+    """Change options in the record of a run; `...` removes one, as if an earlier version had not known it."""
+    path = run / "dpkd-run.json"
+    record = json.loads(path.read_text())
+    record["options"] = {key: value for key, value in (record["options"] | options).items() if value is not ...}
+    path.write_text(json.dumps(record))
+
+
+def test_an_option_that_the_record_does_not_know_has_its_default(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    out = train(config(tmp_path / "run", toy_cache, toy_student, beta=0.5))
+    edit_record(out, on_alarm=..., cache_weights=..., top_k=..., lora_target_modules=...)
+    train(config(out, toy_cache, toy_student, beta=0.5))
+    with pytest.raises(UserError, match=r"another run; differing: options\.top_k: null -> 4 \(in"):
+        train(config(out, toy_cache, toy_student, beta=0.5, top_k=4))
+    edit_record(out, beta=...)
+    with pytest.raises(UserError, match=r"another run; differing: options\.beta: 1\.0 -> 0\.5 \(in"):
+        train(config(out, toy_cache, toy_student, beta=0.5))
+    edit_record(out, beta=0.5, teacher_token="argmax")
+    with pytest.raises(UserError, match=r'another run; differing: options\.teacher_token: "argmax" -> null'):
+        train(config(out, toy_cache, toy_student, beta=0.5))
+
+
+@pytest.mark.parametrize("name", ["token_pairs", "dropout", "minillm_clip"])
+def test_an_option_that_changed_what_its_absence_computed_is_refused(
+    tmp_path: Path, toy_cache: Path, toy_student: Path, name: str
+) -> None:
+    out = train(config(tmp_path / "run", toy_cache, toy_student, steps=1))
+    edit_record(out, **{name: ...})
+    with pytest.raises(UserError, match=rf'another run; differing: options\.{name}: "as an earlier version" -> '):
+        train(config(out, toy_cache, toy_student, steps=1))
+
+
+def test_what_is_saved_and_checked_changes_no_number(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    """Also in the middle of a run, whose record may have these options, as those of earlier versions do."""
+    shared = {"steps": 7, "token_pairs": "drawn", "validation_examples": 4, "validate_every": 2}
+    whole = train(config(tmp_path / "whole", toy_cache, toy_student, save_every=None, **shared))
+    often = {"save_every": 1, "keep_checkpoints": 9, "verify": "read"}
+    run = train(config(tmp_path / "run", toy_cache, toy_student, **often, **shared))
+    weights = load_file(whole / "model.safetensors")
+    for resumed_from in (None, 3):
+        if resumed_from is not None:
+            edit_record(run, follow_timeout_s=600, **often)
+            for name in ("run.json", "model.safetensors", *(f"checkpoint-{step}" for step in range(4, 7))):
+                shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+            train(config(run, toy_cache, toy_student, save_every=2, keep_checkpoints=1, **shared))
+            assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+        assert without_times(metrics(run)) == without_times(metrics(whole))
+        assert (run / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
+        assert all(torch.equal(value, weights[name]) for name, value in load_file(run / "model.safetensors").items())
+
+
+def test_what_a_kill_left_of_the_first_write_is_in_nobodys_way(
+    tmp_path: Path, toy_cache: Path, toy_student: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".dpkd-run.12345.tmp.json").write_text('{"options"')
+    train(config(out, toy_cache, toy_student, steps=1))
+    assert (out / "run.json").is_file()
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     out = train(config(tmp_path / "run", toy_cache, toy_student, save_every=2))
     (out / "run.json").unlink()
@@ -264,6 +327,19 @@ def test_sft_on_data_needs_no_teacher(tmp_path: Path, toy_data: Path, toy_studen
     cut = {"data": str(toy_data), "student": str(toy_student), "template": "chat", "device": "cpu", "objective": "sft"}
     out = train(TrainConfig(out=tmp_path / "cut", steps=1, batch_size=4, max_new_tokens=2, **cut))
     assert (metrics(out)[0]["unfinished_chosen"], metrics(out)[0]["chosen_length"]) == (1, 2)
+
+
+def test_data_may_move(tmp_path: Path, toy_data: Path, toy_student: Path) -> None:
+    data = Path(shutil.copy(toy_data, tmp_path / "rows.jsonl"))
+    options: dict[str, Any] = {"objective": "sft", "template": "chat", "steps": 1, "batch_size": 2, "device": "cpu"}
+    out = train(TrainConfig(out=tmp_path / "run", data=str(data), student=str(toy_student), **options))
+    edit_record(out, data=str(data))
+    (tmp_path / "moved").mkdir()
+    moved = data.rename(tmp_path / "moved" / "rows.jsonl")
+    train(TrainConfig(out=out, data=str(moved), student=str(toy_student), **options))
+    moved.write_text(moved.read_text() + moved.read_text().splitlines()[0].replace('"id"', '"no id"') + "\n")
+    with pytest.raises(UserError, match=r"another run; differing: data\.sha256: "):
+        train(TrainConfig(out=out, data=str(moved), student=str(toy_student), **options))
 
 
 def test_data_with_tokens_that_the_student_has_no_embedding_for(
