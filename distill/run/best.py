@@ -85,22 +85,22 @@ def take_best(directory: Path, target: Path, step: int | None) -> int | None:
     return step
 
 
-def held_out_prompts(rows: RowSource, references: RowSource | None, tokenizer: ModelSource) -> list[HeldOutPrompt]:
+def held_out_prompts(rows: RowSource, references: RowSource | None, student: ModelSource) -> list[HeldOutPrompt]:
     """Each example of `rows` once, with its responses in `references`; with those in `rows` if it has none there."""
-    prompts = _with_responses(rows, tokenizer)
-    given = {} if references is None else _with_responses(references, tokenizer)
+    prompts = _with_responses(rows, student)
+    given = {} if references is None else _with_responses(references, student)
     return [
         replace(prompt, references=given[name].references) if name in given else prompt
         for name, prompt in prompts.items()
     ]
 
 
-def _with_responses(rows: RowSource, tokenizer: ModelSource) -> dict[str, HeldOutPrompt]:
+def _with_responses(rows: RowSource, student: ModelSource) -> dict[str, HeldOutPrompt]:
     """Each example with all its responses in `rows`; of a conversation, the last one."""
     prompts: dict[str, HeldOutPrompt] = {}
     for index in indices_of(rows):
         row = rows.row(*index).chosen.by_span()[-1]
         earlier = prompts[row.example_id].references if row.example_id in prompts else []
-        text = tokenizer.decode(row.response_ids.tolist())
+        text = student.decode(row.response_ids.tolist())
         prompts[row.example_id] = HeldOutPrompt(row.prompt_ids.tolist(), [*earlier, text])
     return prompts

@@ -18,6 +18,7 @@ from dpkd.core.models import ModelSource, locate_model
 from dpkd.core.outputs import LOCK, lock_directory, output_exists
 from dpkd.core.progress import say
 from dpkd.core.prompts.templates import PromptEncoder
+from dpkd.core.settings import SAVED_OPTIONS
 from dpkd.distill.batches.order import BatchOrder, FollowOrder, MixedOrder, RowOrder
 from dpkd.distill.batches.shares import CacheShares, open_shares, shares_note
 from dpkd.distill.batches.token_budget import TOKEN_ORDER, TokenBatchOrder
@@ -182,7 +183,7 @@ def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
         stack.enter_context(lock_directory(out, LOCK))
         if not is_run():
             write_atomic(out / "dpkd-run.json", canonical_json(identity))
-            write_atomic(out / "dpkd.toml", run.config.to_toml().encode())
+            write_atomic(out / SAVED_OPTIONS, run.config.to_toml().encode())
             for note in _notes(run):
                 say(note)
         return is_complete()  # another job may have completed it just before it gave the lock back

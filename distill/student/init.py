@@ -16,6 +16,7 @@ from dpkd.core.identity import canonical_json, tokenizer_sha256
 from dpkd.core.models import ModelSource, config_sha256, locate_model, other_eos
 from dpkd.core.outputs import output_exists
 from dpkd.core.progress import say
+from dpkd.core.settings import SAVED_OPTIONS
 from dpkd.distill.options.student import InitStudentConfig
 from dpkd.distill.student.calibration import Calibration, rows_of_cache, rows_of_data
 from dpkd.distill.student.sizes import count_parameters
@@ -211,7 +212,7 @@ def _write(config: InitStudentConfig, teacher: ModelSource, plan: _Plan) -> None
         report = {"kept": words, "parameters": parameters, "share": parameters / count_parameters(teacher.config)}
         (temporary / REPORT).write_bytes(canonical_json(report))
         (temporary / _MARKER).write_bytes(canonical_json(plan.made_of))
-        (temporary / "dpkd.toml").write_text(config.to_toml(), encoding="utf-8")
+        (temporary / SAVED_OPTIONS).write_text(config.to_toml(), encoding="utf-8")
 
 
 def _measure(config: InitStudentConfig, teacher: ModelSource, rows: Calibration) -> None:
