@@ -183,9 +183,10 @@ def claim_directory(run: Run, accelerator: Accelerator) -> Iterator[bool]:
         stack.enter_context(lock_directory(out, LOCK))
         if not is_run():
             write_atomic(out / "dpkd-run.json", canonical_json(identity))
-            write_atomic(out / SAVED_OPTIONS, run.config.to_toml().encode())
             for note in _notes(run):
                 say(note)
+        if not (out / SAVED_OPTIONS).is_file():  # a process may have been killed between the two
+            write_atomic(out / SAVED_OPTIONS, run.config.to_toml().encode())
         return is_complete()  # another job may have completed it just before it gave the lock back
 
     with contextlib.ExitStack() as stack:

@@ -295,6 +295,15 @@ def test_what_a_kill_left_of_the_first_write_is_in_nobodys_way(
     assert (out / "run.json").is_file()
 
 
+def test_a_kill_between_the_two_records_of_a_run_loses_none(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
+    whole = train(config(tmp_path / "whole", toy_cache, toy_student, steps=1))
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / "dpkd-run.json", tmp_path / "run")
+    resumed = train(config(tmp_path / "run", toy_cache, toy_student, steps=1))
+    ours, theirs = ((run / "dpkd.toml").read_text() for run in (resumed, whole))
+    assert ours.replace(str(resumed), str(whole)) == theirs
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_cache: Path, toy_student: Path) -> None:
     out = train(config(tmp_path / "run", toy_cache, toy_student, save_every=2))
     (out / "run.json").unlink()
