@@ -88,14 +88,22 @@ def test_a_commit_that_changes_answers_is_refused(
         build_cache(config)
 
 
-def test_a_run_and_a_student_are_known_again_after_a_commit_to_the_readme(
+def run_and_student(
     tmp_path: Path, hub: Hub, toy_cache: Path, toy_student: Path
-) -> None:
+) -> tuple[TrainConfig, InitStudentConfig]:
+    """A finished run and a pruned student, both of a hub's model; the options that made them."""
     hub.commit(NAME, toy_student)
     config = train_config(tmp_path / "run", toy_cache)
     making = InitStudentConfig(teacher=NAME, out=tmp_path / "student", layers=1, keep="first")
     train(config)
     init_student(making)
+    return config, making
+
+
+def test_a_run_and_a_student_are_known_again_after_a_commit_to_the_readme(
+    tmp_path: Path, hub: Hub, toy_cache: Path, toy_student: Path
+) -> None:
+    config, making = run_and_student(tmp_path, hub, toy_cache, toy_student)
     hub.commit(NAME, toy_student)
     (tmp_path / "run" / "run.json").unlink()
     train(config)
@@ -114,11 +122,7 @@ def test_a_run_and_a_student_are_known_again_after_a_commit_to_the_readme(
 def test_a_commit_that_changes_the_student_is_refused(
     tmp_path: Path, hub: Hub, toy_cache: Path, toy_student: Path, changed: dict[str, Any], message: str
 ) -> None:
-    hub.commit(NAME, toy_student)
-    config = train_config(tmp_path / "run", toy_cache)
-    making = InitStudentConfig(teacher=NAME, out=tmp_path / "student", layers=1, keep="first")
-    train(config)
-    init_student(making)
+    config, making = run_and_student(tmp_path, hub, toy_cache, toy_student)
     hub.commit(NAME, toy_student, changed)
     with pytest.raises(UserError, match=rf"another run; differing: student\.{message}"):
         train(config)
