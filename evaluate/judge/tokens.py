@@ -81,6 +81,6 @@ def estimate_text(found: Mapping[str, Any]) -> str:
 
 
 def _cost(config: JudgeConfig, prompt: int, completion: int) -> float | None:
-    if config.prompt_price is None or config.completion_price is None:
+    if config.price_in is None or config.price_out is None:
         return None
-    return (prompt * config.prompt_price + completion * config.completion_price) / 1e6
+    return (prompt * config.price_in + completion * config.price_out) / 1e6

@@ -18,7 +18,7 @@ KEY_VARIABLE = "DPKD_JUDGE_API_KEY"
 FREE_OPTIONS = frozenset(
     {
         "out", "verdicts", "report", "predictions", "data", "data_dir", "prompt", "api_key_env", "allow_plain_http",
-        "concurrency", "timeout_s", "tries", "retry_delay_s", "prompt_price", "completion_price", "estimate",
+        "concurrency", "timeout_s", "tries", "retry_delay_s", "price_in", "price_out", "estimate",
     }
 )  # fmt: skip
 
@@ -107,10 +107,10 @@ class VerdictOptions(Settings):
         None, description="file of verdicts, to share them between runs; none: verdicts.jsonl in --out"
     )
     estimate: bool = Field(False, description="count questions, estimate tokens and cost, and ask nothing")
-    prompt_price: float | None = Field(
+    price_in: float | None = Field(
         None, ge=0, description="price per million prompt tokens, in any currency; none: no cost"
     )
-    completion_price: float | None = Field(
+    price_out: float | None = Field(
         None, ge=0, description="price per million completion tokens, in the same currency; none: no cost"
     )
     num_sign_flips: int = Field(
@@ -177,7 +177,7 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
             )
         if self.report is None:
             self.eval_config()
-        for one, other in (("prompt_price", "completion_price"), ("completion_price", "prompt_price")):
+        for one, other in (("price_in", "price_out"), ("price_out", "price_in")):
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(f"{self.flag(one)} needs {self.flag(other)} (0 if those tokens cost nothing)")
         if self.grade_reference and self.mode == "pairwise":

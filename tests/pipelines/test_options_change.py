@@ -372,7 +372,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "test_as_many_at_once_as_allowed": "judge: concurrency",
         "test_a_second_request_continues_from_the_first_reply": "judge: reask",
         "test_verdicts_are_shared_by_runs_over_other_rows": "judge: verdicts",
-        "test_an_estimate_asks_and_writes_nothing": "judge: estimate prompt_price completion_price",
+        "test_an_estimate_asks_and_writes_nothing": "judge: estimate price_in price_out",
     },
     "evaluate/judge/test_judge_questions.py": {
         "test_a_prompt_of_ones_own": "judge: prompt",

@@ -58,7 +58,7 @@ def test_the_url_may_have_a_path_or_a_slash() -> None:
 
 
 def test_a_cost_needs_both_prices() -> None:
-    for one, other in (("prompt_price", "completion_price"), ("completion_price", "prompt_price")):
+    for one, other in (("price_in", "price_out"), ("price_out", "price_in")):
         flag, missing = (f"--{name.replace('_', '-')}" for name in (one, other))
         with pytest.raises(UserError, match=rf"{flag} needs {missing}.*0 if "):
             parse(**{one: 1.0})
@@ -93,5 +93,5 @@ def parsed_flags(parsed: dict[str, Any]) -> dict[str, Any]:
 def test_resolved_options_can_be_read_back() -> None:
     import tomllib
 
-    config = parse(extra_body='nested={"a": [1, null]}', prompt_price=2.5, completion_price=0, baseline="a")
+    config = parse(extra_body='nested={"a": [1, null]}', price_in=2.5, price_out=0, baseline="a")
     assert JudgeConfig.parse(tomllib.loads(config.to_toml()), where="a test") == config

@@ -245,7 +245,7 @@ def test_refusals_second_replies_and_replies_cut_off_are_counted_apart() -> None
         ]
 
     judging = Judging(
-        answers_of({"a": (1,)}, 4), say, read_prompt(None, "score"), prompt_price=1e5, completion_price=1e6
+        answers_of({"a": (1,)}, 4), say, read_prompt(None, "score"), price_in=1e5, price_out=1e6
     )
     report = judging.report
     assert report["unparsable"]["a"] == {

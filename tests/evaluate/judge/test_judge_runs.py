@@ -135,7 +135,7 @@ def test_equal_questions_are_asked_once(make: Make, write_rows: WriteRows) -> No
 
 def test_an_estimate_asks_and_writes_nothing(make: Make) -> None:
     with serving(lambda body: completion("Score: 8")) as endpoint:
-        config = make(endpoint, prompt_price=2, completion_price=10, max_tokens=100)
+        config = make(endpoint, price_in=2, price_out=10, max_tokens=100)
         found = estimate(config)
         assert endpoint.bodies == []
         assert not config.out.exists()

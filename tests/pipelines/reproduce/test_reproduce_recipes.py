@@ -199,8 +199,8 @@ judge_model = "gpt"
 sample = 5
 mode = "pairwise"
 max_tokens = 50
-prompt_price = 10
-completion_price = 20
+price_in = 10
+price_out = 20
 """
 
 
