@@ -244,9 +244,7 @@ def test_refusals_second_replies_and_replies_cut_off_are_counted_apart() -> None
             question.row.example_id
         ]
 
-    judging = Judging(
-        answers_of({"a": (1,)}, 4), say, read_prompt(None, "score"), price_in=1e5, price_out=1e6
-    )
+    judging = Judging(answers_of({"a": (1,)}, 4), say, read_prompt(None, "score"), price_in=1e5, price_out=1e6)
     report = judging.report
     assert report["unparsable"]["a"] == {
         "num_questions": 4, "num_refused": 1, "num_unparsable": 1, "share": 0.25, "num_cut_off": 0,
