@@ -27,7 +27,7 @@ def count_tokens(config: JudgeConfig, answered: Sequence[Answered]) -> dict[str,
         "num_without_usage": len(replies) - len(counted),
         "prompt": prompt,
         "completion": completion,
-        "cost": _cost(config, prompt, completion),
+        "cost": config.cost(prompt, completion),
     }
 
 
@@ -62,7 +62,7 @@ def estimate_tokens(
         "prompt": prompt,
         "completion": completion,
         "measured": measured,
-        "cost": _cost(config, prompt, completion),
+        "cost": config.cost(prompt, completion),
     }
 
 
@@ -78,9 +78,3 @@ def estimate_text(found: Mapping[str, Any]) -> str:
         f"questions: {found['num_questions']}, {found['num_missing']} of them still to ask\n"
         f"tokens: about {found['prompt']} of prompts and {found['completion']} of replies ({basis}){cost}"
     )
-
-
-def _cost(config: JudgeConfig, prompt: int, completion: int) -> float | None:
-    if config.price_in is None or config.price_out is None:
-        return None
-    return (prompt * config.price_in + completion * config.price_out) / 1e6

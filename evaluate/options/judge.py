@@ -184,6 +184,12 @@ class JudgeConfig(JudgedOptions, EndpointOptions, QuestionOptions, VerdictOption
             raise ValueError("--grade-reference needs --mode pointwise: references are not compared in pairs")
         return self
 
+    def cost(self, prompt: float, completion: float) -> float | None:
+        """Of so many tokens of prompts and of replies, in the currency of the prices; None without prices."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (prompt * self.price_in + completion * self.price_out) / 1e6
+
     def eval_config(self) -> EvalConfig:
         """The options of a `dpkd eval` that reads these predictions; raises `UserError` for those that it refuses."""
         given = {key: getattr(self, key) for key in ("predictions", "data", "data_dir", "field", "out", "buckets")}

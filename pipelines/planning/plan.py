@@ -257,10 +257,10 @@ def _judge(step: Step, config: JudgeConfig, known: _Knowledge) -> PlannedStep:
         f"asks {asked} {_count(questions)} questions: up to {_count(prompts)} tokens of prompts and {_count(replies)} "
         "of replies"
     )
-    if config.price_in is None or config.price_out is None:
+    cost = config.cost(prompts, replies)
+    if cost is None:
         words += "; --estimate of dpkd judge gives the cost with --price-in and --price-out"
     elif not math.isnan(questions):
-        cost = (prompts * config.price_in + replies * config.price_out) / 1e6
         words += f", {cost:,.2f} at most by the prices given"
     return PlannedStep(step, questions=questions, words=words)
 
