@@ -173,8 +173,9 @@ def _arms_table(found: Found, arms: Sequence[str]) -> str:
 
 
 def _shared_round_s(found: Found, arm: str) -> float:
-    """Seconds of the first round, which all arms with the student's responses share."""
-    if not arm.startswith(("own", "mix", "minillm", "distillm2", "eq", "writer-mix", "writer-distillm2")):
+    """Seconds of the first round, which all arms on a round share; live arms draw as they train."""
+    on_round = arm.startswith(("own", "mix", "minillm", "distillm2", "eq", "writer-mix", "writer-distillm2"))
+    if not on_round or arm.endswith("-live"):
         return 0.0
     name = "writer" if from_writer(arm) else "student-mixed" if arm == "minillm-mixed" else "student"
     return sum(s for step, s in found.start.get("seconds", {}).items() if step.endswith(f"round {name}"))
