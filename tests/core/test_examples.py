@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +168,9 @@ def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, suffix: str, v
         read(path)
 
 
-def test_a_row_that_is_nested_deeply_is_skipped(tmp_path: Path) -> None:
+def test_a_row_that_is_nested_deeply_is_skipped(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # Python's own; a library may have raised it
     path = tmp_path / "rows.jsonl"
     deep = "[" * 900 + "]" * 900
     row = f'{{"messages": [{{"role": "user", "content": "a"}}], "tools": [{{"x": {deep}}}]}}'
